@@ -1,0 +1,407 @@
+"""What is measured about a run, and what the numbers mean.
+
+Reconstruction, diversity, latent statistics, distances between distributions, and the table of verdicts.
+Only `psnr`, `ssim` and `ms_ssim` run inside a training step; the rest runs once per evaluation, in float64 on
+the CPU, because not every accelerator has float64.
+"""
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+# --- reconstruction ----------------------------------------------------------------------------------------
+
+WINDOW, WINDOW_SIGMA = 11, 1.5  # pixels; Wang et al. 2004, section III-C
+C1, C2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2  # (K * L)^2 of the same paper for data range L = 2
+SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, section 3.2, finest scale first
+
+
+def psnr(x, y):
+    """Peak signal-to-noise ratio of images [B, 1, H, W] in [-1, 1] (peak-to-peak 2): [B], in dB.
+
+    The mean squared error is floored at 1e-10, so equal images score 106 dB and not an infinity that would
+    swallow every average it enters.
+    """
+    mse = (x.float() - y.float()).square().flatten(1).mean(1)
+    return 10 * torch.log10(4 / mse.clamp_min(1e-10))
+
+
+def blur(x):
+    """Separable Gaussian filter without padding on x [B, 1, H, W]; a smaller image shrinks the window.
+
+    A sum of shifted views and not a convolution: a GPU's convolutions round to TF32 (10-bit mantissa), which
+    spoils the difference E[x^2] - E[x]^2 that SSIM lives on. The compiler fuses such a sum, and autocast
+    leaves it in float32.
+    """
+    size = min(WINDOW, *x.shape[2:])
+    weights = [math.exp(-((k - (size - 1) / 2) / WINDOW_SIGMA) ** 2 / 2) for k in range(size)]
+    total = sum(weights)
+    for dim in (2, 3):
+        length = x.shape[dim] - size + 1
+        x = sum(x.narrow(dim, k, length) * (w / total) for k, w in enumerate(weights))
+    return x
+
+
+def ssim_terms(x, y):
+    """Mean SSIM and mean contrast-structure factor, [B] each, of images [B, 1, H, W] in [0, 2]."""
+    mean_x, mean_y, xx, yy, xy = blur(torch.cat([x, y, x * x, y * y, x * y])).chunk(5)
+    var_sum = xx - mean_x.square() + yy - mean_y.square()
+    covariance = xy - mean_x * mean_y
+    luminance = (2 * mean_x * mean_y + C1) / (mean_x.square() + mean_y.square() + C1)
+    contrast_structure = (2 * covariance + C2) / (var_sum + C2)
+    return (luminance * contrast_structure).flatten(1).mean(1), contrast_structure.flatten(1).mean(1)
+
+
+def ssim(x, y):
+    """Structural similarity (Wang et al. 2004, eq. 13) of images [B, 1, H, W] in [-1, 1]: [B], at most 1.
+
+    Float32 also under autocast. The luminance term expects intensities from zero upwards, so the images are
+    shifted to [0, 2]; the result is that of the same images stored as 0..255.
+    """
+    return ssim_terms(x.float() + 1, y.float() + 1)[0]
+
+
+def ms_ssim(x, y):
+    """Multi-scale SSIM (Wang et al. 2003, eq. 7) of images [B, 1, H, W] in [-1, 1]: [B], in (0, 1].
+
+    Uses up to five scales, as many as leave the smallest side at least 11 pixels, with their weights
+    renormalised to sum to one; with a single scale it is `ssim`. Float32 also under autocast.
+    """
+    side = min(x.shape[2:])
+    scales = sum(side // 2**k >= WINDOW for k in range(len(SCALE_WEIGHTS))) or 1
+    weights = [w / sum(SCALE_WEIGHTS[:scales]) for w in SCALE_WEIGHTS[:scales]]
+    x, y = x.float() + 1, y.float() + 1
+    result = 1.0
+    for k, weight in enumerate(weights):
+        if k > 0:
+            x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+        full, contrast_structure = ssim_terms(x, y)
+        term = full if k == scales - 1 else contrast_structure
+        # A fractional power of a negative number is NaN, and its slope at zero is infinite.
+        result = result * term.clamp_min(1e-4) ** weight
+    return result
+
+
+# --- diversity and latent statistics -----------------------------------------------------------------------
+
+
+def rows64(x):
+    """x [N, ...] as a float64 matrix [N, D] on the CPU."""
+    return x.detach().cpu().double().reshape(len(x), -1)
+
+
+def pairwise_mse(z):
+    """Mean squared error of all N (N - 1) / 2 distinct pairs in z [N, ...]: dict of mean, std, min and max.
+
+    The standard deviation is the population's, so a single pair has 0. For independent Gaussian latents of
+    variance s^2 the mean is 2 s^2. NaN in z gives NaN. Holds one float64 per pair. ValueError if N < 2.
+    """
+    if len(z) < 2:
+        raise ValueError(f"pairwise_mse needs at least 2 samples, got {len(z)}")
+    rows = rows64(z)
+    mse = F.pdist(rows).square() / rows.shape[1]
+    return {"mean": mse.mean().item(), "std": mse.std(correction=0).item(),
+            "min": mse.min().item(), "max": mse.max().item()}
+
+
+def sample_diversity(z, labels, class_names, real_pairwise_mse_mean):
+    """Pairwise MSE within each class of generated latents, and compared with the training latents.
+
+    z [N, ...] are normalised latents, labels [N] index class_names. `sample_diversity/pairwise_mse_*` is
+    the average over the classes with two or more samples; `sample_diversity/<class>/pairwise_mse_*` is one
+    class, and `sample_diversity/num_pairs` the number of pairs in the largest. real_pairwise_mse_mean is the
+    same mean over training latents; if it is None or 0 (one training image), it and the ratio are left out.
+    """
+    labels = torch.as_tensor(labels, device=z.device)
+    result, per_class, num_pairs = {}, [], 0
+    for index, name in enumerate(class_names):
+        members = z[labels == index]
+        if len(members) < 2:
+            continue
+        stats = pairwise_mse(members)
+        per_class.append(stats)
+        num_pairs = max(num_pairs, len(members) * (len(members) - 1) // 2)
+        result.update({f"sample_diversity/{name}/pairwise_mse_{key}": value for key, value in stats.items()})
+    result["sample_diversity/num_pairs"] = num_pairs
+    if per_class:
+        for key in per_class[0]:
+            average = sum(stats[key] for stats in per_class) / len(per_class)
+            result[f"sample_diversity/pairwise_mse_{key}"] = average
+    if real_pairwise_mse_mean:
+        result["sample_diversity/real_pairwise_mse_mean"] = float(real_pairwise_mse_mean)
+        if per_class:
+            ratio = result["sample_diversity/pairwise_mse_mean"] / float(real_pairwise_mse_mean)
+            result["sample_diversity/ratio_to_real"] = ratio
+    return result
+
+
+def latent_stats(z_unscaled, latent_scale_factor):
+    """Statistics over all elements of the unscaled latents [N, ...] that go into the decoder.
+
+    `target_std` = 1 / latent_scale_factor is the standard deviation of training latents in the same units.
+    """
+    z = rows64(z_unscaled)
+    return {"final_latent_stats/mean": z.mean().item(), "final_latent_stats/std": z.std(correction=0).item(),
+            "final_latent_stats/min": z.min().item(), "final_latent_stats/max": z.max().item(),
+            "final_latent_stats/target_std": 1 / float(latent_scale_factor)}
+
+
+# --- distributions -----------------------------------------------------------------------------------------
+
+
+def two_feature_sets(a, b):
+    """Both feature sets as float64 matrices; ValueError unless they are [N, D] and [M, D] with N, M >= 2."""
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise ValueError(f"features must be [N >= 2, D] and [M >= 2, D], got {[*a.shape]} and {[*b.shape]}")
+    return rows64(a), rows64(b)
+
+
+def frechet_distance(a, b):
+    """Frechet distance of Gaussians fitted to features a [N, D] and b [M, D] (Heusel et al. 2017, eq. 6).
+
+    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) with unbiased covariances, rank-deficient ones too. S1 S2 has
+    the eigenvalues of the symmetric S1^(1/2) S2 S1^(1/2), so no general matrix root is needed. Biased upwards
+    for few samples: compare only values from equal N and M. NaN if a feature is not finite.
+    """
+    a, b = two_feature_sets(a, b)
+    if not (a.isfinite().all() and b.isfinite().all()):
+        return math.nan
+    dim = a.shape[1]
+    s1, s2 = torch.cov(a.T).reshape(dim, dim), torch.cov(b.T).reshape(dim, dim)  # torch.cov drops D = 1
+    values, vectors = torch.linalg.eigh(s1)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    product = torch.linalg.eigvalsh(root @ s2 @ root).clamp_min(0)  # rounding can leave some below zero
+    distance = (a.mean(0) - b.mean(0)).square().sum() + s1.trace() + s2.trace() - 2 * product.sqrt().sum()
+    return max(distance.item(), 0.0)
+
+
+def kernel_distance(a, b):
+    """Kernel distance between features a [N, D] and b [M, D] (KID, Binkowski et al. 2018, section 4).
+
+    Unbiased squared MMD (Gretton et al. 2012, eq. 3) with the kernel (a.b / D + 1)^3 over all samples. Its
+    expectation does not depend on the sample size and is 0 for equal distributions, so single values can be
+    slightly negative.
+    """
+    a, b = two_feature_sets(a, b)
+    n, m, dim = len(a), len(b), a.shape[1]
+    aa, bb, ab = (a @ a.T / dim + 1) ** 3, (b @ b.T / dim + 1) ** 3, (a @ b.T / dim + 1) ** 3
+    within_a = (aa.sum() - aa.trace()) / (n * (n - 1))
+    within_b = (bb.sum() - bb.trace()) / (m * (m - 1))
+    return (within_a + within_b - 2 * ab.mean()).item()
+
+
+# --- verdicts ----------------------------------------------------------------------------------------------
+
+
+class Verdict(NamedTuple):
+    metric: str
+    level: str  # ok, watch or bad
+    value: str
+    meaning: str
+    advice: str
+
+
+class Context(NamedTuple):
+    """What a predicate may compare a value with; an unknown number is NaN."""
+    trend: str  # of the loss: see loss_trend
+    target_std: float
+    train_mean: float
+    train_min: float
+    train_max: float
+
+
+def loss_trend(losses):
+    """The course of a logged loss: 'not finite', 'short' (under 20 entries), 'rising', 'flat' or 'falling'.
+
+    Rising: the mean of the last tenth is above that of the tenth before by more than 5 % and by more than 3
+    standard errors. The noise, taken as independent, comes from the differences of neighbours in the last
+    half: a slow trend hardly touches them, and a tenth may have only two entries. Two standard errors would
+    call 2 to 4 % of noisy plateaus rising, and a run asks many times; three call at most 0.6 %.
+    Flat: the last tenth is at least 98 % of the first.
+    """
+    history = torch.as_tensor(losses, dtype=torch.float64)
+    if not history.isfinite().all():
+        return "not finite"
+    tenth = len(history) // 10
+    if tenth < 2:
+        return "short"
+    first, before, last = (part.mean().item() for part in
+                           (history[:tenth], history[-2 * tenth:-tenth], history[-tenth:]))
+    noise = (history[len(history) // 2:].diff().square().mean().item() / 2) ** 0.5
+    if last - before > max(0.05 * abs(before), 3 * noise * (2 / tenth) ** 0.5):
+        return "rising"
+    return "flat" if last >= first - 0.02 * abs(first) else "falling"
+
+
+def always(value, context):
+    return True
+
+
+LOSS, GRAD = "train/loss", "train/grad_norm"
+MSE_MEAN, MSE_STD = "sample_diversity/pairwise_mse_mean", "sample_diversity/pairwise_mse_std"
+MSE_MIN, MSE_MAX = "sample_diversity/pairwise_mse_min", "sample_diversity/pairwise_mse_max"
+RATIO = "sample_diversity/ratio_to_real"
+Z_MEAN, Z_STD = "final_latent_stats/mean", "final_latent_stats/std"
+Z_MIN, Z_MAX = "final_latent_stats/min", "final_latent_stats/max"
+
+NO_REFERENCE = "Finite, but there are no training latents to compare it with."
+TOO_LARGE = "A latent value lies beyond +-20, far from anything the decoder was trained on."
+TOO_LARGE_ADVICE = ("Lower --guidance_scale or raise --num_sampling_steps. If that does not help, run "
+                    "find_latent_scale.py again and check the scale factor.")
+OUT_OF_RANGE = "A latent value lies more than half the training range outside that range."
+OUT_OF_RANGE_ADVICE = "Lower --guidance_scale; early in training this passes by itself."
+
+# Metric ('*' is every one), level, when, meaning, advice. The first row that matches a metric is its verdict.
+TABLE = [
+    ("*", "bad", lambda v, c: not math.isfinite(v),
+     "The value is NaN or infinite: the weights or the samples have blown up.",
+     "Restart from the last good checkpoint with a lower --lr and --grad_clip; try --dtype fp32."),
+
+    (LOSS, "bad", lambda v, c: c.trend == "not finite",
+     "The logged loss was NaN or infinite at least once, so the weights may be damaged.",
+     "Restart from a checkpoint before that step with a lower --lr and --grad_clip; try --dtype fp32."),
+    (LOSS, "bad", lambda v, c: c.trend == "rising",
+     "The loss rose over the last tenth of the run: training is diverging.",
+     "Lower --lr (by 3 to 10 times), raise --warmup_steps, or lower --grad_clip."),
+    (LOSS, "watch", lambda v, c: c.trend == "flat",
+     "The loss is no lower than at the start: the model has learned little since the first log entries.",
+     "Raise --lr if train/grad_norm is small and steady. Check the images and the latent scale factor."),
+    (LOSS, "ok", lambda v, c: c.trend == "short",
+     "Finite. Fewer than 20 log entries are too few to judge a trend.", ""),
+    (LOSS, "ok", always, "The loss is lower than at the start and not rising.", ""),
+
+    (GRAD, "bad", lambda v, c: v > 100,
+     "The gradient is exploding.",
+     "Lower --lr, raise --warmup_steps, keep --grad_clip 1.0 or lower, and raise --batch_per_device."),
+    (GRAD, "bad", lambda v, c: v < 1e-6,
+     "The gradient is vanishing: the weights hardly change.",
+     "Check that the loss depends on the data (blank images, a zero latent scale factor); raise --lr."),
+    (GRAD, "ok", always, "The gradient is neither exploding nor vanishing.", ""),
+
+    (MSE_MEAN, "bad", lambda v, c: v < 0.01,
+     "Collapse: the samples of a class are all but the same image.",
+     "Lower --guidance_scale, lower --lr, and check that --prob_uncond is near 0.1 and not near 1."),
+    (MSE_MEAN, "watch", lambda v, c: v < 0.1,
+     "The samples of a class are very much alike.",
+     "Lower --guidance_scale and see whether the number grows over the next epochs."),
+    (MSE_MEAN, "ok", always, "The samples of a class differ from one another.", ""),
+
+    (RATIO, "watch", lambda v, c: v < 0.5,
+     "The samples are less diverse than the training images.",
+     "Lower --guidance_scale towards 1, or train longer (--epochs)."),
+    (RATIO, "watch", lambda v, c: v > 1.5,
+     "The samples lie further apart than the training images: that is noise, not diversity.",
+     "Train longer or raise --num_sampling_steps. In a short run, lower --ema_decay."),
+    (RATIO, "ok", always, "The samples are about as diverse as the training images.", ""),
+
+    (MSE_STD, "bad", lambda v, c: v < 1e-4,
+     "All pairs of samples are equally far apart: most likely one image is repeated.",
+     "Look at the sample grid. If the samples are alike, lower --guidance_scale and --lr."),
+    (MSE_STD, "ok", always, "Some pairs of samples are closer than others, as with real images.", ""),
+    (MSE_MIN, "bad", lambda v, c: v < 1e-4,
+     "At least two samples of a class are the same image.",
+     "Make sure that samples start from different noise (--seed), then lower --guidance_scale."),
+    (MSE_MIN, "ok", always, "No two samples of a class are the same image.", ""),
+    (MSE_MAX, "bad", lambda v, c: v < 1e-4,
+     "Even the two most different samples of a class are the same image: complete collapse.",
+     "Lower --lr and --guidance_scale and train again from an earlier checkpoint."),
+    (MSE_MAX, "ok", always, "The most different samples of a class do differ.", ""),
+
+    (Z_MEAN, "ok", lambda v, c: math.isnan(c.train_mean + c.target_std), NO_REFERENCE, ""),
+    (Z_MEAN, "bad", lambda v, c: abs(v - c.train_mean) > c.target_std,
+     "The mean of the latents is over one standard deviation from that of the training latents.",
+     "Lower --guidance_scale. If images are too dark or bright, train longer or use --zero_terminal_snr."),
+    (Z_MEAN, "ok", always, "The mean of the latents is near that of the training latents.", ""),
+
+    (Z_STD, "ok", lambda v, c: math.isnan(c.target_std), NO_REFERENCE, ""),
+    (Z_STD, "bad", lambda v, c: not 0.5 * c.target_std <= v <= 2 * c.target_std,
+     "The spread of the latents is under half or over twice 1/latent_scale_factor.",
+     "Run find_latent_scale.py again for this VAE. If the factor is right, lower --guidance_scale."),
+    (Z_STD, "watch", lambda v, c: not 0.8 * c.target_std <= v <= 1.25 * c.target_std,
+     "The spread of the latents is noticeably off 1/latent_scale_factor.",
+     "Too wide: lower --guidance_scale. Too narrow: train longer or raise --num_sampling_steps."),
+    (Z_STD, "ok", always, "The spread of the latents is near 1/latent_scale_factor.", ""),
+
+    *[row for name in (Z_MIN, Z_MAX) for row in (
+        (name, "bad", lambda v, c: abs(v) > 20, TOO_LARGE, TOO_LARGE_ADVICE),
+        (name, "ok", lambda v, c: math.isnan(c.train_max - c.train_min), NO_REFERENCE, ""),
+        (name, "watch", lambda v, c: abs(v - (c.train_max + c.train_min) / 2) > c.train_max - c.train_min,
+         OUT_OF_RANGE, OUT_OF_RANGE_ADVICE),
+        (name, "ok", always, "Inside the range of the training latents, or near it.", ""))],
+]
+
+
+def health(metrics, losses=(), train_stats=None, overfit=False):
+    """One Verdict for each metric that TABLE knows and `metrics` (name -> number) holds, in TABLE's order.
+
+    losses is the logged history of train/loss; train_stats holds the mean, std, min and max of the unscaled
+    training latents. overfit leaves the diversity verdicts out, because there low diversity is the goal.
+    """
+    stats = train_stats or {}
+    context = Context(loss_trend(losses), metrics.get("final_latent_stats/target_std", math.nan),
+                      stats.get("mean", math.nan), stats.get("min", math.nan), stats.get("max", math.nan))
+    verdicts = []
+    for name in dict.fromkeys(row[0] for row in TABLE if row[0] != "*"):
+        single_pair = name == MSE_STD and metrics.get("sample_diversity/num_pairs") == 1  # std 0 says nothing
+        if name not in metrics or single_pair or overfit and name.startswith("sample_diversity/"):
+            continue
+        value = float(metrics[name])
+        _, level, _, meaning, advice = next(row for row in TABLE
+                                            if row[0] in ("*", name) and row[2](value, context))
+        verdicts.append(Verdict(name, level, f"{value:.4g}", meaning, advice))
+    return verdicts
+
+
+def format_verdicts(verdicts):
+    """The verdicts as an aligned console table, with the advice under each that is watch or bad."""
+    width = max((len(v.metric) for v in verdicts), default=0)
+    value_width = max((len(v.value) for v in verdicts), default=0)
+    lines = []
+    for v in verdicts:
+        lines.append(f"{v.level.upper():<5}  {v.metric:<{width}}  {v.value:>{value_width}}  {v.meaning}")
+        if v.level != "ok":
+            lines.append(" " * (width + value_width + 11) + v.advice)
+    return "\n".join(lines)
+
+
+def overfit_verdict(z_samples, z_train, x_samples, x_train, mse_threshold=0.1, psnr_threshold=25.0):
+    """Did the model memorise its K training items? Dict of `overfit/*` numbers and the bool `overfit/passed`.
+
+    z_samples [S, ...] and z_train [K, ...] are normalised latents; x_samples [S, 1, H, W] and x_train
+    [K, 1, H, W] are what the decoder makes of them, in [-1, 1]. Each sample is matched with its nearest
+    training latent. The medians over samples of the latent MSE and of the PSNR between the two decoded images
+    must reach the thresholds.
+
+    Coverage is the share of min(K, S) training items that some sample within mse_threshold is nearest to. It
+    must be at least one half, and at least two items where two can be found, so that one repeated image fails
+    for every K > 1. Some items are missed by chance: 8 fair draws from K = 8 cover 66 % on average.
+
+    Thresholds: unrelated latents of unit variance have MSE 2. Different patients at 128 pixels (106 adults of
+    one site, all 5565 pairs) have 11.4 dB on average and 19.5 dB at most, so 25 dB is not another patient,
+    while a copy with noise of 5 % of the grey range still reaches 26 dB.
+    """
+    z_samples, z_train = rows64(z_samples), rows64(z_train)
+    distances = torch.cdist(z_samples, z_train, compute_mode="donot_use_mm_for_euclid_dist")  # exact near 0
+    mse, nearest = (distances.square() / z_train.shape[1]).min(1)  # [S], [S]
+    match_psnr = psnr(x_samples.detach().cpu(), x_train.detach().cpu()[nearest])
+    findable = min(len(z_train), len(z_samples))
+    covered = len(nearest[mse <= mse_threshold].unique())
+    result = {"overfit/nearest_mse": mse.quantile(0.5).item(),
+              "overfit/nearest_psnr": match_psnr.quantile(0.5).item(),
+              "overfit/coverage": covered / findable, "overfit/mse_threshold": mse_threshold,
+              "overfit/psnr_threshold": psnr_threshold, "overfit/coverage_threshold": 0.5}
+    result["overfit/passed"] = (result["overfit/nearest_mse"] <= mse_threshold
+                                and result["overfit/nearest_psnr"] >= psnr_threshold
+                                and result["overfit/coverage"] >= result["overfit/coverage_threshold"]
+                                and covered >= min(2, findable))
+    return result
+
+
+def format_overfit(values):
+    """One line PASS or FAIL from what overfit_verdict returned."""
+    v = {k.removeprefix("overfit/"): x for k, x in values.items()}
+    return (f"{'PASS' if v['passed'] else 'FAIL'}: nearest training latent at MSE {v['nearest_mse']:.4f} "
+            f"(at most {v['mse_threshold']:.4f}), decoded PSNR {v['nearest_psnr']:.1f} dB (at least "
+            f"{v['psnr_threshold']:g}), {100 * v['coverage']:.0f} % of the images found (at least "
+            f"{100 * v['coverage_threshold']:.0f} %)")
