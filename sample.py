@@ -9,6 +9,7 @@ processes changes it. The checkpoint names its autoencoder and holds the latent 
 import math
 import pathlib
 import shutil
+from typing import NamedTuple
 
 import torch
 
@@ -152,8 +153,8 @@ def load_ldm(ckpt_path, procs, ae_ckpt_path=None, use_ema=None):
 # --- the stage ---------------------------------------------------------------------------------------------
 
 
-def make_parser():
-    parser = experiment.make_parser(__doc__)
+def add_sampling_arguments(parser):
+    """The arguments of sample.py, which evaluate.py takes too."""
     add = parser.add_argument_group("sampling").add_argument
     add("--ckpt", help="ckpts/last.pt of a train_ldm.py run")
     add("--ae_ckpt_path", help="the autoencoder's checkpoint, only if it was moved")
@@ -164,15 +165,23 @@ def make_parser():
     add("--guidance_scale", type=at_least(0, float), help="classifier-free guidance, 1 = none; none: as in training")
     add("--use_ema", action=experiment.BooleanFlag, help="averaged weights; none: if the checkpoint has them")
     add("--batch_size", type=at_least(1), default=16, help="images sampled at once")
-    add("--out_dir", help="folder for the images; none: samples_SAMPLER_SEED in the run folder")
-    return parser
+    add("--out_dir", help="folder for the results; none: in the run folder")
 
 
-def main(argv=None):
-    args = experiment.parse_args(make_parser(), argv)
+class Model(NamedTuple):
+    """A loaded LDM and what to draw from it."""
+
+    denoiser: model.Denoiser
+    vae: model.AutoencoderKL
+    checkpoint: dict
+    classes: list  # indices
+    guidance_scale: float
+
+
+def prepare(args, procs):
+    """Model from the sampling arguments. Ends the program where they ask for what the model cannot do."""
     if not args.ckpt:
         fail("which model? Give --ckpt=runs/ldm_.../ckpts/last.pt")
-    procs = experiment.setup_processes(args)
     denoiser, vae, checkpoint = load_ldm(args.ckpt, procs, args.ae_ckpt_path, args.use_ema)
     class_names, trained = checkpoint["class_names"], checkpoint["trained_classes"]
     names = args.classes.split(",") if args.classes else [class_names[c] for c in trained]
@@ -181,56 +190,73 @@ def main(argv=None):
             fail(f"no class {name!r} in {args.ckpt}; it knows {', '.join(class_names)}")
         if class_names.index(name) not in trained:
             fail(f"{args.ckpt} saw no image of class {name!r} in training")
-    guidance_scale = checkpoint["args"]["guidance_scale"] if args.guidance_scale is None else args.guidance_scale
-    if guidance_scale != 1 and checkpoint["args"]["prob_uncond"] == 0:
+    settings = checkpoint["args"]
+    guidance_scale = settings["guidance_scale"] if args.guidance_scale is None else args.guidance_scale
+    if guidance_scale != 1 and settings["prob_uncond"] == 0:
         fail("this model never trained its null class (prob_uncond was 0), so guidance has nothing to guide from: "
              "give --guidance_scale=1")
     if args.sampler == "euler" and denoiser.schedule.name != "flow":
         fail(f"--sampler=euler is for noise_schedule flow, this model has {denoiser.schedule.name}: use --sampler=ddim")
-    out = pathlib.Path(args.out_dir or pathlib.Path(args.ckpt).parent.parent / f"samples_{args.sampler}_{args.seed}")
-    existing = out
-    while not existing.exists():
-        existing = existing.parent
-    img_size = checkpoint["args"]["img_size"]
-    needed = len(names) * args.num_samples * img_size**2
-    if needed > shutil.disk_usage(existing).free:
-        fail(f"{len(names) * args.num_samples} images of {img_size} px need about {needed / 1e9:.1f} GB, more than is free "
-             f"in {existing}: lower --num_samples")
-    with experiment.main_first(procs):
-        experiment.make_folder(out)
-
-    # --- sample and decode this rank's share ---
-    wanted = [(class_names.index(name), i) for name in names for i in range(args.num_samples)]
-    mine = wanted[procs.rank::procs.world_size]
     if procs.compile:
         denoiser.unet = torch.compile(denoiser.unet)
-    progress = experiment.Progress(procs, f"sampling ({args.sampler})", len(mine) * args.num_sampling_steps)
-    latents, done = [torch.zeros(0, *checkpoint["latent_shape"])], 0
-    for start in range(0, len(mine), args.batch_size):
-        batch = mine[start:start + args.batch_size]
+    return Model(denoiser, vae, checkpoint, [class_names.index(name) for name in names], guidance_scale)
+
+
+def sample_batches(ldm, wanted, args, procs):
+    """Yield ([(class index, number)], latents, images on the CPU) for batches of `wanted`."""
+    checkpoint, done = ldm.checkpoint, 0
+    progress = experiment.Progress(procs, f"sampling ({args.sampler})", len(wanted) * args.num_sampling_steps)
+    for start in range(0, len(wanted), args.batch_size):
+        batch = wanted[start:start + args.batch_size]
 
         def tick(batch=batch, start=start):
             nonlocal done
             done += len(batch)
-            progress.update(done, f"image {start + len(batch)} of {len(mine)}")
+            progress.update(done, f"image {start + len(batch)} of {len(wanted)}")
 
         try:
-            z = sample_latents(denoiser, checkpoint["latent_shape"], batch, class_names, args.seed, args.sampler,
-                               args.num_sampling_steps, guidance_scale, procs, tick)
-            x = decode_latents(vae, z, checkpoint["latent_scale_factor"], procs)
+            z = sample_latents(ldm.denoiser, checkpoint["latent_shape"], batch, checkpoint["class_names"], args.seed,
+                               args.sampler, args.num_sampling_steps, ldm.guidance_scale, procs, tick)
+            x = decode_latents(ldm.vae, z, checkpoint["latent_scale_factor"], procs)
         except RuntimeError as e:  # torch.OutOfMemoryError is one; a CPU says "can't allocate memory"
             if "memory" not in str(e):
                 raise
             fail(f"{len(batch)} images at once do not fit into memory: lower --batch_size={args.batch_size}")
+        yield batch, z.cpu(), x
+    progress.clear()
+
+
+def make_parser():
+    parser = experiment.make_parser(__doc__)
+    add_sampling_arguments(parser)
+    return parser
+
+
+def main(argv=None):
+    args = experiment.parse_args(make_parser(), argv)
+    procs = experiment.setup_processes(args)
+    ldm = prepare(args, procs)
+    checkpoint, class_names = ldm.checkpoint, ldm.checkpoint["class_names"]
+    out = pathlib.Path(args.out_dir or pathlib.Path(args.ckpt).parent.parent / f"samples_{args.sampler}_{args.seed}")
+    wanted = [(c, i) for c in ldm.classes for i in range(args.num_samples)]
+    existing = next(p for p in (out, *out.absolute().parents) if p.exists())
+    needed, free = len(wanted) * checkpoint["args"]["img_size"] ** 2, shutil.disk_usage(existing).free
+    if needed > free:
+        fail(f"{len(wanted)} images need about {needed / 1e9:.1f} GB, but {existing} has {free / 1e9:.1f} GB free: lower "
+             f"--num_samples={args.num_samples}")
+    with experiment.main_first(procs):
+        experiment.make_folder(out)
+
+    latents = [torch.zeros(0, *checkpoint["latent_shape"])]
+    for batch, z, x in sample_batches(ldm, wanted[procs.rank::procs.world_size], args, procs):
         for (c, i), image in zip(batch, x, strict=True):
             experiment.save_image(out / f"{class_names[c]}_{i:05d}.png", image)
-        latents.append(z.cpu())
-    progress.clear()
+        latents.append(z)
     z = experiment.gather(procs, torch.cat(latents))  # and now all images are written
     if procs.main:
         write_report(out, checkpoint, wanted, z, {
             "ckpt": str(args.ckpt), "step": checkpoint["step"], "sampler": args.sampler, "seed": args.seed,
-            "num_sampling_steps": args.num_sampling_steps, "guidance_scale": guidance_scale, "use_ema": args.use_ema})
+            "num_sampling_steps": args.num_sampling_steps, "guidance_scale": ldm.guidance_scale, "use_ema": args.use_ema})
     if procs.world_size > 1:
         torch.distributed.destroy_process_group()
 

@@ -14,7 +14,6 @@ import time
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import data
@@ -239,6 +238,9 @@ def main(argv=None):
         if checkpoint["vae_sha256"] != vae_sha256 or checkpoint["latent_scale_factor"] != scale:
             fail(f"{run.folder} was trained with another autoencoder or latent scale factor "
                  f"({checkpoint['latent_scale_factor']:.6g}, now {scale:.6g}): start a new run")
+        if checkpoint["class_names"] != class_names:
+            fail(f"{run.folder} was trained on the classes {', '.join(checkpoint['class_names'])}, not on "
+                 f"{', '.join(class_names)}: give the --data_root and --task it was started with")
         experiment.load_weights(denoiser, checkpoint["model"], run.checkpoint_path)
         if ema:
             experiment.load_weights(ema.module, checkpoint["ema"] or checkpoint["model"], run.checkpoint_path)
@@ -283,11 +285,9 @@ def main(argv=None):
                 sampling = experiment.Progress(procs, f"epoch {epoch}: sampling", args.num_sampling_steps
                                                * -(-len(classes) * args.sample_batch_size // (16 * procs.world_size)))
                 with stop.immediate():
-                    denoiser.eval()
                     sample_metrics, x, x_labels = evaluate(
                         ema.module if ema else denoiser, vae, args, scale, latent_shape, classes, class_names, stats,
                         targets, procs, sampling)
-                    denoiser.train()
                     if procs.main:
                         sampling.clear()
                         progress.clear()
@@ -333,7 +333,7 @@ def main(argv=None):
             if ema:
                 ema.update(denoiser, step + 1)
             loss = torch.cat(losses)
-            quarter = F.one_hot((torch.cat(times) * 4).long().clamp(max=3), 4).float()  # [B, 4]
+            quarter = ((torch.cat(times)[:, None] * 4).long() == torch.arange(4, device=device)).float()  # [B, 4]
             window.add((loss.mean(), grad_norm, *(loss @ quarter), *quarter.sum(0)), bad)
             bad_steps = (bad_steps + 1) * bad
             step += 1

@@ -8,6 +8,7 @@ The same command again goes on where it stopped if it names the run (--run_name 
 """
 import time
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -158,7 +159,8 @@ def main(argv=None):
     train_metrics, val_metrics, diverged, stopping = {}, {}, False, False
 
     def evaluate_and_save_grid(epoch):
-        shown = (val_set or train_set).images(list(range(min(8, len(val_set or train_set))))).to(device)
+        source = val_set or train_set
+        shown = source.images(np.linspace(0, len(source) - 1, min(8, len(source))).astype(int)).to(device)
         with torch.no_grad(), procs.autocast():
             rec = ema.module.decode(ema.module.encode(shown).mean)
         values = evaluate(ema.module, val_set, procs, args.batch_per_device) if val_set else {}
