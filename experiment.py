@@ -640,8 +640,11 @@ class Run:
         if not self.procs.main:
             return
         clean = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in metrics.items()}
-        with open(self.metrics_path, "a") as f:
-            f.write(json.dumps({"step": step, "epoch": epoch, **clean}) + "\n")
+        try:
+            with open(self.metrics_path, "a") as f:
+                f.write(json.dumps({"step": step, "epoch": epoch, **clean}) + "\n")
+        except OSError as e:
+            fail(f"cannot write {self.metrics_path}: {e.strerror}; free some space, then go on with --resume_dir={self.folder}")
         if self.wandb is not None:
             try:
                 self.wandb.log({**metrics, "step": step, "epoch": epoch})

@@ -398,6 +398,17 @@ def overfit_verdict(z_samples, z_train, x_samples, x_train, mse_threshold=0.1, p
     return result
 
 
+def sweep_objective(values, verdicts):
+    """`values` with -1 as `sample_diversity/pairwise_mse_mean` where the samples are noise, else as it is.
+
+    A sweep maximises that metric, and noise is diverse too: where ratio_to_real is over 1.5 or not finite, or the
+    verdict on the latents' standard deviation is bad, it must not win. The measured value stays beside it as
+    `sample_diversity/pairwise_mse_mean_raw`.
+    """
+    noise = not values.get(RATIO, 1.0) <= 1.5 or any(v.metric == Z_STD and v.level == "bad" for v in verdicts)
+    return values | {MSE_MEAN + "_raw": values[MSE_MEAN], MSE_MEAN: -1.0 if noise else values[MSE_MEAN]}
+
+
 def format_overfit(values):
     """One line PASS or FAIL from what overfit_verdict returned."""
     v = {k.removeprefix("overfit/"): x for k, x in values.items()}

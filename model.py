@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 
 def norm(channels):
-    """GroupNorm with at most 32 groups, the largest count that divides `channels`."""
+    """GroupNorm with the largest power of two up to 32 that divides `channels` as its number of groups."""
     return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
 
 
@@ -95,6 +95,7 @@ class Posterior(NamedTuple):
     logvar: torch.Tensor
 
     def sample(self, noise):
+        """z = mean + std noise, with standard normal noise of the latent's shape."""
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
     def kl(self):
@@ -172,21 +173,18 @@ class AutoencoderKL(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN (Isola et al. 2017): images [B, 1, H, W] to one logit a patch [B, 1, H/8 - 2, W/8 - 2].
+    """PatchGAN (Isola et al. 2017): images [B, 1, H, W], at least 24 px, to a logit a patch [B, 1, H/8 - 2, W/8 - 2].
 
     GroupNorm instead of BatchNorm: an image's score then depends neither on its batch nor on the process.
     """
 
-    def __init__(self, base_ch=64, num_layers=3):
+    def __init__(self, base_ch=64):
         super().__init__()
         layers = [nn.Conv2d(1, base_ch, 4, 2, 1), nn.LeakyReLU(0.2)]
-        ch = base_ch
-        for i in range(1, num_layers + 1):
-            width = base_ch * min(2**i, 8)
-            stride = 2 if i < num_layers else 1
-            layers += [nn.Conv2d(ch, width, 4, stride, 1, bias=False), norm(width), nn.LeakyReLU(0.2)]
-            ch = width
-        self.layers = nn.Sequential(*layers, nn.Conv2d(ch, 1, 4, 1, 1))
+        for ch, width, stride in ((1, 2, 2), (2, 4, 2), (4, 8, 1)):
+            layers += [nn.Conv2d(base_ch * ch, base_ch * width, 4, stride, 1, bias=False), norm(base_ch * width),
+                       nn.LeakyReLU(0.2)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(8 * base_ch, 1, 4, 1, 1))
 
     def forward(self, x):
         return self.layers(x).float()
@@ -216,7 +214,8 @@ class UNet(nn.Module):
         if res % 2 ** (len(ch_mults) - 1):
             raise ValueError(f"latents of {res}x{res} cannot be halved {len(ch_mults) - 1} times: use fewer "
                              f"ldm_ch_mults or an image size whose latent is a multiple of {2 ** (len(ch_mults) - 1)}")
-        self.num_classes = num_classes
+        if base_ch % 2:
+            raise ValueError(f"ldm_base_ch {base_ch} is odd, but half of the time features are sines, half cosines")
         self.null_class = num_classes
         self.base_ch = base_ch
         emb_dim = 4 * base_ch
@@ -279,7 +278,7 @@ class NoiseSchedule:
     """x_t = alpha(t) x0 + sigma(t) eps on continuous t in [0, 1]; t = 0 is clean.
 
     name: 'linear' (variance preserving, beta from 0.1 to 20; Song et al. 2021, eq. 33), 'cosine'
-    (alpha = cos(pi t / 2); Nichol & Dhariwal 2021) or 'flow' (alpha = 1 - t, sigma = t; Lipman et al. 2023).
+    (alpha = cos(pi t / 2), that of Nichol & Dhariwal 2021 without its offset) or 'flow' (alpha = 1 - t, sigma = t; Lipman et al. 2023).
     zero_terminal_snr: t = 1 is pure noise (Lin et al. 2024, alg. 1 for 'linear'); otherwise every schedule ends
     at the alpha(1) that 'linear' has by nature, exp(-5.025) = 0.0066.
     """
@@ -292,20 +291,25 @@ class NoiseSchedule:
         self.name = name
         self.zero_terminal_snr = zero_terminal_snr
 
+        self.t_max = 1.0 if zero_terminal_snr else math.acos(self.ALPHA_1) / (math.pi / 2)  # of cosine
+
     def _one_minus_alpha(self, t):
         # 1 - alpha, not alpha: near t = 0 it is what sigma needs without cancellation.
         if self.name == "linear":
             scale = 1 - self.ALPHA_1 if self.zero_terminal_snr else 1.0
             return -torch.expm1(-0.25 * t**2 * (20.0 - 0.1) - 0.5 * t * 0.1) / scale
         if self.name == "cosine":
-            t_max = 1.0 if self.zero_terminal_snr else math.acos(self.ALPHA_1) / (math.pi / 2)
-            return 2 * torch.sin(0.25 * math.pi * t_max * t) ** 2
+            return 2 * torch.sin(0.25 * math.pi * self.t_max * t) ** 2
         return t * (1.0 if self.zero_terminal_snr else 1 - self.ALPHA_1)
 
     def alpha(self, t):
+        """Share of the image in x_t, any shape of t."""
+        if self.name == "cosine":  # as a sine, since cos(pi / 2) in floating point is not zero
+            return torch.sin(0.5 * math.pi * (1 - self.t_max * t))
         return 1 - self._one_minus_alpha(t)
 
     def sigma(self, t):
+        """Standard deviation of the noise in x_t."""
         u = self._one_minus_alpha(t)
         return u if self.name == "flow" else torch.sqrt(u * (2 - u))  # 1 - alpha^2 = (1 - alpha)(1 + alpha)
 

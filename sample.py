@@ -8,6 +8,7 @@ processes changes it. The checkpoint names its autoencoder and holds the latent 
 """
 import math
 import pathlib
+import re
 import shutil
 from typing import NamedTuple
 
@@ -54,7 +55,8 @@ def ddim(denoise, schedule, x, steps, noise):
 
 
 def dpmpp(denoise, schedule, x, steps, noise):
-    """DPM-Solver++ 2M (Lu et al. 2022, alg. 2); first order on the first step and on the last, where sigma is 0."""
+    """DPM-Solver++ 2M (Lu et al. 2022, alg. 2); first order on the last step, where sigma is 0, and
+    on the first, with zero terminal SNR on the first two."""
     grid = times(schedule, steps)
     x0_before = h_before = None
     for (t, alpha_t, sigma_t), (_, alpha_s, sigma_s) in zip(grid, grid[1:], strict=False):
@@ -70,13 +72,13 @@ def dpmpp(denoise, schedule, x, steps, noise):
 
 
 def euler(denoise, schedule, x, steps, noise):
-    """Euler steps along dx/dt = eps - x0 (Lipman et al. 2023): the straight path, so for schedule 'flow' only."""
+    """Euler steps along dx/dsigma = eps - x0 (Lipman et al. 2023): the straight path, so for schedule 'flow' only."""
     if schedule.name != "flow":
         raise ValueError(f"sampler euler follows the straight path of noise_schedule flow, not {schedule.name}: use ddim")
     grid = times(schedule, steps)
-    for (t, alpha_t, sigma_t), (s, _, _) in zip(grid, grid[1:], strict=False):
+    for (t, alpha_t, sigma_t), (_, _, sigma_s) in zip(grid, grid[1:], strict=False):
         x0 = denoise(x, t)
-        x = x + (s - t) * ((x - alpha_t * x0) / sigma_t - x0)
+        x = x + (sigma_s - sigma_t) * ((x - alpha_t * x0) / sigma_t - x0)
     return x
 
 
@@ -184,7 +186,7 @@ def prepare(args, procs):
         fail("which model? Give --ckpt=runs/ldm_.../ckpts/last.pt")
     denoiser, vae, checkpoint = load_ldm(args.ckpt, procs, args.ae_ckpt_path, args.use_ema)
     class_names, trained = checkpoint["class_names"], checkpoint["trained_classes"]
-    names = args.classes.split(",") if args.classes else [class_names[c] for c in trained]
+    names = re.split("[,:]", args.classes) if args.classes else [class_names[c] for c in trained]
     for name in names:
         if name not in class_names:
             fail(f"no class {name!r} in {args.ckpt}; it knows {', '.join(class_names)}")
@@ -199,7 +201,8 @@ def prepare(args, procs):
         fail(f"--sampler=euler is for noise_schedule flow, this model has {denoiser.schedule.name}: use --sampler=ddim")
     if procs.compile:
         denoiser.unet = torch.compile(denoiser.unet)
-    return Model(denoiser, vae, checkpoint, [class_names.index(name) for name in names], guidance_scale)
+    return Model(denoiser, vae, checkpoint, [class_names.index(name) for name in dict.fromkeys(names)],
+                 guidance_scale)
 
 
 def sample_batches(ldm, wanted, args, procs):

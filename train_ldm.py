@@ -74,7 +74,7 @@ def make_parser():
     add("--ldm_num_res_blocks", type=at_least(1), default=2, help="residual blocks a level")
     add("--ldm_attn_res", type=int_list, default=(16,), help="latent sizes with attention beside the middle block")
     add = parser.add_argument_group("diffusion").add_argument
-    add("--prediction", choices=("eps", "v", "x0", "flow"), default="v", help="what the UNet puts out")
+    add("--prediction", choices=("eps", "v", "x0", "flow"), default="flow", help="what the UNet puts out")
     add("--noise_schedule", choices=("auto", "linear", "cosine", "flow"), default="auto",
         help="auto: flow for prediction flow, else cosine")
     add("--zero_terminal_snr", action=BooleanFlag, help="t = 1 is pure noise; none: yes, but for eps")
@@ -210,6 +210,10 @@ def main(argv=None):
         denoiser = sample.build_denoiser(vars(args), latent_shape, len(class_names))
     except ValueError as e:
         fail(e)
+    sizes = [latent_shape[1] >> level for level in range(len(args.ldm_ch_mults))]
+    if not set(args.ldm_attn_res) & set(sizes):
+        notice(f"--ldm_attn_res={','.join(map(str, args.ldm_attn_res))} is none of the feature sizes "
+               f"{','.join(map(str, sizes))}: attention in the middle block only")
     if args.overfit_k:
         images = images.subset(data.overfit_indices(images.labels, args.overfit_k))
     latents = data.LatentSet(images, vae, vae_sha256, pathlib.Path(args.output_root) / "cache", procs, args.cache_latents)
@@ -296,10 +300,11 @@ def main(argv=None):
                             paths[class_names[c]] = run.folder / "samples" / f"sample_ep{epoch:04d}_{class_names[c]}.png"
                             experiment.save_grid(paths[class_names[c]], [x[torch.tensor(x_labels) == c]],
                                                  [f"{class_names[c]}, epoch {epoch}, guidance {args.guidance_scale:g}"])
-                        run.log(step, epoch, sample_metrics)
-                        run.log_images(step, paths)
                         verdicts = metrics.health(train_metrics | sample_metrics, run.history("train/loss"), stats,
                                                   overfit=args.overfit_k > 0)
+                        sample_metrics = metrics.sweep_objective(sample_metrics, verdicts)
+                        run.log(step, epoch, sample_metrics)
+                        run.log_images(step, paths)
                         print(f"epoch {epoch}, step {step}: {', '.join(map(str, paths.values()))}")
                         print(metrics.format_verdicts(verdicts), flush=True)
                 log_time, log_step = time.perf_counter(), step
@@ -357,8 +362,8 @@ def main(argv=None):
                 if bad_steps.item() >= args.max_bad_steps:
                     diverged = True
                     break
-            progress.update(step, f"loss {train_metrics.get('train/loss', float('nan')):.4f} "
-                                  f"{train_metrics.get('train/images_per_second', 0):.1f} images/s")
+            progress.update(step, f"loss {train_metrics['train/loss']:.4f} {train_metrics['train/images_per_second']:.1f} "
+                                  "images/s" if train_metrics else "")
             stopping, saving = stop.poll(time.perf_counter() - last_save > 60 * args.save_minutes)
             if stopping or saving:
                 run.save(state())

@@ -88,6 +88,8 @@ def main(argv=None):
                                   args.num_res_blocks, args.attn_res)
     except ValueError as e:
         experiment.fail(e)
+    if args.disc_weight > 0 and args.img_size < 24:
+        experiment.fail(f"the discriminator needs images of at least 24 px, not {args.img_size}: give --disc_weight=0")
     perceptual = None
     if args.perceptual_weight > 0:
         try:
@@ -240,8 +242,8 @@ def main(argv=None):
                 if bad_steps.item() >= args.max_bad_steps:
                     diverged = True
                     break
-            progress.update(step, f"loss {train_metrics.get('train/loss', float('nan')):.4f} "
-                                  f"{train_metrics.get('train/images_per_second', 0):.1f} images/s")
+            progress.update(step, f"loss {train_metrics['train/loss']:.4f} {train_metrics['train/images_per_second']:.1f} "
+                                  "images/s" if train_metrics else "")
             stopping, saving = stop.poll(time.perf_counter() - last_save > 60 * args.save_minutes)
             if stopping or saving:
                 run.save(state())

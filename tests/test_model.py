@@ -1,0 +1,553 @@
+"""Networks, noise schedule, parametrisations and EMA against closed forms and independent re-derivations."""
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from PIL import Image
+
+import experiment
+import model
+import train_ldm
+
+SCHEDULES = ("linear", "cosine", "flow")
+PREDICTIONS = ("eps", "v", "x0", "flow")
+ALPHA_1 = 0.0065715865  # exp(-5.025), where the linear schedule ends
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=rng(seed), dtype=dtype)
+
+
+def perturb(module, seed=0):
+    """Random weights everywhere, also in the layers that start at zero."""
+    with torch.no_grad():
+        for i, p in enumerate(module.parameters()):
+            p.add_(0.1 * randn(*p.shape, seed=1000 * seed + i))
+    return module
+
+
+def attention_sizes(module, run):
+    """Feature-map sizes that pass through attention while `run` calls the module."""
+    sizes = []
+    hooks = [m.register_forward_hook(lambda m, args, out: sizes.append(args[0].shape[-1]))
+             for m in module.modules() if isinstance(m, model.Attention)]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return sizes
+
+
+# --- shared blocks ---
+
+
+@pytest.mark.parametrize("channels", [1, 6, 32, 48, 96, 100])
+def test_norm_standardises_groups_of_any_width(channels):
+    x = 5 + 3 * randn(2, channels, 8, 8)
+    layer = model.norm(channels)
+    assert layer.num_groups <= 32 and channels % layer.num_groups == 0
+    y = layer(x).view(2, layer.num_groups, -1)
+    assert torch.allclose(y.mean(2), torch.zeros(()), atol=1e-5)
+    assert torch.allclose(y.std(2, correction=0), torch.ones(()), atol=1e-4)
+
+
+@pytest.mark.parametrize("channels, heads", [(128, 2), (48, 1), (64, 1)])
+def test_attention_matches_a_loop_over_heads_and_pixels(channels, heads):
+    layer = perturb(model.Attention(channels))
+    x = randn(2, channels, 3, 2)
+    rows = layer.norm(x).flatten(2).transpose(1, 2)  # [B, HW, C]
+    q, k, v = (rows @ layer.qkv.weight.T + layer.qkv.bias).chunk(3, dim=2)
+    out = torch.zeros_like(rows)
+    width = channels // heads
+    for head in range(heads):
+        part = slice(head * width, (head + 1) * width)
+        for i in range(6):
+            scores = (k[:, :, part] * q[:, i:i + 1, part]).sum(2) / math.sqrt(width)  # [B, HW]
+            weights = torch.softmax(scores, dim=1)
+            out[:, i, part] = (weights[:, :, None] * v[:, :, part]).sum(1)
+    out = out @ layer.proj.weight.T + layer.proj.bias
+    assert torch.allclose(layer(x), x + out.transpose(1, 2).view(2, channels, 3, 2), atol=1e-4)
+
+
+@pytest.mark.parametrize("block", [model.ResBlock(8, 8, 16), model.ResBlock(8, 8), model.Attention(8)])
+def test_residual_blocks_start_as_identity_and_do_not_stay_it(block):
+    x, emb = randn(2, 8, 4, 4), randn(2, 16, seed=1)
+    args = (x, emb) if getattr(block, "emb", None) else (x,)
+    assert torch.equal(block(*args), x)
+    assert not torch.allclose(perturb(copy.deepcopy(block))(*args), x, atol=1e-2)
+
+
+# --- autoencoder ---
+
+
+@pytest.mark.parametrize("img_size, z_channels, ch_mults, latent", [
+    (16, 1, (1,), (1, 16, 16)),
+    (32, 4, (1, 2), (4, 16, 16)),
+    (48, 3, (1, 1, 2), (3, 12, 12)),
+    (64, 8, (1, 2, 2, 4), (8, 8, 8)),
+])
+def test_autoencoder_shapes(img_size, z_channels, ch_mults, latent):
+    vae = perturb(model.AutoencoderKL(img_size, z_channels, 8, ch_mults, num_res_blocks=1))
+    x, noise = randn(2, 1, img_size, img_size), randn(2, *latent, seed=1)
+    assert vae.latent_shape == latent
+    with torch.no_grad():
+        posterior = vae.encode(x)
+        assert posterior.mean.shape == posterior.logvar.shape == (2, *latent)
+        assert vae.decode(posterior.mean).shape == x.shape
+        rec, again = vae(x, noise)
+        assert torch.allclose(again.mean, posterior.mean, atol=1e-5)
+        z = posterior.mean + torch.exp(posterior.logvar / 2) * noise
+        assert torch.allclose(rec, vae.decode(z), atol=1e-4)
+        assert not torch.allclose(rec, vae.decode(posterior.mean), atol=1e-3)
+
+
+@pytest.mark.parametrize("attn_res, sizes", [((), [4, 4]), ((8,), [8, 8, 4, 4, 8, 8, 8]), ((4,), [4] * 7)])
+def test_autoencoder_attention_sits_at_the_sizes_asked_for(attn_res, sizes):
+    vae = model.AutoencoderKL(16, 2, 8, (1, 1, 1), num_res_blocks=2, attn_res=attn_res)
+    assert attention_sizes(vae, lambda: vae(randn(1, 1, 16, 16), randn(1, 2, 4, 4))) == sizes
+
+
+@pytest.mark.parametrize("img_size, nearest", [(50, 48), (63, 64), (3, 8)])
+def test_autoencoder_refuses_sizes_it_cannot_halve(img_size, nearest):
+    with pytest.raises(ValueError, match=rf"img_size {img_size} is not a multiple of 8.* {nearest}$"):
+        model.AutoencoderKL(img_size, 4, 8, (1, 1, 1, 1), 1)
+    assert model.AutoencoderKL(nearest, 4, 8, (1, 1, 1, 1), 1).latent_shape == (4, nearest // 8, nearest // 8)
+
+
+def test_last_layer_is_the_convolution_that_makes_the_image():
+    vae = perturb(model.AutoencoderKL(16, 2, 8, (1, 2), 1))
+    z = randn(2, 2, 8, 8)
+    rec = vae.decode(z)
+    grad = torch.autograd.grad(rec.square().mean(), vae.last_layer)[0]
+    assert grad.shape == (1, 8, 3, 3) and grad.norm() > 0
+    with torch.no_grad():
+        bias = vae.decoder[-1].bias
+        vae.last_layer.mul_(2)
+        assert torch.allclose(vae.decode(z) - bias, 2 * (rec - bias), atol=1e-4)  # nothing comes after
+
+
+def test_networks_put_out_float32_under_bf16_autocast():
+    vae = perturb(model.AutoencoderKL(8, 2, 8, (1, 1), 1))
+    unet = perturb(model.UNet((2, 4, 4), 2, 8, (1,), 1, ()))
+    disc = model.PatchDiscriminator(base_ch=8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        posterior = vae.encode(randn(1, 1, 8, 8))
+        outs = [*posterior, vae.decode(posterior.mean), disc(randn(1, 1, 32, 32)),
+                unet(posterior.mean, torch.tensor([0.5]), torch.tensor([0]))]
+    assert {out.dtype for out in outs} == {torch.float32}
+
+
+def test_extreme_log_variances_stay_finite():
+    vae = model.AutoencoderKL(8, 1, 8, (1, 1), 1)
+    for bias in (-1e4, 1e4):
+        nn.init.constant_(vae.encoder[-1].bias, bias)
+        posterior = vae.encode(randn(1, 1, 8, 8))
+        assert posterior.logvar.unique().tolist() == [-30.0 if bias < 0 else 20.0]
+        assert posterior.sample(randn(1, 1, 4, 4)).isfinite().all() and posterior.kl().isfinite().all()
+
+
+def test_kl_matches_torch_distributions_and_a_hand_computed_value():
+    mean, logvar = randn(3, 2, 4, 4), randn(3, 2, 4, 4, seed=1)
+    q = torch.distributions.Normal(mean, (logvar / 2).exp())
+    expected = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).sum((1, 2, 3))
+    assert torch.allclose(model.Posterior(mean, logvar).kl(), expected, rtol=1e-4)
+    one = torch.ones(1, 1, 1, 1)  # mean 3, variance 4: (9 + 4 - 1 - ln 4) / 2
+    assert model.Posterior(3 * one, math.log(4) * one).kl().item() == pytest.approx(5.30685, abs=1e-4)
+    assert model.Posterior(0 * one, 0 * one).kl().item() == 0
+
+
+def test_posterior_samples_have_its_mean_and_standard_deviation():
+    mean = torch.tensor([0.5, -2.0]).view(1, 2, 1, 1)
+    std = torch.tensor([0.1, 3.0]).view(1, 2, 1, 1)
+    posterior = model.Posterior(mean, 2 * std.log())
+    z = posterior.sample(randn(40000, 2, 1, 1))
+    assert torch.allclose((z.mean(0) - mean[0]) / std[0], torch.zeros(()), atol=0.03)
+    assert torch.allclose(z.std(0) / std[0], torch.ones(()), atol=0.02)
+    assert torch.equal(posterior.sample(torch.zeros(1, 2, 1, 1)), mean)
+
+
+# --- discriminator ---
+
+
+@pytest.mark.parametrize("height, width", [(64, 64), (32, 48), (128, 24)])
+def test_discriminator_gives_one_logit_a_patch(height, width):
+    disc = model.PatchDiscriminator(base_ch=8)
+    assert disc(randn(2, 1, height, width)).shape == (2, 1, height // 8 - 2, width // 8 - 2)
+
+
+def test_discriminator_scores_an_image_without_its_batch():
+    disc = model.PatchDiscriminator(base_ch=8).train()
+    x = randn(3, 1, 32, 32)
+    assert torch.allclose(disc(x)[:1], disc(x[:1]), atol=1e-5)
+
+
+# --- UNet ---
+
+
+@pytest.mark.parametrize("latent_shape, ch_mults, attn_res, sizes", [
+    ((1, 6, 6), (1,), (), [6]),
+    ((4, 8, 8), (1, 2), (4,), [4, 4, 4, 4]),  # one block down, the middle, two blocks up
+    ((3, 16, 16), (1, 2, 2), (16, 8), [16, 8, 4, 8, 8, 16, 16]),
+    ((2, 4, 4), (1, 1, 1), (1,), [1, 1, 1, 1]),
+])
+def test_unet_shapes_and_attention_sizes(latent_shape, ch_mults, attn_res, sizes):
+    unet = perturb(model.UNet(latent_shape, 2, 8, ch_mults, num_res_blocks=1, attn_res=attn_res))
+    x, t, y = randn(2, *latent_shape), torch.tensor([0.1, 0.9]), torch.tensor([0, 2])
+    with torch.no_grad():
+        assert unet(x, t, y).shape == x.shape
+        assert attention_sizes(unet, lambda: unet(x, t, y)) == sizes
+
+
+@pytest.mark.parametrize("size, levels", [(6, 3), (7, 2), (12, 4)])
+def test_unet_refuses_latents_it_cannot_halve(size, levels):
+    with pytest.raises(ValueError, match=f"latents of {size}x{size} cannot be halved {levels - 1} times"):
+        model.UNet((4, size, size), 2, 8, (1,) * levels, 1, ())
+    model.UNet((4, 2 ** (levels - 1), 2 ** (levels - 1)), 2, 8, (1,) * levels, 1, ())
+
+
+def tiny_unet(num_classes=2, channels=4, seed=None):
+    unet = model.UNet((channels, 8, 8), num_classes, 16, (1, 2), 1, (4,)).eval()
+    return unet if seed is None else perturb(unet, seed)
+
+
+def test_unet_starts_at_zero():
+    out = tiny_unet()(randn(2, 4, 8, 8), torch.tensor([0.1, 0.9]), torch.tensor([0, 1]))
+    assert torch.equal(out, torch.zeros(2, 4, 8, 8))
+
+
+@torch.no_grad()
+def test_unet_listens_to_time_and_class():
+    unet, x = tiny_unet(seed=1), randn(1, 4, 8, 8)
+
+    def out(t, y):
+        return unet(x, torch.tensor([t]), torch.tensor([y]))
+
+    for t in (0.0, 0.5, 0.999):
+        assert (out(t, 0) - out(t + 0.001, 0)).abs().max() > 1e-3  # two of 1000 neighbouring steps
+    outs = [out(0.5, y) for y in (0, 1, unet.null_class)]
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert (outs[i] - outs[j]).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_unet_keeps_batch_elements_apart():
+    unet, x = tiny_unet(seed=1), randn(3, 4, 8, 8)
+    t, y = torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0, 1, 2])
+    together = unet(x, t, y)
+    for i in range(3):
+        assert torch.allclose(together[i:i + 1], unet(x[i:i + 1], t[i:i + 1], y[i:i + 1]), atol=1e-4)
+
+
+def test_gradients_reach_every_unet_weight():
+    unet, x = tiny_unet(seed=1), randn(1, 4, 8, 8)
+    unet(x, torch.tensor([0.5]), torch.tensor([0])).square().sum().backward()
+    assert [name for name, p in unet.named_parameters() if p.grad is None or p.grad.norm() == 0] == []
+
+
+@torch.no_grad()
+def test_skip_connections_join_the_way_up_in_reverse_order():
+    unet, skips, joined = tiny_unet(seed=1), [], []
+    for layer in [unet.conv_in, *(block[-1] for block in unet.down)]:
+        layer.register_forward_hook(lambda m, args, out: skips.append(out))
+    for block in unet.up:
+        block[0].register_forward_pre_hook(lambda m, args: joined.append(args[0]))
+    unet(randn(1, 4, 8, 8), torch.tensor([0.5]), torch.tensor([0]))
+    assert len(skips) == len(joined)
+    for skip, h in zip(reversed(skips), joined, strict=True):
+        assert torch.equal(h[:, -skip.shape[1]:], skip)
+
+
+def test_timestep_embedding_closed_form():
+    emb = model.timestep_embedding(torch.tensor([0.0, 0.25, 1.0]), 6)
+    for row, t in zip(emb, (0.0, 250.0, 1000.0), strict=True):
+        freqs = [1.0, 10000 ** (-1 / 3), 10000 ** (-2 / 3)]
+        expected = [math.cos(t * f) for f in freqs] + [math.sin(t * f) for f in freqs]
+        assert torch.allclose(row, torch.tensor(expected), atol=1e-3)
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, 5])
+def test_null_class_is_no_real_class(num_classes):
+    unet = tiny_unet(num_classes)
+    assert unet.null_class not in range(num_classes)
+    assert unet.class_emb.num_embeddings == num_classes + 1
+    unet(randn(1, 4, 8, 8), torch.tensor([0.5]), torch.tensor([unet.null_class]))
+
+
+@pytest.mark.parametrize("prob_uncond, trained", [(0.0, [True, True, False]), (1.0, [False, False, True])])
+def test_class_dropout_trains_the_null_row_and_only_it(tmp_path, prob_uncond, trained):
+    for name in ("normal", "tb"):
+        folder = tmp_path / "data" / "TB" / "train" / name
+        folder.mkdir(parents=True)
+        for i in range(2):
+            pixels = np.random.default_rng([i, len(name)]).integers(0, 256, (8, 8), np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+    settings = dict(img_size=8, z_channels=2, base_ch=8, ch_mults=(1, 1), num_res_blocks=1, attn_res=())
+    vae = model.AutoencoderKL(*settings.values()).state_dict()
+    ae_path = tmp_path / "ae" / "ckpts" / "last.pt"
+    ae_path.parent.mkdir(parents=True)
+    experiment.save_checkpoint(ae_path, "vae", {"args": settings, "model": vae, "ema": vae})
+    torch.manual_seed(3)
+    before = model.UNet((2, 4, 4), 2, 8, (1,), 1, ()).class_emb.weight
+    train_ldm.main([
+        f"--data_root={tmp_path / 'data'}", "--task=TB", f"--output_root={tmp_path}", "--run_name=ldm",
+        f"--ae_ckpt_path={ae_path}", "--latent_scale_factor=1", "--no-wandb",
+        "--device=cpu", "--dtype=fp32", "--compile=off", "--num_workers=0", "--seed=3", "--max_steps=6",
+        "--batch_per_device=4", "--warmup_steps=0", "--lr=0.01", "--weight_decay=0", "--guidance_scale=1",
+        f"--prob_uncond={prob_uncond}", "--ldm_base_ch=8", "--ldm_ch_mults=1", "--ldm_num_res_blocks=1",
+        "--ldm_attn_res=", "--num_sampling_steps=1", "--sample_batch_size=2"])
+    state = experiment.load_checkpoint(tmp_path / "ldm" / "ckpts" / "last.pt", "ldm")["model"]
+    after = state["unet.class_emb.weight"]
+    assert (after != before).any(1).tolist() == trained
+
+
+# --- noise schedule ---
+
+
+@pytest.mark.parametrize("zero_terminal_snr", [True, False])
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_schedule_ends_and_identity(name, zero_terminal_snr, dtype):
+    schedule = model.NoiseSchedule(name, zero_terminal_snr)
+    t = torch.linspace(0, 1, 2001, dtype=dtype)
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    assert alpha.dtype == sigma.dtype == dtype
+    assert alpha[0] == 1 and sigma[0] == 0
+    if zero_terminal_snr:
+        assert alpha[-1] == 0 and sigma[-1] == 1
+    else:
+        assert alpha[-1].item() == pytest.approx(ALPHA_1, abs=1e-7)
+    total = alpha + sigma if name == "flow" else alpha**2 + sigma**2
+    assert torch.allclose(total, torch.ones((), dtype=dtype), atol=3e-7 if dtype == torch.float32 else 1e-14)
+    if dtype == torch.float64:  # float32 repeats values where the slope is flat
+        assert (alpha.diff() < 0).all() and (sigma.diff() > 0).all()
+
+
+@pytest.mark.parametrize("zero_terminal_snr", [True, False])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_sigma_is_precise_where_there_is_little_noise(name, zero_terminal_snr):
+    schedule = model.NoiseSchedule(name, zero_terminal_snr)
+    t = torch.logspace(-6, -1, 100)
+    exact = schedule.sigma(t.double())
+    assert ((schedule.sigma(t) - exact).abs() / exact).max() < 1e-5
+
+
+def test_linear_schedule_integrates_its_beta():
+    t = np.linspace(0, 1, 200001)
+    beta = 0.1 + (20 - 0.1) * t
+    integral = np.concatenate([[0], np.cumsum((beta[1:] + beta[:-1]) / 2 * np.diff(t))])
+    alpha = np.exp(-integral / 2)  # dx = -beta / 2 x dt + sqrt(beta) dw
+    some = slice(None, None, 1000)
+    ours = model.NoiseSchedule("linear", False).alpha(torch.from_numpy(t[some])).numpy()
+    assert np.allclose(ours, alpha[some], atol=1e-9)
+    shifted = (alpha - alpha[-1]) / (1 - alpha[-1])  # Lin et al. 2024, algorithm 1
+    ours = model.NoiseSchedule("linear", True).alpha(torch.from_numpy(t[some])).numpy()
+    assert np.allclose(ours, shifted[some], atol=1e-9)
+
+
+def test_cosine_and_flow_closed_forms():
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    cosine, flow = model.NoiseSchedule("cosine", True), model.NoiseSchedule("flow", True)
+    assert torch.allclose(cosine.alpha(t), torch.cos(math.pi / 2 * t), atol=1e-12)
+    assert torch.allclose(cosine.sigma(t), torch.sin(math.pi / 2 * t), atol=1e-12)
+    assert torch.allclose(flow.alpha(t), 1 - t) and torch.allclose(flow.sigma(t), t)
+
+
+def test_q_sample_has_the_marginal_mean_and_standard_deviation():
+    schedule = model.NoiseSchedule("linear", False)
+    x0, t = torch.tensor([2.0, -1.0]), torch.tensor([0.1, 0.6])
+    noise = randn(2, 1, 200, 200)
+    xt = schedule.q_sample(x0.view(2, 1, 1, 1).expand_as(noise), t, noise).flatten(1)
+    assert torch.allclose(xt.mean(1), schedule.alpha(t) * x0, atol=0.02)
+    assert torch.allclose(xt.std(1), schedule.sigma(t), rtol=0.02)
+
+
+def test_unknown_schedule_is_refused():
+    with pytest.raises(ValueError, match="sigmoid.*linear, cosine or flow"):
+        model.NoiseSchedule("sigmoid", True)
+
+
+# --- parametrisations ---
+
+
+class Oracle(nn.Module):
+    """A network that puts out what it is told to."""
+
+    def __init__(self, output):
+        super().__init__()
+        self.output = output
+
+    def forward(self, x, t, y):
+        return self.output
+
+
+def ideal_case(prediction, name, zero_terminal_snr):
+    """(schedule, x0, t, eps, x_t, ideal output) in float64, for a Denoiser with `prediction`."""
+    schedule = model.NoiseSchedule(name, zero_terminal_snr)
+    t = torch.tensor([0.0, 1e-3, 0.2, 0.5, 0.9, 1.0], dtype=torch.float64)
+    alpha, sigma = (f(t).view(-1, 1, 1, 1) for f in (schedule.alpha, schedule.sigma))
+    x0, eps = randn(6, 3, 4, 4, dtype=torch.float64), randn(6, 3, 4, 4, seed=1, dtype=torch.float64)
+    output = {"eps": eps, "v": alpha * eps - sigma * x0, "x0": x0, "flow": eps - x0}[prediction]
+    return schedule, x0, t, eps, alpha * x0 + sigma * eps, output
+
+
+ALLOWED = [(p, s, z) for p in PREDICTIONS for s in SCHEDULES for z in (True, False) if not (p == "eps" and z)]
+
+
+@pytest.mark.parametrize("prediction, name, zero_terminal_snr", ALLOWED)
+def test_ideal_output_denoises_to_x0_and_costs_no_loss(prediction, name, zero_terminal_snr):
+    schedule, x0, t, eps, xt, output = ideal_case(prediction, name, zero_terminal_snr)
+    y = torch.zeros(6, dtype=torch.long)
+    for weighting in ("uniform", "min_snr"):
+        denoiser = model.Denoiser(Oracle(output), schedule, prediction, weighting)
+        assert torch.allclose(denoiser.denoise(xt, t, y), x0, atol=1e-10)
+        loss = denoiser(x0, t, eps, y)
+        assert loss.shape == (6,) and loss.abs().max() < 1e-20
+        assert torch.allclose(schedule.q_sample(x0, t, eps), xt)
+
+
+@pytest.mark.parametrize("prediction, name, zero_terminal_snr", ALLOWED)
+def test_loss_weights(prediction, name, zero_terminal_snr):
+    schedule, x0, t, eps, xt, output = ideal_case(prediction, name, zero_terminal_snr)
+    y = torch.zeros(6, dtype=torch.long)
+    wrong = output + randn(6, 3, 4, 4, seed=2, dtype=torch.float64)
+    mse = (wrong - output).square().mean((1, 2, 3))
+    plain = model.Denoiser(Oracle(wrong), schedule, prediction, "uniform")
+    assert torch.allclose(plain(x0, t, eps, y), mse)
+
+    snr = (schedule.alpha(t) / schedule.sigma(t)) ** 2
+    capped = torch.minimum(snr, torch.tensor(5.0, dtype=torch.float64))
+    loss = model.Denoiser(Oracle(wrong), schedule, prediction, "min_snr")(x0, t, eps, y)
+    x0_error = (plain.denoise(xt, t, y) - x0).square().mean((1, 2, 3))
+    assert torch.allclose(loss, capped * x0_error)
+    inner = slice(1, None)  # SNR is infinite at t = 0
+    if prediction == "x0":
+        assert torch.allclose(loss, capped * mse)
+    elif prediction == "eps":  # Hang et al. 2023, section 3.4: min(SNR, 5) / SNR
+        assert torch.allclose(loss[inner], (capped / snr * mse)[inner])
+    elif prediction == "v" and name != "flow":  # min(SNR, 5) / (SNR + 1)
+        assert torch.allclose(loss[inner], (capped / (snr + 1) * mse)[inner])
+    elif prediction == "flow" and name == "flow":  # x0 - x0-hat = sigma (u-hat - u) on the straight path
+        assert torch.allclose(loss, capped * schedule.sigma(t) ** 2 * mse)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_eps_with_zero_terminal_snr_is_refused(name):
+    with pytest.raises(ValueError, match="eps.*no-zero_terminal_snr"):
+        model.Denoiser(tiny_unet(), model.NoiseSchedule(name, True), "eps")
+    model.Denoiser(tiny_unet(), model.NoiseSchedule(name, False), "eps")
+
+
+def test_unknown_prediction_and_weighting_are_refused():
+    schedule = model.NoiseSchedule("cosine", True)
+    with pytest.raises(ValueError, match="'epsilon'.*eps, v, x0 or flow"):
+        model.Denoiser(tiny_unet(), schedule, "epsilon")
+    with pytest.raises(ValueError, match="'snr'.*uniform or min_snr"):
+        model.Denoiser(tiny_unet(), schedule, "v", "snr")
+
+
+# --- classifier-free guidance ---
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@torch.no_grad()
+def test_guidance_moves_x0_away_from_the_null_class_in_all_channels(prediction):
+    unet = tiny_unet(seed=1)
+    denoiser = model.Denoiser(unet, model.NoiseSchedule("cosine", False), prediction)
+    xt, t, y = randn(3, 4, 8, 8), torch.tensor([0.2, 0.5, 0.8]), torch.tensor([0, 1, 1])
+    cond = denoiser.denoise(xt, t, y)
+    null = denoiser.denoise(xt, t, torch.tensor([2, 2, 2]))
+    assert torch.allclose(denoiser.denoise(xt, t, y, 1.0), cond)
+    assert torch.allclose(denoiser.denoise(xt, t, y, 0.0), null, atol=1e-4)
+    for w in (0.5, 4.0):
+        guided = denoiser.denoise(xt, t, y, w)
+        assert torch.allclose(guided, null + w * (cond - null), atol=1e-4)
+        assert ((guided - cond).abs().amax((2, 3)) > 1e-3).all()  # [B, C]
+
+
+@torch.no_grad()
+def test_scale_one_costs_one_network_evaluation():
+    unet = tiny_unet(seed=1)
+    sizes = []
+    unet.register_forward_hook(lambda m, args, out: sizes.append(len(args[0])))
+    denoiser = model.Denoiser(unet, model.NoiseSchedule("cosine", True), "v")
+    for w in (1.0, 4.0):
+        denoiser.denoise(randn(3, 4, 8, 8), torch.full((3,), 0.5), torch.tensor([0, 1, 1]), w)
+    assert sizes == [3, 6]
+
+
+# --- EMA ---
+
+
+def test_ema_warm_up_closed_form():
+    module = nn.Linear(2, 1, bias=False)
+    ema = model.EMA(module, 0.5)
+    expected = module.weight.detach().clone()
+    for step, decay in ((1, 2 / 11), (2, 3 / 12), (3, 4 / 13), (100, 0.5)):
+        nn.init.constant_(module.weight, float(step))
+        ema.update(module, step)
+        expected = decay * expected + (1 - decay) * step
+        assert torch.allclose(ema.module.weight, expected)
+
+
+def test_ema_converges_to_constant_weights():
+    module = nn.Linear(3, 2)
+    ema = model.EMA(module, 0.9)
+    perturb(module)
+    for step in range(1, 201):
+        ema.update(module, step)
+    for ours, theirs in zip(ema.module.parameters(), module.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_ema_forgets_its_initial_weights_in_a_short_run():
+    module = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(module.weight)
+    ema = model.EMA(module, 0.999)
+    nn.init.ones_(module.weight)
+    for step in range(1, 51):
+        ema.update(module, step)
+    assert ema.module.weight.item() > 0.999  # a plain decay of 0.999 would still be at 0.05
+
+
+def test_ema_is_a_frozen_copy_that_leaves_its_source_alone():
+    module = tiny_unet(seed=1).train()
+    ema = model.EMA(module, 0.9)
+    before = copy.deepcopy(module.state_dict())
+    perturb(ema.module, seed=2)
+    ema.update(module, 1)
+    assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
+    assert module.training and all(p.requires_grad for p in module.parameters())
+    assert not ema.module.training and not any(p.requires_grad for p in ema.module.parameters())
+    for averaged in (module, model.AutoencoderKL(8, 1, 8, (1,), 1)):
+        assert not list(averaged.buffers())  # which the update would leave behind
+
+
+# --- compilation ---
+
+
+@pytest.mark.slow
+def test_compiled_loss_is_one_graph_and_equals_eager():
+    denoiser = model.Denoiser(tiny_unet(seed=1), model.NoiseSchedule("cosine", True), "v", "min_snr")
+
+    def batch(seed):
+        x0, noise = randn(2, 4, 8, 8, seed=seed), randn(2, 4, 8, 8, seed=seed + 1)
+        return x0, torch.rand(2, generator=rng(seed)), noise, torch.randint(3, (2,), generator=rng(seed))
+
+    assert torch._dynamo.explain(denoiser)(*batch(0)).graph_break_count == 0
+    torch._dynamo.reset()
+    compiled = torch.compile(denoiser, fullgraph=True)
+    for seed in (0, 10, 20):
+        with torch._dynamo.config.patch(error_on_recompile=seed > 0):
+            loss = compiled(*batch(seed))
+        grads = torch.autograd.grad(loss.mean(), denoiser.parameters())
+        eager = denoiser(*batch(seed))
+        expected = torch.autograd.grad(eager.mean(), denoiser.parameters())
+        assert torch.allclose(loss, eager, rtol=1e-3)
+        for ours, theirs in zip(grads, expected, strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-2, atol=1e-4 * theirs.abs().max().item() + 1e-6)
