@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import secrets
 import shutil
@@ -24,6 +25,9 @@ from PIL import Image, ImageFilter
 
 import experiment
 from experiment import fail, notice
+
+# For Pillow an image of up to 179 megapixels is only worth a warning.
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
 
@@ -72,7 +76,8 @@ def scan(root, task, split, optional=False):
     if not members or not (root / members[0] / split).is_dir():
         if optional:
             return None
-        splits = sorted({p.name for t in tasks if t == task or task == "ALL_CXR" for p in (root / t).iterdir() if p.is_dir()})
+        asked = tasks if task == "ALL_CXR" else [task]
+        splits = sorted({p.name for t in asked for p in (root / t).iterdir() if p.is_dir()})
         fail(f"no split {split!r} for task {task} in {root}; there: {', '.join(splits) or 'none'}")
     files, names = [], set()
     for member in members:
@@ -99,28 +104,27 @@ def decode(path, img_size):
     square is cut out and resized (box filter down, bicubic up), which keeps the aspect ratio. Raises ValueError
     or OSError for what cannot be decoded, decompression bombs included.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            with Image.open(path) as image:
-                image.load()
-                if image.mode.startswith("I"):
-                    grey = np.asarray(image).astype(np.float32)
-                    if grey.min() < 0 or grey.max() > 65535:
-                        raise ValueError("32-bit values, not an 8-bit or 16-bit image")
-                    grey /= 65535
-                elif image.mode == "F":
-                    raise ValueError("floating-point image, its black and white are unknown")
-                else:
-                    if image.mode != "L":
-                        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-                    if image.mode == "RGBA":
-                        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-                    grey = np.asarray(image.convert("L"), dtype=np.float32) / 255
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
-            raise ValueError(f"too many pixels: {e}") from e
-        except (SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError, MemoryError, ZeroDivisionError) as e:
-            raise ValueError(f"{type(e).__name__}: {e}") from e  # what Pillow's parsers raise on damaged files
+    try:
+        with Image.open(path) as image:
+            image.load()
+            if image.mode.startswith("I"):
+                grey = np.asarray(image).astype(np.float32)
+                if grey.min() < 0 or grey.max() > 65535:
+                    raise ValueError("32-bit values, not an 8-bit or 16-bit image")
+                grey /= 65535
+            elif image.mode == "F":
+                raise ValueError("floating-point image, its black and white are unknown")
+            else:
+                if image.has_transparency_data:
+                    image = image.convert("RGBA")
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+                if image.mode != "L":
+                    image = image.convert("RGB").convert("L")
+                grey = np.asarray(image, dtype=np.float32) / 255
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+        raise ValueError(f"too many pixels: {e}") from e
+    except (SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError, MemoryError, ZeroDivisionError) as e:
+        raise ValueError(f"{type(e).__name__}: {e}") from e  # what Pillow's parsers raise on damaged files
     height, width = grey.shape
     side = min(height, width)
     if side < 8:
@@ -128,7 +132,8 @@ def decode(path, img_size):
     top, left = (height - side) // 2, (width - side) // 2
     square = Image.fromarray(grey[top:top + side, left:left + side])
     if side != img_size:
-        square = square.resize((img_size, img_size), Image.Resampling.BOX if side > img_size else Image.Resampling.BICUBIC)
+        smaller = side > img_size
+        square = square.resize((img_size, img_size), Image.Resampling.BOX if smaller else Image.Resampling.BICUBIC)
     return (np.asarray(square).clip(0, 1) * 65535 + 0.5).astype(np.uint16)
 
 
@@ -172,7 +177,7 @@ def cached_array(folder, name, blocks):
     for stale in pathlib.Path(folder).glob(f".{name}_*.tmp"):
         if time.time() - stale.stat().st_mtime > 86400:  # left by a process that was killed
             stale.unlink(missing_ok=True)
-    index = {"file": f"{name}_{secrets.token_hex(4)}.bin", "crc32": 0, "shape": [0], "meta": {}}
+    index = {"file": f"{name}_{secrets.token_hex(4)}.bin", "crc32": 0, "shape": [0], "dtype": "uint16", "meta": {}}
 
     def write(f):
         for block in blocks():
@@ -211,6 +216,12 @@ class ImageSet:
         return dataclasses.replace(self, rows=self.rows[indices], labels=self.labels[indices])
 
 
+def list_bad(bad):
+    """'\\n  NAME: REASON' for the first twenty of [name, reason] pairs, and how many more."""
+    lines = [f"\n  {name}: {reason}" for name, reason in bad[:20]]
+    return "".join(lines) + (f"\n  and {len(bad) - 20} more" if len(bad) > 20 else "")
+
+
 def open_images(args, procs, split, optional=False):
     """ImageSet of a split, decoded on first use into OUTPUT_ROOT/cache; None for a missing split if `optional`.
 
@@ -222,6 +233,9 @@ def open_images(args, procs, split, optional=False):
         notice(f"no split {split!r} for task {args.task} in {root}: validation is skipped")
         return None
     names = listing.class_names
+    if optional and args.class_filter >= len(names):
+        notice(f"no class {args.class_filter} in {root}/{args.task}/{split}: validation is skipped")
+        return None
     if args.class_filter >= len(names):
         fail(f"--class_filter={args.class_filter}, but the classes are "
              + ", ".join(f"{i} = {n}" for i, n in enumerate(names)))
@@ -232,7 +246,7 @@ def open_images(args, procs, split, optional=False):
     digest = hashlib.sha256(f"decoder 1 {args.img_size}".encode())
     for path in listing.paths:
         stat = path.stat()
-        digest.update(f"{path.relative_to(listing.root)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        digest.update(os.fsencode(path.relative_to(listing.root)) + f" {stat.st_size} {stat.st_mtime_ns}\n".encode())
     key = digest.hexdigest()
 
     def decode_or_reason(path):
@@ -249,7 +263,8 @@ def open_images(args, procs, split, optional=False):
                 chunk = []
                 for i, image in enumerate(pool.map(decode_or_reason, listing.paths[start:start + 256]), start):
                     if isinstance(image, str):
-                        bad.append([str(listing.paths[i].relative_to(listing.root)), image])
+                        name = os.fsencode(listing.paths[i].relative_to(listing.root)).decode("utf-8", "replace")
+                        bad.append([name, image])
                     else:
                         good.append(i)
                         chunk.append(image)
@@ -257,18 +272,20 @@ def open_images(args, procs, split, optional=False):
                     yield np.stack(chunk)
                 progress.update(start + len(chunk))
         progress.clear()
+        refuse(bad)  # before anything is stored: the cause may be passing, such as a network disk
         yield {"good": good, "bad": bad}
+
+    def refuse(bad):
+        if bad and not args.skip_bad_images:
+            fail(f"{len(bad)} of {len(listing.paths)} images in {root}/{args.task}/{split} cannot be decoded; "
+                 f"repair or remove them, or leave them out with --skip_bad_images:{list_bad(bad)}")
 
     with experiment.main_first(procs):
         cache = cached_array(pathlib.Path(args.output_root) / "cache", f"images_{key[:16]}", blocks)
     bad = cache.meta["bad"]
+    refuse(bad)
     if bad:
-        listed = "".join(f"\n  {name}: {reason}" for name, reason in bad[:20])
-        listed += f"\n  and {len(bad) - 20} more" if len(bad) > 20 else ""
-        if not args.skip_bad_images:
-            fail(f"{len(bad)} of {len(listing.paths)} images in {root}/{args.task}/{split} cannot be decoded; repair or "
-                 f"remove them, or leave them out with --skip_bad_images:{listed}")
-        notice(f"{len(bad)} images that cannot be decoded are left out:{listed}")
+        notice(f"{len(bad)} images that cannot be decoded are left out:{list_bad(bad)}")
     labels = np.array(listing.labels)[cache.meta["good"]]
     rows = np.flatnonzero((labels == args.class_filter) | (args.class_filter < 0))
     if len(rows) == 0:

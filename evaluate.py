@@ -67,7 +67,8 @@ def main(argv=None):
     features, real_features, train_features = (vae_features(ldm.vae, i, scale, procs) for i in (x, real_x, train_x))
     labels = np.array([c for c, _ in wanted])
 
-    report = {"features": "vae", "num_samples_per_class": args.num_samples, "num_real": len(real), "num_train": len(train)}
+    report = {"features": "vae", "num_samples_per_class": args.num_samples, "num_real": len(real),
+              "num_train": len(train)}
     print(f"{'':<12} {'':<8} {'frechet':>9} {'kernel':>9} {'black':>7} {'darkest 1 %':>12}      N real {len(real)}, "
           f"train {len(train)}, samples {len(x)}")
     for name in ["all", *(checkpoint["class_names"][c] for c in ldm.classes)]:

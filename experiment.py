@@ -34,6 +34,11 @@ def fail(message):
     raise SystemExit(f"error{'' if rank == '0' else f' (rank {rank})'}: {message}")
 
 
+def first_line(error):
+    """What an exception says, short enough for one line of output."""
+    return (str(error).strip().splitlines() or [""])[0][:200]
+
+
 def notice(message):
     """One line from rank 0 that the reader should not miss."""
     if os.environ.get("RANK", "0") == "0":
@@ -52,6 +57,9 @@ def boolean(text):
     raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
 
 
+boolean.kind = bool
+
+
 def int_list(text):
     """'1,2,4', '1:2:4' or '[1, 2, 4]' as a tuple of integers; an empty string is the empty tuple."""
     try:
@@ -60,31 +68,47 @@ def int_list(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of integers such as 1,2,4") from None
 
 
-def at_least(low, kind=int):
-    """argparse type: a finite number of `kind` that is not below `low`."""
+int_list.kind = tuple
+
+
+def at_least(low, kind=int, high=math.inf):
+    """argparse type: a finite number of `kind` from `low` to `high`."""
     def convert(text):
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {'an integer' if kind is int else 'a number'}") from None
-        if not math.isfinite(value) or value < low:
-            raise argparse.ArgumentTypeError(f"{text} must be a number of at least {low}")
+        if not math.isfinite(value) or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} must be a number of at least {low}"
+                                             + (f" and at most {high}" if high < math.inf else ""))
         return value
     convert.kind = kind
     return convert
 
 
+def or_none(convert):
+    """`convert`, but the text None is None: what W&B agents write for "not set"."""
+    def convert_or_none(text):
+        return None if text == "None" else convert(text)
+    convert_or_none.kind = getattr(convert, "kind", str)
+    return convert_or_none
+
+
 class BooleanFlag(argparse.Action):
     """--flag, --flag=True, --flag=false and --no-flag."""
 
+    BARE = object()  # the value of a flag without one
+
     def __init__(self, option_strings, dest, **kwargs):
         negative = ["--no-" + o[2:] for o in option_strings]
-        super().__init__([*option_strings, *negative], dest, nargs="?", type=boolean, metavar="BOOL", **kwargs)
+        super().__init__([*option_strings, *negative], dest, nargs="?", const=self.BARE, type=boolean, metavar="BOOL",
+                         **kwargs)
 
     def __call__(self, parser, namespace, value, option):
-        if option.startswith("--no-") and value is not None:
+        negative = option.startswith("--no-")
+        if negative and value is not self.BARE:
             parser.error(f"{option} takes no value; use --{option[5:]}={not value}")
-        setattr(namespace, self.dest, not option.startswith("--no-") if value is None else value)
+        setattr(namespace, self.dest, not negative if value is self.BARE else value)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -105,7 +129,7 @@ def make_parser(doc):
     add("--num_workers", type=at_least(0), default=4, help="threads that decode images while the cache is built")
     add = parser.add_argument_group("run").add_argument
     add("--config", help="Python file of `name = value` lines; the command line wins over it")
-    add("--seed", type=at_least(0), default=0, help="of weights, order and noise")
+    add("--seed", type=at_least(0, int, 2**63 - 1), default=0, help="of weights, order and noise")
     add("--output_root", default="runs", help="folder of run folders and caches")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", choices=("auto", "bf16", "fp32"), default="auto",
@@ -150,7 +174,7 @@ def _closest(name, known):
 
 def _check_config_value(path, action, value):
     """A config file's value in the argument's own type; a wrong type ends the program."""
-    kind = getattr(action.type, "kind", None) or {None: str, boolean: bool, int_list: tuple}[action.type]
+    kind = getattr(action.type, "kind", str)
     allowed = {float: (int, float), tuple: (tuple, list)}.get(kind, (kind,))
     if value is None and action.default is None:
         return None
@@ -176,7 +200,7 @@ def read_config(path, parser):
     try:
         names = runpy.run_path(path)
     except (Exception, SystemExit) as e:
-        fail(f"{path}: {type(e).__name__}: {e}")
+        fail(f"{path}: {type(e).__name__}: {first_line(e)}")
     actions = {a.dest: a for a in parser._actions if a.dest not in ("help", "config")}
     settings = {}
     for name, value in names.items():
@@ -195,6 +219,9 @@ def parse_args(parser, argv=None, presets=None):
     """
     argv = sys.argv[1:] if argv is None else argv
     dests = [a.dest for a in parser._actions if a.dest != "help"]
+    for action in parser._actions:
+        if action.default is None:
+            action.type = or_none(action.type or str)
     unset = object()
     parsed, unknown = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(dests, unset)))
     if unknown:
@@ -202,15 +229,16 @@ def parse_args(parser, argv=None, presets=None):
         parser.error(f"unknown argument {unknown[0]}{_closest(unknown[0].split('=')[0], options)}")
     given = {k: v for k, v in vars(parsed).items() if v is not unset}
     defaults = {d: parser.get_default(d) for d in dests}
-    # W&B agents write None for "not set".
-    given = {k: None if v == "None" and defaults[k] is None else v for k, v in given.items()}
     config = read_config(given["config"], parser) if given.get("config") else {}
 
     known = {**defaults, **config, **given}
     stored = {}
-    folder = known.get("resume_dir") or (known.get("run_name") and os.path.join(known["output_root"], known["run_name"]))
+    folder = known.get("resume_dir")
+    if not folder and known.get("run_name"):
+        folder = os.path.join(known["output_root"], known["run_name"])
     if folder and os.path.exists(os.path.join(folder, "run_meta.json")):
-        stored = {k: tuple(v) if isinstance(v, list) else v for k, v in read_meta(folder)["args"].items() if k in defaults}
+        stored = read_meta(folder)["args"]
+        stored = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in defaults}
         for name in {**config, **given}.keys() & stored.keys():
             new = {**config, **given}[name]
             if new != stored[name] and name not in ("config", "resume_dir"):
@@ -222,7 +250,8 @@ def parse_args(parser, argv=None, presets=None):
         preset = presets(known) if presets else {}
     except ValueError as e:
         fail(e)
-    return argparse.Namespace(**{**defaults, **preset, **stored, **config, **given, "resume_dir": folder if stored else None})
+    settings = {**defaults, **preset, **stored, **config, **given, "resume_dir": folder if stored else None}
+    return argparse.Namespace(**settings)
 
 
 def print_settings(args, parser, facts):
@@ -281,7 +310,7 @@ def setup_processes(args):
         device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
-        fail(f"--device={args.device} is not usable here ({str(e).splitlines()[0]}); use --device=cpu")
+        fail(f"--device={args.device} is not usable here ({first_line(e)}); use --device=cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -488,7 +517,7 @@ def write_atomic(path, write):
     except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink()
-        reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e).splitlines()[0]
+        reason = getattr(e, "strerror", None) or first_line(e)
         fail(f"cannot write {path}: {reason}; free some space or choose another --output_root")
     except BaseException:
         with contextlib.suppress(OSError):
@@ -507,8 +536,18 @@ def make_folder(path):
     return pathlib.Path(path)
 
 
+def finite(value):
+    """A JSON value with null for every NaN or infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path, value):
-    write_atomic(path, lambda f: f.write((json.dumps(value, indent=2) + "\n").encode()))
+    text = json.dumps(finite(value), indent=2, allow_nan=False) + "\n"
+    write_atomic(path, lambda f: f.write(text.encode()))
 
 
 def read_json(path, what):
@@ -557,7 +596,7 @@ def load_checkpoint(path, kind):
             raise ValueError(f"checksum of {broken} does not match")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # whatever a hostile or damaged file raises, it is one thing to the user
-        fail(f"{path} is damaged or no checkpoint of this program ({type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ''})")
+        fail(f"{path} is damaged or no checkpoint of this program ({type(e).__name__}: {first_line(e)})")
     if not isinstance(state, dict) or state.get("kind") != kind:
         found = state.get("kind") if isinstance(state, dict) else None
         made_by = {"vae": "train_vae.py", "ldm": "train_ldm.py"}
@@ -639,12 +678,12 @@ class Run:
         """Append one line to metrics.jsonl and hand it to W&B. Non-finite numbers become null."""
         if not self.procs.main:
             return
-        clean = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in metrics.items()}
         try:
             with open(self.metrics_path, "a") as f:
-                f.write(json.dumps({"step": step, "epoch": epoch, **clean}) + "\n")
+                f.write(json.dumps(finite({"step": step, "epoch": epoch, **metrics})) + "\n")
         except OSError as e:
-            fail(f"cannot write {self.metrics_path}: {e.strerror}; free some space, then go on with --resume_dir={self.folder}")
+            fail(f"cannot write {self.metrics_path}: {e.strerror}; free some space, then go on with "
+                 f"--resume_dir={self.folder}")
         if self.wandb is not None:
             try:
                 self.wandb.log({**metrics, "step": step, "epoch": epoch})
@@ -682,13 +721,15 @@ class Run:
         if self.procs.world_size > 1:
             dist.destroy_process_group()
         if stopped:
-            notice(f"stopped ({stopped if isinstance(stopped, str) else 'on another rank'}) at step {step}, which is saved; "
-                   f"go on with: python {program} --resume_dir={self.folder}")
+            by = stopped if isinstance(stopped, str) else "on another rank"
+            notice(f"stopped ({by}) at step {step}, which is saved; go on with: "
+                   f"python {program} --resume_dir={self.folder}")
             raise SystemExit(EXIT_STOPPED)
         if diverged:
             lr = self.meta["args"]["lr"]
             fail(f"too many steps in a row had a non-finite loss or gradient (--max_bad_steps); they were skipped, and "
-                 f"{self.checkpoint_path} is good. Go on with: python {program} --resume_dir={self.folder} --lr={lr / 3:.1e}")
+                 f"{self.checkpoint_path} is good. Go on with: python {program} --resume_dir={self.folder} "
+                 f"--lr={lr / 3:.1e}")
 
 
 def start_wandb(args, run):
@@ -708,14 +749,14 @@ def start_wandb(args, run):
         except Exception as e:
             if mode != "online":
                 raise
-            notice(f"W&B is not reachable ({str(e).splitlines()[0][:120]}): logging offline")
+            notice(f"W&B is not reachable ({first_line(e)}): logging offline")
             session = wandb.init(mode="offline", settings=settings, **options)
         session.define_metric("step")
         session.define_metric("*", step_metric="step")  # a resumed W&B run counts its own steps from 0
         run.meta["wandb_id"] = session.id
         return session
     except Exception as e:
-        notice(f"W&B could not start ({type(e).__name__}: {str(e).splitlines()[0][:120] if str(e) else ''}); "
+        notice(f"W&B could not start ({type(e).__name__}: {first_line(e)}); "
                "training goes on without it")
         return None
 

@@ -60,8 +60,8 @@ def load_autoencoder(ckpt_path, config_path, procs):
         described = experiment.read_meta(pathlib.Path(config_path).parent)["args"]
         for name in names:
             if described.get(name) != (list(settings[name]) if isinstance(settings[name], tuple) else settings[name]):
-                experiment.fail(f"{config_path} says {name}={described.get(name)}, but {ckpt_path} has {settings[name]}: "
-                                "the two are not of the same run")
+                experiment.fail(f"{config_path} says {name}={described.get(name)}, but {ckpt_path} has "
+                                f"{settings[name]}: the two are not of the same run")
     vae = model.AutoencoderKL(*(settings[name] for name in names))
     experiment.load_weights(vae, checkpoint["ema"], ckpt_path)
     vae = vae.to(procs.device, memory_format=procs.memory_format).eval().requires_grad_(False)
@@ -103,7 +103,8 @@ def main(argv=None):
     ckpt_path = find_autoencoder(args)
     vae, settings, vae_sha256 = load_autoencoder(ckpt_path, args.ae_config_path, procs)
     if args.img_size not in (None, settings["img_size"]):
-        experiment.fail(f"--img_size={args.img_size}, but {ckpt_path} was trained at {settings['img_size']}; leave it out")
+        experiment.fail(f"--img_size={args.img_size}, but {ckpt_path} was trained at {settings['img_size']}; "
+                        "leave it out")
     args.img_size = settings["img_size"]
     images = data.open_images(args, procs, args.split)
     latents = data.LatentSet(images, vae, vae_sha256, pathlib.Path(args.output_root) / "cache", procs)

@@ -278,7 +278,8 @@ class NoiseSchedule:
     """x_t = alpha(t) x0 + sigma(t) eps on continuous t in [0, 1]; t = 0 is clean.
 
     name: 'linear' (variance preserving, beta from 0.1 to 20; Song et al. 2021, eq. 33), 'cosine'
-    (alpha = cos(pi t / 2), that of Nichol & Dhariwal 2021 without its offset) or 'flow' (alpha = 1 - t, sigma = t; Lipman et al. 2023).
+    (alpha = cos(pi t / 2), that of Nichol & Dhariwal 2021 without its offset) or 'flow'
+    (alpha = 1 - t, sigma = t; Lipman et al. 2023).
     zero_terminal_snr: t = 1 is pure noise (Lin et al. 2024, alg. 1 for 'linear'); otherwise every schedule ends
     at the alpha(1) that 'linear' has by nature, exp(-5.025) = 0.0066.
     """

@@ -74,7 +74,7 @@ def dpmpp(denoise, schedule, x, steps, noise):
 def euler(denoise, schedule, x, steps, noise):
     """Euler steps along dx/dsigma = eps - x0 (Lipman et al. 2023): the straight path, so for schedule 'flow' only."""
     if schedule.name != "flow":
-        raise ValueError(f"sampler euler follows the straight path of noise_schedule flow, not {schedule.name}: use ddim")
+        raise ValueError(f"sampler euler follows the straight path of schedule flow, not {schedule.name}: use ddim")
     grid = times(schedule, steps)
     for (t, alpha_t, sigma_t), (_, _, sigma_s) in zip(grid, grid[1:], strict=False):
         x0 = denoise(x, t)
@@ -186,7 +186,7 @@ def prepare(args, procs):
         fail("which model? Give --ckpt=runs/ldm_.../ckpts/last.pt")
     denoiser, vae, checkpoint = load_ldm(args.ckpt, procs, args.ae_ckpt_path, args.use_ema)
     class_names, trained = checkpoint["class_names"], checkpoint["trained_classes"]
-    names = re.split("[,:]", args.classes) if args.classes else [class_names[c] for c in trained]
+    names = [n.strip() for n in re.split("[,:]", args.classes)] if args.classes else [class_names[c] for c in trained]
     for name in names:
         if name not in class_names:
             fail(f"no class {name!r} in {args.ckpt}; it knows {', '.join(class_names)}")
@@ -241,12 +241,13 @@ def main(argv=None):
     ldm = prepare(args, procs)
     checkpoint, class_names = ldm.checkpoint, ldm.checkpoint["class_names"]
     out = pathlib.Path(args.out_dir or pathlib.Path(args.ckpt).parent.parent / f"samples_{args.sampler}_{args.seed}")
-    wanted = [(c, i) for c in ldm.classes for i in range(args.num_samples)]
+    count = len(ldm.classes) * args.num_samples
     existing = next(p for p in (out, *out.absolute().parents) if p.exists())
-    needed, free = len(wanted) * checkpoint["args"]["img_size"] ** 2, shutil.disk_usage(existing).free
+    needed, free = count * checkpoint["args"]["img_size"] ** 2, shutil.disk_usage(existing).free
     if needed > free:
-        fail(f"{len(wanted)} images need about {needed / 1e9:.1f} GB, but {existing} has {free / 1e9:.1f} GB free: lower "
+        fail(f"{count} images need about {needed / 1e9:.1f} GB, but {existing} has {free / 1e9:.1f} GB free: lower "
              f"--num_samples={args.num_samples}")
+    wanted = [(c, i) for c in ldm.classes for i in range(args.num_samples)]
     with experiment.main_first(procs):
         experiment.make_folder(out)
 
@@ -259,7 +260,8 @@ def main(argv=None):
     if procs.main:
         write_report(out, checkpoint, wanted, z, {
             "ckpt": str(args.ckpt), "step": checkpoint["step"], "sampler": args.sampler, "seed": args.seed,
-            "num_sampling_steps": args.num_sampling_steps, "guidance_scale": ldm.guidance_scale, "use_ema": args.use_ema})
+            "num_sampling_steps": args.num_sampling_steps, "guidance_scale": ldm.guidance_scale,
+            "use_ema": args.use_ema})
     if procs.world_size > 1:
         torch.distributed.destroy_process_group()
 
@@ -274,13 +276,15 @@ def write_report(out, checkpoint, wanted, z, how):
     first = [k for k, (_, i) in enumerate(wanted) if i < 1000]  # pairs grow with the square
     values = metrics.latent_stats(z / scale, scale) | metrics.sample_diversity(
         z[first], [wanted[k][0] for k in first], class_names, checkpoint["train_stats"]["real_pairwise_mse_mean"])
-    verdicts = metrics.health(values, train_stats=checkpoint["train_stats"], overfit=checkpoint["args"]["overfit_k"] > 0)
+    verdicts = metrics.health(values, train_stats=checkpoint["train_stats"],
+                              overfit=checkpoint["args"]["overfit_k"] > 0)
     experiment.write_json(out / "metrics.json", values | {"verdicts": [v._asdict() for v in verdicts]})
     rows, labels = [], []
     for c in dict.fromkeys(c for c, _ in wanted):
         shown = [f for f, (k, i) in zip(files, wanted, strict=True) if k == c and i < 8]
         rows.append(torch.stack([experiment.load_image(out / f) for f in shown]))
-        labels.append(f"{class_names[c]}   {how['sampler']} {how['num_sampling_steps']} steps, guidance {how['guidance_scale']:g}")
+        labels.append(f"{class_names[c]}   {how['sampler']} {how['num_sampling_steps']} steps, "
+                      f"guidance {how['guidance_scale']:g}")
     experiment.save_grid(out / "grid.png", rows, labels)
     print(metrics.format_verdicts(verdicts))
     print(f"{len(files)} images in {out}; sample grid: {out / 'grid.png'}")

@@ -40,7 +40,8 @@ def resolve_mode(settings):
     mode = settings["mode"]
     if not re.fullmatch("full_train|overfit_one|overfit_[1-9][0-9]*", mode):
         raise ValueError(f"unknown --mode={mode}: full_train, overfit_one or overfit_K such as overfit_16")
-    in_mode = {"full_train": 0, "overfit_one": 1}.get(mode) if mode[-1].isalpha() else int(mode.removeprefix("overfit_"))
+    named = {"full_train": 0, "overfit_one": 1}
+    in_mode = named[mode] if mode in named else int(mode.removeprefix("overfit_"))
     asked = {k for k in (in_mode, settings["overfit_k"], int(settings["overfit_one"])) if k}
     if len(asked) > 1:
         raise ValueError(f"--mode={mode}, --overfit_one and --overfit_k ask for different numbers of images: "
@@ -70,7 +71,7 @@ def make_parser():
     add("--cache_latents", action=BooleanFlag, default=True, help="encode the images once and for all")
     add = parser.add_argument_group("UNet").add_argument
     add("--ldm_base_ch", type=at_least(1), default=96, help="channels of the first level")
-    add("--ldm_ch_mults", type=int_list, default=(1, 2, 4), help="channels by level; each further level halves the size")
+    add("--ldm_ch_mults", type=int_list, default=(1, 2, 4), help="channels by level; each further one halves the size")
     add("--ldm_num_res_blocks", type=at_least(1), default=2, help="residual blocks a level")
     add("--ldm_attn_res", type=int_list, default=(16,), help="latent sizes with attention beside the middle block")
     add = parser.add_argument_group("diffusion").add_argument
@@ -115,7 +116,8 @@ def read_scale(args, ckpt_path, vae_sha256):
     """The latent scale factor of the autoencoder. Ends the program if it is missing or of another autoencoder."""
     path = ckpt_path.parent.parent / "latent_scale.json"
     command = f"python find_latent_scale.py --ae_ckpt_path={ckpt_path} --task={args.task}" + (
-        f" --data_root={args.data_root}" if args.data_root else "")
+        f" --data_root={args.data_root}" if args.data_root else "") + (
+        f" --output_root={args.output_root}" if args.output_root != "runs" else "")
     if not path.exists():
         if args.latent_scale_factor is None:
             fail(f"no {path}; make it with: {command}")
@@ -128,8 +130,9 @@ def read_scale(args, ckpt_path, vae_sha256):
         return args.latent_scale_factor
     if args.latent_scale_factor is not None:
         if abs(args.latent_scale_factor / factor - 1) > 0.01:
-            notice(f"--latent_scale_factor={args.latent_scale_factor} is {100 * (args.latent_scale_factor / factor - 1):+.0f} % "
-                   f"off the measured {factor:.6g} in {path}")
+            off = 100 * (args.latent_scale_factor / factor - 1)
+            notice(f"--latent_scale_factor={args.latent_scale_factor} is {off:+.0f} % off the measured "
+                   f"{factor:.6g} in {path}")
         return args.latent_scale_factor
     return factor
 
@@ -171,8 +174,9 @@ def evaluate(denoiser, vae, args, scale, latent_shape, classes, class_names, sta
             nonlocal done
             done += 1
             progress.update(done, "sampling")
-        latents.append(sample.sample_latents(denoiser, latent_shape, mine[start:start + 16], class_names, args.seed,
-                                             args.sampler, args.num_sampling_steps, args.guidance_scale, procs, tick).cpu())
+        z = sample.sample_latents(denoiser, latent_shape, mine[start:start + 16], class_names, args.seed, args.sampler,
+                                  args.num_sampling_steps, args.guidance_scale, procs, tick)
+        latents.append(z.cpu())
     mine_z = torch.cat(latents)
     x = experiment.gather(procs, sample.decode_latents(vae, mine_z, scale, procs) if len(mine_z) else
                           torch.zeros(0, 1, args.img_size, args.img_size))
@@ -216,7 +220,8 @@ def main(argv=None):
                f"{','.join(map(str, sizes))}: attention in the middle block only")
     if args.overfit_k:
         images = images.subset(data.overfit_indices(images.labels, args.overfit_k))
-    latents = data.LatentSet(images, vae, vae_sha256, pathlib.Path(args.output_root) / "cache", procs, args.cache_latents)
+    latents = data.LatentSet(images, vae, vae_sha256, pathlib.Path(args.output_root) / "cache", procs,
+                             args.cache_latents)
     stats, targets = training_reference(latents, args, scale, vae, procs)
     classes = sorted(set(images.labels.tolist()))
     epoch_len = len(images) * (args.repeat_len if args.overfit_one else 1)
@@ -237,7 +242,7 @@ def main(argv=None):
         "latent_scale_factor": scale, "vae_sha256": vae_sha256})
     window = experiment.Window(procs, ["train/loss", "train/grad_norm", *(f"loss_t{q}" for q in range(4)),
                                        *(f"count_t{q}" for q in range(4))])
-    step, bad_steps = 0, torch.zeros((), device=device)
+    step, bad_steps, train_metrics = 0, torch.zeros((), device=device), {}
     if checkpoint := run.load():
         if checkpoint["vae_sha256"] != vae_sha256 or checkpoint["latent_scale_factor"] != scale:
             fail(f"{run.folder} was trained with another autoencoder or latent scale factor "
@@ -250,13 +255,16 @@ def main(argv=None):
             experiment.load_weights(ema.module, checkpoint["ema"] or checkpoint["model"], run.checkpoint_path)
         optimizer.load_state_dict(checkpoint["optimizer"])
         window.load(checkpoint["window"])
-        step, bad_steps = checkpoint["step"], checkpoint["bad_steps"].to(device)
+        step, train_metrics = checkpoint["step"], checkpoint["train_metrics"]
+        bad_steps = checkpoint["bad_steps"].to(device)
 
     def state():
         return {"model": denoiser.state_dict(), "ema": ema.module.state_dict() if ema else None,
                 "optimizer": optimizer.state_dict(), "step": step, "bad_steps": bad_steps, "window": window.state(),
-                "args": vars(args), "class_names": class_names, "trained_classes": classes, "latent_shape": latent_shape,
-                "latent_scale_factor": scale, "vae_sha256": vae_sha256, "ae_ckpt_path": str(ae_ckpt_path.resolve()),
+                "train_metrics": train_metrics,
+                "args": vars(args), "class_names": class_names, "trained_classes": classes,
+                "latent_shape": latent_shape, "latent_scale_factor": scale, "vae_sha256": vae_sha256,
+                "ae_ckpt_path": str(ae_ckpt_path.resolve()),
                 "train_stats": stats}
 
     if procs.main:
@@ -276,14 +284,15 @@ def main(argv=None):
     labels = torch.from_numpy(images.labels).to(device)
     stop = experiment.StopSignal(procs)
     progress = experiment.Progress(procs, "step", total_steps, step)
-    log_time, last_save, log_step = time.perf_counter(), time.perf_counter(), step
-    train_metrics, sample_metrics, verdicts, diverged, stopping = {}, {}, [], False, False
+    log_time, last_save, log_step, saved_step = time.perf_counter(), time.perf_counter(), step, step
+    sample_metrics, verdicts, diverged, stopping = {}, [], False, False
 
     try:
         while True:
             # --- evaluation: after the checkpoint, so that a stop in here loses nothing ---
             if step and (step == total_steps or step % (args.sample_every * epoch_steps) == 0):
-                run.save(state())
+                if step != saved_step:  # going on with a finished run leaves its checkpoint, and so its hash, as it is
+                    run.save(state())
                 last_save = time.perf_counter()
                 epoch = step // epoch_steps
                 sampling = experiment.Progress(procs, f"epoch {epoch}: sampling", args.num_sampling_steps
@@ -297,9 +306,10 @@ def main(argv=None):
                         progress.clear()
                         paths = {}
                         for c in classes:
-                            paths[class_names[c]] = run.folder / "samples" / f"sample_ep{epoch:04d}_{class_names[c]}.png"
-                            experiment.save_grid(paths[class_names[c]], [x[torch.tensor(x_labels) == c]],
-                                                 [f"{class_names[c]}, epoch {epoch}, guidance {args.guidance_scale:g}"])
+                            name = class_names[c]
+                            paths[name] = run.folder / "samples" / f"sample_ep{epoch:04d}_{name}.png"
+                            experiment.save_grid(paths[name], [x[torch.tensor(x_labels) == c]],
+                                                 [f"{name}, epoch {epoch}, guidance {args.guidance_scale:g}"])
                         verdicts = metrics.health(train_metrics | sample_metrics, run.history("train/loss"), stats,
                                                   overfit=args.overfit_k > 0)
                         sample_metrics = metrics.sweep_objective(sample_metrics, verdicts)
@@ -312,7 +322,8 @@ def main(argv=None):
                 break
 
             # --- one step: all random numbers come from (seed, step, rank), so a resumed run draws the same ---
-            index, epoch = experiment.batch_indices(step, epoch_len, step_batch, args.seed, procs.rank, procs.world_size)
+            index, epoch = experiment.batch_indices(step, epoch_len, step_batch, args.seed, procs.rank,
+                                                    procs.world_size)
             index = index % len(images)  # overfit_one repeats its image
             rng = experiment.generator(device, args.seed, "ldm", step, procs.rank)
             warmup = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
@@ -323,7 +334,8 @@ def main(argv=None):
                 noise = torch.randn(2, *mean.shape, device=device, generator=rng)
                 x0 = model.Posterior(mean, logvar).sample(noise[0]) * scale
                 # Times spread evenly over [0, 1] from one random start have less variance (Kingma et al. 2021, I.1).
-                t = (torch.rand(1, device=device, generator=rng) + torch.arange(len(part), device=device) / len(part)) % 1
+                t = torch.arange(len(part), device=device) / len(part)
+                t = (t + torch.rand(1, device=device, generator=rng)) % 1
                 y = labels[torch.from_numpy(part).to(device)]
                 dropped = torch.rand(len(part), device=device, generator=rng) < args.prob_uncond
                 y = torch.where(dropped, denoiser.unet.null_class, y)
@@ -357,17 +369,18 @@ def main(argv=None):
                 run.log(step, epoch, train_metrics)
                 if procs.main:
                     progress.clear()
-                    print(f"step {step} epoch {epoch} loss {means['train/loss']:.4f} grad_norm {means['train/grad_norm']:.3f} "
+                    print(f"step {step} epoch {epoch} loss {means['train/loss']:.4f} "
+                          f"grad_norm {means['train/grad_norm']:.3f} "
                           f"{train_metrics['train/images_per_second']:.1f} images/s", flush=True)
                 if bad_steps.item() >= args.max_bad_steps:
                     diverged = True
                     break
-            progress.update(step, f"loss {train_metrics['train/loss']:.4f} {train_metrics['train/images_per_second']:.1f} "
-                                  "images/s" if train_metrics else "")
+            progress.update(step, "loss {train/loss:.4f} {train/images_per_second:.1f} images/s".format(**train_metrics)
+                            if train_metrics else "")
             stopping, saving = stop.poll(time.perf_counter() - last_save > 60 * args.save_minutes)
             if stopping or saving:
                 run.save(state())
-                last_save = time.perf_counter()
+                last_save, saved_step = time.perf_counter(), step
             if stopping:
                 break
     except experiment.Stopped:
@@ -376,8 +389,8 @@ def main(argv=None):
     # --- summary ---
     if procs.main and targets and not stopping and not diverged:
         print(metrics.format_overfit(sample_metrics))
-    run.end(step, {**train_metrics, **sample_metrics, "train_stats": stats, "verdicts": [v._asdict() for v in verdicts]},
-            stop.name or stopping, diverged)
+    run.end(step, {**train_metrics, **sample_metrics, "train_stats": stats,
+                   "verdicts": [v._asdict() for v in verdicts]}, stop.name or stopping, diverged)
     if procs.main:
         print(f"next: python sample.py --ckpt={run.checkpoint_path}")
 

@@ -89,7 +89,7 @@ def main(argv=None):
     except ValueError as e:
         experiment.fail(e)
     if args.disc_weight > 0 and args.img_size < 24:
-        experiment.fail(f"the discriminator needs images of at least 24 px, not {args.img_size}: give --disc_weight=0")
+        experiment.fail(f"--img_size={args.img_size} is too small for the discriminator (24 at least): give --disc_weight=0")
     perceptual = None
     if args.perceptual_weight > 0:
         try:
@@ -122,7 +122,7 @@ def main(argv=None):
         "class_names": train_set.class_names, "img_size": args.img_size, "latent_shape": vae.latent_shape})
     window = experiment.Window(procs, ("train/loss", "train/rec", "train/kl", "train/g_loss", "train/d_loss",
                                        "train/grad_norm"))
-    step, bad_steps = 0, torch.zeros((), device=device)
+    step, bad_steps, train_metrics = 0, torch.zeros((), device=device), {}
     if checkpoint := run.load():
         experiment.load_weights(vae, checkpoint["model"], run.checkpoint_path)
         experiment.load_weights(ema.module, checkpoint["ema"], run.checkpoint_path)
@@ -132,12 +132,14 @@ def main(argv=None):
         experiment.set_learning_rate(vae_optimizer, args.lr)
         experiment.set_learning_rate(disc_optimizer, args.lr)
         window.load(checkpoint["window"])
-        step, bad_steps = checkpoint["step"], checkpoint["bad_steps"].to(device)
+        step, train_metrics = checkpoint["step"], checkpoint["train_metrics"]
+        bad_steps = checkpoint["bad_steps"].to(device)
 
     def state():
         return {"model": vae.state_dict(), "ema": ema.module.state_dict(), "disc": disc.state_dict(),
                 "vae_optimizer": vae_optimizer.state_dict(), "disc_optimizer": disc_optimizer.state_dict(),
                 "step": step, "bad_steps": bad_steps, "window": window.state(),
+                "train_metrics": train_metrics,
                 "args": vars(args), "latent_shape": vae.latent_shape}
 
     if procs.main:
@@ -157,8 +159,8 @@ def main(argv=None):
         vae_step, disc_step = DDP(vae_step), DDP(disc_step)
     stop = experiment.StopSignal(procs)
     progress = experiment.Progress(procs, "step", total_steps, step)
-    log_time, last_save, log_step = time.perf_counter(), time.perf_counter(), step
-    train_metrics, val_metrics, diverged, stopping = {}, {}, False, False
+    log_time, last_save, log_step, saved_step = time.perf_counter(), time.perf_counter(), step, step
+    val_metrics, diverged, stopping = {}, False, False
 
     def evaluate_and_save_grid(epoch):
         source = val_set or train_set
@@ -180,7 +182,8 @@ def main(argv=None):
         while True:
             # --- evaluation: after the checkpoint, so that a stop in here loses nothing ---
             if step and (step == total_steps or step % (args.sample_every * epoch_steps) == 0):
-                run.save(state())
+                if step != saved_step:  # going on with a finished run leaves its checkpoint, and so its hash, as it is
+                    run.save(state())
                 last_save = time.perf_counter()
                 with stop.immediate():
                     val_metrics = evaluate_and_save_grid(step // epoch_steps)
@@ -242,12 +245,12 @@ def main(argv=None):
                 if bad_steps.item() >= args.max_bad_steps:
                     diverged = True
                     break
-            progress.update(step, f"loss {train_metrics['train/loss']:.4f} {train_metrics['train/images_per_second']:.1f} "
-                                  "images/s" if train_metrics else "")
+            progress.update(step, "loss {train/loss:.4f} {train/images_per_second:.1f} images/s".format(**train_metrics)
+                            if train_metrics else "")
             stopping, saving = stop.poll(time.perf_counter() - last_save > 60 * args.save_minutes)
             if stopping or saving:
                 run.save(state())
-                last_save = time.perf_counter()
+                last_save, saved_step = time.perf_counter(), step
             if stopping:
                 break
 

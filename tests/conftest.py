@@ -1,0 +1,189 @@
+"""Shared fixtures: the tiny runs that the stage tests read, and ways to call a stage as its own process."""
+import hashlib
+import json
+import multiprocessing
+import os
+import pathlib
+import resource
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["WANDB_MODE"] = "disabled"
+torch.set_num_threads(1)
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+TINY_VAE = """
+img_size = 32
+z_channels = 2
+base_ch = 8
+ch_mults = (1, 2, 2)
+num_res_blocks = 1
+batch_per_device = 8
+lr = 2e-3
+disc_start = 90
+log_every = 10
+sample_every = 1000
+"""
+
+TINY_LDM = """
+ldm_base_ch = 16
+ldm_ch_mults = (1, 2)
+ldm_num_res_blocks = 1
+ldm_attn_res = (4,)
+prediction = "v"
+num_sampling_steps = 10
+sample_batch_size = 4
+batch_per_device = 8
+lr = 1e-3
+warmup_steps = 5
+log_every = 5
+sample_every = 5
+wandb = False
+"""
+
+
+# --- calling a stage ---------------------------------------------------------------------------------------
+
+
+def start(*argv, processes=1, cwd=ROOT):
+    """Popen of `python SCRIPT ARGS...` (argv[0] is the script's name), under torchrun for several processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    script = argv[0] if os.path.isabs(str(argv[0])) else ROOT / argv[0]
+    return subprocess.Popen([sys.executable, *launcher, str(script), *map(str, argv[1:])], cwd=cwd, text=True,
+                            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
+
+
+def run(*argv, code=0, **kwargs):
+    """(stdout, stderr) of a stage in a process of its own; its exit code must be `code`."""
+    process = start(*argv, **kwargs)
+    try:
+        out, err = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
+    return out, err
+
+
+def _as_main(argv, out, err, cwd):
+    # What the interpreter does for `python SCRIPT ARGS`, in a fork of a process that has torch imported.
+    for number, path in ((1, out), (2, err)):
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(fd, number)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))  # a runaway stage must not take the machine along
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.chdir(cwd)
+    sys.argv = [str(ROOT / argv[0]), *map(str, argv[1:])]
+    sys.path.insert(0, str(ROOT))
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:
+        sys.stdout.flush()
+
+
+@pytest.fixture(scope="session")
+def fork_server():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "numpy", "PIL.Image", "torch.distributed"])
+    return context
+
+
+@pytest.fixture
+def quick(fork_server, tmp_path_factory):
+    """quick(SCRIPT, ARGS...) -> exit code, stdout, stderr: a stage as a process, without the two seconds that
+    importing torch takes."""
+    folder = tmp_path_factory.mktemp("output")
+
+    def call(*argv, cwd=ROOT):
+        process = fork_server.Process(target=_as_main, args=(argv, str(folder / "out"), str(folder / "err"), str(cwd)))
+        process.start()
+        process.join(180)
+        if process.is_alive():
+            process.kill()
+            pytest.fail(f"{argv} still runs")
+        return SimpleNamespace(code=process.exitcode, out=(folder / "out").read_text(), err=(folder / "err").read_text())
+    return call
+
+
+# --- data and runs -----------------------------------------------------------------------------------------
+
+
+def write_png(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+
+
+@pytest.fixture
+def image_tree(tmp_path):
+    """image_tree({'TB/train/normal': 3, ...}) -> data root with that many random 40x40 images in each folder."""
+    def build(counts, name="data"):
+        rng = np.random.default_rng(0)
+        for folder, count in counts.items():
+            (tmp_path / name / folder).mkdir(parents=True, exist_ok=True)
+            for i in range(count):
+                write_png(tmp_path / name / folder / f"{i}.png", rng.integers(0, 256, (40, 40), dtype=np.uint8))
+        return tmp_path / name
+    return build
+
+
+def tree_hashes(root):
+    """{relative path: sha256} of all files below root; folders map to None."""
+    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else None
+            for p in sorted(pathlib.Path(root).rglob("*"))}
+
+
+def read_jsonl(path):
+    """All records of a metrics.jsonl, strict JSON, without the one number that is about time."""
+    def refuse(name):
+        raise ValueError(f"{name} is no JSON")
+    records = [json.loads(line, parse_constant=refuse) for line in pathlib.Path(path).read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k != "train/images_per_second"} for r in records]
+
+
+@pytest.fixture(scope="session")
+def stages(tmp_path_factory):
+    """Every stage once through the real command line: data, the runs `v` and `l`, their output, samples.
+
+    Read-only for tests; those that change something take `workspace`.
+    """
+    root = tmp_path_factory.mktemp("stages")
+    s = SimpleNamespace(root=root, data=root / "phantom", out=root / "runs", vae_config=root / "tiny_vae.py",
+                        ldm_config=root / "tiny_ldm.py", stdout={})
+    s.vae_config.write_text(TINY_VAE)
+    s.ldm_config.write_text(TINY_LDM)
+    s.vae_ckpt, s.ldm_ckpt = s.out / "v/ckpts/last.pt", s.out / "l/ckpts/last.pt"
+    s.common = [f"--data_root={s.data}", f"--output_root={s.out}"]
+
+    def stage(name, *argv):
+        s.stdout[name] = run(f"{name}.py", *argv)[0]
+    stage("data", f"--out={s.data}", "--num_train=8", "--num_val=3", "--img_size=32")
+    stage("train_vae", *s.common, f"--config={s.vae_config}", "--run_name=v", "--max_steps=100")
+    stage("find_latent_scale", *s.common, f"--ae_ckpt_path={s.vae_ckpt}")
+    stage("train_ldm", *s.common, f"--config={s.ldm_config}", "--run_name=l", "--max_steps=20")
+    stage("sample", f"--ckpt={s.ldm_ckpt}", "--num_samples=3", "--num_sampling_steps=10")
+    return s
+
+
+@pytest.fixture
+def workspace(stages, tmp_path):
+    """A copy of the runs that a test may change; data and configs are shared."""
+    w = SimpleNamespace(**vars(stages))
+    w.root, w.out = tmp_path, tmp_path / "runs"
+    shutil.copytree(stages.out, w.out)
+    w.vae_ckpt, w.ldm_ckpt = w.out / "v/ckpts/last.pt", w.out / "l/ckpts/last.pt"
+    w.common = [f"--data_root={w.data}", f"--output_root={w.out}"]
+    return w

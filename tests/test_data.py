@@ -1,0 +1,514 @@
+"""Folders, decoding, caches, latents and the phantom set of data.py, and the moments of find_latent_scale.py."""
+import json
+import os
+import pathlib
+import shutil
+import struct
+import zlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_png
+from PIL import Image
+
+import data
+import experiment
+import find_latent_scale
+import model
+from data import draw_phantom
+
+ALONE = experiment.Processes(0, 1, torch.device("cpu"), torch.float32, False)
+
+
+def settings(root, out, **changes):
+    return SimpleNamespace(**{**dict(data_root=str(root), task="TB", img_size=16, class_filter=-1, skip_bad_images=False,
+                                     num_workers=2, output_root=str(out)), **changes})
+
+
+def message(function, *args, **kwargs):
+    with pytest.raises(SystemExit) as e:
+        function(*args, **kwargs)
+    assert e.value.code.startswith("error: ")
+    return e.value.code
+
+
+# --- folders ---
+
+
+def names_of(listing):
+    return [(str(p.relative_to(listing.root)), listing.class_names[c])
+            for p, c in zip(listing.paths, listing.labels, strict=True)]
+
+
+def test_class_folders_sorted_by_name(image_tree):
+    root = image_tree({"TB/train/tb": 1, "TB/train/normal": 2})
+    (root / "TB/train/.cache").mkdir()
+    (root / "TB/train/tb/notes.txt").write_text("no image")
+    (root / "TB/train/tb/._0.png").write_text("left by a Mac")
+    shutil.copy(root / "TB/train/tb/0.png", root / "TB/train/tb/1.JPG")
+    listing = data.scan(root, "TB", "train")
+    assert listing.class_names == ["normal", "tb"]
+    assert names_of(listing) == [("TB/train/normal/0.png", "normal"), ("TB/train/normal/1.png", "normal"),
+                                 ("TB/train/tb/0.png", "tb"), ("TB/train/tb/1.JPG", "tb")]
+
+
+def test_flat_layout_by_prefix(image_tree):
+    root = image_tree({"TB/train": 2})
+    shutil.copy(root / "TB/train/0.png", root / "TB/train/TB.7.png")
+    shutil.copy(root / "TB/train/0.png", root / "TB/train/tb.8.png")
+    shutil.copy(root / "TB/train/0.png", root / "TB/train/TBC.png")
+    listing = data.scan(root, "TB", "train")
+    assert dict(names_of(listing)) == {"TB/train/0.png": "normal", "TB/train/1.png": "normal", "TB/train/TB.7.png": "tb",
+                                       "TB/train/tb.8.png": "normal", "TB/train/TBC.png": "normal"}
+
+
+def test_all_cxr_joins_the_tasks(image_tree):
+    root = image_tree({"TB/train/normal": 1, "TB/train/tb": 1, "PNEUMONIA/train/normal": 2, "PNEUMONIA/train/pneumonia": 1,
+                       "OTHER/val/x": 1})
+    listing = data.scan(root, "ALL_CXR", "train")
+    assert listing.class_names == ["normal", "pneumonia", "tb"]
+    assert np.bincount(listing.labels).tolist() == [3, 1, 1]
+    image_tree({"ALL_CXR/train/a": 1, "ALL_CXR/train/b": 1})
+    assert data.scan(root, "ALL_CXR", "train").class_names == ["a", "b"]  # a folder of that name comes first
+
+
+def test_what_is_missing_is_answered_with_what_is_there(image_tree, tmp_path):
+    root = image_tree({"TB/train/normal": 1, "TB/val/normal": 1, "COVID/train/a": 1, "EMPTY/train/a": 0})
+    assert str(tmp_path / "nowhere") in message(data.scan, tmp_path / "nowhere", "TB", "train")
+    assert "COVID, EMPTY, TB" in message(data.scan, root, "CT", "train")
+    assert "train, val" in message(data.scan, root, "TB", "test")
+    assert "no images" in message(data.scan, root, "EMPTY", "train")
+    assert "no split" in message(data.scan, root, "ALL_CXR", "test")
+    image_tree({"TB/train/tb": 0})
+    assert "class tb" in message(data.scan, root, "TB", "train")
+    assert data.scan(root, "COVID", "val", optional=True) is None
+
+
+def test_a_missing_validation_split_is_skipped_with_a_notice(image_tree, tmp_path, capsys):
+    root = image_tree({"TB/train/normal": 1, "TB/train/tb": 1})
+    assert data.open_images(settings(root, tmp_path), ALONE, "val", optional=True) is None
+    assert "validation is skipped" in capsys.readouterr().out
+
+
+def test_one_class_only_is_refused_unless_asked_for(image_tree, tmp_path):
+    root = image_tree({"TB/train/normal": 3, "TB/val/normal": 1})
+    assert "--class_filter=0" in message(data.open_images, settings(root, tmp_path), ALONE, "train")
+    assert len(data.open_images(settings(root, tmp_path, class_filter=0), ALONE, "train")) == 3
+    assert len(data.open_images(settings(root, tmp_path), ALONE, "val", optional=True)) == 1
+
+
+def test_class_filter_keeps_the_class_index(image_tree, tmp_path):
+    root = image_tree({"TB/train/normal": 3, "TB/train/tb": 2})
+    whole = data.open_images(settings(root, tmp_path), ALONE, "train")
+    tb = data.open_images(settings(root, tmp_path, class_filter=1), ALONE, "train")
+    assert tb.labels.tolist() == [1, 1] and tb.class_names == ["normal", "tb"] and len(whole) == 5
+    assert torch.equal(tb.images([0, 1]), whole.images([3, 4]))
+    assert len(list((tmp_path / "cache").glob("*.bin"))) == 1  # shared
+    assert "0 = normal, 1 = tb" in message(data.open_images, settings(root, tmp_path, class_filter=2), ALONE, "train")
+
+
+# --- decoding ---
+
+
+def decode_array(tmp_path, image, size=16, name="x.png", **options):
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    image.save(tmp_path / name, **options)
+    return data.decode(tmp_path / name, size).astype(float) / 65535
+
+
+def test_8_and_16_bit_keep_their_full_range(tmp_path):
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    assert np.abs(decode_array(tmp_path, ramp) - ramp / 255).max() < 1e-5
+    fine = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
+    fine[0, :5] = (0, 1, 4095, 4096, 65535)
+    decoded = decode_array(tmp_path, fine)
+    assert np.abs(decoded - fine / 65535).max() < 1.1 / 65535
+    assert decoded.max() == 1 and decoded[0, 3] > decoded[0, 2]
+    assert np.abs(decode_array(tmp_path, fine, name="x.tif") - fine / 65535).max() < 1.1 / 65535
+
+
+def test_colour_and_transparency(tmp_path):
+    grey = np.full((16, 16), 100, np.uint8)
+    expected = 100 / 255
+    shape = (16, 16)
+    opaque, clear = np.full(shape, 255, np.uint8), np.zeros(shape, np.uint8)
+    for mode in ("RGB", "CMYK", "P", "LA", "RGBA"):
+        name = "x.tif" if mode == "CMYK" else "x.png"
+        decoded = decode_array(tmp_path, Image.fromarray(grey).convert(mode), name=name)
+        assert np.abs(decoded - expected).max() < 1.5 / 255, mode
+    red = np.stack([opaque, clear, clear], -1)
+    assert np.abs(decode_array(tmp_path, red) - 0.299).max() < 2 / 255  # ITU-R 601 luma
+    white_but_clear = np.stack([opaque, opaque, opaque, clear], -1)
+    assert decode_array(tmp_path, white_but_clear).max() == 0
+    half = np.stack([opaque, opaque, opaque, np.full(shape, 128, np.uint8)], -1)
+    assert np.abs(decode_array(tmp_path, half) - 128 / 255).max() < 1.5 / 255
+    assert decode_array(tmp_path, Image.merge("LA", [Image.fromarray(opaque), Image.fromarray(clear)])).max() == 0
+
+
+def test_palette_with_transparency_and_1_bit(tmp_path):
+    palette = Image.new("P", (16, 16), 0)
+    palette.putpalette([255, 255, 255, 200, 200, 200])
+    palette.paste(1, (0, 0, 8, 16))
+    decoded = decode_array(tmp_path, palette, transparency=0)
+    assert np.abs(decoded[:, :8] - 200 / 255).max() < 1e-3 and decoded[:, 8:].max() == 0
+    bits = Image.new("1", (16, 16), 0)
+    bits.paste(1, (0, 0, 16, 4))
+    decoded = decode_array(tmp_path, bits)
+    assert decoded[:4].min() == 1 and decoded[4:].max() == 0
+
+
+def test_the_transparent_grey_of_a_grey_image_is_black(tmp_path):
+    image = Image.new("L", (16, 16), 255)
+    image.paste(90, (0, 0, 8, 16))
+    decoded = decode_array(tmp_path, image, transparency=255)
+    assert np.abs(decoded[:, :8] - 90 / 255).max() < 1e-3 and decoded[:, 8:].max() == 0
+
+
+def test_the_content_decides_the_format_not_the_name(tmp_path):
+    Image.new("L", (16, 16), 77).save(tmp_path / "x.jpg")
+    (tmp_path / "x.jpg").rename(tmp_path / "x.png")
+    assert np.abs(data.decode(tmp_path / "x.png", 16) / 65535 - 77 / 255).max() < 2 / 255
+
+
+@pytest.mark.parametrize("height, width", [(16, 30), (30, 16), (17, 16), (16, 21)])
+def test_the_centre_square_is_kept_unflipped(tmp_path, height, width):
+    picture = (np.arange(height * width) % 251).astype(np.uint8).reshape(height, width)  # no symmetry
+    top, left = (height - 16) // 2, (width - 16) // 2
+    assert np.abs(decode_array(tmp_path, picture) - picture[top:top + 16, left:left + 16] / 255).max() < 1e-5
+
+
+def test_downsizing_averages_areas(tmp_path):
+    picture = np.random.default_rng(0).integers(0, 65536, (16, 16)).astype(np.uint16)
+    expected = picture.reshape(4, 4, 4, 4).mean((1, 3)) / 65535
+    assert np.abs(decode_array(tmp_path, picture, 4) - expected).max() < 2 / 65535
+
+
+def test_upsizing_keeps_orientation_and_range(tmp_path):
+    picture = np.zeros((8, 8), np.uint8)
+    picture[0, :4] = 255
+    decoded = decode_array(tmp_path, picture, 16)
+    assert decoded.shape == (16, 16) and decoded[0, 1] > 0.9 and decoded[0, 14] < 0.1 and decoded[15].max() < 0.1
+    assert decoded.min() >= 0 and decoded.max() <= 1
+
+
+def bomb(path):
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 0, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+                     + chunk(b"IEND", b""))
+
+
+@pytest.fixture
+def broken_tree(image_tree):
+    """Four good images and six files that no one can decode."""
+    root = image_tree({"TB/train/normal": 3, "TB/train/tb": 1})
+    folder = root / "TB/train/normal"  # before the good one of class tb
+    good = (folder / "0.png").read_bytes()
+    (folder / "truncated.png").write_bytes(good[:len(good) // 2])
+    (folder / "empty.png").touch()
+    (folder / "text.png").write_text("Dear colleague, see attached.")
+    write_png(folder / "pixel.png", np.zeros((1, 1), np.uint8))
+    Image.fromarray(np.zeros((40, 40), np.float32)).save(folder / "float.tif")
+    bomb(folder / "bomb.png")
+    return root
+
+
+BROKEN = ["bomb.png", "empty.png", "float.tif", "pixel.png", "text.png", "truncated.png"]
+
+
+def test_one_error_names_all_files_that_cannot_be_decoded(broken_tree, tmp_path):
+    for _ in range(2):  # the second time from the cache
+        text = message(data.open_images, settings(broken_tree, tmp_path), ALONE, "train")
+        assert "6 of 10 images" in text and "--skip_bad_images" in text
+        assert [line.split(": ")[0].split("/")[-1] for line in text.splitlines()[1:]] == BROKEN
+        assert "too many pixels" in text and "1x1" in text
+
+
+def test_skip_bad_images_counts_them_and_keeps_the_labels(broken_tree, tmp_path, capsys):
+    images = data.open_images(settings(broken_tree, tmp_path, skip_bad_images=True), ALONE, "train")
+    assert images.labels.tolist() == [0, 0, 0, 1] and images.images(range(4)).shape == (4, 1, 16, 16)
+    assert "6 images that cannot be decoded are left out" in capsys.readouterr().out
+    expected = data.decode(broken_tree / "TB/train/tb/0.png", 16) / 32767.5 - 1
+    assert np.allclose(images.images([3])[0, 0], expected, atol=1e-6)
+
+
+def test_a_split_without_one_good_image_is_one_error(image_tree, tmp_path):
+    root = image_tree({"TB/train/normal": 1, "TB/train/tb": 1})
+    for path in root.rglob("*.png"):
+        path.write_text("nothing")
+    assert "2 of 2 images" in message(data.open_images, settings(root, tmp_path), ALONE, "train")
+    assert "no image is left" in message(data.open_images, settings(root, tmp_path, skip_bad_images=True), ALONE, "train")
+
+
+def test_file_names_that_are_no_utf8_work(image_tree, tmp_path):
+    root = image_tree({"TB/train/normal": 1, "TB/train/tb": 1})
+    os.rename(os.fsencode(root / "TB/train/tb/0.png"), os.fsencode(root / "TB/train/tb") + b"/r\xf6ntgen.png")
+    assert len(data.open_images(settings(root, tmp_path), ALONE, "train")) == 2
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of damaged TIFF tags
+def test_damaged_files_raise_only_what_callers_expect(tmp_path):
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (24, 20), dtype=np.uint8))
+    for name in ("a.png", "a.jpg", "a.tif", "a.gif", "a.bmp", "a.webp"):
+        picture.save(tmp_path / name)
+        whole = (tmp_path / name).read_bytes()
+        for _ in range(40):
+            damaged = bytearray(whole[:rng.integers(len(whole) // 2, len(whole) + 1)])
+            damaged[rng.integers(min(len(damaged), 120))] = rng.integers(256)
+            (tmp_path / name).write_bytes(damaged)
+            try:
+                assert data.decode(tmp_path / name, 16).shape == (16, 16)
+            except (OSError, ValueError):
+                pass
+
+
+# --- image cache ---
+
+
+def marker_tree(image_tree):
+    root = image_tree({"TB/train/normal": 2, "TB/train/tb": 2})
+    marker = np.zeros((16, 16), np.uint8)
+    marker[:4, :4] = 255  # top left
+    write_png(root / "TB/train/tb/0.png", marker)
+    return root
+
+
+def test_images_are_minus_one_to_one_in_place_and_never_flipped(image_tree, tmp_path):
+    images = data.open_images(settings(marker_tree(image_tree), tmp_path), ALONE, "train")
+    x = images.images([2] * 20)
+    assert x.dtype == torch.float32 and x.shape == (20, 1, 16, 16)
+    expected = -torch.ones(16, 16)
+    expected[:4, :4] = 1
+    assert torch.equal(x, expected.expand_as(x))
+
+
+def test_a_second_open_decodes_nothing(image_tree, tmp_path):
+    root = marker_tree(image_tree)
+    first = data.open_images(settings(root, tmp_path), ALONE, "train").images(range(4))
+    for path in (root / "TB/train/normal").glob("*.png"):  # same size and time, nothing to decode
+        stat = path.stat()
+        path.write_bytes(b"x" * stat.st_size)
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert torch.equal(data.open_images(settings(root, tmp_path), ALONE, "train").images(range(4)), first)
+    with pytest.raises(SystemExit):
+        data.open_images(settings(root, tmp_path / "other"), ALONE, "train")
+
+
+def test_a_changed_file_or_size_is_decoded_again(image_tree, tmp_path):
+    root = marker_tree(image_tree)
+    before = data.open_images(settings(root, tmp_path), ALONE, "train")
+    path = root / "TB/train/tb/0.png"
+    time_ns = path.stat().st_mtime_ns
+    write_png(path, np.full((16, 16), 255, np.uint8))
+    os.utime(path, ns=(time_ns + 10**9, time_ns + 10**9))
+    after = data.open_images(settings(root, tmp_path), ALONE, "train")
+    assert before.key != after.key and after.images([2]).min() == 1
+    assert data.open_images(settings(root, tmp_path, img_size=8), ALONE, "train").images([0]).shape == (1, 1, 8, 8)
+    write_png(root / "TB/train/normal/9.png", np.zeros((16, 16), np.uint8))
+    assert len(data.open_images(settings(root, tmp_path), ALONE, "train")) == 5
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "index"])
+def test_a_damaged_cache_is_noticed_and_built_again(image_tree, tmp_path, capsys, damage):
+    root = marker_tree(image_tree)
+    first = data.open_images(settings(root, tmp_path), ALONE, "train").images(range(4))
+    cache, = (tmp_path / "cache").glob("*.bin")
+    index, = (tmp_path / "cache").glob("*.json")
+    content = bytearray(cache.read_bytes())
+    content[700] ^= 4
+    if damage == "gone":
+        cache.unlink()
+    elif damage == "index":
+        index.write_text(index.read_text()[:50])
+    else:
+        cache.write_bytes(content if damage == "flip" else content[:-100])
+    assert torch.equal(data.open_images(settings(root, tmp_path), ALONE, "train").images(range(4)), first)
+    assert "building it again" in capsys.readouterr().out
+    data.open_images(settings(root, tmp_path), ALONE, "train")
+    assert "building it again" not in capsys.readouterr().out
+
+
+def test_a_failed_build_leaves_no_cache(tmp_path):
+    def blocks():
+        yield np.zeros((2, 3), np.uint16)
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        data.cached_array(tmp_path, "a", blocks)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cache_rows_across_blocks(tmp_path):
+    parts = [np.arange(6, dtype=np.float32).reshape(3, 2), np.arange(6, 10, dtype=np.float32).reshape(2, 2), {"n": 5}]
+    for _ in range(2):
+        array = data.cached_array(tmp_path, "a", lambda: iter(parts))
+        assert array.shape == (5, 2) and array.meta == {"n": 5}
+        assert array.rows(np.array([4, 0, 4])).tolist() == [[8, 9], [0, 1], [8, 9]]
+
+
+def open_at_once(barrier, root, out):
+    barrier.wait()
+    images = data.open_images(settings(root, out), ALONE, "train")
+    assert len(images) == 12 and images.images(range(12)).std() > 0.1
+
+
+def test_two_processes_can_build_the_cache_at_once(image_tree, tmp_path, fork_server):
+    root = image_tree({"TB/train/normal": 6, "TB/train/tb": 6})
+    barrier = fork_server.Barrier(2)
+    both = [fork_server.Process(target=open_at_once, args=(barrier, str(root), str(tmp_path))) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(180)
+    assert [process.exitcode for process in both] == [0, 0]
+    index, = (tmp_path / "cache").glob("*.json")
+    assert (tmp_path / "cache" / json.loads(index.read_text())["file"]).exists()
+    assert not list((tmp_path / "cache").glob(".*"))
+
+
+def test_no_data_root_means_the_phantom_set(tmp_path, capsys):
+    images = data.open_images(settings("", tmp_path, data_root=None, img_size=16), ALONE, "val")
+    assert images.class_names == ["normal", "tb"] and np.bincount(images.labels).tolist() == [16, 16]
+    assert "phantom" in capsys.readouterr().out
+    folder = pathlib.Path(tmp_path, "cache", "phantom_16")
+    assert len(list(folder.glob("TB/train/*/*.png"))) == 128
+    stamps = {p: p.stat().st_mtime_ns for p in folder.rglob("*.png")}
+    data.open_images(settings("", tmp_path, data_root=None, img_size=16), ALONE, "val")
+    assert stamps == {p: p.stat().st_mtime_ns for p in folder.rglob("*.png")}
+
+
+# --- subsets and latents ---
+
+
+def test_overfit_indices_take_the_classes_in_turn():
+    labels = np.array([1, 1, 0, 0, 0, 2])
+    assert data.overfit_indices(labels, 5).tolist() == [2, 0, 5, 3, 1]
+    assert data.overfit_indices(labels, 1).tolist() == [2]
+    assert sorted(data.overfit_indices(labels, 6).tolist()) == list(range(6))
+    assert data.overfit_indices(np.zeros(3, int), 2).tolist() == [0, 1]
+    assert "only 6" in message(data.overfit_indices, labels, 7)
+
+
+@pytest.fixture
+def vae():
+    torch.manual_seed(0)
+    return model.AutoencoderKL(16, 2, 4, (1, 2), 1).eval().requires_grad_(False)
+
+
+def test_cached_latents_are_those_encoded_on_the_fly(image_tree, tmp_path, vae):
+    root = image_tree({"TB/train/normal": 5, "TB/train/tb": 4})
+    images = data.open_images(settings(root, tmp_path), ALONE, "train")
+    cached = data.LatentSet(images, vae, "a" * 64, tmp_path / "cache", ALONE, batch_size=4)
+    fresh = data.LatentSet(images, vae, "a" * 64, tmp_path / "cache", ALONE, use_cache=False)
+    index = np.array([8, 0, 3, 0])
+    for got, want, direct in zip(cached.posterior(index), fresh.posterior(index), vae.encode(images.images(index)),
+                                 strict=True):
+        assert got.shape == (4, 2, 8, 8) and got.dtype == torch.float32
+        assert torch.allclose(got, want, atol=1e-5) and torch.allclose(got, direct, atol=1e-5)
+    assert not torch.equal(cached.posterior(index)[0][0], cached.posterior(index)[0][1])
+
+
+def test_latents_of_subsets_share_the_cache_and_another_vae_does_not(image_tree, tmp_path, vae):
+    root = image_tree({"TB/train/normal": 3, "TB/train/tb": 3})
+    images = data.open_images(settings(root, tmp_path), ALONE, "train")
+    tb = data.open_images(settings(root, tmp_path, class_filter=1), ALONE, "train")
+    last = data.LatentSet(tb.subset([2]), vae, "a", tmp_path / "cache", ALONE)  # builds the cache for all
+    whole = data.LatentSet(images, vae, "a", tmp_path / "cache", ALONE)
+    assert len(list((tmp_path / "cache").glob("latents_*.json"))) == 1
+    assert torch.equal(last.posterior(np.array([0]))[0], whole.posterior(np.array([5]))[0])
+    other = model.AutoencoderKL(16, 2, 4, (1, 2), 1).eval()
+    mean = data.LatentSet(images, other, "b", tmp_path / "cache", ALONE).posterior(np.array([5]))[0]
+    assert torch.allclose(mean, other.encode(images.images([5])).mean, atol=1e-5)
+
+
+def test_moments_match_numpy_far_from_zero():
+    rng = np.random.default_rng(0)
+    # Around 1e8 even in float64 the naive E[x^2] - E[x]^2 has no digit left.
+    x = 1e8 * np.arange(1, 4)[:, None, None] + 0.5 * rng.standard_normal((50, 3, 5, 5))
+    moments = find_latent_scale.Moments()
+    for part in np.split(x, [7, 40]):
+        moments.add(torch.from_numpy(part))
+    means, stds = moments.channels()
+    assert np.allclose(means, x.mean((0, 2, 3)), rtol=1e-12)
+    assert np.allclose(stds, x.std((0, 2, 3)), rtol=1e-6)
+    mean, std = moments.overall()
+    assert np.isclose(mean, x.mean(), rtol=1e-12)
+    assert np.isclose(std, x.std(), rtol=1e-9)
+
+
+def test_latent_scale_json_is_what_a_direct_computation_gives(stages):
+    stored = json.loads((stages.out / "v/latent_scale.json").read_text())
+    vae, args, sha = find_latent_scale.load_autoencoder(stages.vae_ckpt, None, ALONE)
+    paths = sorted(stages.data.glob("TB/train/*/*.png"))
+    pixels = np.stack([np.asarray(Image.open(p), dtype=np.float32) for p in paths])
+    mean, logvar = (p.double() for p in vae.encode(torch.from_numpy(pixels / 127.5 - 1)[:, None]))
+    noise = torch.randn(mean.shape, generator=experiment.generator("cpu", 0, "scale", 0)).double()
+    z = (mean + torch.exp(logvar / 2) * noise).numpy()
+    assert stored["num_images"] == len(z) == 16 and stored["vae_sha256"] == sha and stored["img_size"] == 32
+    assert np.isclose(stored["latent_scale_factor"], 1 / z.std(), rtol=1e-5)
+    assert np.isclose(stored["std"], z.std(), rtol=1e-5) and np.isclose(stored["mean"], z.mean(), rtol=1e-4, atol=1e-6)
+    assert np.allclose(stored["channel_std"], z.std((0, 2, 3)), rtol=1e-5)
+    assert np.allclose(stored["channel_mean"], z.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    assert np.isclose(stored["posterior_noise_share"], logvar.exp().mean() / z.var(), rtol=1e-5)
+    assert np.isclose(stored["min"], z.min(), rtol=1e-4) and np.isclose(stored["max"], z.max(), rtol=1e-4)
+
+
+# --- phantom ---
+
+SEEDS = range(24)
+
+
+def films(has_tb, img_size=64):
+    drawn = [draw_phantom(np.random.default_rng(seed), has_tb, img_size) for seed in SEEDS]
+    return np.stack(drawn).astype(np.float32)
+
+
+def test_phantom_is_a_function_of_the_generator_alone():
+    first, again = films(True), films(True)
+    assert draw_phantom(np.random.default_rng(0), True, 64).dtype == np.uint8
+    assert first.shape == (len(SEEDS), 64, 64)
+    assert np.array_equal(first, again)
+    flat = first.reshape(len(SEEDS), -1) / 127.5 - 1
+    mse = np.square(flat[:, None] - flat[None]).mean(-1)  # [seed, seed], on the [-1, 1] scale
+    assert mse[np.triu_indices(len(SEEDS), 1)].min() > 0.03
+
+
+def test_tuberculosis_brightens_the_upper_zones_only():
+    # One seed is one patient in both classes, so the difference of a pair is the disease and nothing else.
+    difference = films(True) - films(False)  # [seed, 64, 64], grey levels
+    assert difference[:, 8:32].mean() > 4
+    assert (difference.max(axis=(1, 2)) > 30).all()
+    assert np.abs(difference[:, 44:]).max() <= 2
+
+
+def test_corners_are_true_black_and_the_heart_is_on_the_image_right():
+    for img_size in (32, 64):
+        normal = films(False, img_size)
+        assert (normal[:, [0, 0, -1, -1], [0, -1, 0, -1]] == 0).all()
+        assert (normal.max(axis=(1, 2)) > 150).all()
+    mean_film = normal.mean(axis=0)
+    heart_rows = slice(28, 36)
+    assert mean_film[heart_rows, 38:44].mean() > mean_film[heart_rows, 20:26].mean() + 15
+
+
+def test_geometry_does_not_depend_on_the_size():
+    for seed in range(4):
+        small = draw_phantom(np.random.default_rng(seed), True, 64).astype(np.float32)
+        large = draw_phantom(np.random.default_rng(seed), True, 256)
+        reduced = Image.fromarray(large).resize((64, 64), Image.BOX)
+        assert np.abs(small - np.asarray(reduced, np.float32)).mean() < 4
+
+
+def test_the_written_phantom_set_has_no_image_twice(tmp_path):
+    data.write_phantoms(tmp_path, 3, 2, 32)
+    paths = sorted(tmp_path.rglob("*.png"))
+    assert [str(p.relative_to(tmp_path)) for p in paths] == [
+        f"TB/{split}/{name}/0000{i}.png" for split, n in (("train", 3), ("val", 2)) for name in ("normal", "tb")
+        for i in range(n)]
+    pixels = [p.read_bytes() for p in paths]
+    assert len(set(pixels)) == 10
+    data.write_phantoms(tmp_path / "again", 3, 2, 32)
+    assert [p.read_bytes() for p in sorted((tmp_path / "again").rglob("*.png"))] == pixels

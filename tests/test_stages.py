@@ -1,0 +1,515 @@
+"""The four stages through the real command line: files, resuming, overfitting, processes, and bad input."""
+import json
+import re
+import shlex
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, read_jsonl, run, start, tree_hashes
+from PIL import Image
+
+import experiment
+
+DIVERSITY = {f"sample_diversity/{c}pairwise_mse_{k}" for c in ("", "normal/", "tb/") for k in ("mean", "std", "min", "max")}
+LATENT = {f"final_latent_stats/{k}" for k in ("mean", "std", "min", "max", "target_std")}
+
+
+def strict(path):
+    def refuse(name):
+        raise AssertionError(f"{path}: {name} is no JSON")
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def grey(path):
+    with Image.open(path) as image:
+        assert image.mode == "L"
+        return np.asarray(image).astype(int)
+
+
+def same(a, b):
+    """Whether two checkpoints (nested dicts, lists, tensors, numbers) are equal bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+# --- the files of the contract ---
+
+
+def test_train_vae_leaves_the_files_of_the_contract(stages):
+    folder = stages.out / "v"
+    meta, summary = strict(folder / "run_meta.json"), strict(folder / "summary.json")
+    assert meta["class_names"] == ["normal", "tb"] and meta["img_size"] == 32 and meta["world_size"] == 1
+    assert meta["args"]["z_channels"] == 2 and meta["packages"]["torch"] == torch.__version__ and "git_commit" in meta
+    records = read_jsonl(folder / "metrics.jsonl")
+    train = [r for r in records if "train/loss" in r]
+    assert [r["step"] for r in train] == list(range(10, 101, 10)) and all("epoch" in r for r in records)
+    assert {f"train/{k}" for k in ("loss", "rec", "kl", "g_loss", "d_loss", "grad_norm", "learning_rate")} <= train[0].keys()
+    assert train[0]["train/d_loss"] == 0 and train[-1]["train/d_loss"] > 0  # from disc_start on
+    assert train[-1]["train/rec"] < 0.7 * train[0]["train/rec"]
+    assert {"val/psnr", "val/ssim", "val/l1"} <= records[-1].keys() and 12 < records[-1]["val/psnr"] < 40
+    assert summary["step"] == 100 and {v["metric"] for v in summary["verdicts"]} == {"train/loss", "train/grad_norm"}
+    assert grey(folder / "samples/recon_ep0050.png").shape == (2 * (32 + 16), 6 * 34 + 2)
+
+
+def test_train_ldm_leaves_the_files_of_the_contract(stages):
+    folder = stages.out / "l"
+    summary, meta = strict(folder / "summary.json"), strict(folder / "run_meta.json")
+    records = read_jsonl(folder / "metrics.jsonl")
+    train = [r for r in records if "train/loss" in r]
+    assert [r["step"] for r in train] == [5, 10, 15, 20]
+    names = {"train/loss", "train/grad_norm", "train/learning_rate", *(f"train/loss_t{q}" for q in range(4))}
+    assert names <= train[0].keys()
+    assert train[0]["train/learning_rate"] == pytest.approx(1e-3)  # warm-up of 5 steps is over
+    sampled = [r for r in records if "final_latent_stats/mean" in r]
+    assert [(r["step"], r["epoch"]) for r in sampled] == [(10, 5), (20, 10)]
+    wanted = DIVERSITY | LATENT | {"sample_diversity/real_pairwise_mse_mean", "sample_diversity/ratio_to_real"}
+    assert wanted <= sampled[0].keys() and wanted <= summary.keys() and names <= summary.keys()
+    assert {"train/loss", "final_latent_stats/std", "sample_diversity/pairwise_mse_mean"} <= {
+        v["metric"] for v in summary["verdicts"]}
+    assert all(v["level"] in ("ok", "watch", "bad") for v in summary["verdicts"])
+    scale = strict(stages.out / "v/latent_scale.json")
+    assert sampled[0]["final_latent_stats/target_std"] == pytest.approx(scale["std"])
+    assert meta["latent_scale_factor"] == scale["latent_scale_factor"] and meta["vae_sha256"] == scale["vae_sha256"]
+    assert sorted(p.name for p in (folder / "samples").iterdir()) == [
+        f"sample_ep{e:04d}_{c}.png" for e in (5, 10) for c in ("normal", "tb")]
+    state = experiment.load_checkpoint(stages.ldm_ckpt, "ldm")
+    assert state["latent_scale_factor"] == scale["latent_scale_factor"] and state["step"] == 20
+    assert not [k for k in state["model"] if "_orig_mod" in k or k.startswith("module.")]
+
+
+def test_sample_leaves_images_manifest_and_grid(stages):
+    folder = stages.out / "l/samples_ancestral_0"
+    names = [f"{c}_{i:05d}.png" for c in ("normal", "tb") for i in range(3)]
+    manifest = strict(folder / "manifest.json")
+    assert [i["file"] for i in manifest["images"]] == names
+    assert [(i["class"], i["number"]) for i in manifest["images"]] == [(c, i) for c in ("normal", "tb") for i in range(3)]
+    assert manifest["guidance_scale"] == 4.0 and manifest["seed"] == 0 and manifest["sampler"] == "ancestral"
+    assert sorted(p.name for p in folder.iterdir()) == sorted([*names, "manifest.json", "metrics.json", "grid.png"])
+    pictures = [grey(folder / n) for n in names]
+    assert all(p.shape == (32, 32) for p in pictures) and len({p.tobytes() for p in pictures}) == 6
+    assert DIVERSITY | LATENT <= strict(folder / "metrics.json").keys()
+
+
+def test_every_next_line_is_a_command_that_works(stages, workspace, quick):
+    """What each stage prints as the next command runs as it stands."""
+    for name, extra in (("train_vae", []), ("train_ldm", ["--num_samples=1", "--num_sampling_steps=2"])):
+        command = re.search("^next: python (.*)$", stages.stdout[name], re.M).group(1).replace(str(stages.out), str(workspace.out))
+        result = quick(*shlex.split(command), *extra, cwd=workspace.root)
+        assert result.code == 0, result.err
+    command = re.search("^next: python (.*)$", stages.stdout["find_latent_scale"], re.M).group(1)
+    result = quick(*shlex.split(command.replace(str(stages.out), str(workspace.out))), f"--config={workspace.ldm_config}",
+                   "--max_steps=1", f"--output_root={workspace.out}")
+    assert result.code == 0, result.err
+
+
+@pytest.mark.parametrize("script", ["train_vae.py", "find_latent_scale.py", "train_ldm.py", "sample.py"])
+def test_help_shows_arguments_and_defaults(quick, script):
+    result = quick(script, "--help")
+    text = " ".join(result.out.split())
+    assert result.code == 0 and result.err == ""
+    for part in ("--data_root", "--config", "(default: TB)", "(default: auto)", "(default: 0)"):
+        assert part in text
+    assert quick("data.py", "--help").code == 0
+
+
+# --- resuming ---
+
+FINAL = ("model", "ema", "disc", "vae_optimizer", "disc_optimizer", "optimizer", "step", "bad_steps", "window")
+
+
+def assert_same_run(a, b, kind):
+    one, two = (experiment.load_checkpoint(f / "ckpts/last.pt", kind) for f in (a, b))
+    for key in FINAL:
+        assert (key in one) == (key in two) and (key not in one or same(one[key], two[key])), key
+    assert read_jsonl(a / "metrics.jsonl") == read_jsonl(b / "metrics.jsonl")
+    pictures = {p.name: p.read_bytes() for p in (a / "samples").iterdir()}
+    assert pictures and pictures == {p.name: p.read_bytes() for p in (b / "samples").iterdir()}
+    ends = [{k: v for k, v in strict(f / "summary.json").items() if k != "train/images_per_second"} for f in (a, b)]
+    assert ends[0] == ends[1]
+
+
+def stop_and_continue(script, args, folder, signals, after_line):
+    """Run, send each signal once a line `after_line` is out, go on, and let the last one finish."""
+    for number in signals:
+        process = start(script, *args)
+        out = []
+        for line in process.stdout:
+            out.append(line)
+            if after_line in line:
+                process.send_signal(number)
+                break
+        rest, err = process.communicate(timeout=300)
+        text = "".join(out) + rest
+        assert process.returncode == experiment.EXIT_STOPPED, text + err
+        assert f"stopped ({signal.Signals(number).name})" in text and f"--resume_dir={folder}" in text
+        assert not (folder / "summary.json").exists()
+        stopped_at = int(re.search(r"at step (\d+)", text).group(1))
+    out, _ = run(script, *args)
+    assert re.search(rf"continues at step\s+{stopped_at}\n", out)
+
+
+def test_a_vae_run_that_was_stopped_ends_like_one_that_was_not(stages, tmp_path):
+    args = [f"--data_root={stages.data}", f"--output_root={tmp_path}", f"--config={stages.vae_config}", "--max_steps=26",
+            "--disc_start=10", "--log_every=4", "--sample_every=5"]
+    run("train_vae.py", *args, "--run_name=whole")
+    stop_and_continue("train_vae.py", [*args, "--run_name=parts"], tmp_path / "parts", [signal.SIGTERM], "step 4 ")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", "vae")
+
+
+def test_an_ldm_run_that_was_stopped_ends_like_one_that_was_not(workspace):
+    args = [*workspace.common, f"--config={workspace.ldm_config}", f"--ae_ckpt_path={workspace.vae_ckpt}", "--max_steps=50",
+            "--log_every=4", "--grad_accum=2", "--batch_per_device=3", "--sample_every=10"]
+    run("train_ldm.py", *args, "--run_name=whole")
+    stop_and_continue("train_ldm.py", [*args, "--run_name=parts"], workspace.out / "parts", [signal.SIGUSR1], "step 4 ")
+    assert_same_run(workspace.out / "whole", workspace.out / "parts", "ldm")
+
+
+def test_a_run_extended_by_max_steps_ends_like_a_longer_one(workspace, quick):
+    """Split at a log line and at an evaluation, so that both runs log the same."""
+    args = ["train_ldm.py", *workspace.common, f"--ae_ckpt_path={workspace.vae_ckpt}"]
+    settings = [f"--config={workspace.ldm_config}", "--sample_every=2", "--log_every=4"]
+    assert quick(*args, *settings, "--run_name=whole", "--max_steps=8").code == 0
+    assert quick(*args, *settings, "--run_name=parts", "--max_steps=4").code == 0
+    result = quick("train_ldm.py", f"--resume_dir={workspace.out / 'parts'}", "--max_steps=8")  # its own settings
+    assert result.code == 0, result.err
+    assert "continues with max_steps=8 (was 4)" in result.out
+    assert_same_run(workspace.out / "whole", workspace.out / "parts", "ldm")
+
+
+@pytest.mark.parametrize("script, name", [("train_vae.py", "v"), ("train_ldm.py", "l")])
+def test_continuing_a_finished_run_changes_nothing(workspace, quick, script, name):
+    folder = workspace.out / name
+    before = {p: v for p, v in tree_hashes(folder).items() if p != "run_meta.json"}
+    summary = strict(folder / "summary.json")
+    result = quick(script, f"--resume_dir={folder}")
+    assert result.code == 0, result.err
+    assert strict(folder / "summary.json") == summary
+    assert {p: v for p, v in tree_hashes(folder).items() if p != "run_meta.json"} == before
+
+
+def test_a_run_that_diverges_says_so_and_leaves_good_weights(workspace, quick):
+    result = quick("train_ldm.py", *workspace.common, f"--config={workspace.ldm_config}", "--run_name=bad", "--max_steps=40",
+                   f"--ae_ckpt_path={workspace.vae_ckpt}", "--lr=1e30", "--warmup_steps=0", "--max_bad_steps=4")
+    assert result.code == 1 and error_lines(result)[0].startswith("error: ") and "--resume_dir" in result.err
+    state = experiment.load_checkpoint(workspace.out / "bad/ckpts/last.pt", "ldm")
+    assert all(v.isfinite().all() for v in state["model"].values())
+    assert strict(workspace.out / "bad/summary.json")["diverged"] is True
+
+
+# --- it learns ---
+
+
+def test_overfit_one_reproduces_its_image(workspace):
+    out, _ = run("train_ldm.py", *workspace.common, f"--config={workspace.ldm_config}", f"--ae_ckpt_path={workspace.vae_ckpt}",
+                 "--run_name=one", "--overfit_one", "--batch_per_device=4", "--lr=2e-3", "--warmup_steps=0", "--sampler=dpmpp",
+                 "--num_sampling_steps=20", "--max_steps=300", "--sample_every=1000", "--log_every=50")
+    summary = strict(workspace.out / "one/summary.json")
+    assert summary["overfit/passed"] is True and "\nPASS: " in out
+    assert summary["overfit/nearest_psnr"] > 25 and summary["overfit/coverage"] == 1
+    train = [r for r in read_jsonl(workspace.out / "one/metrics.jsonl") if "train/loss" in r]
+    assert train[-1]["train/loss"] < 0.5 * train[0]["train/loss"] and train[-1]["epoch"] == 299 // 25
+    # sample.py draws the same image from the checkpoint: compare with what the VAE makes of the original.
+    run("sample.py", f"--ckpt={workspace.out}/one/ckpts/last.pt", "--num_samples=2", "--sampler=dpmpp",
+        "--num_sampling_steps=20", f"--out_dir={workspace.root}/s")
+    assert sorted(p.name for p in workspace.root.glob("s/*_0*.png")) == ["normal_00000.png", "normal_00001.png"]
+    recon = grey(workspace.out / "v/samples/recon_ep0050.png")
+    original = grey(workspace.data / "TB/train/normal/00000.png")
+    other = grey(workspace.data / "TB/train/normal/00001.png")
+    drawn = grey(workspace.root / "s/normal_00000.png")
+    assert recon.shape[0] > 32 and np.abs(drawn - original).mean() < 0.6 * np.abs(drawn - other).mean()
+
+
+# --- sampling ---
+
+
+def drawn(folder):
+    return {p.name: grey(p) for p in folder.glob("*_0*.png")}
+
+
+def test_samples_do_not_depend_on_batch_size_processes_or_classes(stages, workspace, quick):
+    reference = drawn(stages.out / "l/samples_ancestral_0")
+    common = ["sample.py", f"--ckpt={workspace.ldm_ckpt}", "--num_samples=3", "--num_sampling_steps=10"]
+    for name, argv in (("one", ["--batch_size=1"]), ("five", ["--batch_size=5"]), ("tb", ["--classes=tb"])):
+        assert quick(*common, *argv, f"--out_dir={workspace.root / name}").code == 0
+    run(*common, f"--out_dir={workspace.root / 'two'}", "--batch_size=2", processes=2)
+    for name in ("one", "five", "two", "tb"):
+        pictures = drawn(workspace.root / name)
+        assert pictures.keys() == {k for k in reference if name != "tb" or k.startswith("tb")}
+        assert max(np.abs(p - reference[k]).max() for k, p in pictures.items()) <= 1, name
+        listed = [i["file"] for i in strict(workspace.root / name / "manifest.json")["images"]]
+        assert sorted(listed) == sorted(pictures)
+    two, one = (strict(workspace.root / n / "metrics.json") for n in ("two", "one"))
+    for key in DIVERSITY | LATENT:
+        assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-4)
+    assert quick(*common, "--seed=1", f"--out_dir={workspace.root / 'other'}").code == 0
+    assert all(np.abs(p - reference[k]).max() > 1 for k, p in drawn(workspace.root / "other").items())
+
+
+def test_a_moved_autoencoder_is_accepted_by_its_hash(workspace, quick):
+    state = torch.load(workspace.ldm_ckpt, weights_only=True)
+    torch.save({**state, "ae_ckpt_path": str(workspace.root / "gone/last.pt")}, workspace.ldm_ckpt)
+    common = ["sample.py", f"--ckpt={workspace.ldm_ckpt}", "--num_samples=1", "--num_sampling_steps=2"]
+    before = tree_hashes(workspace.out)
+    result = quick(*common)
+    assert result.code == 1 and "--ae_ckpt_path" in only_error(result)
+    other = torch.load(workspace.vae_ckpt, weights_only=True)
+    torch.save({**other, "step": 7}, workspace.root / "other.pt")
+    result = quick(*common, f"--ae_ckpt_path={workspace.root / 'other.pt'}")
+    assert result.code == 1 and "hash" in only_error(result)
+    assert tree_hashes(workspace.out) == before
+    assert quick(*common, f"--ae_ckpt_path={workspace.vae_ckpt}").code == 0
+
+
+# --- two processes ---
+
+GRADIENTS = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+sys.path.insert(0, sys.argv[1])
+import contextlib, experiment, model
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+
+def make():
+    torch.manual_seed(0)
+    unet = model.UNet((2, 8, 8), 2, 16, (1, 2), 1, (4,))
+    for p in unet.parameters():  # the zero-initialised layers too
+        torch.nn.init.normal_(p, 0, 0.1)
+    return model.Denoiser(unet, model.NoiseSchedule("cosine", True), "v")
+
+g = torch.Generator().manual_seed(1)
+x0, noise = torch.randn(2, 8, 2, 8, 8, generator=g)
+t, y = torch.rand(8, generator=g), torch.arange(8) % 3
+alone = make()
+alone(x0, t, noise, y).mean().backward()
+wrapped = make()
+ddp = DDP(wrapped, gradient_as_bucket_view=True)
+for micro in range(2):  # rank r has items 4 r to 4 r + 3, in two micro-batches
+    part = slice(4 * rank + 2 * micro, 4 * rank + 2 * micro + 2)
+    with contextlib.nullcontext() if micro else ddp.no_sync():
+        (ddp(x0[part], t[part], noise[part], y[part]).mean() / 2).backward()
+largest = max(p.grad.abs().max().item() for p in alone.parameters())
+for (name, a), b in zip(alone.named_parameters(), wrapped.parameters(), strict=True):
+    assert torch.allclose(a.grad, b.grad, rtol=1e-3, atol=1e-6 * largest), name
+procs = experiment.Processes(rank, 2, torch.device("cpu"), torch.float32, False)
+assert experiment.average(procs, torch.tensor([1.0 + 2 * rank])).item() == 2
+mine = torch.arange(7)[rank::2, None]
+assert experiment.gather(procs, mine).flatten().tolist() == list(range(7))
+assert experiment.gather(procs, torch.zeros(rank, 3)).shape == (1, 3)
+assert experiment.broadcast(procs, {"rank": rank}) == {"rank": 0}
+window = experiment.Window(procs, ("a",))
+for value in (1.0, 2.0) if rank else (3.0, 6.0):
+    window.add((torch.tensor(value),), torch.tensor(0.0))
+again = experiment.Window(procs, ("a",))
+again.load(window.state())
+assert window.means() == again.means() == {"a": 3.0}
+order = []
+with experiment.main_first(procs):
+    order.append(rank)
+print(f"rank {rank} fine")
+"""
+
+
+def test_two_processes_compute_the_gradient_of_one_with_both_batches(tmp_path):
+    script = tmp_path / "gradients.py"
+    script.write_text(GRADIENTS)
+    out, _ = run(script, ROOT, processes=2)
+    assert "rank 0 fine" in out and "rank 1 fine" in out
+
+
+RANKS = """
+import hashlib, os, sys
+sys.path.insert(0, sys.argv[1])
+sys.argv = sys.argv[1:]
+import experiment, train_ldm
+step = experiment.clip_and_step
+def spy(module, optimizer, clip):
+    result = step(module, optimizer, clip)
+    spy.digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in module.parameters())).hexdigest()
+    return result
+experiment.clip_and_step = spy
+train_ldm.main()
+open(os.environ["DIGESTS"] + os.environ["RANK"], "w").write(spy.digest)
+"""
+
+
+def test_two_processes_end_with_the_same_weights(workspace, monkeypatch):
+    script = workspace.root / "ranks.py"
+    script.write_text(RANKS)
+    monkeypatch.setenv("DIGESTS", str(workspace.root / "digest"))
+    out, _ = run(script, ROOT, *workspace.common, f"--config={workspace.ldm_config}", f"--ae_ckpt_path={workspace.vae_ckpt}",
+                 "--run_name=two", "--max_steps=10", "--batch_per_device=4", processes=2)
+    digests = [(workspace.root / f"digest{rank}").read_text() for rank in (0, 1)]
+    assert digests[0] == digests[1]
+    assert out.count("step 10 epoch 4 ") == out.count("epoch 5, step 10: ") == 1  # one process speaks
+    steps = [r["step"] for r in read_jsonl(workspace.out / "two/metrics.jsonl") if "train/loss" in r]
+    assert steps == [5, 10] and strict(workspace.out / "two/run_meta.json")["world_size"] == 2
+    first = read_jsonl(workspace.out / "l/metrics.jsonl")[0]
+    again = read_jsonl(workspace.out / "two/metrics.jsonl")[0]
+    assert again["epoch"] == first["epoch"]  # the same 8 images a step: 4 on each process
+
+
+# --- bad input ---
+
+
+def error_lines(result):
+    return [line for line in result.err.splitlines() if line.strip()]
+
+
+def only_error(result):
+    """The one line that a failed stage wrote to standard error (argparse puts its usage before it)."""
+    assert "Traceback" not in result.err + result.out, result.err
+    lines = error_lines(result)
+    if result.code == 2:
+        assert ": error: " in lines[-1]
+    else:
+        assert len(lines) == 1 and lines[0].startswith("error: "), result.err
+    return lines[-1]
+
+
+BAD = {
+    "unknown task": ("train_vae.py --data_root={data} --task=CT", "there: TB"),
+    "unknown split": ("train_ldm.py --data_root={data} --split=test", "there: train, val"),
+    "no data root": ("train_vae.py --data_root={tmp}/nowhere", "nowhere"),
+    "no images": ("train_vae.py --data_root={tmp}/empty", "no images"),
+    "one class": ("train_vae.py --data_root={tmp}/one", "--class_filter=0"),
+    "class filter": ("train_ldm.py --data_root={data} --class_filter=5", "0 = normal"),
+    "size": ("train_vae.py --data_root={data} --img_size=30", "nearest that fits is 32"),
+    "other size": ("train_ldm.py --data_root={data} --img_size=64", "works at 32"),
+    "latent size": ("train_ldm.py --data_root={data} --ldm_ch_mults=1,1,1,1,1", "ldm_ch_mults"),
+    "eps": ("train_ldm.py --data_root={data} --prediction=eps --zero_terminal_snr", "--no-zero_terminal_snr"),
+    "no checkpoint": ("train_ldm.py --data_root={data} --ae_ckpt_path={tmp}/no.pt", "no.pt"),
+    "no autoencoder": ("train_ldm.py --data_root={data} --task=CT", "train_vae.py"),
+    "foreign checkpoint": ("train_ldm.py --data_root={data} --ae_ckpt_path={tmp}/foreign.pt", "train_vae.py"),
+    "wrong kind": ("find_latent_scale.py --data_root={data} --ae_ckpt_path={ldm}", "train_ldm.py"),
+    "wrong run": ("train_ldm.py --data_root={data} --resume_dir={out}/v", "train_vae.py"),
+    "no run": ("train_ldm.py --data_root={data} --resume_dir={tmp}/empty", "no run folder"),
+    "other scale size": ("find_latent_scale.py --data_root={data} --img_size=64", "trained at 32"),
+    "overfit k": ("train_ldm.py --data_root={data} --overfit_k=17", "only 16"),
+    "overfit k vae": ("train_vae.py --data_root={data} --overfit_k=17 --config={vae_config}", "only 16"),
+    "config name": ("train_ldm.py --data_root={data} --config={tmp}/bad.py", "did you mean epochs?"),
+    "flag": ("train_vae.py --data_root={data} --base_chn=4", "did you mean --base_ch?"),
+    "device": ("train_vae.py --data_root={data} --device=abacus", "--device=cpu"),
+    "missing gpu": ("sample.py --ckpt={ldm} --device=cuda:7", "--device=cpu"),
+    "no ckpt": ("sample.py", "--ckpt"),
+    "sample missing": ("sample.py --ckpt={tmp}/no.pt", "no.pt"),
+    "sample kind": ("sample.py --ckpt={vae}", "train_ldm.py"),
+    "sample class": ("sample.py --ckpt={ldm} --classes=normal,covid", "normal, tb"),
+    "sample euler": ("sample.py --ckpt={ldm} --sampler=euler", "ddim"),
+    "sample disk": ("sample.py --ckpt={ldm} --num_samples=1000000000000", "--num_samples"),
+}
+
+
+@pytest.fixture(scope="module")
+def bad_tree(stages, tmp_path_factory):
+    """A copy of the runs, and broken things beside it."""
+    tmp = tmp_path_factory.mktemp("bad")
+    shutil.copytree(stages.out, tmp / "runs")
+    for name in ("empty/TB/train/normal", "empty/TB/train/tb", "one"):
+        (tmp / name).mkdir(parents=True)
+    shutil.copytree(stages.data / "TB/train/normal", tmp / "one/TB/train/normal")
+    torch.save({"state_dict": {"w": torch.ones(2)}}, tmp / "foreign.pt")
+    (tmp / "bad.py").write_text("epoch = 3\n")
+    return tmp
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_changes_nothing(stages, bad_tree, quick, name):
+    command, says = BAD[name]
+    out = bad_tree / "runs"
+    script, *args = command.format(data=stages.data, tmp=bad_tree, out=out, vae=out / "v/ckpts/last.pt",
+                                   ldm=out / "l/ckpts/last.pt", vae_config=stages.vae_config).split()
+    before = tree_hashes(bad_tree)
+    result = quick(script, f"--output_root={out}", *args)
+    assert result.code in (1, 2), result.out
+    assert says in only_error(result)
+    assert tree_hashes(bad_tree) == before
+
+
+@pytest.mark.parametrize("script", ["train_vae.py", "train_ldm.py", "find_latent_scale.py", "sample.py"])
+def test_an_output_folder_that_cannot_be_is_one_line(stages, workspace, quick, script):
+    (workspace.root / "file").write_text("not a folder")
+    target = workspace.root / "file/runs"
+    vae = f"--ae_ckpt_path={workspace.vae_ckpt}"
+    needs = {"train_vae.py": [f"--config={stages.vae_config}"], "train_ldm.py": [vae], "find_latent_scale.py": [vae],
+             "sample.py": [f"--ckpt={workspace.ldm_ckpt}", f"--out_dir={target}"]}[script]
+    before = tree_hashes(workspace.root)
+    result = quick(script, f"--data_root={workspace.data}", f"--output_root={target}", *needs)
+    assert result.code == 1 and "cannot write" in only_error(result)
+    assert tree_hashes(workspace.root) == before
+
+
+def test_images_too_small_for_the_discriminator_are_refused_at_the_start(workspace, quick):
+    result = quick("train_vae.py", *workspace.common, f"--config={workspace.vae_config}", "--img_size=16", "--run_name=s",
+                   "--max_steps=2", "--disc_start=1")
+    assert result.code == 1 and "img_size" in only_error(result) and not (workspace.out / "s").exists()
+
+
+def test_a_class_named_twice_is_sampled_once_or_refused(workspace, quick):
+    result = quick("sample.py", f"--ckpt={workspace.ldm_ckpt}", "--classes=tb,tb", "--num_samples=2", "--num_sampling_steps=2")
+    if result.code == 0:
+        manifest = strict(workspace.out / "l/samples_ancestral_0/manifest.json")
+        assert [i["file"] for i in manifest["images"]] == ["tb_00000.png", "tb_00001.png"]
+    else:
+        assert "tb" in only_error(result)
+
+
+def test_no_latent_scale_names_the_command_that_makes_it(workspace, quick):
+    path = workspace.out / "v/latent_scale.json"
+    stored = strict(path)
+    path.unlink()
+    args = ["train_ldm.py", *workspace.common, f"--config={workspace.ldm_config}", f"--ae_ckpt_path={workspace.vae_ckpt}",
+            "--max_steps=1", "--num_sampling_steps=2", "--run_name=n"]
+    before = tree_hashes(workspace.out)
+    result = quick(*args)
+    assert result.code == 1 and tree_hashes(workspace.out) == before
+    command = re.search("python (find_latent_scale.py .*)$", only_error(result)).group(1)
+    assert quick(*shlex.split(command), cwd=workspace.root).code == 0
+    assert strict(path) == stored
+    assert quick(*args).code == 0
+
+
+def test_a_latent_scale_of_another_autoencoder_is_refused(workspace, quick):
+    path = workspace.out / "v/latent_scale.json"
+    path.write_text(json.dumps({**strict(path), "vae_sha256": "0" * 64}))
+    args = ["train_ldm.py", *workspace.common, f"--config={workspace.ldm_config}", f"--ae_ckpt_path={workspace.vae_ckpt}"]
+    before = tree_hashes(workspace.out)
+    result = quick(*args)
+    assert result.code == 1 and "find_latent_scale.py" in only_error(result)
+    path.write_text("{}")
+    assert quick(*args).code == 1
+    path.unlink()
+    assert {**tree_hashes(workspace.out), "v/latent_scale.json": before["v/latent_scale.json"]} == before
+
+
+def test_a_factor_given_by_hand_wins_with_a_warning(workspace, quick):
+    args = ["train_ldm.py", *workspace.common, f"--config={workspace.ldm_config}", f"--ae_ckpt_path={workspace.vae_ckpt}",
+            "--max_steps=1", "--num_sampling_steps=2"]
+    measured = strict(workspace.out / "v/latent_scale.json")["latent_scale_factor"]
+    off = quick(*args, f"--latent_scale_factor={2 * measured}", "--run_name=off")
+    near = quick(*args, f"--latent_scale_factor={1.005 * measured}", "--run_name=near")
+    assert off.code == near.code == 0 and "+100 % off" in off.out and "% off" not in near.out
+    state = experiment.load_checkpoint(workspace.out / "off/ckpts/last.pt", "ldm")
+    assert state["latent_scale_factor"] == 2 * measured
+
+
+def test_guidance_from_a_model_without_null_class_is_refused(workspace, quick):
+    result = quick("train_ldm.py", *workspace.common, f"--config={workspace.ldm_config}", f"--ae_ckpt_path={workspace.vae_ckpt}",
+                   "--run_name=k", "--overfit_k=2", "--max_steps=1", "--num_sampling_steps=2", "--no-use_ema")
+    assert result.code == 0, result.err
+    before = tree_hashes(workspace.out)
+    ckpt = f"--ckpt={workspace.out}/k/ckpts/last.pt"
+    assert "--guidance_scale=1" in only_error(quick("sample.py", ckpt, "--guidance_scale=2"))
+    assert "--no-use_ema" in only_error(quick("sample.py", ckpt, "--use_ema"))
+    assert tree_hashes(workspace.out) == before
+    assert quick("sample.py", ckpt, "--num_samples=1", "--num_sampling_steps=2").code == 0
