@@ -719,6 +719,7 @@ class Run:
                 self.wandb.summary.update({k: v for k, v in summary.items() if isinstance(v, (int, float))})
                 self.wandb.finish(exit_code=EXIT_STOPPED if stopped else int(diverged))
         if self.procs.world_size > 1:
+            dist.all_reduce(torch.zeros(1))  # torchrun ends all once one has left: wait for rank 0's checkpoint
             dist.destroy_process_group()
         if stopped:
             by = stopped if isinstance(stopped, str) else "on another rank"

@@ -41,6 +41,10 @@ def make_parser():
     return parser
 
 
+def parse_args(argv=None):
+    return experiment.parse_args(make_parser(), argv)
+
+
 def discriminator_loss(kind, real, fake):
     """Hinge (Lim & Ye 2017) or vanilla (Goodfellow et al. 2014) loss of patch logits."""
     if kind == "hinge":
@@ -76,8 +80,7 @@ def evaluate(vae, images, procs, batch_size):
 
 
 def main(argv=None):
-    parser = make_parser()
-    args = experiment.parse_args(parser, argv)
+    args = parse_args(argv)
 
     # --- processes and data ---
     procs = experiment.setup_processes(args)
@@ -143,7 +146,7 @@ def main(argv=None):
                 "args": vars(args), "latent_shape": vae.latent_shape}
 
     if procs.main:
-        experiment.print_settings(args, parser, {
+        experiment.print_settings(args, make_parser(), {
             "run folder": run.folder, "continues at step": step, "images": len(train_set),
             "validation images": len(val_set) if val_set else 0, "classes": ", ".join(train_set.class_names),
             "latent": "x".join(map(str, vae.latent_shape)),

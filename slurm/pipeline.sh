@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# pipeline.sh TASK Z_CHANNELS MODE [flags for all] [--vae flags of train_vae.py] [--ldm flags of train_ldm.py]
+#
+# Queue autoencoder, latent scale and diffusion model in one go; each starts when the one before has succeeded.
+# Flags for all: --data_root, --output_root and the like, and those of train_ldm.sh (--partition, --gpus, --dry-run).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source slurm/common.sh
+[ $# -ge 3 ] || die "usage: pipeline.sh TASK Z_CHANNELS MODE [flags]; see the top of the file"
+task=$1 z_channels=$2 mode=$3
+all=() vae=() ldm=()
+declare -n part=all
+for flag in "${@:4}"; do
+    case $flag in
+        --vae) declare -n part=vae ;;
+        --ldm) declare -n part=ldm ;;
+        *) part+=("$flag") ;;
+    esac
+done
+parse_launch "${all[@]}"
+stamp=$(date +%Y%m%d-%H%M%S)
+ae_name=ae_${task,,}_z${z_channels}_$stamp ldm_name=ldm_${task,,}_${mode}_$stamp
+
+vae=(--task="$task" --z_channels="$z_channels" "${data_root[@]}" "${program_args[@]}" "${vae[@]}" --run_name="$ae_name")
+check_args train_vae.py "${vae[@]}"
+scale=(--task="$task" "${data_root[@]}" "${program_args[@]}" --ae_ckpt_path="$run_folder/ckpts/last.pt")
+ldm=(--mode="$mode" "${scale[@]}" "${ldm[@]}" --run_name="$ldm_name")
+check_args find_latent_scale.py "${scale[@]}"
+check_args train_ldm.py "${ldm[@]}"
+
+submit "$ae_name" slurm/train_vae.slurm "${vae[@]}"
+after=$job_id nodes=1 gpus=1 submit "scale_$ae_name" slurm/find_latent_scale.slurm "${scale[@]}"
+after=$job_id submit "$ldm_name" slurm/train_ldm.slurm "${ldm[@]}"

@@ -1,0 +1,16 @@
+# What all runs of a sweep share: sweep.yaml hands this file to train_ldm.py. The environment variables are set in
+# slurm/common.sh, by slurm/ldm_sweep_agent.slurm and by `wandb agent`; without them a run goes by the defaults here.
+import os
+
+data_root = os.environ.get("DATA_ROOT") or None
+task = os.environ.get("TASK", "TB")
+output_root = os.environ.get("OUTPUT_ROOT", "runs")
+run_name = f"sweep-{os.environ.get('SLURM_JOB_ID', 'local')}-{os.environ.get('WANDB_RUN_ID', 'test')}"
+overfit_k = int(os.environ.get("OVERFIT_K", "0"))
+wandb = True
+wandb_project = os.environ.get("WANDB_PROJECT", "cxr-ldm")
+wandb_entity = os.environ.get("WANDB_ENTITY")
+epochs = 100
+sample_every = 25
+sampler = "dpmpp"
+num_sampling_steps = 20
