@@ -6,6 +6,6 @@ ch_mults = (1, 2, 4)
 num_res_blocks = 1
 lr = 1e-3
 batch_per_device = 4
-max_steps = 1200
+max_steps = 1000
 sample_every = 10
 disc_weight = 0.0
