@@ -1,4 +1,4 @@
-"""The scripts in slurm/ and sweep.yaml: as text, as --dry-run, and (slow) on a running Slurm."""
+"""The scripts in slurm/ and sweep.yaml: as text, as --dry-run, and on a running Slurm."""
 import json
 import os
 import pathlib
@@ -204,7 +204,6 @@ def cluster(checkout):
                 subprocess.run(["scancel", job], check=False)
 
 
-@pytest.mark.slow
 @on_slurm
 def test_pipeline_chains_three_jobs(cluster):
     vae, scale, ldm = cluster.pipeline
@@ -218,7 +217,6 @@ def test_pipeline_chains_three_jobs(cluster):
         (cluster.ae / "latent_scale.json").read_text())["latent_scale_factor"]
 
 
-@pytest.mark.slow
 @on_slurm
 def test_every_launcher_on_every_partition(cluster):
     ae = f"--ae_ckpt_path={cluster.ae}/ckpts/last.pt"
@@ -246,7 +244,6 @@ def test_every_launcher_on_every_partition(cluster):
             assert meta(run)["args"]["wandb_tags"] == ("" if launcher else "two words")
 
 
-@pytest.mark.slow
 @on_slurm
 def test_two_nodes_end_with_the_same_weights(cluster):
     other = cluster.root / "two_nodes"  # a fork of the code in which every rank, not only the first, keeps its weights
@@ -283,7 +280,6 @@ def kill_training(name):
     return pids
 
 
-@pytest.mark.slow
 @on_slurm
 def test_stopped_and_killed_jobs_are_requeued_and_end_like_an_undisturbed_one(cluster):
     steps = 800
@@ -317,7 +313,6 @@ def test_stopped_and_killed_jobs_are_requeued_and_end_like_an_undisturbed_one(cl
     assert 20 <= before < steps and re.search(rf"continues at step +{before}\n", log)  # nothing was done twice
 
 
-@pytest.mark.slow
 @on_slurm
 def test_a_job_that_makes_no_progress_stops_after_three_requeues(cluster):
     info = ended(cluster.hopeless, "FAILED", cluster.root)
@@ -326,7 +321,6 @@ def test_a_job_that_makes_no_progress_stops_after_three_requeues(cluster):
     assert log.count("no checkpoint at missing.pt") == 4 and "giving up" in log
 
 
-@pytest.mark.slow
 @on_slurm
 def test_a_cancelled_job_stays_cancelled_and_so_does_the_one_after_it(cluster):
     job, = job_ids(cluster.call("slurm/train_ldm.sh", "overfit_8", "--config=ldm.py", "--max_steps=100000",
@@ -400,7 +394,6 @@ def assert_arguments_arrived(command, run):
         assert args[name] == expected, name
 
 
-@pytest.mark.slow
 @on_slurm
 def test_a_swarm_runs_a_whole_sweep(cluster, server):
     sweep_id = server.sweep(run_cap=5, max_steps=10)
@@ -423,7 +416,6 @@ def test_a_swarm_runs_a_whole_sweep(cluster, server):
             summary["sample_diversity/pairwise_mse_mean"])
 
 
-@pytest.mark.slow
 @on_slurm
 def test_an_agent_finds_its_partition_and_goes_on_with_the_run_it_was_stopped_in(cluster, server):
     sweep_id = server.sweep(run_cap=1, max_steps=400)
@@ -446,7 +438,6 @@ def test_an_agent_finds_its_partition_and_goes_on_with_the_run_it_was_stopped_in
     assert json.loads((run / "summary.json").read_text())["step"] == 400
 
 
-@pytest.mark.slow
 @on_slurm
 def test_an_agent_started_by_hand_submits_itself(cluster, server):
     sweep_id = server.sweep(run_cap=1, max_steps=2)
