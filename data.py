@@ -6,6 +6,7 @@ writes the phantom set as PNG files, laid out as a data root of your own would b
 DATA_ROOT/TASK/SPLIT/CLASS/*.png
 """
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -137,6 +138,11 @@ def decode(path, img_size):
     return (np.asarray(square).clip(0, 1) * 65535 + 0.5).astype(np.uint16)
 
 
+def to_float(rows):
+    """What `decode` made, uint16 [B, S, S], as float32 [B, 1, S, S] in [-1, 1]."""
+    return (torch.from_numpy(rows.astype(np.float32)) / 32767.5 - 1)[:, None]
+
+
 # --- caches ------------------------------------------------------------------------------------------------
 
 
@@ -150,6 +156,11 @@ class CachedArray(NamedTuple):
 
     def rows(self, indices):
         return np.asarray(np.memmap(self.path, self.dtype, "r", shape=self.shape)[indices])
+
+
+def _described(index):
+    """What an index says about its data file, as bytes that its checksum covers too."""
+    return json.dumps([index["shape"], index["dtype"], index["meta"]]).encode()
 
 
 def cached_array(folder, name, blocks):
@@ -168,10 +179,10 @@ def cached_array(folder, name, blocks):
             with open(path, "rb") as f:
                 while chunk := f.read(1 << 22):
                     crc = zlib.crc32(chunk, crc)
-            if crc != index["crc32"]:
+            if zlib.crc32(_described(index), crc) != index["crc32"]:
                 raise ValueError("checksum does not match")
             return CachedArray(path, tuple(index["shape"]), index["dtype"], index["meta"])
-        except (OSError, ValueError, KeyError, TypeError) as e:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
             notice(f"cache {index_path} is damaged ({e}): building it again")
     experiment.make_folder(folder)
     for stale in pathlib.Path(folder).glob(f".{name}_*.tmp"):
@@ -189,9 +200,15 @@ def cached_array(folder, name, blocks):
             index["crc32"] = zlib.crc32(data.data, index["crc32"])
             index["shape"] = [index["shape"][0] + len(data), *data.shape[1:]]
             index["dtype"] = data.dtype.name
-    experiment.write_atomic(index_path.with_name(index["file"]), write)
-    experiment.write_json(index_path, index)
-    return CachedArray(index_path.with_name(index["file"]), tuple(index["shape"]), index["dtype"], index["meta"])
+    path = index_path.with_name(index["file"])
+    experiment.write_atomic(path, write)
+    index["crc32"] = zlib.crc32(_described(index), index["crc32"])
+    try:
+        experiment.write_json(index_path, index)
+    except BaseException:
+        path.unlink(missing_ok=True)  # no index will ever name it
+        raise
+    return CachedArray(path, tuple(index["shape"]), index["dtype"], index["meta"])
 
 
 @dataclasses.dataclass
@@ -209,8 +226,7 @@ class ImageSet:
 
     def images(self, indices):
         """float32 [B, 1, S, S] in [-1, 1]."""
-        x = torch.from_numpy(self.cache.rows(self.rows[indices]).astype(np.float32))
-        return (x / 32767.5 - 1)[:, None]
+        return to_float(self.cache.rows(self.rows[indices]))
 
     def subset(self, indices):
         return dataclasses.replace(self, rows=self.rows[indices], labels=self.labels[indices])
@@ -471,11 +487,11 @@ def write_phantoms(folder, num_train, num_val, img_size, seed=0):
     """Write folder/TB/{train,val}/{normal,tb}/*.png, num_train and num_val images a class."""
     for split, count in (("train", num_train), ("val", num_val)):
         for label, name in enumerate(("normal", "tb")):
-            target = pathlib.Path(folder, "TB", split, name)
-            target.mkdir(parents=True, exist_ok=True)
+            target = experiment.make_folder(pathlib.Path(folder, "TB", split, name))
             for i in range(count):
                 rng = np.random.default_rng([seed, split == "val", label, i])
-                Image.fromarray(draw_phantom(rng, bool(label), img_size)).save(target / f"{i:05d}.png")
+                film = Image.fromarray(draw_phantom(rng, bool(label), img_size))
+                experiment.write_atomic(target / f"{i:05d}.png", lambda f, film=film: film.save(f, "PNG"))
 
 
 def phantom_root(args, procs):
@@ -485,11 +501,12 @@ def phantom_root(args, procs):
         if not folder.exists():
             experiment.make_folder(folder.parent)
             temporary = folder.with_name(f".{folder.name}_{secrets.token_hex(4)}")
-            write_phantoms(temporary, 64, 16, args.img_size)
             try:
-                temporary.rename(folder)
-            except OSError:  # another process was faster
-                shutil.rmtree(temporary)
+                write_phantoms(temporary, 64, 16, args.img_size)
+                with contextlib.suppress(OSError):  # another process was faster
+                    temporary.rename(folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
     notice(f"no --data_root: using the phantom set in {folder}")
     return folder
 

@@ -1,91 +1,332 @@
-"""Measure a trained latent diffusion model against real radiographs it has not seen.
+"""Are the generated radiographs any good, are they copies of patients, and are they of use?
 
-    python evaluate.py --ckpt=runs/ldm_.../ckpts/last.pt --data_root=DATA --task=TB --num_samples=64
+    python evaluate.py --ckpt=runs/ldm_.../ckpts/last.pt --data_root=DATA --task=TB
+    python evaluate.py --samples_dir=FOLDER --data_root=DATA --task=TB
 
-Samples every class and compares with the `val` split: Frechet and kernel distance in the autoencoder's feature
-space (posterior means, averaged over a 4x4 grid), and how much of an image is truly black. The same numbers of
-the training images against the same split stand beside them: what a perfect model of the training data would get.
+compares samples of a model, or a folder of images, with real films that the model has not seen (--split=val):
+distances of the distributions, copies of training films, and whether a classifier learns from the samples what
+holds on real films. Beside every distance stands what the training films themselves get: the floor, which a
+perfect model of them would reach. A distance means something only with its feature space and its number of images.
 """
+import hashlib
 import pathlib
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 import data
 import experiment
 import metrics
 import sample
+from experiment import fail, notice
+from find_latent_scale import load_autoencoder
 
-BLACK = -0.9  # 5 % grey; borders of films lie below
+CLASSIFIER_SIZE = 64  # pixels that the classifier sees
+PIXEL_SIZE = 32  # side of the pictures in which copies are looked for
 
 
 def make_parser():
     parser = experiment.make_parser(__doc__)
-    parser.set_defaults(split="val", img_size=None)
     sample.add_sampling_arguments(parser)
+    parser.set_defaults(split="val", img_size=None, num_samples=64, sampler="dpmpp", num_sampling_steps=20)
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--samples_dir", help="folder of images to measure instead of a model: CLASS/*.png, CLASS_*.png, or what "
+        "sample.py left")
+    add("--features", default="classifier", help="classifier (trained here on the training split), vae, "
+        "torchxrayvision, or the path of a TorchScript network")
+    add("--classifier_steps", type=experiment.at_least(1), default=600, help="training of each classifier, 32 images a step")
     return parser
 
 
+# --- classifier --------------------------------------------------------------------------------------------
+
+
+class Classifier(nn.Module):
+    """Small CNN: images [B, 1, S, S] in [-1, 1] to logits [B, num_classes], by way of 64 features."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        layers, ch = [], 1
+        for width in (16, 32, 64, 64):
+            layers += [nn.Conv2d(ch, width, 3 if layers else 5, stride=2, padding=1), nn.GroupNorm(8, width), nn.ReLU()]
+            ch = width
+        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(ch, num_classes)
+
+    def features(self, x):
+        return self.body(F.interpolate(x, CLASSIFIER_SIZE, mode="area"))  # [B, 64]
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+def augment(x, rng):
+    """Small rotation, zoom, shift, contrast and brightness changes of x [B, 1, S, S]; no flip: it moves the heart."""
+    def uniform(most):
+        return ((torch.rand(len(x), generator=rng) * 2 - 1) * most).to(x.device)
+    angle, zoom = uniform(0.12), 1 + uniform(0.12)
+    rows = [torch.stack([zoom * angle.cos(), -zoom * angle.sin(), uniform(0.1)], 1),
+            torch.stack([zoom * angle.sin(), zoom * angle.cos(), uniform(0.1)], 1)]
+    grid = F.affine_grid(torch.stack(rows, 1), x.shape, align_corners=False)
+    x = F.grid_sample(x, grid, align_corners=False, padding_mode="border")
+    return x * (1 + uniform(0.3))[:, None, None, None] + uniform(0.3)[:, None, None, None]
+
+
+def train_classifier(x, labels, num_classes, args, procs, label):
+    """Classifier of images [N, 1, S, S] with labels [N], trained with as many images of each class."""
+    torch.manual_seed(args.seed)
+    net = Classifier(num_classes).to(procs.device)
+    rng = torch.Generator().manual_seed(args.seed)
+    x = F.interpolate(x, CLASSIFIER_SIZE, mode="area")
+    members = [m for m in ((labels == c).nonzero()[:, 0] for c in range(num_classes)) if len(m)]
+    optimizer = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=0.05, fused=True)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.classifier_steps)
+    progress = experiment.Progress(procs, f"training a classifier on {label}", args.classifier_steps)
+    for step in range(args.classifier_steps):
+        index = torch.cat([m[torch.randint(len(m), (32 // len(members) or 1,), generator=rng)] for m in members])
+        logits = net(augment(x[index].to(procs.device), rng))
+        F.cross_entropy(logits, labels[index].to(procs.device)).backward()
+        optimizer.step()
+        decay.step()
+        optimizer.zero_grad()
+        progress.update(step + 1)
+    progress.clear()
+    return net.eval().requires_grad_(False)
+
+
+def real_classifier(train, args, procs):
+    """Classifier trained on the real training images; its weights are kept in the cache folder."""
+    key = hashlib.sha256(f"classifier 1 {train.key} {train.labels.tolist()} {args.seed} {args.classifier_steps}".encode()).hexdigest()
+
+    def blocks():
+        net = train_classifier(train.images(np.arange(len(train))), torch.from_numpy(train.labels),
+                               len(train.class_names), args, procs, "real films")
+        yield nn.utils.parameters_to_vector(net.parameters()).cpu().numpy()[None]
+
+    folder = pathlib.Path(args.output_root) / "cache"
+    weights = data.cached_array(folder, f"classifier_{key[:16]}", blocks).rows([0])[0]
+    net = Classifier(len(train.class_names))
+    nn.utils.vector_to_parameters(torch.from_numpy(weights.copy()), net.parameters())
+    return net.to(procs.device).eval().requires_grad_(False)
+
+
 @torch.no_grad()
-def vae_features(vae, images, scale, procs):
-    """[N, 16 z_channels] float32: normalised posterior means of images [N, 1, H, W], averaged over a 4x4 grid."""
-    parts = [F.adaptive_avg_pool2d(vae.encode(x.to(procs.device)).mean * scale, 4).flatten(1).cpu()
-             for x in images.split(16)]
-    return torch.cat(parts)
+def in_batches(net, x, procs):
+    """net of images [N, 1, H, W], in batches on the device: float32 [N, ...] on the CPU."""
+    return torch.cat([net(part.to(procs.device)).float().cpu() for part in x.split(64)])
+
+
+# --- feature spaces ----------------------------------------------------------------------------------------
+
+
+def feature_network(name, vae, classifier, procs):
+    """(network from images [B, 1, H, W] in [-1, 1] to features [B, D], its name in the report)."""
+    if name == "classifier":
+        return classifier.features, "classifier trained on the real training split, 64 features"
+    if name == "vae":
+        if vae is None:
+            fail("--features=vae with --samples_dir needs an autoencoder: give --ae_ckpt_path")
+        return (lambda x: F.adaptive_avg_pool2d(vae.encode(x).mean, 4).flatten(1)), "autoencoder means on a 4x4 grid"
+    if name == "torchxrayvision":
+        try:
+            import torchxrayvision
+        except ImportError:
+            fail("--features=torchxrayvision needs that package: pip install torchxrayvision, or --features=classifier")
+        net = torchxrayvision.models.DenseNet(weights="densenet121-res224-all").to(procs.device).eval()
+        return (lambda x: net.features2(F.interpolate(x, (224, 224), mode="area") * 1024)), f"torchxrayvision {net.weights}"
+    if not pathlib.Path(name).is_file():
+        fail(f"--features={name}: classifier, vae, torchxrayvision, or the path of a TorchScript file")
+    try:
+        net = torch.jit.load(name, map_location=procs.device).eval()
+    except RuntimeError as e:
+        fail(f"{name} is no TorchScript file: {experiment.first_line(e)}")
+    # The usual Inception file gives class scores unless asked.
+    options = {"return_features": True} if "return_features" in {a.name for a in net.forward.schema.arguments} else {}
+
+    def script(x):
+        out = net(((x + 1) * 127.5).expand(-1, 3, -1, -1), **options)
+        if out.ndim != 2 or len(out) != len(x):
+            fail(f"{name} maps images [B, 3, H, W] with values 0 to 255 to {[*out.shape]}, not to features [B, D]")
+        return out
+    return script, f"TorchScript {pathlib.Path(name).name}"
+
+
+# --- samples -----------------------------------------------------------------------------------------------
+
+
+def read_samples(folder, class_names, img_size):
+    """(images [N, 1, S, S], class indices [N]) of a folder of images; without img_size, that of the first image."""
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        fail(f"no folder --samples_dir={folder}")
+    found = []
+    for c, name in enumerate(class_names):
+        paths = [*folder.glob(f"{name}_*"), *folder.glob(f"{name}/*")]
+        found += [(p, c) for p in sorted(paths) if p.suffix.lower() in data.EXTENSIONS]
+    if not found:
+        fail(f"no images in {folder}: they must be called CLASS_*.png or lie in folders CLASS, "
+             f"with the classes of the data, {', '.join(class_names)}")
+    try:
+        if img_size is None:
+            with data.Image.open(found[0][0]) as image:
+                img_size = min(image.size)
+        rows = np.stack([data.decode(p, img_size) for p, _ in found])
+    except (OSError, ValueError) as e:
+        fail(f"an image in {folder} cannot be decoded: {e}")
+    return data.to_float(rows), torch.tensor([c for _, c in found])
+
+
+# --- report ------------------------------------------------------------------------------------------------
 
 
 def black_levels(x):
     """Of images [N, 1, H, W]: mean share of pixels under 5 % grey, and mean of each image's 1st percentile (0 to 1)."""
     grey = (x.flatten(1) + 1) / 2
-    return {"black_share": (grey < (BLACK + 1) / 2).float().mean().item(),
+    return {"black_share": (grey < 0.05).float().mean().item(),
             "darkest_percent": grey.kthvalue(max(1, grey.shape[1] // 100), dim=1).values.mean().item()}
 
 
 def compare(features, x, real_features):
-    return {"frechet": metrics.frechet_distance(features, real_features),
-            "kernel_distance": metrics.kernel_distance(features, real_features), **black_levels(x)}
+    return {"num": len(x), "fid": metrics.frechet_distance(features, real_features),
+            "kid": metrics.kernel_distance(features, real_features),
+            **metrics.manifold_metrics(features, real_features), **black_levels(x)}
+
+
+def small_pictures(x):
+    """[N, 1024] of images [N, 1, H, W]: 32 x 32 pixels with mean 0 and variance 1 each, so exposure does not count."""
+    rows = F.interpolate(x, (PIXEL_SIZE, PIXEL_SIZE), mode="area").flatten(1)
+    rows = rows - rows.mean(1, keepdim=True)
+    return rows / rows.std(1, correction=0, keepdim=True).clamp_min(1e-6)
+
+
+def usefulness(sets, num_classes, judge, args, procs):
+    """AUROC with 95 % bootstrap interval, (value, low, high), by what was trained on and tested on.
+
+    sets: (images, labels) of 'samples', 'train' and 'real' (held-out). judge: Classifier trained on 'train'.
+    """
+    def trained_on(*names):
+        x, labels = (torch.cat(parts) for parts in zip(*(sets[name] for name in names), strict=True))
+        return train_classifier(x, labels, num_classes, args, procs, " and ".join(names))
+
+    def tested_on(name, net):
+        x, labels = sets[name]
+        return metrics.auroc_interval(in_batches(net, x, procs), labels)
+    return {"real films, tested on samples": tested_on("samples", judge),
+            "real films, tested on held-out films": tested_on("real", judge),
+            "samples, tested on held-out films": tested_on("real", trained_on("samples")),
+            "both, tested on held-out films": tested_on("real", trained_on("train", "samples"))}
+
+
+def verdicts(report):
+    """The few things in a report that a reader should not miss, as metrics.Verdicts."""
+    rows, floor, copies = report["groups"]["all"]["samples"], report["groups"]["all"]["train"], report["memorisation"]
+    found = [
+        ("memorisation", copies["share"], copies["interval"][0] > 0.2, copies["interval"][0] > copies["expected"],
+         f"Share of samples closer to a training film than held-out films are; by chance {copies['expected']:.2f}.",
+         "Look at the pairs picture. Train for fewer steps or on more images; do not publish copies of patients."),
+        ("precision", rows["precision"], rows["precision"] < 0.2 * floor["precision"],
+         rows["precision"] < 0.6 * floor["precision"],
+         f"Share of samples that lie among the real films; training films have {floor['precision']:.2f}.",
+         "Samples do not look real: train longer, and check the autoencoder's reconstructions."),
+        ("recall", rows["recall"], rows["recall"] < 0.2 * floor["recall"], rows["recall"] < 0.6 * floor["recall"],
+         f"Share of real films that lie among the samples; training films have {floor['recall']:.2f}.",
+         "Samples leave much out: lower --guidance_scale, then train longer.")]
+    if "auroc" in report:
+        value, low, high = report["auroc"]["real films, tested on samples"]
+        found.append(("class fidelity", value, high < 0.5, low <= 0.5,
+                      "AUROC on samples of a classifier that was trained on real films.",
+                      "Below 0.5 the labels are swapped. Near it: train longer, raise --guidance_scale."))
+    return [metrics.Verdict(name, "bad" if bad else "watch" if watch else "ok", f"{value:.3f}", meaning, advice)
+            for name, value, bad, watch, meaning, advice in found]
+
+
+def print_report(report):
+    print(f"features: {report['features']}; distances are to the real films of split {report['split']}")
+    print(f"{'':<12} {'':<8} {'N':>5} {'FID':>9} {'KID':>9} {'precision':>10} {'recall':>7} {'density':>8} {'coverage':>9} "
+          f"{'black':>7} {'darkest':>8}")
+    for name, rows in report["groups"].items():
+        for row, v in rows.items():
+            distances = (f"{v['fid']:9.3f} {v['kid']:9.4f} {v['precision']:10.3f} {v['recall']:7.3f} "
+                         f"{v['density']:8.3f} {v['coverage']:9.3f}" if "fid" in v else " " * 57)
+            print(f"{name:<12} {row:<8} {v['num']:5} {distances} {v['black_share']:7.3f} {v['darkest_percent']:8.4f}")
+    copies = report["memorisation"]
+    print(f"memorisation: {100 * copies['share']:.1f} % of samples are closer to a training film than held-out films are "
+          f"(95 %: {100 * copies['interval'][0]:.1f} to {100 * copies['interval'][1]:.1f} %; by chance "
+          f"{100 * copies['expected']:.1f} %)")
+    for name, (value, low, high) in report.get("auroc", {}).items():
+        print(f"AUROC, trained on {name:<37} {value:.3f} ({low:.3f} to {high:.3f})")
 
 
 def main(argv=None):
     args = experiment.parse_args(make_parser(), argv)
     procs = experiment.setup_processes(args)
     if procs.world_size > 1:
-        experiment.fail("evaluate.py runs in one process")
-    ldm = sample.prepare(args, procs)
-    checkpoint = ldm.checkpoint
-    args.img_size = checkpoint["args"]["img_size"]
+        fail("evaluate.py runs in one process")
+    if bool(args.ckpt) == bool(args.samples_dir):
+        fail("what is to be measured? Give either --ckpt=runs/ldm_.../ckpts/last.pt or --samples_dir=FOLDER")
+
+    # --- samples, and the real films at their size ---
+    vae, how = None, {}
+    if args.ckpt:
+        ldm = sample.prepare(args, procs)
+        vae, args.img_size, class_names = ldm.vae, ldm.checkpoint["args"]["img_size"], ldm.checkpoint["class_names"]
+        out = pathlib.Path(args.out_dir or pathlib.Path(args.ckpt).parent.parent)
+        how = {"sampler": args.sampler, "num_sampling_steps": args.num_sampling_steps,
+               "guidance_scale": ldm.guidance_scale, "step": ldm.checkpoint["step"]}
+    else:
+        class_names = data.scan(args.data_root or data.phantom_root(args, procs), args.task, "train").class_names
+        x, labels = read_samples(args.samples_dir, class_names, args.img_size)
+        args.img_size = x.shape[-1]
+        out = pathlib.Path(args.out_dir or args.samples_dir)
+        if args.ae_ckpt_path:
+            vae, _, _ = load_autoencoder(args.ae_ckpt_path, None, procs)
     real, train = data.open_images(args, procs, args.split), data.open_images(args, procs, "train")
-    if real.class_names != checkpoint["class_names"]:
-        experiment.fail(f"the model knows the classes {', '.join(checkpoint['class_names'])}, the data have "
-                        f"{', '.join(real.class_names)}: give the --task it was trained on")
+    if not real.class_names == train.class_names == class_names:
+        fail(f"the samples' classes are {', '.join(class_names)}, those of the data {', '.join(train.class_names)} "
+             f"(train) and {', '.join(real.class_names)} ({args.split}): give the --task that belongs to them")
+    experiment.make_folder(out)
+    if args.ckpt:
+        wanted = [(c, i) for c in ldm.classes for i in range(args.num_samples)]
+        x = torch.cat([images for _, _, images in sample.sample_batches(ldm, wanted, args, procs)])
+        labels = torch.tensor([c for c, _ in wanted])
 
-    wanted = [(c, i) for c in ldm.classes for i in range(args.num_samples)]
-    x = torch.cat([images for _, _, images in sample.sample_batches(ldm, wanted, args, procs)])
-    real_x, train_x = (s.images(np.arange(len(s))) for s in (real, train))
-    scale = checkpoint["latent_scale_factor"]
-    features, real_features, train_features = (vae_features(ldm.vae, i, scale, procs) for i in (x, real_x, train_x))
-    labels = np.array([c for c, _ in wanted])
+    # --- distributions, by class and overall ---
+    judge = None
+    if len(class_names) > 1:
+        judge = real_classifier(train, args, procs)
+    network, features_name = feature_network(args.features, vae, judge, procs)
+    sets = {"samples": (x, labels), "train": (train.images(np.arange(len(train))), torch.from_numpy(train.labels)),
+            "real": (real.images(np.arange(len(real))), torch.from_numpy(real.labels))}
+    features = {name: in_batches(network, images, procs) for name, (images, _) in sets.items()}
+    report = {"features": features_name, "split": args.split, "seed": args.seed, **how, "groups": {}}
+    for group in ["all", *(class_names[c] for c in labels.unique())]:
+        keep = {name: torch.ones_like(y, dtype=torch.bool) if group == "all" else y == class_names.index(group)
+                for name, (_, y) in sets.items()}
+        rows = {name: compare(features[name][keep[name]], sets[name][0][keep[name]], features["real"][keep["real"]])
+                for name in ("samples", "train")}
+        real_x = sets["real"][0][keep["real"]]
+        report["groups"][group] = rows | {"real": {"num": len(real_x), **black_levels(real_x)}}
 
-    report = {"features": "vae", "num_samples_per_class": args.num_samples, "num_real": len(real),
-              "num_train": len(train)}
-    print(f"{'':<12} {'':<8} {'frechet':>9} {'kernel':>9} {'black':>7} {'darkest 1 %':>12}      N real {len(real)}, "
-          f"train {len(train)}, samples {len(x)}")
-    for name in ["all", *(checkpoint["class_names"][c] for c in ldm.classes)]:
-        keep = [slice(None)] * 3 if name == "all" else [
-            np.flatnonzero(a == checkpoint["class_names"].index(name)) for a in (labels, real.labels, train.labels)]
-        rows = {"samples": compare(features[keep[0]], x[keep[0]], real_features[keep[1]]),
-                "train": compare(train_features[keep[2]], train_x[keep[2]], real_features[keep[1]]),
-                "real": black_levels(real_x[keep[1]])}
-        report[name] = rows
-        for row, v in rows.items():
-            distances = f"{v['frechet']:9.4f} {v['kernel_distance']:9.5f}" if "frechet" in v else " " * 19
-            print(f"{name:<12} {row:<8} {distances} {v['black_share']:7.3f} {v['darkest_percent']:12.4f}")
-    out = pathlib.Path(args.out_dir or pathlib.Path(args.ckpt).parent.parent) / "evaluation.json"
-    experiment.make_folder(out.parent)
-    experiment.write_json(out, report | {"sampler": args.sampler, "num_sampling_steps": args.num_sampling_steps,
-                                         "guidance_scale": ldm.guidance_scale, "seed": args.seed})
-    print(f"written to {out}")
+    # --- copies of training films ---
+    copies = metrics.memorisation(*(small_pictures(sets[name][0]) for name in ("samples", "train", "real")))
+    closest = copies.pop("ratio").argsort()[:10]
+    pairs = copies.pop("nearest")[closest]
+    report["memorisation"] = copies | {"pixels": PIXEL_SIZE}
+    experiment.save_grid(out / "evaluation_pairs.png", [x[closest], sets["train"][0][pairs]],
+                         ["the ten samples closest to a training film", "that training film"])
+
+    # --- of use to a classifier? ---
+    if judge and len(labels.unique()) > 1:
+        report["auroc"] = usefulness(sets, len(class_names), judge, args, procs)
+    else:
+        notice("one class only: no classifier to judge the samples by")
+    found = verdicts(report)
+    experiment.write_json(out / "evaluation.json", report | {"verdicts": [v._asdict() for v in found]})
+    print_report(report)
+    print(metrics.format_verdicts(found))
+    print(f"written: {out / 'evaluation.json'}, {out / 'evaluation_pairs.png'}")
 
 
 if __name__ == "__main__":

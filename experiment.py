@@ -76,9 +76,10 @@ def at_least(low, kind=int, high=math.inf):
     def convert(text):
         try:
             value = kind(text)
-        except ValueError:
+            finite = math.isfinite(value)  # OverflowError: an integer beyond all floats
+        except (ValueError, OverflowError):
             raise argparse.ArgumentTypeError(f"{text!r} is not {'an integer' if kind is int else 'a number'}") from None
-        if not math.isfinite(value) or not low <= value <= high:
+        if not finite or not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} must be a number of at least {low}"
                                              + (f" and at most {high}" if high < math.inf else ""))
         return value
@@ -208,7 +209,10 @@ def read_config(path, parser):
             continue
         if name not in actions:
             fail(f"{path}: unknown setting {name!r}{_closest(name, actions)}")
-        settings[name] = _check_config_value(path, actions[name], value)
+        try:
+            settings[name] = _check_config_value(path, actions[name], value)
+        except ValueError as e:  # an integer too long to print
+            fail(f"{path}: {name}: {e}")
     return settings
 
 
@@ -237,8 +241,9 @@ def parse_args(parser, argv=None, presets=None):
     if not folder and known.get("run_name"):
         folder = os.path.join(known["output_root"], known["run_name"])
     if folder and os.path.exists(os.path.join(folder, "run_meta.json")):
-        stored = read_meta(folder)["args"]
-        stored = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in defaults}
+        path, actions = os.path.join(folder, "run_meta.json"), {a.dest: a for a in parser._actions}
+        stored = {k: _check_config_value(path, actions[k], tuple(v) if isinstance(v, list) else v)
+                  for k, v in read_meta(folder)["args"].items() if k in defaults}
         for name in {**config, **given}.keys() & stored.keys():
             new = {**config, **given}[name]
             if new != stored[name] and name not in ("config", "resume_dir"):
@@ -517,7 +522,7 @@ def write_atomic(path, write):
     except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink()
-        reason = getattr(e, "strerror", None) or first_line(e)
+        reason = getattr(e, "strerror", None) or getattr(e.__context__, "strerror", None) or first_line(e)
         fail(f"cannot write {path}: {reason}; free some space or choose another --output_root")
     except BaseException:
         with contextlib.suppress(OSError):
@@ -560,7 +565,7 @@ def read_json(path, what):
         return value
     except FileNotFoundError:
         fail(f"no {what} at {path}")
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         fail(f"{path} is no readable {what}: {e}")
 
 
@@ -643,7 +648,7 @@ class Run:
                          "pillow": PIL.__version__}}
         if self.resumed:
             old = read_meta(self.folder)
-            self.meta.update(created=old["created"], wandb_id=args.wandb_id or old.get("wandb_id"))
+            self.meta.update(created=old.get("created"), wandb_id=args.wandb_id or old.get("wandb_id"))
             if old.get("world_size") != procs.world_size:
                 notice(f"continuing on {procs.world_size} processes instead of {old.get('world_size')}: the step count "
                        "goes on, but batches, epoch length and noise are those of the new number")

@@ -44,7 +44,7 @@ def find_autoencoder(args):
     for path in pathlib.Path(args.output_root).glob("*/run_meta.json"):
         meta = experiment.read_meta(path.parent)
         if meta.get("kind") == "vae" and meta["args"].get("task") == args.task:
-            found.append((meta["created"], str(path.parent)))
+            found.append((str(meta.get("created")), str(path.parent)))
     if not found:
         experiment.fail(f"no autoencoder of task {args.task} in {args.output_root}: train one with "
                         f"`python train_vae.py --task={args.task}`, or name one with --ae_ckpt_path")

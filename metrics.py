@@ -191,6 +191,88 @@ def kernel_distance(a, b):
     return (within_a + within_b - 2 * ab.mean()).item()
 
 
+def manifold_metrics(samples, real, k=5):
+    """dict of precision, recall, density and coverage of features [N, D] against real ones [M, D].
+
+    Around every point a ball reaches to its k-th nearest neighbour in its own set. Precision: share of samples
+    inside any real ball; recall: share of real points inside any sample's ball (Kynkaanniemi et al. 2019, eq. 1-2).
+    Density: real balls around a sample, over k; coverage: share of real balls with a sample inside (Naeem et al.
+    2020, eq. 4-5). k is lowered where a set has fewer points. ValueError unless both sets have at least 2.
+    """
+    samples, real = two_feature_sets(samples, real)
+    k = min(k, len(samples) - 1, len(real) - 1)
+
+    def radii(x):
+        return torch.cdist(x, x).kthvalue(k + 1, dim=1).values  # the nearest of all is the point itself
+
+    distance = torch.cdist(samples, real)  # [N, M]
+    in_real = distance <= radii(real)[None]
+    in_samples = distance <= radii(samples)[:, None]
+    return {"precision": in_real.any(1).double().mean().item(), "recall": in_samples.any(0).double().mean().item(),
+            "density": in_real.double().sum(1).mean().item() / k, "coverage": in_real.any(0).double().mean().item()}
+
+
+# --- memorisation and classification -----------------------------------------------------------------------
+
+
+def binomial_interval(count, total, z=1.96):
+    """(low, high) of a share count / total at 95 % confidence (Wilson 1927); (0, 1) for total = 0."""
+    if total == 0:
+        return 0.0, 1.0
+    share, widen = count / total, z * z / total
+    centre = (share + widen / 2) / (1 + widen)
+    half = z / (1 + widen) * math.sqrt(share * (1 - share) / total + widen / (4 * total))
+    return 0.0 if count == 0 else centre - half, 1.0 if count == total else centre + half
+
+
+def memorisation(samples, train, held_out, alpha=0.05):
+    """Are samples [N, D] closer to the training images [M, D] than held-out images [H, D] are?
+
+    Closeness of an image is the distance to its nearest training image over that to its nearest held-out image
+    (another one, for a held-out image): a ratio, so that a blurred sample, which is close to everything, does not
+    count as a copy. Under the threshold, a low quantile of the held-out images' ratios, fall `expected` = about
+    alpha of images that know the training set no better than they do. dict with share, its interval, expected,
+    and for each sample ratio and nearest (index of the training image).
+    """
+    samples, train = two_feature_sets(samples, train)
+    held_out, _ = two_feature_sets(held_out, train)
+    to_train, nearest = torch.cdist(samples, train).min(1)
+    ratio = to_train / torch.cdist(samples, held_out).min(1).values.clamp_min(1e-12)
+    among = torch.cdist(held_out, held_out).fill_diagonal_(math.inf).min(1).values
+    reference = torch.cdist(held_out, train).min(1).values / among.clamp_min(1e-12)
+    rank = max(1, int(alpha * (len(reference) + 1)))  # a new ratio is below the rank-th of H with rank / (H + 1)
+    count = int((ratio < reference.kthvalue(rank).values).sum())
+    return {"share": count / len(samples), "interval": binomial_interval(count, len(samples)),
+            "expected": rank / (len(reference) + 1), "ratio": ratio, "nearest": nearest}
+
+
+def auroc(scores, labels):
+    """Area under the ROC curve of scores [N, K] for labels [N], one class against the rest, averaged over classes.
+
+    Mann & Whitney's U: how often a member scores above a non-member, ties counting half. NaN where a class has no
+    member or all.
+    """
+    areas = []
+    for c in range(scores.shape[1]):
+        # With two classes the difference is what decides; with more, each column against the rest.
+        score = scores[:, c].double() - (scores.sum(1).double() - scores[:, c].double()) / (scores.shape[1] - 1)
+        gap = score[labels == c][:, None] - score[labels != c][None]
+        areas.append(((gap > 0).double() + 0.5 * (gap == 0).double()).mean().item() if gap.numel() else math.nan)
+    return sum(areas) / len(areas)
+
+
+def auroc_interval(scores, labels, seed=0, resamples=1000):
+    """(AUROC, low, high): 95 % percentile bootstrap over the images of each class (Efron & Tibshirani 1993)."""
+    rng = torch.Generator().manual_seed(seed)
+    members = [(labels == c).nonzero()[:, 0] for c in range(scores.shape[1])]
+    values = []
+    for _ in range(resamples):
+        index = torch.cat([m[torch.randint(len(m), (len(m),), generator=rng)] for m in members if len(m)])
+        values.append(auroc(scores[index], labels[index]))
+    low, high = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    return auroc(scores, labels), low, high
+
+
 # --- verdicts ----------------------------------------------------------------------------------------------
 
 

@@ -104,6 +104,9 @@ def parse_args(argv=None):
         args.zero_terminal_snr = args.prediction != "eps"
     if args.prob_uncond > 1:
         fail(f"--prob_uncond={args.prob_uncond} is a probability: at most 1")
+    if args.guidance_scale != 1 and args.prob_uncond == 0 and args.overfit_k:
+        notice(f"--guidance_scale={args.guidance_scale:g} is off: {args.mode} trains no null class to guide from")
+        args.guidance_scale = 1.0
     if args.guidance_scale != 1 and args.prob_uncond == 0:
         fail(f"--guidance_scale={args.guidance_scale:g} guides away from the null class, which --prob_uncond=0 never "
              "trains: give --guidance_scale=1 or --prob_uncond=0.1")
@@ -123,10 +126,11 @@ def read_scale(args, ckpt_path, vae_sha256):
             fail(f"no {path}; make it with: {command}")
         return args.latent_scale_factor
     stored = experiment.read_json(path, "latent scale")
-    factor = stored.get("latent_scale_factor")
-    if stored.get("vae_sha256") != vae_sha256 or not isinstance(factor, float):
+    factor, std = stored.get("latent_scale_factor"), stored.get("std")
+    whole = isinstance(factor, float) and isinstance(std, float) and factor > 0 and abs(factor * std - 1) < 1e-9
+    if stored.get("vae_sha256") != vae_sha256 or not whole:
         if args.latent_scale_factor is None:
-            fail(f"{path} was measured on another state of this autoencoder; measure again with: {command}")
+            fail(f"{path} is damaged or was measured on another state of this autoencoder; measure again with: {command}")
         return args.latent_scale_factor
     if args.latent_scale_factor is not None:
         if abs(args.latent_scale_factor / factor - 1) > 0.01:

@@ -1,12 +1,20 @@
-"""evaluate.py: black levels in closed form, and the report through the real command line."""
+"""evaluate.py: every metric catches the constructed case it is meant for, and the report comes out of the command line."""
 import json
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import write_png
+from PIL import Image
 
+import data
 import evaluate
+import experiment
+import sample
+
+CPU = experiment.Processes(0, 1, torch.device("cpu"), torch.float32, False)
 
 
 def test_black_levels_of_known_images():
@@ -18,40 +26,193 @@ def test_black_levels_of_known_images():
     assert levels["darkest_percent"] == pytest.approx((0.0 + 0.25) / 2)
 
 
-def test_features_are_normalised_means_on_a_coarse_grid():
+def test_vae_features_are_means_on_a_coarse_grid():
     class Fake:
         def encode(self, x):
-            return type("P", (), {"mean": x.expand(-1, 2, -1, -1)})
+            return SimpleNamespace(mean=x.expand(-1, 2, -1, -1))
 
-    class OnCpu:
-        device = torch.device("cpu")
-
-    x = torch.arange(64.0).view(1, 1, 8, 8).repeat(17, 1, 1, 1)  # 17: one more than the batch inside
-    features = evaluate.vae_features(Fake(), x, 0.5, OnCpu)
-    blocks = np.arange(64.0).reshape(4, 2, 4, 2).mean((1, 3)) * 0.5
-    assert features.shape == (17, 32)
-    np.testing.assert_allclose(features[16].view(2, 4, 4).numpy(), np.stack([blocks, blocks]))
+    x = torch.arange(64.0).view(1, 1, 8, 8).repeat(65, 1, 1, 1)  # 65: one more than the batch inside
+    network, name = evaluate.feature_network("vae", Fake(), None, CPU)
+    features = evaluate.in_batches(network, x, CPU)
+    blocks = np.arange(64.0).reshape(4, 2, 4, 2).mean((1, 3))
+    assert features.shape == (65, 32) and "autoencoder" in name
+    np.testing.assert_allclose(features[64].view(2, 4, 4).numpy(), np.stack([blocks, blocks]))
 
 
-def test_report_and_its_floor(workspace, quick):
-    result = quick("evaluate.py", *workspace.common, f"--ckpt={workspace.ldm_ckpt}", "--num_samples=4",
-                   "--num_sampling_steps=5", "--sampler=ddim")
+def test_a_copy_is_found_whatever_its_exposure():
+    x = torch.rand(5, 1, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    torch.testing.assert_close(evaluate.small_pictures(0.3 * x - 0.2), evaluate.small_pictures(x), rtol=1e-3, atol=1e-3)
+
+
+def test_augmentation_never_flips():
+    x = torch.linspace(-1, 1, 32).expand(64, 1, 32, 32).contiguous()  # brighter to the right
+    out = evaluate.augment(x, torch.Generator().manual_seed(0))
+    assert (out[..., 16:].mean((1, 2, 3)) > out[..., :16].mean((1, 2, 3))).all()
+    assert len({image.numpy().tobytes() for image in out}) == 64
+
+
+class Inception(torch.nn.Module):
+    """Stands for the usual TorchScript file: class scores unless features are asked for."""
+
+    def forward(self, x, return_features: bool = False):
+        pooled = x.mean((2, 3))
+        return pooled if return_features else pooled[:, :1] * 0
+
+
+def test_a_torchscript_network_gets_three_channels_of_0_to_255(tmp_path):
+    path = tmp_path / "net.pt"
+    torch.jit.script(Inception()).save(path)
+    network, name = evaluate.feature_network(str(path), None, None, CPU)
+    features = evaluate.in_batches(network, torch.stack([torch.full((1, 8, 8), v) for v in (-1.0, 1.0)]), CPU)
+    np.testing.assert_allclose(features.numpy(), [[0] * 3, [255] * 3])
+    assert name == "TorchScript net.pt"
+
+
+@pytest.mark.parametrize("name", ["inception", "net.pt"])
+def test_a_network_that_is_none_is_one_line(tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.pt").write_bytes(b"no network")
+    with pytest.raises(SystemExit, match=name):
+        evaluate.feature_network(name, None, None, CPU)
+
+
+def test_names_of_samples(tmp_path):
+    grey = np.zeros((16, 16), np.uint8)
+    for name in ("normal_00000.png", "tb/a.png", "tb/b.png", "grid.png", "tb/notes.txt"):
+        if name.endswith("png"):
+            write_png(tmp_path / name, grey)
+        else:
+            (tmp_path / name).write_text("")
+    x, labels = evaluate.read_samples(tmp_path, ["normal", "tb"], None)
+    assert x.shape == (3, 1, 16, 16) and labels.tolist() == [0, 1, 1] and (x == -1).all()
+    for wrong in (tmp_path / "tb", tmp_path / "none"):
+        with pytest.raises(SystemExit):
+            evaluate.read_samples(wrong, ["normal", "tb"], None)
+
+
+# --- constructed generators: each must be caught by the metric that is meant for it ---
+
+
+@pytest.fixture(scope="module")
+def generators(tmp_path_factory):
+    """Folders of phantom 'samples' beside a real data set, and the report of each through the command line."""
+    root = tmp_path_factory.mktemp("generators")
+    data.write_phantoms(root / "data", 64, 24, 64)
+    data.write_phantoms(root / "fresh", 24, 0, 64, seed=1)
+    fresh, train = root / "fresh/TB/train", root / "data/TB/train"
+    rng = np.random.default_rng(0)
+    for name in ("normal", "tb"):
+        other = {"normal": "tb", "tb": "normal"}[name]
+        shutil.copytree(fresh / name, root / "good" / name)
+        shutil.copytree(fresh / other, root / "swapped" / name)
+        for i in range(24):
+            write_png(root / "noise" / name / f"{i}.png", rng.integers(0, 256, (64, 64), dtype=np.uint8))
+            with Image.open(train / name / f"{i:05d}.png") as image:
+                copy = np.asarray(image).astype(float) * 0.9 + rng.normal(8, 2, (64, 64))
+            write_png(root / "copies" / name / f"{i}.png", copy.clip(0, 255).astype(np.uint8))
+            (root / "collapsed" / name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(fresh / name / "00000.png", root / "collapsed" / name / f"{i}.png")
+
+    def report(name):
+        out = root / "out" / name
+        if not out.exists():
+            evaluate.main([f"--samples_dir={root / name}", f"--data_root={root / 'data'}", f"--out_dir={out}",
+                           f"--output_root={root / 'runs'}", "--classifier_steps=300"])
+        return json.loads((out / "evaluation.json").read_text())
+    return report
+
+
+def level(report, metric):
+    return next(v["level"] for v in report["verdicts"] if v["metric"] == metric)
+
+
+def test_real_films_of_other_patients_pass(generators):
+    report = generators("good")
+    rows = report["groups"]["all"]
+    assert {v["level"] for v in report["verdicts"]} == {"ok"}, report["verdicts"]
+    assert abs(rows["samples"]["kid"]) < 0.2 and rows["samples"]["fid"] < 3 * rows["train"]["fid"]
+    assert report["auroc"]["real films, tested on samples"][0] > 0.8
+    value, low, high = report["auroc"]["samples, tested on held-out films"]
+    assert value > 0.7 and low <= value <= high
+    low, high = report["memorisation"]["interval"]
+    assert low <= report["memorisation"]["share"] <= high
+
+
+def test_noise_is_far_and_not_precise(generators):
+    good, noise = (generators(n)["groups"]["all"]["samples"] for n in ("good", "noise"))
+    assert noise["fid"] > 5 * good["fid"] and noise["kid"] > 5 * abs(good["kid"]) and noise["precision"] < 0.1
+    assert level(generators("noise"), "precision") == "bad"
+
+
+def test_copies_of_training_films_are_found(generators):
+    report = generators("copies")
+    assert report["memorisation"]["share"] > 0.9 and level(report, "memorisation") == "bad"
+    assert report["groups"]["all"]["samples"]["recall"] > 0.5  # nothing else gives them away
+
+
+def test_one_image_repeated_covers_nothing(generators):
+    report = generators("collapsed")
+    assert report["groups"]["all"]["samples"]["recall"] < 0.1 and level(report, "recall") == "bad"
+    assert report["groups"]["all"]["samples"]["coverage"] < 0.5 * generators("good")["groups"]["all"]["samples"]["coverage"]
+
+
+def test_swapped_labels_are_found(generators):
+    report = generators("swapped")
+    assert report["auroc"]["real films, tested on samples"][2] < 0.5 and level(report, "class fidelity") == "bad"
+    assert report["auroc"]["samples, tested on held-out films"][0] < 0.4
+    overall = generators("good")["groups"]["all"]["samples"]
+    assert report["groups"]["all"]["samples"]["kid"] == pytest.approx(overall["kid"])  # the whole is the same
+    assert report["groups"]["normal"]["samples"]["kid"] > generators("good")["groups"]["normal"]["samples"]["kid"] + 0.05
+
+
+# --- the command line ---
+
+
+def test_report_of_a_model(workspace, quick):
+    argv = ["evaluate.py", *workspace.common, f"--ckpt={workspace.ldm_ckpt}", "--num_samples=4", "--num_sampling_steps=5",
+            "--sampler=ddim", "--classifier_steps=20"]
+    result = quick(*argv)
     assert result.code == 0, result.err
     report = json.loads((workspace.out / "l/evaluation.json").read_text())
-    assert report["sampler"] == "ddim" and report["num_real"] == 6 and report["num_train"] == 16
+    assert report["sampler"] == "ddim" and report["step"] == 20 and "classifier" in report["features"]
     for name in ("all", "normal", "tb"):
-        rows = report[name]
-        # 20 steps of training: the samples must be further off than the training images.
-        assert rows["samples"]["frechet"] > rows["train"]["frechet"]
-        assert rows["real"]["black_share"] > 0.01
-        assert f"{rows['samples']['kernel_distance']:.5f}" in result.out
+        rows = report["groups"][name]
+        assert rows["real"]["num"] == (6 if name == "all" else 3) and rows["train"]["num"] == (16 if name == "all" else 8)
+        assert rows["samples"]["fid"] > rows["train"]["fid"]  # 20 steps of training
+        assert f"{rows['samples']['kid']:.4f}" in result.out
+    with Image.open(workspace.out / "l/evaluation_pairs.png") as pairs:
+        assert pairs.size == (8 * 34 + 2, 2 * (32 + 16))
+    again = quick(*argv, "--features=vae", f"--out_dir={workspace.root / 'vae'}")
+    assert again.code == 0 and "training a classifier on real" not in again.out
+    other = json.loads((workspace.root / "vae/evaluation.json").read_text())
+    assert other["auroc"] == report["auroc"] and other["groups"]["all"]["samples"]["fid"] != report["groups"]["all"]["samples"]["fid"]
 
 
-def test_data_of_other_classes_are_refused(workspace, quick):
+def test_samples_of_sample_py_are_measured_like_the_model(workspace, quick):
+    common = [f"--data_root={workspace.data}", f"--output_root={workspace.out}", "--classifier_steps=20"]
+    steps = ["--num_samples=4", "--num_sampling_steps=5", "--sampler=ddim"]
+    assert quick("sample.py", f"--ckpt={workspace.ldm_ckpt}", *steps, f"--out_dir={workspace.root / 's'}").code == 0
+    assert quick("evaluate.py", *common, f"--ckpt={workspace.ldm_ckpt}", *steps).code == 0
+    assert quick("evaluate.py", *common, f"--samples_dir={workspace.root / 's'}").code == 0
+    model, folder = (json.loads(p.read_text())["groups"]["all"]["samples"] for p in (
+        workspace.out / "l/evaluation.json", workspace.root / "s/evaluation.json"))
+    assert folder["num"] == 8 and folder["fid"] == pytest.approx(model["fid"], rel=0.05)  # 8 bits are lost
+
+
+def test_bad_input_is_one_line(workspace, quick):
     for split in ("train", "val"):
         for name in ("a", "b"):
             for i in range(3):
                 write_png(workspace.root / "other/TB" / split / name / f"{i}.png", np.zeros((32, 32), np.uint8))
-    result = quick("evaluate.py", f"--data_root={workspace.root / 'other'}", f"--output_root={workspace.out}",
-                   f"--ckpt={workspace.ldm_ckpt}", "--num_samples=2", "--num_sampling_steps=2")
-    assert result.code == 1 and "normal, tb" in result.err and "a, b" in result.err
+    ckpt = f"--ckpt={workspace.ldm_ckpt}"
+    for argv, says in (([f"--data_root={workspace.root / 'other'}", ckpt], "a, b"), ([], "--samples_dir"),
+                       ([ckpt, "--samples_dir=x"], "either"), ([*workspace.common, ckpt, "--features=x"], "TorchScript")):
+        result = quick("evaluate.py", f"--output_root={workspace.out}", "--num_samples=2", "--num_sampling_steps=2",
+                       "--classifier_steps=1", *argv)
+        lines = [line for line in result.err.splitlines() if line.strip()]
+        assert result.code == 1 and len(lines) == 1 and says in lines[0], result.err
+
+
+def test_defaults_are_the_fast_sampler():
+    args = experiment.parse_args(evaluate.make_parser(), ["--ckpt=x"])
+    assert args.sampler == "dpmpp" and args.num_sampling_steps == 20 and args.sampler in sample.SAMPLERS

@@ -1,0 +1,601 @@
+"""Full disks, damaged files and random input: one clear line or the right result, never a traceback in between."""
+import argparse
+import contextlib
+import io
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import tempfile
+import zlib
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+from conftest import tree_hashes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from test_stages import assert_same_run, drawn, only_error, same, strict
+
+import data
+import experiment
+import find_latent_scale
+import train_ldm
+import train_vae
+
+ALONE = experiment.Processes(0, 1, torch.device("cpu"), torch.float32, False)
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+hypothesis.configuration.set_hypothesis_home_dir(tempfile.gettempdir())  # nothing beside the tests
+repeatable = settings(derandomize=True, deadline=None, database=None,
+                      suppress_health_check=list(hypothesis.HealthCheck))
+
+
+def line_of(error):
+    """The one line that SystemExit ends the program with."""
+    assert isinstance(error.code, str) and error.code.startswith("error: ") and len(error.code.splitlines()) == 1, error.code
+    return error.code
+
+
+# --- full disk ---------------------------------------------------------------------------------------------
+
+
+def pages(path):
+    return -(-path.stat().st_size // PAGE) * PAGE
+
+
+class Disk:
+    """A small file system of its own. `filler` takes what a test wants taken."""
+
+    def __init__(self, folder):
+        self.folder, self.filler = folder, folder / "filler"
+
+    def leave(self, size):
+        """Fill the disk but for `size` bytes."""
+        self.free()
+        stat = os.statvfs(self.folder)
+        with open(self.filler, "wb") as f:
+            os.posix_fallocate(f.fileno(), 0, stat.f_bavail * stat.f_frsize - size)
+
+    def free(self):
+        self.filler.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    try:
+        mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(folder)], capture_output=True,
+                               text=True, check=False)
+    except FileNotFoundError as e:
+        pytest.skip(f"no disk to fill: {e}")
+    if mount.returncode:
+        pytest.skip(f"no disk to fill: {mount.stderr.strip()}")
+    try:
+        yield Disk(folder)
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def refused(result, what):
+    """The error of a stage that met a full disk: exit code 1 and one line that names the file."""
+    line = only_error(result)
+    assert result.code == 1 and "cannot write" in line and what in line, line
+    return line
+
+
+def trainer(stages, script):
+    """Arguments of a short training run: 2 steps an epoch, evaluated every 4 steps."""
+    own = {"train_vae.py": [f"--config={stages.vae_config}", "--disc_weight=0"],
+           "train_ldm.py": [f"--config={stages.ldm_config}", f"--ae_ckpt_path={stages.vae_ckpt}", "--num_sampling_steps=2"]}
+    return [script, f"--data_root={stages.data}", *own[script], "--sample_every=2", "--log_every=4"]
+
+
+@pytest.mark.parametrize("script, kind", [("train_vae.py", "vae"), ("train_ldm.py", "ldm")])
+def test_a_disk_that_fills_up_during_a_checkpoint_keeps_the_one_before(stages, tmp_path, disk, quick, script, kind):
+    args = trainer(stages, script)
+    assert quick(*args, f"--output_root={tmp_path}", "--run_name=whole", "--max_steps=8").code == 0
+    parts = [*args, f"--output_root={disk.folder}", "--run_name=parts"]
+    assert quick(*parts, "--max_steps=4").code == 0
+    folder, ckpt = disk.folder / "parts", disk.folder / "parts/ckpts/last.pt"
+    before = ckpt.read_bytes()
+    for room, what in ((0, "run_meta.json"), (len(before) // 2, "last.pt")):
+        disk.leave(room)
+        refused(quick(*parts, "--max_steps=8"), what)
+        assert ckpt.read_bytes() == before and experiment.load_checkpoint(ckpt, kind)["step"] == 4
+        assert os.listdir(ckpt.parent) == ["last.pt"] and not list(folder.glob(".*"))
+    disk.free()
+    assert quick(*parts, "--max_steps=8").code == 0
+    assert_same_run(tmp_path / "whole", folder, kind)
+
+
+def test_one_command_survives_a_full_disk_at_every_file_it_writes(stages, tmp_path, disk, quick):
+    """Each time there is room for what comes before the next file, but not for that; at last for all."""
+    args = trainer(stages, "train_ldm.py")
+    assert quick(*args, f"--output_root={tmp_path}", "--run_name=whole", "--max_steps=4").code == 0
+    whole, folder = tmp_path / "whole", disk.folder / "parts"
+    size = {p.name.split("_")[0] + p.suffix: pages(p) for p in (tmp_path / "cache").iterdir()}
+    parts = [*args, f"--output_root={disk.folder}", "--run_name=parts", "--max_steps=4"]
+
+    def refuse(room, what):
+        disk.leave(room)
+        refused(quick(*parts), what)
+        assert not list(disk.folder.rglob(".*")), "something temporary is left"
+        indexed = {json.loads(p.read_text())["file"] for p in (disk.folder / "cache").glob("*.json")}
+        assert indexed == {p.name for p in (disk.folder / "cache").glob("*.bin")}  # none missing, none left over
+
+    refuse(size["images.bin"] - PAGE, "images_")
+    refuse(size["images.bin"], "images_")  # its index does not fit
+    refuse(size["images.bin"] + size["images.json"] + size["latents.bin"] - PAGE, "latents_")
+    refuse(size["latents.bin"], "latents_")
+    refuse(size["latents.bin"] + size["latents.json"], "last.pt")
+    assert not (folder / "run_meta.json").exists()  # so that the next one does not look for a checkpoint
+    refuse(pages(whole / "ckpts/last.pt"), "last.pt")  # the first one is smaller, without moments of the optimiser
+    assert experiment.load_checkpoint(folder / "ckpts/last.pt", "ldm")["step"] == 0
+    first = pages(folder / "ckpts/last.pt")
+    shutil.rmtree(folder)
+    refuse(first, "run_meta.json")
+    disk.free()
+    result = quick(*parts)
+    assert result.code == 0 and "damaged" not in result.out, result.err
+    assert_same_run(whole, folder, "ldm")
+
+
+def test_a_line_of_metrics_that_was_cut_by_a_full_disk_is_written_again(stages, tmp_path, disk, quick):
+    args = [*trainer(stages, "train_ldm.py"), "--batch_per_device=1", "--log_every=1"]  # 16 steps an epoch
+    assert quick(*args, f"--output_root={tmp_path}", "--run_name=whole", "--max_steps=64").code == 0
+    parts, metrics = [*args, f"--output_root={disk.folder}", "--run_name=parts"], disk.folder / "parts/metrics.jsonl"
+    assert quick(*parts, "--max_steps=32").code == 0
+    disk.leave(pages(disk.folder / "parts/run_meta.json"))  # 32 more lines do not fit in there
+    line = refused(quick(*parts, "--max_steps=64"), "metrics.jsonl")
+    assert f"--resume_dir={disk.folder / 'parts'}" in line
+    with open(metrics, "a") as f:
+        disk.free()
+        f.write('{"step": 60, "ep')  # even if the disk was full between two lines
+    assert quick(*parts, "--max_steps=64").code == 0
+    assert_same_run(tmp_path / "whole", disk.folder / "parts", "ldm")
+
+
+def test_no_half_phantom_set_is_taken_for_one(disk, quick):
+    """Nothing at all is left of it, so that the next start is like the first."""
+    disk.leave(20 * PAGE)
+    result = quick("train_vae.py", f"--output_root={disk.folder}", "--img_size=32", "--base_ch=4", "--max_steps=1")
+    refused(result, ".png")
+    assert tree_hashes(disk.folder).keys() == {"filler", "cache"}
+
+
+def test_a_phantom_set_written_to_a_full_disk_is_one_line_and_leaves_whole_pictures(disk, quick):
+    command = ["data.py", f"--out={disk.folder / 'p'}", "--num_train=6", "--num_val=1", "--img_size=128"]
+    disk.leave(20 * PAGE)
+    result = quick(*command)
+    refused(result, ".png")
+    pictures = [p for p in (disk.folder / "p").rglob("*") if p.is_file()]
+    assert pictures and all(data.decode(p, 32).any() for p in pictures)
+    disk.free()
+    assert quick(*command).code == 0
+    assert len([data.decode(p, 32) for p in (disk.folder / "p").rglob("*.png")]) == 14
+
+
+def test_samples_that_do_not_fit_are_one_line_and_whole_pictures(stages, disk, quick):
+    out = disk.folder / "s"
+    command = ["sample.py", f"--ckpt={stages.ldm_ckpt}", "--num_samples=3", "--num_sampling_steps=10",
+               f"--out_dir={out}"]
+    disk.leave(0)
+    result = quick(*command)
+    assert result.code == 1 and "--num_samples" in only_error(result) and not out.exists()
+    disk.leave(3 * PAGE)  # the estimate is of the images' pixels, in which the file system's overhead is not
+    refused(quick(*command), ".png")
+    reference = drawn(stages.out / "l/samples_ancestral_0")
+    pictures = drawn(out)
+    assert 0 < len(pictures) < 6 and {p.name for p in out.iterdir()} == set(pictures)
+    assert all((pictures[k] == reference[k]).all() for k in pictures)
+    disk.free()
+    assert quick(*command).code == 0
+    assert strict(out / "manifest.json")["images"] == strict(stages.out / "l/samples_ancestral_0/manifest.json")["images"]
+    assert all((p == reference[k]).all() for k, p in drawn(out).items())
+
+
+# --- damaged JSON ------------------------------------------------------------------------------------------
+
+NO_OBJECTS = {"empty": b"", "list": b"[]", "null": b"null", "number": b"5", "text": b'"x"', "NaN": b"NaN",
+              "digits": b"1" * 6000,
+              "no UTF-8": b'\xff\xfe{"args": {}}', "zeros": bytes(40), "deep": b"[" * 100_000, "deep dict": b'{"a":' * 100_000}
+
+
+def damaged(content, count, seed=0):
+    """The file cut at `count` positions, and with one bit flipped at as many."""
+    rng = random.Random(seed)
+    for position in rng.sample(range(len(content)), min(count, len(content))):
+        yield content[:position]
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << rng.randrange(8)
+        yield bytes(flipped)
+
+
+def value_or_line(function, *args):
+    """(value, None), or (None, line) where the call ends the program; anything else fails the test."""
+    try:
+        return function(*args), None
+    except SystemExit as e:
+        return None, line_of(e)
+
+
+def assert_types(parser, values):
+    """Every value has the type that the argument of its name gives it."""
+    for action in parser._actions:
+        if action.dest in values and not (values[action.dest] is None and action.default is None):
+            kind, value = getattr(action.type, "kind", str), values[action.dest]
+            assert isinstance(value, kind) and (kind is bool or not isinstance(value, bool)), (action.dest, value)
+            assert kind is not tuple or all(type(v) is int for v in value), (action.dest, value)
+            assert kind is not float or math.isfinite(value), (action.dest, value)
+
+
+@pytest.mark.parametrize("name", [*NO_OBJECTS, "folder"])
+def test_a_file_that_holds_no_object_is_one_line(tmp_path, name):
+    path = tmp_path / "run_meta.json"
+    path.mkdir() if name == "folder" else path.write_bytes(NO_OBJECTS[name])
+    for read in (lambda: experiment.read_meta(tmp_path), lambda: experiment.read_json(path, "run description")):
+        value, line = value_or_line(read)
+        assert value is None and "run_meta.json" in line and "run description" in line
+
+
+def test_a_damaged_run_description_is_one_line_or_has_settings_of_the_right_types(stages, tmp_path):
+    path, content = tmp_path / "run_meta.json", (stages.out / "l/run_meta.json").read_bytes()
+    refusals = 0
+    for broken in damaged(content, 100):
+        path.write_bytes(broken)
+        args, line = value_or_line(train_ldm.parse_args, [f"--resume_dir={tmp_path}"])
+        refusals += line is not None
+        assert args or "run_meta.json" in line or "--" in line or "mode" in line, line
+        if args:
+            assert_types(train_ldm.make_parser(), vars(args))
+    assert refusals > 100  # all that are cut, and more
+
+
+@pytest.mark.parametrize("wrong", [None, [], {}, "x", -1, math.nan, True, [[1]], 10**400], ids=lambda v: repr(v)[:5])
+def test_a_run_description_with_values_of_the_wrong_type_is_one_line(stages, tmp_path, wrong):
+    meta = strict(stages.out / "l/run_meta.json")
+    parser = train_ldm.make_parser()
+    for name in random.Random(repr(wrong)).sample(sorted(meta["args"]), 15):
+        if name not in ("config", "resume_dir"):
+            changed = {**meta, "args": {**meta["args"], name: wrong}}
+            (tmp_path / "run_meta.json").write_text(json.dumps(changed))
+            args, line = value_or_line(train_ldm.parse_args, [f"--resume_dir={tmp_path}"])
+            if args:
+                assert_types(parser, vars(args))
+
+
+@pytest.mark.parametrize("wrong", [None, 5, [], "missing"])
+def test_runs_are_found_and_continued_whatever_the_date_in_their_description(stages, tmp_path, wrong):
+    meta = strict(stages.out / "v/run_meta.json")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a/run_meta.json").write_text(json.dumps(meta))
+    broken = {k: v for k, v in meta.items() if k != "created"} | ({} if wrong == "missing" else {"created": wrong})
+    (tmp_path / "b/run_meta.json").write_text(json.dumps(broken))
+    args = argparse.Namespace(ae_ckpt_path=None, ae_config_path=None, output_root=str(tmp_path), task="TB")
+    found, line = value_or_line(find_latent_scale.find_autoencoder, args)
+    assert line or found.parent.parent.name in ("a", "b")
+    args = train_vae.parse_args([f"--resume_dir={tmp_path / 'b'}"])
+    run, line = value_or_line(experiment.Run, args, ALONE, "vae", "x", {})
+    assert line or run.resumed
+
+
+def scale_in(folder, vae_sha256):
+    args = argparse.Namespace(task="TB", data_root=None, output_root="runs", latent_scale_factor=None)
+    return train_ldm.read_scale(args, folder / "ckpts/last.pt", vae_sha256)
+
+
+def test_a_damaged_latent_scale_is_one_line_and_never_another_factor(stages, tmp_path):
+    """One flipped bit cannot turn both the factor and the standard deviation beside it, of which it is the inverse."""
+    path, content = tmp_path / "latent_scale.json", (stages.out / "v/latent_scale.json").read_bytes()
+    path.write_bytes(content)
+    sha = experiment.sha256_file(stages.vae_ckpt)
+    factor = scale_in(tmp_path, sha)
+    assert factor == strict(path)["latent_scale_factor"]
+    for broken in [*damaged(content, 300), *NO_OBJECTS.values()]:
+        path.write_bytes(broken)
+        value, line = value_or_line(scale_in, tmp_path, sha)
+        assert value is None or abs(value / factor - 1) < 1e-9, broken
+        assert value or "latent_scale.json" in line
+
+
+@pytest.mark.parametrize("wrong", [None, [], {}, "0.9", -0.9, 0.0, math.nan, math.inf, True, 1e308, 10**400],
+                         ids=lambda v: repr(v)[:5])
+def test_a_latent_scale_that_is_none_is_one_line(stages, tmp_path, wrong):
+    stored = strict(stages.out / "v/latent_scale.json")
+    for name in ("latent_scale_factor", "std"):
+        (tmp_path / "latent_scale.json").write_text(json.dumps({**stored, name: wrong}))
+        value, line = value_or_line(scale_in, tmp_path, stored["vae_sha256"])
+        assert value is None and "latent_scale.json" in line, (name, value)
+
+
+@pytest.fixture
+def built(tmp_path):
+    """(call that opens a small cache, path of its index, the rows in it)"""
+    rows = np.arange(120, dtype=np.uint16).reshape(4, 5, 6)
+
+    def call():
+        array = data.cached_array(tmp_path, "a",
+                                  lambda: iter([rows, {"good": [0, 1, 3, 4], "bad": [["é.png", "empty"]]}]))
+        return array.rows(np.arange(4)), array.meta
+    call()
+    return call, tmp_path / "a.json", rows
+
+
+def assert_rebuilt(built, content, capsys):
+    """Whatever the index says, the cache has its rows and its meta; what was not so is said."""
+    call, path, rows = built
+    path.write_bytes(content)
+    array, meta = call()
+    assert array.dtype == rows.dtype and np.array_equal(array, rows), content
+    assert meta == {"good": [0, 1, 3, 4], "bad": [["é.png", "empty"]]}, content
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) == ("building it again" in out)
+    return out
+
+
+def test_a_damaged_cache_index_never_gives_other_rows(built, capsys):
+    content = built[1].read_bytes()
+    data_file = built[1].with_name(json.loads(content)["file"])
+    rows = data_file.read_bytes()
+    for broken in [*damaged(content, 150), *NO_OBJECTS.values()]:
+        assert_rebuilt(built, broken, capsys)
+        for path in built[1].parent.glob("a_*.bin"):
+            path.unlink()
+        data_file.write_bytes(rows)
+
+
+@pytest.mark.parametrize("name", ["file", "crc32", "shape", "dtype", "meta"])
+def test_a_cache_index_with_a_wrong_value_is_built_again(built, capsys, name):
+    index = json.loads(built[1].read_text())
+    values = [None, [], {}, 5, -1, True, "x", "", "\0", "..", "a/b", ".", math.nan, 10**400, [4, 5, 5], [4, 5, 6, 1],
+              [2, 10, 6], [[4]],
+              [-4, -5, 6], "uint8", "int16", "object", "S2", "O", {"good": [0, 1, 3, 5], "bad": []}]
+    for value in values:
+        index = json.loads(built[1].read_text())
+        assert "building it again" in assert_rebuilt(built, json.dumps({**index, name: value}).encode(), capsys), value
+
+
+def test_damaged_json_through_the_command_line(workspace, quick):
+    meta, scale = workspace.out / "l/run_meta.json", workspace.out / "v/latent_scale.json"
+    index, = (workspace.out / "cache").glob("latents_*.json")
+    whole = scale.read_bytes()
+    resume = ["train_ldm.py", *workspace.common, f"--ae_ckpt_path={workspace.vae_ckpt}", "--run_name=l"]
+    digits = whole.replace(b'factor": ', b'factor": 1', 1)  # of the factor, not of its inverse
+    for path, content in ((scale, b"\xff" * 20), (scale, digits), (meta, NO_OBJECTS["deep"])):
+        path.write_bytes(content)
+        result = quick(*resume)
+        assert result.code == 1 and path.name in only_error(result)
+        scale.write_bytes(whole)
+    index.write_bytes(NO_OBJECTS["no UTF-8"])
+    result = quick("find_latent_scale.py", *workspace.common, f"--ae_ckpt_path={workspace.vae_ckpt}")
+    assert result.code == 0 and "building it again" in result.out and scale.read_bytes() == whole
+
+
+# --- damaged checkpoints -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """(state, bytes of the checkpoint file, a path to write damaged ones to)"""
+    path = tmp_path_factory.mktemp("checkpoint") / "last.pt"
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3), torch.nn.Linear(8, 9))
+    optimizer = torch.optim.AdamW(layers.parameters())
+    sum(p.square().sum() for p in layers.parameters()).backward()
+    optimizer.step()
+    experiment.save_checkpoint(path, "ldm",
+                               {"model": layers.state_dict(), "optimizer": optimizer.state_dict(), "step": 7,
+                                             "ema": None, "args": {"lr": 1e-3, "ldm_ch_mults": (1, 2)}})
+    return experiment.load_checkpoint(path, "ldm"), path.read_bytes(), path
+
+
+def assert_equal_or_refused(checkpoint, content):
+    state, _, path = checkpoint
+    path.write_bytes(content)
+    loaded, line = value_or_line(experiment.load_checkpoint, path, "ldm")
+    assert line is not None or same(loaded, state)
+    assert line is None or "last.pt" in line
+    return line
+
+
+@settings(repeatable, max_examples=300)
+@given(st.data())
+def test_a_checkpoint_with_flipped_bits_is_refused_or_whole(checkpoint, draw):
+    content = bytearray(checkpoint[1])
+    for bit in draw.draw(st.lists(st.integers(0, 8 * len(content) - 1), min_size=1, max_size=3)):
+        content[bit // 8] ^= 1 << bit % 8
+    assert_equal_or_refused(checkpoint, bytes(content))
+
+
+@settings(repeatable, max_examples=150)
+@given(st.data())
+def test_a_checkpoint_that_was_cut_or_has_a_hole_is_refused_or_whole(checkpoint, draw):
+    content = checkpoint[1]
+    start = draw.draw(st.integers(0, len(content) - 1))
+    assert_equal_or_refused(checkpoint, content[:start])
+    length = draw.draw(st.integers(1, 5000))
+    assert_equal_or_refused(checkpoint, content[:start] + content[start + length:])
+    assert_equal_or_refused(checkpoint, content[:start] + bytes(length) + content[start + length:])
+
+
+# --- random images -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """({name: bytes} of small images in every format and mode that is read, a path to write damaged ones to)"""
+    rng = np.random.default_rng(0)
+    grey = Image.fromarray(np.kron(rng.integers(0, 256, (6, 7), dtype=np.uint8), np.ones((4, 4), np.uint8)))
+    wide = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    palette = grey.convert("P")
+    saved = {"grey.png": (grey, {}), "16.png": (wide, {}), "rgb.png": (grey.convert("RGB"), {}),
+             "rgba.png": (grey.convert("RGBA"), {}), "la.png": (grey.convert("LA"), {}), "bits.png": (grey.convert("1"), {}),
+             "palette.png": (palette, {"transparency": 3}), "key.png": (grey, {"transparency": 9}),
+             "text.png": (grey, {"dpi": (72, 72), "icc_profile": b"profile" * 20, "exif": b"Exif\0\0II*\0\x08\0\0\0\0\0"}),
+             "grey.jpg": (grey, {}), "rgb.jpg": (grey.convert("RGB"), {"progressive": True}), "cmyk.jpg": (grey.convert("CMYK"), {}),
+             "grey.tif": (grey, {}), "16.tif": (wide, {}), "lzw.tif": (grey.convert("RGB"), {"compression": "tiff_lzw"}),
+             "deflate.tif": (wide, {"compression": "tiff_adobe_deflate"}), "bits.tif": (grey.convert("1"), {"compression": "group4"}),
+             "palette.gif": (palette, {"transparency": 3}), "two.gif": (palette, {"save_all": True, "append_images": [palette]}),
+             "grey.bmp": (grey, {}), "rgb.bmp": (grey.convert("RGB"), {}), "bits.bmp": (grey.convert("1"), {}),
+             "rgb.webp": (grey.convert("RGB"), {}), "rgba.webp": (grey.convert("RGBA"), {"lossless": True}), "i.tif": (wide.convert("I"), {})}
+    contents = {}
+    for name, (image, options) in saved.items():
+        file = io.BytesIO()
+        file.name = name
+        image.save(file, **options)
+        contents[name] = file.getvalue()
+    return contents, tmp_path_factory.mktemp("picture") / "x.png"
+
+
+def with_checksums(png):
+    """The PNG with right checksums, so that what was changed is not refused for them alone."""
+    out, at = bytearray(png), 8
+    while at + 12 <= len(out):
+        length = struct.unpack(">I", out[at:at + 4])[0]
+        end = at + 8 + length
+        if end + 4 > len(out):
+            break
+        out[end:end + 4] = struct.pack(">I", zlib.crc32(out[at + 4:end]))
+        at = end + 4
+    return bytes(out)
+
+
+def mutated(contents, name, rng):
+    """A damaged copy: bits flipped, bytes or lengths overwritten, pieces cut, doubled or taken from another file."""
+    out = bytearray(contents[name])
+    for _ in range(rng.choice((1, 1, 2, 4, 16))):
+        at = rng.randrange(min(len(out), 200) if rng.random() < 0.6 else len(out)) if out else 0
+        kind = rng.randrange(6)
+        if kind == 0 and out:
+            out[at] ^= 1 << rng.randrange(8)
+        elif kind == 1 and out:
+            out[at] = rng.choice((0, 1, 127, 128, 255, rng.randrange(256)))
+        elif kind == 2:
+            number = rng.choice((0, 1, 8, 100, 2**15, 2**16 - 1, 2**20, 2**31 - 1, 2**31, 2**32 - 1))
+            out[at:at + 4] = number.to_bytes(4, rng.choice(("little", "big")))
+        elif kind == 3:
+            del out[at:at + rng.choice((1, 2, 4, 12, 50))]
+        elif kind == 4:
+            out[at:at] = out[at:at + rng.randrange(1, 60)]
+        else:
+            other = contents[rng.choice(sorted(contents))]
+            start = rng.randrange(len(other))
+            out[at:at + rng.randrange(40)] = other[start:start + rng.randrange(1, 80)]
+    if rng.random() < 0.25:
+        del out[rng.randrange(len(out) + 1):]
+    return with_checksums(out) if out[:4] == b"\x89PNG" and rng.random() < 0.7 else bytes(out)
+
+
+@pytest.fixture
+def within_a_minute():
+    """Ends what hangs."""
+    def late(number, frame):
+        raise TimeoutError("still decoding")
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(120)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.filterwarnings("ignore", "error::PIL.Image.DecompressionBombWarning")
+@settings(repeatable, max_examples=3000)
+@given(seed=st.integers(0, 2**32), which=st.integers(0, 10**6))
+def test_a_random_image_is_decoded_or_refused(pictures, within_a_minute, seed, which):
+    contents, path = pictures
+    names = sorted(contents)
+    path.write_bytes(mutated(contents, names[which % len(names)], random.Random(seed)))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        decoded = data.decode(path, 16)
+        assert decoded.shape == (16, 16) and decoded.dtype == np.uint16
+    except (ValueError, OSError) as e:
+        assert not isinstance(e, TimeoutError)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_500_000  # kB
+
+
+def test_the_pictures_that_are_damaged_above_are_whole(pictures):
+    contents, path = pictures
+    for content in contents.values():
+        path.write_bytes(content)
+        assert data.decode(path, 16).std() > 1000
+
+
+# --- random settings ---------------------------------------------------------------------------------------
+
+PARSER = train_ldm.make_parser()
+NAMES = sorted(a.dest for a in PARSER._actions if a.dest not in ("help", "config"))
+numbers = st.one_of(st.integers(-3, 70), st.integers(), st.floats(),
+                    st.sampled_from([10**400, 2**63, 2**64, -(10**30)]))
+literals = st.recursive(st.one_of(numbers, st.booleans(), st.none(), st.text(max_size=8), st.binary(max_size=4),
+                                  st.sampled_from(["flow", "eps", "auto", "overfit_8", "None", "1,2"])),
+                        lambda inner: st.one_of(st.lists(inner, max_size=4), st.lists(inner, max_size=4).map(tuple),
+                                                st.dictionaries(st.text(max_size=3), inner, max_size=2)), max_leaves=5)
+sources = st.one_of(literals.map(repr).map(lambda s: s.replace("inf", "1e999")),
+                    st.sampled_from(["0x" + "f" * 6000, "1" * 5000, "(" * 300, "[" * 90 + "]" * 90, "'", "int", "...", "lambda: 1",
+                                     "1j", "frozenset({1})", "range(3)", "float('nan')"]))
+
+
+@pytest.fixture(scope="module")
+def config_path(tmp_path_factory):
+    return tmp_path_factory.mktemp("config") / "settings.py"
+
+
+def read_config(path, content):
+    path.write_bytes(content)
+    values, line = value_or_line(experiment.read_config, str(path), PARSER)
+    if line is None:
+        assert set(values) <= set(NAMES)
+        assert_types(PARSER, values)
+    else:
+        assert "settings.py" in line
+
+
+@settings(repeatable, max_examples=700)
+@given(st.lists(st.tuples(st.one_of(st.sampled_from(NAMES), st.sampled_from(["epoch", "π", "_x", "config", "help"])),
+                          sources),
+                min_size=1, max_size=3))
+def test_a_random_config_file_is_read_or_refused(config_path, lines):
+    read_config(config_path, "".join(f"{name} = {value}\n" for name, value in lines).encode("utf-8", "surrogatepass"))
+
+
+@pytest.mark.filterwarnings("ignore")  # SyntaxWarning
+@settings(repeatable, max_examples=1500)
+@given(seed=st.integers(0, 2**32))
+def test_a_damaged_config_file_is_read_or_refused(config_path, stages, seed):
+    """Damaged by characters that cannot make a call or a power out of numbers."""
+    rng, out = random.Random(seed), bytearray(stages.ldm_config.read_bytes())
+    for _ in range(rng.randrange(1, 5)):
+        at = rng.randrange(len(out))
+        piece = rng.choice((b"\0", b"\n", b" ", b"\t", b"[", b"]", b",", b"=", b"'", b'"', b"0", b"9" * 30, b"-",
+                            b".", b"e", b"#",
+                            b"\\", b"\xff", "é".encode(), b"_", b"\r", b":", b"{", b"\x0c", b"\xef\xbb\xbf"))
+        out[at:at + rng.randrange(3)] = piece
+    read_config(config_path, bytes(out))
+
+
+@settings(repeatable, max_examples=200)
+@given(st.lists(st.tuples(st.sampled_from([n for n in NAMES if n not in ("run_name", "resume_dir")]),
+                          st.one_of(st.text(max_size=8), numbers.map(str), st.sampled_from(["", "9" * 400, "9" * 5000, "None", "1,,2", "-"])),
+                          st.booleans()), max_size=4))
+def test_random_arguments_are_taken_or_refused(given_arguments):
+    argv = [part for name, value, joined in given_arguments for part in ([f"--{name}={value}"] if joined else [f"--{name}", value])]
+    argv = [a for a in argv if a not in ("-h", "--help")]
+    err = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+            args = train_ldm.parse_args(argv)
+    except SystemExit as e:
+        assert (e.code == 2 and ": error: " in err.getvalue()) or line_of(e)
+    else:
+        assert_types(PARSER, vars(args))

@@ -1,0 +1,392 @@
+"""No run is lost: stops at awkward moments, two processes, NaN on one of them, two runs that build one cache."""
+import itertools
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import time
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT, _as_main, read_jsonl, run, start, tree_hashes
+from test_stages import assert_same_run, strict
+
+import experiment
+
+LIMIT_S = 150  # after which a process counts as hanging
+
+# --- commands ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(stages, tmp_path):
+    """command(stage, RUN_NAME, ...) -> argv of a short training run below tmp_path/runs, without any cache yet.
+
+    Two steps an epoch; evaluations at steps 4, 8 and 12, log lines at 3, 6, 9 and 12. The pictures of an epoch,
+    the log window and the discriminator (from step 3) are thus all caught half done by some stop.
+    """
+    settings = {"train_vae": [f"--config={stages.vae_config}", "--disc_start=3"],
+                "train_ldm": [f"--config={stages.ldm_config}", f"--ae_ckpt_path={stages.vae_ckpt}",
+                              "--sample_batch_size=2", "--num_sampling_steps=4"]}
+
+    def argv(stage, name, *more):
+        return [f"--data_root={stages.data}", f"--output_root={tmp_path / 'runs'}", *settings[stage], "--max_steps=12",
+                "--sample_every=2", "--log_every=3", f"--run_name={name}", *more]
+    return argv
+
+
+HOOK = """
+import hashlib, importlib, itertools, os, pathlib, signal, sys, time
+sys.path.insert(0, {root!r})
+
+def before(place, action):
+    # Call action(number of the call, *args) before each call of the function `place`, such as data.LatentSet._encode.
+    module, *path, name = place.split(".")
+    owner = importlib.import_module(module)
+    for part in path:
+        owner = getattr(owner, part)
+    original, calls = getattr(owner, name), itertools.count(1)
+    def hooked(*args, **kwargs):
+        action(next(calls), *args)
+        return original(*args, **kwargs)
+    setattr(owner, name, hooked)
+{body}
+import {stage}
+{stage}.main()
+"""
+
+
+def hooked(folder, stage, body):
+    """Path of a script that is `stage`, once the lines `body` have been run."""
+    number = next(i for i in itertools.count() if not (folder / f"hooked_{i}.py").exists())
+    path = folder / f"hooked_{number}.py"
+    path.write_text(HOOK.format(root=str(ROOT), stage=stage, body=body))
+    return str(path)
+
+
+def _as_rank(env, *args):
+    os.environ.update(env)
+    _as_main(*args)
+
+
+@pytest.fixture
+def together(fork_server, tmp_path):
+    """together([argv, ...], ranks=False) -> [(code, out, err), ...]: stages that run at the same time.
+
+    ranks: they are the processes of one run, with the environment that torchrun gives them.
+    """
+    def call(commands, ranks=False):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        started = []
+        for i, argv in enumerate(commands):
+            env = {"RANK": i, "LOCAL_RANK": i, "WORLD_SIZE": len(commands), "LOCAL_WORLD_SIZE": len(commands),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if ranks else {}
+            paths = [tmp_path / f"{name}_{i}" for name in ("out", "err")]
+            process = fork_server.Process(target=_as_rank, args=({k: str(v) for k, v in env.items()}, argv,
+                                                                 *map(str, paths), str(ROOT)))
+            process.start()
+            started.append((process, paths))
+        deadline = time.monotonic() + LIMIT_S
+        for process, _ in started:
+            process.join(max(0.0, deadline - time.monotonic()))
+        hanging = [i for i, (process, _) in enumerate(started) if process.is_alive()]
+        for i in hanging:
+            started[i][0].kill()
+            started[i][0].join()
+        results = [SimpleNamespace(code=process.exitcode, out=out.read_text(), err=err.read_text())
+                   for process, (out, err) in started]
+        assert not hanging, f"{hanging} still run\n" + "\n".join(r.out + r.err for r in results)
+        return results
+    return call
+
+
+def left_over(root):
+    """Temporary files below root."""
+    return [p.name for p in pathlib.Path(root).rglob(".*")]
+
+
+# --- one process, stopped at awkward moments ---------------------------------------------------------------
+
+SEND = """
+def send(call, *args):
+    if call == {call}:
+        os.kill(os.getpid(), signal.{name})
+before({place!r}, send)
+"""
+
+# (function, the call of it that the signal comes before, signal, step at which the run is saved). No step: the
+# handlers are not there yet, and the signal ends the process on the spot. Each line goes on where the last one left.
+MOMENTS = {
+    "train_ldm": [
+        ("data.decode", 5, "SIGTERM", None),  # while images are decoded
+        ("data.LatentSet._encode", 1, "SIGUSR1", None),  # while latents are encoded
+        ("torch.save", 1, "SIGTERM", None),  # while the first checkpoint is written
+        ("os.replace", 2, "SIGUSR1", None),  # checkpoint in place, run_meta.json not yet
+        ("os.fsync", 4, "SIGTERM", 3),  # while the checkpoint of step 2 is written
+        ("torch.save", 1, "SIGUSR1", 4),  # while that of step 4 is written: before the evaluation there
+        ("experiment.clip_and_step", 3, "SIGUSR1", 7),  # in the middle of an epoch
+        ("sample.decode_latents", 1, "SIGTERM", 8),  # while images are sampled
+        ("experiment.Run.log_images", 1, "SIGUSR1", 8),  # evaluation written, but not a step further
+        ("os.fsync", 9, "SIGTERM", 12),  # while the second picture of the last evaluation is written
+    ],
+    "train_vae": [
+        ("data.decode", 20, "SIGTERM", None),  # while validation images are decoded
+        ("torch.save", 1, "SIGUSR1", None),
+        ("os.replace", 2, "SIGTERM", None),
+        ("os.fsync", 4, "SIGUSR1", 3),
+        ("experiment.clip_and_step", 3, "SIGTERM", 5),  # two calls a step: before the autoencoder's at step 5
+        ("metrics.psnr", 1, "SIGUSR1", 8),  # evaluation
+        ("experiment.clip_and_step", 4, "SIGTERM", 10),  # before the discriminator's at step 10
+        ("experiment.Run.log_images", 1, "SIGTERM", 12),
+    ],
+}
+
+
+@pytest.mark.parametrize("stage", ["train_ldm", pytest.param("train_vae", marks=pytest.mark.slow)])
+def test_stops_at_awkward_moments_change_nothing(command, quick, tmp_path, stage):
+    result = quick(f"{stage}.py", *command(stage, "whole"))
+    assert result.code == 0, result.err
+    (tmp_path / "runs/cache").rename(tmp_path / "cache of the other run")
+    args = command(stage, "parts")
+    folder = tmp_path / "runs/parts"
+    for place, call, name, step in MOMENTS[stage]:
+        script = hooked(tmp_path, stage, SEND.format(place=place, call=call, name=name))
+        often = place.startswith(("os.", "torch."))  # a checkpoint each step; else at stops and evaluations only
+        result = quick(script, *args, f"--save_minutes={0 if often else 60}")
+        if step is None:
+            assert result.code == -getattr(signal, name), (place, result.err)
+            assert not (folder / "run_meta.json").exists()
+            continue
+        assert result.code == experiment.EXIT_STOPPED, (place, result.out, result.err)
+        assert f"stopped ({name}) at step {step}, " in result.out, (place, result.out)
+        assert experiment.load_checkpoint(folder / "ckpts/last.pt", stage[-3:])["step"] == step
+        assert not (folder / "summary.json").exists()
+    result = quick(f"{stage}.py", *args)
+    assert result.code == 0, result.err
+    assert_same_run(tmp_path / "runs/whole", folder, stage[-3:])
+    # The two that were killed before the handlers were there could not tidy up; none of the others left anything.
+    assert len(left_over(folder)) <= 2
+    assert all(name.startswith((".last.pt.", ".run_meta.")) for name in left_over(folder))
+
+
+# --- two processes -----------------------------------------------------------------------------------------
+
+
+def workers(process):
+    """Process ids of a torchrun's workers, by rank."""
+    ids = map(int, pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
+    ranks = {}
+    for pid in ids:
+        env = dict(v.split("=", 1) for v in pathlib.Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in v)
+        if "RANK" in env:
+            ranks[int(env["RANK"])] = pid
+    return [ranks[rank] for rank in sorted(ranks)]
+
+
+def finished(process, limit_s=LIMIT_S):
+    """Output of a process that must end by itself."""
+    try:
+        return "".join(process.communicate(timeout=limit_s))
+    except Exception:
+        process.terminate()  # torchrun takes its workers along, by force after 30 s
+        print(*process.communicate(), sep="\n")
+        raise
+
+
+def stop_after(process, line, receiver, number):
+    """Send a signal once `line` is out: to 'torchrun' or to the worker of a rank. Returns the whole output."""
+    out = []
+    for text in process.stdout:
+        out.append(text)
+        if line in text:
+            os.kill(process.pid if receiver == "torchrun" else workers(process)[receiver], number)
+            break
+    return "".join(out) + finished(process)
+
+
+@pytest.mark.parametrize("stage", ["train_ldm", pytest.param("train_vae", marks=pytest.mark.slow)])
+def test_two_processes_that_were_stopped_end_like_two_that_were_not(command, tmp_path, stage):
+    """torchrun passes SIGTERM on to its workers; SIGUSR1 would end torchrun itself, so that goes to a worker."""
+    run(f"{stage}.py", *command(stage, "whole", "--batch_per_device=4"), processes=2)
+    folder = tmp_path / "runs/parts"
+    args = [f"{stage}.py", *command(stage, "parts", "--batch_per_device=4")]
+    before = 0
+    for line, receiver, name in (("step 3 ", "torchrun", "SIGTERM"), ("step 6 ", 1, "SIGUSR1")):
+        out = stop_after(start(*args, processes=2), line, receiver, getattr(signal, name))
+        by = name if receiver == "torchrun" else "on another rank"
+        assert out.count(f"stopped ({by}) at step ") == 1, out
+        step = experiment.load_checkpoint(folder / "ckpts/last.pt", stage[-3:])["step"]
+        assert before < step < 12 and f"stopped ({by}) at step {step}, " in out
+        before = step
+    out, _ = run(*args, processes=2)
+    assert re.search(rf"continues at step\s+{before}\n", out)
+    assert_same_run(tmp_path / "runs/whole", folder, stage[-3:])
+    assert experiment.load_checkpoint(folder / "ckpts/last.pt", stage[-3:])["window"].shape[0] == 2
+
+
+@pytest.mark.slow
+def test_three_processes_in_two_parts_end_like_three_in_one(command, together, tmp_path):
+    """The sum of three gradients depends on their order, which must not depend on when a run was continued."""
+    def three(*argv):
+        results = together([("train_ldm.py", *argv)] * 3, ranks=True)
+        assert [r.code for r in results] == [0, 0, 0], results[0].err
+    three(*command("train_ldm", "whole", "--batch_per_device=2"))
+    for steps in (6, 12):  # an epoch has three steps: both runs have a log line and an evaluation there
+        three(*command("train_ldm", "parts", "--batch_per_device=2"), f"--max_steps={steps}")
+    assert_same_run(tmp_path / "runs/whole", tmp_path / "runs/parts", "ldm")
+
+
+ON_RANK_1 = """
+def send(call, *args):
+    if call == 1 and os.environ["RANK"] == "1":
+        time.sleep(0.5)  # rank 0 is done with its share and waits
+        os.kill(os.getpid(), signal.SIGUSR1)
+before("sample.decode_latents", send)
+"""
+
+
+def test_a_signal_on_one_rank_in_an_evaluation_stops_both(command, tmp_path):
+    args = command("train_ldm", "parts", "--batch_per_device=4")
+    finished(start(hooked(tmp_path, "train_ldm", ON_RANK_1), *args, processes=2), 90)
+    folder = tmp_path / "runs/parts"
+    assert experiment.load_checkpoint(folder / "ckpts/last.pt", "ldm")["step"] == 4
+    assert not (folder / "summary.json").exists()
+
+
+def test_a_run_goes_on_with_another_number_of_processes(command, quick, together, tmp_path):
+    def both(*argv):
+        results = together([argv, argv], ranks=True)
+        assert [r.code for r in results] == [0, 0], results[0].err + results[1].err
+        assert results[1].out == ""
+        return results[0].out
+
+    def one(*argv):
+        result = quick(*argv)
+        assert result.code == 0, result.err
+        return result.out
+
+    for name, first, then, counts in (("fewer", both, one, (2, 1)), ("more", one, both, (1, 2))):
+        folder = tmp_path / "runs" / name
+        argv = ["train_ldm.py", *command("train_ldm", name, "--batch_per_device=4")]
+        first(*argv, "--max_steps=5")
+        old = experiment.load_checkpoint(folder / "ckpts/last.pt", "ldm")
+        out = then(*argv, "--max_steps=9")
+        assert f"continuing on {counts[1]} processes instead of {counts[0]}" in out
+        assert "max_steps=9 (was 5)" in out and re.search(r"continues at step\s+5\n", out)
+        new = experiment.load_checkpoint(folder / "ckpts/last.pt", "ldm")
+        assert (old["step"], new["step"]) == (5, 9) and new["window"].shape[0] == counts[1]
+        assert strict(folder / "run_meta.json")["world_size"] == counts[1]
+        # 16 images by 4 a process: two steps an epoch for two processes, four for one
+        epochs = {r["step"]: r["epoch"] for r in read_jsonl(folder / "metrics.jsonl") if "train/loss" in r}
+        assert epochs == ({3: 1, 5: 2, 6: 1, 9: 2} if counts == (2, 1) else {3: 0, 5: 1, 6: 2, 9: 4})
+        # the optimiser goes on, too
+        moments = [s["optimizer"]["state"][0]["step"].item() for s in (old, new)]
+        assert moments == [5, 9]
+
+
+# Poisons the latents of rank 1 at steps 2, 3 and from 7 on, and writes a line for each step: a digest of all
+# weights and optimiser states after it, and whether they are finite.
+POISON = """
+rank = os.environ["RANK"]
+log = open(sys.argv.pop(1) + rank, "w", buffering=1)
+now = []
+import experiment, model, torch
+before("experiment.batch_indices", lambda call, step, *args: now.append(step))
+original = model.Posterior.sample
+def sample(self, noise):
+    z = original(self, noise)
+    bad = now and rank == "1" and (now[-1] in (2, 3) or now[-1] >= 7)
+    return z * float("nan") if bad else z
+model.Posterior.sample = sample
+step = experiment.clip_and_step
+def spy(module, optimizer, clip):
+    result = step(module, optimizer, clip)
+    moments = optimizer.state_dict()["state"].values()
+    tensors = [*module.state_dict().values(), *(v for m in moments for v in m.values())]
+    digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors)).hexdigest()
+    print(now[-1], type(module).__name__, digest, all(t.isfinite().all() for t in tensors), result[1].item(), file=log)
+    return result
+experiment.clip_and_step = spy
+"""
+
+
+@pytest.mark.parametrize("stage", ["train_ldm", "train_vae"])
+def test_a_nan_on_one_rank_is_skipped_by_both(command, together, tmp_path, stage):
+    script = hooked(tmp_path, stage, POISON)
+    args = command(stage, "bad", "--batch_per_device=4", "--save_minutes=0", "--log_every=1", "--max_bad_steps=4",
+                   "--max_steps=20", "--sample_every=100", "--disc_start=1")
+    args = [a for a in args if stage == "train_vae" or not a.startswith("--disc_start")]
+    results = together([(script, tmp_path / "steps_", *args)] * 2, ranks=True)
+    assert [r.code for r in results] == [1, 1], results[0].err + results[1].err
+    assert "--max_bad_steps" in results[0].err and "--resume_dir" in results[0].err
+
+    one, two = ([line.split() for line in (tmp_path / f"steps_{rank}").read_text().splitlines()] for rank in (0, 1))
+    assert one == two
+    assert all(finite == "True" for *_, finite, _ in one)
+    for module in {name for _, name, *_ in one}:
+        steps = [(int(step), digest, float(bad)) for step, name, digest, _, bad in one if name == module]
+        assert [s for s, _, bad in steps if bad] == [2, 3, 7, 8, 9, 10] and steps[-1][0] == 10
+        for (_, old, _), (_, new, bad) in itertools.pairwise(steps):
+            assert (old == new) == bool(bad)  # a bad step changes nothing, a good one does
+
+    folder = tmp_path / "runs/bad"
+    state = experiment.load_checkpoint(folder / "ckpts/last.pt", stage[-3:])
+    assert (state["step"], state["bad_steps"].item()) == (10, 3)  # of the step before the last
+    assert all(v.isfinite().all() for key in ("model", "ema") for v in state[key].values())
+    assert strict(folder / "summary.json")["diverged"] is True
+    null = [r["step"] for r in read_jsonl(folder / "metrics.jsonl") if "train/loss" in r and r["train/loss"] is None]
+    assert null == [3, 4, 8, 9, 10, 11]
+
+
+# --- two runs that build the same caches -------------------------------------------------------------------
+
+MEET = """
+def meet(place):
+    def wait(call, *args):
+        if call == 1:
+            pathlib.Path({folder!r}, place + "." + str(os.getpid())).touch()
+            for _ in range(600):
+                if len(list(pathlib.Path({folder!r}).glob(place + ".*"))) == 2:
+                    return
+                time.sleep(0.05)
+            sys.exit("the other never came to " + place)
+    before(place, wait)
+meet("data.decode")
+meet("data.LatentSet._encode")
+"""
+
+
+def test_two_runs_that_build_the_same_caches_at_once(command, together, quick, tmp_path):
+    """Both are in the middle of decoding, then in the middle of encoding, at the same time."""
+    script = hooked(tmp_path, "train_ldm", MEET.format(folder=str(tmp_path)))
+    results = together([(script, *command("train_ldm", name)) for name in ("a", "b")])
+    assert [r.code for r in results] == [0, 0], results[0].err + results[1].err
+    assert_same_run(tmp_path / "runs/a", tmp_path / "runs/b", "ldm")
+    cache = tmp_path / "runs/cache"
+    indices = sorted(cache.glob("*.json"))
+    assert [p.name.split("_")[0] for p in indices] == ["images", "latents"]
+    # Each builder has a data file of its own; the index names the last one, and the other stays behind unused.
+    files = [[p.read_bytes() for p in cache.glob(f"{index.stem}_*.bin")] for index in indices]
+    assert [len(f) for f in files] == [2, 2] and all(a == b for a, b in files)
+    assert len(list(cache.iterdir())) == 6 and not left_over(tmp_path / "runs")
+    before = tree_hashes(cache)
+    assert quick("train_ldm.py", *command("train_ldm", "c")).code == 0
+    assert tree_hashes(cache) == before
+    assert_same_run(tmp_path / "runs/a", tmp_path / "runs/c", "ldm")
+
+
+# --- killed at random moments ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage, kills", [("ldm", 50), ("vae", 15)])
+def test_a_storm_of_kills_changes_nothing(tmp_path, stage, kills):
+    out, _ = run("tests/kill_storm.py", f"--stage={stage}", f"--kills={kills}", f"--folder={tmp_path}")
+    print(out)
+    counts = re.search(r"kills, (\d+) inside checkpoint writing, (\d+) inside cache building", out).groups()
+    assert f"{kills} kills" in out and "equal to the undisturbed run" in out
+    assert all(int(count) > 0 for count in counts)
