@@ -310,8 +310,9 @@ def bench_sample(args, procs):
 
     def own(sampler, steps):
         evaluations.clear()
-        sample.sample_latents(denoiser, (Z, size, size), wanted, CLASSES, args.seed, sampler, steps, 1.0, procs,
-                              lambda: evaluations.append(1))
+        how = argparse.Namespace(seed=args.seed, sampler=sampler, num_sampling_steps=steps, guidance_scale=1.0,
+                                 guidance_interval=(0, 1))
+        sample.sample_latents(denoiser, (Z, size, size), wanted, CLASSES, how, procs, lambda: evaluations.append(1))
 
     runs = {"dpmpp": lambda: own("dpmpp", few)}
     runs |= {s.name: peer_sampler(args, procs, size, s, y, few) for s in peer_settings(args, procs)}

@@ -185,7 +185,7 @@ def cached_array(folder, name, blocks):
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
             notice(f"cache {index_path} is damaged ({e}): building it again")
     experiment.make_folder(folder)
-    for stale in pathlib.Path(folder).glob(f".{name}_*.tmp"):
+    for stale in pathlib.Path(folder).glob(f".{name}*.tmp"):
         if time.time() - stale.stat().st_mtime > 86400:  # left by a process that was killed
             stale.unlink(missing_ok=True)
     index = {"file": f"{name}_{secrets.token_hex(4)}.bin", "crc32": 0, "shape": [0], "dtype": "uint16", "meta": {}}

@@ -273,8 +273,8 @@ def main(argv=None):
         ldm = sample.prepare(args, procs)
         vae, args.img_size, class_names = ldm.vae, ldm.checkpoint["args"]["img_size"], ldm.checkpoint["class_names"]
         out = pathlib.Path(args.out_dir or pathlib.Path(args.ckpt).parent.parent)
-        how = {"sampler": args.sampler, "num_sampling_steps": args.num_sampling_steps,
-               "guidance_scale": ldm.guidance_scale, "step": ldm.checkpoint["step"]}
+        how = {"step": ldm.checkpoint["step"], **{k: getattr(args, k) for k in (
+            "sampler", "num_sampling_steps", "guidance_scale", "guidance_interval")}}
     else:
         class_names = data.scan(args.data_root or data.phantom_root(args, procs), args.task, "train").class_names
         x, labels = read_samples(args.samples_dir, class_names, args.img_size)
@@ -289,7 +289,10 @@ def main(argv=None):
     experiment.make_folder(out)
     if args.ckpt:
         wanted = [(c, i) for c in ldm.classes for i in range(args.num_samples)]
-        x = torch.cat([images for _, _, images in sample.sample_batches(ldm, wanted, args, procs)])
+        progress = experiment.Progress(procs, f"sampling ({args.sampler})", len(wanted) * args.num_sampling_steps)
+        x = torch.cat([images for _, _, images in sample.sample_batches(
+            ldm.denoiser, vae, ldm.checkpoint["latent_scale_factor"], class_names, wanted, args, procs,
+            args.batch_size, progress)])
         labels = torch.tensor([c for c, _ in wanted])
 
     # --- distributions, by class and overall ---

@@ -24,6 +24,7 @@ import PIL
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request with a checkpoint on disk; the same command goes on from it
 
@@ -369,6 +370,22 @@ def gather(procs, mine):
     return torch.stack(parts, 1).flatten(0, 1)[:sum(int(c) for c in counts)]
 
 
+def data_parallel(procs, module, *example):
+    """DDP around `module` where there are several processes; example: inputs [B, ...] such as it will get.
+
+    One pass is thrown away: DDP settles the order in which it adds gradients up only after the first, and from
+    three processes on a run that was stopped would otherwise continue with other rounding.
+    """
+    if procs.world_size == 1:
+        return module
+    module = DDP(module, gradient_as_bucket_view=True)
+    with procs.autocast():
+        out = module(*example)
+    (out[0] if isinstance(out, tuple) else out).float().mean().backward()
+    module.zero_grad(set_to_none=True)
+    return module
+
+
 @contextlib.contextmanager
 def main_first(procs):
     """Rank 0 runs the block while the others wait, then they run it: for files that only one should write."""
@@ -430,7 +447,7 @@ class StopSignal:
     @contextlib.contextmanager
     def immediate(self):
         """A block without anything to lose, such as an evaluation: a signal raises Stopped in it at once."""
-        if self.name:
+        if self.poll(False)[0]:  # all ranks together, and so after rank 0's checkpoint is on disk
             raise Stopped
         self.is_immediate = True
         try:
@@ -663,6 +680,8 @@ class Run:
             for sub in ("ckpts", "samples"):
                 make_folder(self.folder / sub)
             if self.resumed:
+                for stale in self.checkpoint_path.parent.glob(".*.tmp"):  # of a process that was killed
+                    stale.unlink(missing_ok=True)
                 size = state["metrics_bytes"]
                 if self.metrics_path.exists() and self.metrics_path.stat().st_size > size:
                     os.truncate(self.metrics_path, size)
@@ -713,9 +732,9 @@ class Run:
                     values.append(math.nan if record[name] is None else record[name])
         return values
 
-    def end(self, step, summary, stopped, diverged):
+    def end(self, step, summary, stopped, diverged, together):
         """Close the run. Finished: write summary.json. Stopped (a signal's name or False) or diverged: leave the
-        program with what to do next and exit code 75 or 1."""
+        program with what to do next and exit code 75 or 1. together: no rank is still in an evaluation."""
         program = {"vae": "train_vae.py", "ldm": "train_ldm.py"}[self.kind]
         if self.procs.main and not stopped:
             write_json(self.folder / "summary.json", {"step": step, "diverged": diverged, **summary})
@@ -723,7 +742,7 @@ class Run:
             with contextlib.suppress(Exception):
                 self.wandb.summary.update({k: v for k, v in summary.items() if isinstance(v, (int, float))})
                 self.wandb.finish(exit_code=EXIT_STOPPED if stopped else int(diverged))
-        if self.procs.world_size > 1:
+        if self.procs.world_size > 1 and together:
             dist.all_reduce(torch.zeros(1))  # torchrun ends all once one has left: wait for rank 0's checkpoint
             dist.destroy_process_group()
         if stopped:

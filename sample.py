@@ -6,6 +6,7 @@
 Every sample has a seed of its own, made of (seed, class, number), so neither batch size nor the number of
 processes changes it. The checkpoint names its autoencoder and holds the latent scale factor.
 """
+import argparse
 import math
 import pathlib
 import re
@@ -86,14 +87,16 @@ SAMPLERS = {"ancestral": ancestral, "ddim": ddim, "dpmpp": dpmpp, "euler": euler
 
 
 @torch.no_grad()
-def sample_latents(denoiser, latent_shape, samples, class_names, seed, sampler, steps, guidance_scale, procs,
-                   progress=None):
+def sample_latents(denoiser, latent_shape, samples, class_names, args, procs, progress=None):
     """Normalised latents [B, C, h, w] of `samples`, a list of (class index, number).
 
-    A sample's noise comes from (seed, class name, number) on the CPU: the same on every device, in every batch.
+    args: seed, sampler, num_sampling_steps, guidance_scale, guidance_interval. A sample's noise comes from (seed,
+    class name, number) on the CPU: the same on every device, in every batch. Guidance is on for t in the interval
+    only (Kynkaanniemi et al. 2024). progress() is called before each network evaluation.
     """
-    rngs = [experiment.generator("cpu", seed, "sample", class_names[c], number) for c, number in samples]
+    rngs = [experiment.generator("cpu", args.seed, "sample", class_names[c], number) for c, number in samples]
     y = torch.tensor([c for c, _ in samples], device=procs.device)
+    low, high = args.guidance_interval
 
     def noise():
         return torch.stack([torch.randn(latent_shape, generator=rng) for rng in rngs]).to(procs.device)
@@ -102,12 +105,13 @@ def sample_latents(denoiser, latent_shape, samples, class_names, seed, sampler, 
         if progress:
             progress()
         with procs.autocast():
-            return denoiser.denoise(x, torch.full((len(x),), t, device=x.device), y, guidance_scale)
+            return denoiser.denoise(x, torch.full((len(x),), t, device=x.device), y,
+                                    args.guidance_scale if low <= t <= high else 1.0)
 
     schedule = denoiser.schedule
     x = noise() * schedule.sigma(torch.ones(1)).item()
     x = x.contiguous(memory_format=procs.memory_format)
-    return SAMPLERS[sampler](denoise, schedule, x, steps, noise)
+    return SAMPLERS[args.sampler](denoise, schedule, x, args.num_sampling_steps, noise)
 
 
 @torch.no_grad()
@@ -116,6 +120,31 @@ def decode_latents(vae, z, latent_scale_factor, procs, batch_size=16):
     with procs.autocast():
         return torch.cat([vae.decode(part.to(procs.device) / latent_scale_factor).clamp(-1, 1).cpu()
                           for part in z.split(batch_size)])
+
+
+def sample_batches(denoiser, vae, latent_scale_factor, class_names, wanted, args, procs, batch_size, progress):
+    """Yield ([(class index, number)], normalised latents, images in [-1, 1]), on the CPU, for batches of `wanted`.
+
+    args as in sample_latents; progress: experiment.Progress over len(wanted) * num_sampling_steps evaluations.
+    """
+    done = 0
+    for start in range(0, len(wanted), batch_size):
+        batch = wanted[start:start + batch_size]
+
+        def tick(batch=batch, start=start):
+            nonlocal done
+            done += len(batch)
+            progress.update(done, f"image {start + len(batch)} of {len(wanted)}")
+
+        try:
+            z = sample_latents(denoiser, vae.latent_shape, batch, class_names, args, procs, tick)
+            x = decode_latents(vae, z, latent_scale_factor, procs)
+        except RuntimeError as e:  # torch.OutOfMemoryError is one; a CPU says "can't allocate memory"
+            if "memory" not in str(e):
+                raise
+            fail(f"{len(batch)} images at once do not fit into memory: lower --batch_size={batch_size}")
+        yield batch, z.cpu(), x
+    progress.clear()
 
 
 # --- model from a checkpoint -------------------------------------------------------------------------------
@@ -155,6 +184,20 @@ def load_ldm(ckpt_path, procs, ae_ckpt_path=None, use_ema=None):
 # --- the stage ---------------------------------------------------------------------------------------------
 
 
+def interval(text):
+    """argparse type: 'LOW,HIGH' (or ':') as two floats with 0 <= LOW <= HIGH <= 1."""
+    try:
+        low, high = (float(part) for part in re.split("[,:]", text.strip("()[] ")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not two numbers such as 0.2,0.8") from None
+    if not 0 <= low <= high <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not an interval within 0,1")
+    return low, high
+
+
+interval.kind = tuple
+
+
 def add_sampling_arguments(parser):
     """The arguments of sample.py, which evaluate.py takes too."""
     add = parser.add_argument_group("sampling").add_argument
@@ -165,6 +208,7 @@ def add_sampling_arguments(parser):
     add("--sampler", choices=SAMPLERS, default="ancestral", help="ancestral: DDPM; dpmpp: DPM-Solver++ 2M")
     add("--num_sampling_steps", type=at_least(1), default=500, help="network evaluations an image")
     add("--guidance_scale", type=at_least(0, float), help="classifier-free guidance, 1 = none; none: as in training")
+    add("--guidance_interval", type=interval, help="LOW,HIGH: guidance for t between them; none: as in training")
     add("--use_ema", action=experiment.BooleanFlag, help="averaged weights; none: if the checkpoint has them")
     add("--batch_size", type=at_least(1), default=16, help="images sampled at once")
     add("--out_dir", help="folder for the results; none: in the run folder")
@@ -177,11 +221,11 @@ class Model(NamedTuple):
     vae: model.AutoencoderKL
     checkpoint: dict
     classes: list  # indices
-    guidance_scale: float
 
 
 def prepare(args, procs):
-    """Model from the sampling arguments. Ends the program where they ask for what the model cannot do."""
+    """Model from the sampling arguments, in which what is None is set as in training. Ends the program where they
+    ask for what the model cannot do."""
     if not args.ckpt:
         fail("which model? Give --ckpt=runs/ldm_.../ckpts/last.pt")
     denoiser, vae, checkpoint = load_ldm(args.ckpt, procs, args.ae_ckpt_path, args.use_ema)
@@ -193,40 +237,17 @@ def prepare(args, procs):
         if class_names.index(name) not in trained:
             fail(f"{args.ckpt} saw no image of class {name!r} in training")
     settings = checkpoint["args"]
-    guidance_scale = settings["guidance_scale"] if args.guidance_scale is None else args.guidance_scale
-    if guidance_scale != 1 and settings["prob_uncond"] == 0:
+    for name in ("guidance_scale", "guidance_interval"):
+        if getattr(args, name) is None:
+            setattr(args, name, settings[name])
+    if args.guidance_scale != 1 and settings["prob_uncond"] == 0:
         fail("this model never trained its null class (prob_uncond was 0), so guidance has nothing to guide from: "
              "give --guidance_scale=1")
     if args.sampler == "euler" and denoiser.schedule.name != "flow":
         fail(f"--sampler=euler is for noise_schedule flow, this model has {denoiser.schedule.name}: use --sampler=ddim")
     if procs.compile:
         denoiser.unet = torch.compile(denoiser.unet)
-    return Model(denoiser, vae, checkpoint, [class_names.index(name) for name in dict.fromkeys(names)],
-                 guidance_scale)
-
-
-def sample_batches(ldm, wanted, args, procs):
-    """Yield ([(class index, number)], latents, images on the CPU) for batches of `wanted`."""
-    checkpoint, done = ldm.checkpoint, 0
-    progress = experiment.Progress(procs, f"sampling ({args.sampler})", len(wanted) * args.num_sampling_steps)
-    for start in range(0, len(wanted), args.batch_size):
-        batch = wanted[start:start + args.batch_size]
-
-        def tick(batch=batch, start=start):
-            nonlocal done
-            done += len(batch)
-            progress.update(done, f"image {start + len(batch)} of {len(wanted)}")
-
-        try:
-            z = sample_latents(ldm.denoiser, checkpoint["latent_shape"], batch, checkpoint["class_names"], args.seed,
-                               args.sampler, args.num_sampling_steps, ldm.guidance_scale, procs, tick)
-            x = decode_latents(ldm.vae, z, checkpoint["latent_scale_factor"], procs)
-        except RuntimeError as e:  # torch.OutOfMemoryError is one; a CPU says "can't allocate memory"
-            if "memory" not in str(e):
-                raise
-            fail(f"{len(batch)} images at once do not fit into memory: lower --batch_size={args.batch_size}")
-        yield batch, z.cpu(), x
-    progress.clear()
+    return Model(denoiser, vae, checkpoint, [class_names.index(name) for name in dict.fromkeys(names)])
 
 
 def make_parser():
@@ -252,7 +273,10 @@ def main(argv=None):
         experiment.make_folder(out)
 
     latents = [torch.zeros(0, *checkpoint["latent_shape"])]
-    for batch, z, x in sample_batches(ldm, wanted[procs.rank::procs.world_size], args, procs):
+    mine = wanted[procs.rank::procs.world_size]
+    progress = experiment.Progress(procs, f"sampling ({args.sampler})", len(mine) * args.num_sampling_steps)
+    for batch, z, x in sample_batches(ldm.denoiser, ldm.vae, checkpoint["latent_scale_factor"], class_names, mine, args,
+                                      procs, args.batch_size, progress):
         for (c, i), image in zip(batch, x, strict=True):
             experiment.save_image(out / f"{class_names[c]}_{i:05d}.png", image)
         latents.append(z)
@@ -260,8 +284,8 @@ def main(argv=None):
     if procs.main:
         write_report(out, checkpoint, wanted, z, {
             "ckpt": str(args.ckpt), "step": checkpoint["step"], "sampler": args.sampler, "seed": args.seed,
-            "num_sampling_steps": args.num_sampling_steps, "guidance_scale": ldm.guidance_scale,
-            "use_ema": args.use_ema})
+            "num_sampling_steps": args.num_sampling_steps, "guidance_scale": args.guidance_scale,
+            "guidance_interval": args.guidance_interval, "use_ema": args.use_ema})
     if procs.world_size > 1:
         torch.distributed.destroy_process_group()
 

@@ -14,7 +14,6 @@ import time
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel as DDP
 
 import data
 import experiment
@@ -90,6 +89,7 @@ def make_parser():
     add("--sampler", choices=sample.SAMPLERS, default="ancestral", help="see sample.py")
     add("--num_sampling_steps", type=at_least(1), default=500, help="network evaluations an image")
     add("--guidance_scale", type=at_least(0, float), default=4.0, help="classifier-free guidance; 1: none")
+    add("--guidance_interval", type=sample.interval, default=(0.2, 0.8), help="LOW,HIGH: guidance for t between them")
     return parser
 
 
@@ -167,24 +167,17 @@ def training_reference(latents, args, scale, vae, procs):
     return stats, (z_train, sample.decode_latents(vae, z_train, scale, procs), (logvar.exp().mean() * scale**2).item())
 
 
-def evaluate(denoiser, vae, args, scale, latent_shape, classes, class_names, stats, targets, procs, progress):
+def evaluate(denoiser, vae, args, scale, classes, class_names, stats, targets, procs, epoch):
     """Sample every class: (metrics, images [N, 1, H, W], class index of each), the same on all ranks."""
     wanted = [(c, i) for c in classes for i in range(args.sample_batch_size)]
     mine = wanted[procs.rank::procs.world_size]
-    latents = [torch.zeros(0, *latent_shape)]
-    done = 0
-    for start in range(0, len(mine), 16):
-        def tick():
-            nonlocal done
-            done += 1
-            progress.update(done, "sampling")
-        z = sample.sample_latents(denoiser, latent_shape, mine[start:start + 16], class_names, args.seed, args.sampler,
-                                  args.num_sampling_steps, args.guidance_scale, procs, tick)
-        latents.append(z.cpu())
-    mine_z = torch.cat(latents)
-    x = experiment.gather(procs, sample.decode_latents(vae, mine_z, scale, procs) if len(mine_z) else
-                          torch.zeros(0, 1, args.img_size, args.img_size))
-    z = experiment.gather(procs, mine_z)
+    progress = experiment.Progress(procs, f"epoch {epoch}: sampling", len(mine) * args.num_sampling_steps)
+    batches = sample.sample_batches(denoiser, vae, scale, class_names, mine, args, procs, 16, progress)
+    z, x = [torch.zeros(0, *vae.latent_shape)], [torch.zeros(0, 1, args.img_size, args.img_size)]
+    for _, batch_z, batch_x in batches:
+        z.append(batch_z)
+        x.append(batch_x)
+    z, x = (experiment.gather(procs, torch.cat(parts)) for parts in (z, x))
     labels = [c for c, _ in wanted]
     values = metrics.latent_stats(z / scale, scale) | metrics.sample_diversity(
         z, labels, class_names, stats["real_pairwise_mse_mean"])
@@ -282,14 +275,14 @@ def main(argv=None):
     run.start(args, checkpoint or state())
 
     # The compiled and DDP wrappers are only called; weights are read from the plain module.
-    loss_fn = torch.compile(denoiser) if procs.compile else denoiser
-    if procs.world_size > 1:
-        loss_fn = DDP(loss_fn, gradient_as_bucket_view=True)
+    zeros = torch.zeros(args.batch_per_device, *latent_shape, device=device).contiguous(memory_format=procs.memory_format)
+    loss_fn = experiment.data_parallel(procs, torch.compile(denoiser) if procs.compile else denoiser, zeros,
+                                       zeros[:, 0, 0, 0], zeros, zeros[:, 0, 0, 0].long())
     labels = torch.from_numpy(images.labels).to(device)
     stop = experiment.StopSignal(procs)
     progress = experiment.Progress(procs, "step", total_steps, step)
     log_time, last_save, log_step, saved_step = time.perf_counter(), time.perf_counter(), step, step
-    sample_metrics, verdicts, diverged, stopping = {}, [], False, False
+    sample_metrics, verdicts, diverged, stopping, together = {}, [], False, False, True
 
     try:
         while True:
@@ -299,14 +292,11 @@ def main(argv=None):
                     run.save(state())
                 last_save = time.perf_counter()
                 epoch = step // epoch_steps
-                sampling = experiment.Progress(procs, f"epoch {epoch}: sampling", args.num_sampling_steps
-                                               * -(-len(classes) * args.sample_batch_size // (16 * procs.world_size)))
                 with stop.immediate():
                     sample_metrics, x, x_labels = evaluate(
-                        ema.module if ema else denoiser, vae, args, scale, latent_shape, classes, class_names, stats,
-                        targets, procs, sampling)
+                        ema.module if ema else denoiser, vae, args, scale, classes, class_names, stats, targets, procs,
+                        epoch)
                     if procs.main:
-                        sampling.clear()
                         progress.clear()
                         paths = {}
                         for c in classes:
@@ -387,14 +377,14 @@ def main(argv=None):
                 last_save, saved_step = time.perf_counter(), step
             if stopping:
                 break
-    except experiment.Stopped:
-        stopping = True
+    except experiment.Stopped:  # the checkpoint is on disk; another rank may be in the middle of its evaluation
+        stopping, together = True, False
 
     # --- summary ---
     if procs.main and targets and not stopping and not diverged:
         print(metrics.format_overfit(sample_metrics))
     run.end(step, {**train_metrics, **sample_metrics, "train_stats": stats,
-                   "verdicts": [v._asdict() for v in verdicts]}, stop.name or stopping, diverged)
+                   "verdicts": [v._asdict() for v in verdicts]}, stop.name or stopping, diverged, together)
     if procs.main:
         print(f"next: python sample.py --ckpt={run.checkpoint_path}")
 

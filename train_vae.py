@@ -11,7 +11,6 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel as DDP
 
 import data
 import experiment
@@ -156,14 +155,15 @@ def main(argv=None):
     run.start(args, checkpoint or state())
 
     # The compiled and DDP wrappers are only called; weights are read from the plain modules.
-    vae_step = torch.compile(vae) if procs.compile else vae
-    disc_step = torch.compile(disc) if procs.compile else disc
-    if procs.world_size > 1:
-        vae_step, disc_step = DDP(vae_step), DDP(disc_step)
+    zeros = torch.zeros(2 * args.batch_per_device, 1, args.img_size, args.img_size, device=device)
+    zeros = zeros.contiguous(memory_format=procs.memory_format)
+    noise = torch.zeros(args.batch_per_device, *vae.latent_shape, device=device)
+    vae_step = experiment.data_parallel(procs, torch.compile(vae) if procs.compile else vae, zeros[::2], noise)
+    disc_step = experiment.data_parallel(procs, torch.compile(disc) if procs.compile else disc, zeros)
     stop = experiment.StopSignal(procs)
     progress = experiment.Progress(procs, "step", total_steps, step)
     log_time, last_save, log_step, saved_step = time.perf_counter(), time.perf_counter(), step, step
-    val_metrics, diverged, stopping = {}, False, False
+    val_metrics, diverged, stopping, together = {}, False, False, True
 
     def evaluate_and_save_grid(epoch):
         source = val_set or train_set
@@ -257,8 +257,8 @@ def main(argv=None):
             if stopping:
                 break
 
-    except experiment.Stopped:
-        stopping = True
+    except experiment.Stopped:  # the checkpoint is on disk; another rank may be in the middle of its evaluation
+        stopping, together = True, False
 
     # --- summary ---
     verdicts = []
@@ -266,7 +266,7 @@ def main(argv=None):
         verdicts = metrics.health(train_metrics, run.history("train/loss"))
         print(metrics.format_verdicts(verdicts))
     run.end(step, {**train_metrics, **val_metrics, "verdicts": [v._asdict() for v in verdicts]},
-            stop.name or stopping, diverged)
+            stop.name or stopping, diverged, together)
     if procs.main:
         print(f"next: python find_latent_scale.py --ae_ckpt_path={run.checkpoint_path} --task={args.task}"
               f" --img_size={args.img_size}" + (f" --data_root={args.data_root}" if args.data_root else ""))

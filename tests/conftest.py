@@ -98,7 +98,7 @@ def _as_main(argv, out, err, cwd):
 @pytest.fixture(scope="session")
 def fork_server():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "numpy", "PIL.Image", "torch.distributed"])
+    context.set_forkserver_preload(["torch", "numpy", "PIL.Image", "torch.distributed", "torch._dynamo"])
     return context
 
 

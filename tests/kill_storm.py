@@ -2,9 +2,9 @@
 
     python tests/kill_storm.py --stage=ldm --kills=50 --seed=0
 
-About half of the kills come at a random moment of a start. The others wait for a temporary file: of a checkpoint, or
-of a cache after the caches were removed. After each kill every file of the run must be absent or readable, and
-the checkpoint at least as far as before; then the same command is started again. Exit code 1 if anything is wrong.
+About half of the kills come at a random moment of a start. The others wait for a temporary file: of a checkpoint,
+or of a cache after the caches were removed. After each kill every file of the run must be absent or readable, and
+the checkpoint at least as far as before; then the same command is started again. Exit code 1 where that fails.
 """
 import argparse
 import json

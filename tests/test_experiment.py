@@ -116,7 +116,9 @@ def test_a_seed_that_no_generator_takes_is_refused(capsys):
 
 
 def test_guidance_without_a_null_class_is_refused_and_allowed_at_1(capsys):
-    assert "null class" in error_of(capsys, train_ldm.parse_args, ["--overfit_k=8", "--guidance_scale=2"])
+    assert "null class" in error_of(capsys, train_ldm.parse_args, ["--prob_uncond=0", "--guidance_scale=2"])
+    assert train_ldm.parse_args(["--overfit_k=8", "--guidance_scale=2"]).guidance_scale == 1  # config/cpu_ldm.py has it
+    assert "no null class" in capsys.readouterr().out
     assert train_ldm.parse_args(["--prob_uncond=0", "--guidance_scale=1"]).prob_uncond == 0
 
 
@@ -411,7 +413,7 @@ def test_non_finite_numbers_are_null_in_json_files(tmp_path, alone):
     run.start(args, {})
     run.log(1, 0, {"train/loss": math.nan, "train/lr": 1.0})
     assert math.isnan(run.history("train/loss")[0]) and run.history("train/lr") == [1.0]
-    run.end(1, {"train/loss": math.nan}, False, False)
+    run.end(1, {"train/loss": math.nan}, False, False, True)
 
     def refuse(name):
         raise AssertionError(f"{name} is no JSON")

@@ -120,6 +120,16 @@ def test_autoencoder_refuses_sizes_it_cannot_halve(img_size, nearest):
     assert model.AutoencoderKL(nearest, 4, 8, (1, 1, 1, 1), 1).latent_shape == (4, nearest // 8, nearest // 8)
 
 
+
+def test_upsampling_is_nearest_neighbour_and_a_convolution():
+    torch.manual_seed(0)
+    up, x = model.Upsample(3).double(), torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 3, 10, 8, dtype=torch.float64)
+    results = [up(x), up.conv(torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"))]
+    torch.testing.assert_close(*results)
+    for a, b in zip(*(torch.autograd.grad((y * weight).sum(), [x, *up.parameters()]) for y in results), strict=True):
+        torch.testing.assert_close(a, b)
+
 def test_last_layer_is_the_convolution_that_makes_the_image():
     vae = perturb(model.AutoencoderKL(16, 2, 8, (1, 2), 1))
     z = randn(2, 2, 8, 8)

@@ -1,5 +1,7 @@
 """Samplers against distributions whose denoiser E[x0 | x_t] is known, and the draw of whole batches."""
+import argparse
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -215,9 +217,26 @@ def denoiser():
 
 
 def latents(denoiser, samples, sampler="ancestral", seed=0, class_names=CLASSES, steps=4, scale=3.0,
-            progress=None):
-    return sample.sample_latents(denoiser, LATENT, samples, class_names, seed, sampler, steps, scale, PROCS,
-                                 progress)
+            progress=None, interval=(0.0, 1.0)):
+    args = SimpleNamespace(seed=seed, sampler=sampler, num_sampling_steps=steps, guidance_scale=scale,
+                           guidance_interval=interval)
+    return sample.sample_latents(denoiser, LATENT, samples, class_names, args, PROCS, progress)
+
+
+def test_guidance_is_on_inside_its_interval_only(denoiser, monkeypatch):
+    seen, original = [], denoiser.denoise
+    monkeypatch.setattr(denoiser, "denoise", lambda x, t, y, w: (seen.append((t[0].item(), w)), original(x, t, y, w))[1])
+    guided = latents(denoiser, [(0, 0)], "ddim", interval=(0.25, 0.75))
+    assert seen == [(1.0, 1.0), (0.75, 3.0), (0.5, 3.0), (0.25, 3.0)]
+    plain, full = latents(denoiser, [(0, 0)], "ddim", scale=1.0), latents(denoiser, [(0, 0)], "ddim")
+    assert not torch.allclose(guided, plain) and not torch.allclose(guided, full)
+    assert torch.equal(latents(denoiser, [(0, 0)], "ddim", interval=(0.3, 0.4)), plain)
+
+
+@pytest.mark.parametrize("text", ["0.2", "0.8,0.2", "-1,1", "0,2", "a,b", "0,0.5,1"])
+def test_an_interval_is_two_numbers_in_order(text):
+    with pytest.raises(argparse.ArgumentTypeError):
+        sample.interval(text)
 
 
 @pytest.mark.parametrize("sampler", sample.SAMPLERS)

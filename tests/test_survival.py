@@ -1,4 +1,4 @@
-"""No run is lost: stops at awkward moments, two processes, NaN on one of them, two runs that build one cache."""
+"""No run is lost: stops at awkward moments, several processes, NaN on one rank, two runs that build one cache."""
 import itertools
 import json
 import os
@@ -22,7 +22,7 @@ LIMIT_S = 150  # after which a process counts as hanging
 
 @pytest.fixture
 def command(stages, tmp_path):
-    """command(stage, RUN_NAME, ...) -> argv of a short training run below tmp_path/runs, without any cache yet.
+    """command(stage, RUN_NAME, ...) -> argv of a short training run below tmp_path/runs, with no cache yet.
 
     Two steps an epoch; evaluations at steps 4, 8 and 12, log lines at 3, 6, 9 and 12. The pictures of an epoch,
     the log window and the discriminator (from step 3) are thus all caught half done by some stop.
@@ -168,7 +168,7 @@ def test_stops_at_awkward_moments_change_nothing(command, quick, tmp_path, stage
     result = quick(f"{stage}.py", *args)
     assert result.code == 0, result.err
     assert_same_run(tmp_path / "runs/whole", folder, stage[-3:])
-    # The two that were killed before the handlers were there could not tidy up; none of the others left anything.
+    # The two that were killed before the handlers were there could not tidy up; the others left nothing.
     assert len(left_over(folder)) <= 2
     assert all(name.startswith((".last.pt.", ".run_meta.")) for name in left_over(folder))
 
