@@ -9,7 +9,7 @@ demo: .venv/runtime
 	$(PY) train_vae.py --config=config/demo_vae.py --output_root=$(RUNS) --run_name=ae_demo
 	$(PY) find_latent_scale.py --output_root=$(RUNS) --ae_ckpt_path=$(RUNS)/ae_demo/ckpts/last.pt
 	$(PY) train_ldm.py --config=config/demo_ldm.py --output_root=$(RUNS) --run_name=ldm_demo --ae_ckpt_path=$(RUNS)/ae_demo/ckpts/last.pt
-	$(PY) sample.py --ckpt=$(RUNS)/ldm_demo/ckpts/last.pt --sampler=dpmpp --num_sampling_steps=20 --guidance_scale=2
+	$(PY) sample.py --ckpt=$(RUNS)/ldm_demo/ckpts/last.pt --sampler=dpmpp_sde --num_sampling_steps=20 --guidance_scale=2
 
 test: .venv/dev
 	$(PY) -m pytest -m "not slow"

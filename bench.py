@@ -30,7 +30,6 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
@@ -115,9 +114,9 @@ def ldm_step(args, procs, size):
     denoiser = denoiser.to(device, memory_format=procs.memory_format)
     ema = model.EMA(denoiser, s.ema_decay)
     optimizer = torch.optim.AdamW(denoiser.parameters(), s.lr, weight_decay=s.weight_decay, fused=True)
-    loss_fn = torch.compile(denoiser) if procs.compile else denoiser
-    if procs.world_size > 1:
-        loss_fn = DDP(loss_fn, gradient_as_bucket_view=True)
+    zeros = torch.zeros(args.batch, Z, size, size, device=device).contiguous(memory_format=procs.memory_format)
+    loss_fn = experiment.data_parallel(procs, torch.compile(denoiser) if procs.compile else denoiser, zeros,
+                                       zeros[:, 0, 0, 0], zeros, zeros[:, 0, 0, 0].long())
     window, done = experiment.Window(procs, ["train/loss", "train/grad_norm"]), 0
 
     def step(mean, logvar):

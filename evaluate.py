@@ -30,7 +30,7 @@ PIXEL_SIZE = 32  # side of the pictures in which copies are looked for
 def make_parser():
     parser = experiment.make_parser(__doc__)
     sample.add_sampling_arguments(parser)
-    parser.set_defaults(split="val", img_size=None, num_samples=64, sampler="dpmpp", num_sampling_steps=20)
+    parser.set_defaults(split="val", img_size=None, num_samples=64, sampler="dpmpp_sde", num_sampling_steps=20)
     add = parser.add_argument_group("evaluation").add_argument
     add("--samples_dir", help="folder of images to measure instead of a model: CLASS/*.png, CLASS_*.png, or what "
         "sample.py left")

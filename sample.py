@@ -55,19 +55,41 @@ def ddim(denoise, schedule, x, steps, noise):
     return x
 
 
+def lambda_step(alpha_t, sigma_t, alpha_s, sigma_s):
+    """h = lambda_s - lambda_t with lambda = log(alpha / sigma); infinite where alpha_t or sigma_s is 0."""
+    return math.log(alpha_s * sigma_t / (alpha_t * sigma_s)) if alpha_t and sigma_s else math.inf
+
+
+def second_order(x0, x0_before, h, h_before):
+    """x0-hat in the middle of the step, on the line through the last two; x0 itself on the first and last step, with
+    zero terminal SNR on the first two."""
+    if x0_before is None or math.isinf(h):
+        return x0
+    return x0 + h / (2 * h_before) * (x0 - x0_before)
+
+
 def dpmpp(denoise, schedule, x, steps, noise):
-    """DPM-Solver++ 2M (Lu et al. 2022, alg. 2); first order on the last step, where sigma is 0, and
-    on the first, with zero terminal SNR on the first two."""
+    """DPM-Solver++ 2M (Lu et al. 2022, alg. 2): deterministic."""
     grid = times(schedule, steps)
     x0_before = h_before = None
     for (t, alpha_t, sigma_t), (_, alpha_s, sigma_s) in zip(grid, grid[1:], strict=False):
-        x0 = denoise(x, t)
-        # h = lambda_s - lambda_t with lambda = log(alpha / sigma); infinite at both ends.
-        h = math.log(alpha_s * sigma_t / (alpha_t * sigma_s)) if alpha_t and sigma_s else math.inf
-        direction = x0
-        if x0_before is not None and math.isfinite(h):
-            direction = x0 + h / (2 * h_before) * (x0 - x0_before)
+        x0, h = denoise(x, t), lambda_step(alpha_t, sigma_t, alpha_s, sigma_s)
+        direction = second_order(x0, x0_before, h, h_before)
         x = sigma_s / sigma_t * x - (alpha_t * sigma_s / sigma_t - alpha_s) * direction
+        x0_before, h_before = x0, h
+    return x
+
+
+def dpmpp_sde(denoise, schedule, x, steps, noise):
+    """SDE-DPM-Solver++ 2M (Lu et al. 2022): `ancestral`, of second order."""
+    grid = times(schedule, steps)
+    x0_before = h_before = None
+    for (t, alpha_t, sigma_t), (_, alpha_s, sigma_s) in zip(grid, grid[1:], strict=False):
+        x0, h = denoise(x, t), lambda_step(alpha_t, sigma_t, alpha_s, sigma_s)
+        direction = second_order(x0, x0_before, h, h_before)
+        decay = math.exp(-2 * h)  # share of x_t's noise that is kept; the rest is drawn anew
+        x = sigma_s / sigma_t * math.exp(-h) * x + alpha_s * (1 - decay) * direction
+        x = x + sigma_s * math.sqrt(1 - decay) * noise()
         x0_before, h_before = x0, h
     return x
 
@@ -83,7 +105,7 @@ def euler(denoise, schedule, x, steps, noise):
     return x
 
 
-SAMPLERS = {"ancestral": ancestral, "ddim": ddim, "dpmpp": dpmpp, "euler": euler}
+SAMPLERS = {"ancestral": ancestral, "ddim": ddim, "dpmpp": dpmpp, "dpmpp_sde": dpmpp_sde, "euler": euler}
 
 
 @torch.no_grad()
@@ -205,7 +227,7 @@ def add_sampling_arguments(parser):
     add("--ae_ckpt_path", help="the autoencoder's checkpoint, only if it was moved")
     add("--classes", help="comma list of class names; none: all")
     add("--num_samples", type=at_least(1), default=8, help="images a class")
-    add("--sampler", choices=SAMPLERS, default="ancestral", help="ancestral: DDPM; dpmpp: DPM-Solver++ 2M")
+    add("--sampler", choices=SAMPLERS, default="ancestral", help="ancestral: DDPM; dpmpp, dpmpp_sde: DPM-Solver++ 2M, without and with fresh noise")
     add("--num_sampling_steps", type=at_least(1), default=500, help="network evaluations an image")
     add("--guidance_scale", type=at_least(0, float), help="classifier-free guidance, 1 = none; none: as in training")
     add("--guidance_interval", type=interval, help="LOW,HIGH: guidance for t between them; none: as in training")

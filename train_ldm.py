@@ -247,6 +247,10 @@ def main(argv=None):
         if checkpoint["class_names"] != class_names:
             fail(f"{run.folder} was trained on the classes {', '.join(checkpoint['class_names'])}, not on "
                  f"{', '.join(class_names)}: give the --data_root and --task it was started with")
+        for name in ("prediction", "noise_schedule", "zero_terminal_snr"):
+            if checkpoint["args"][name] != getattr(args, name):
+                fail(f"{run.folder} was trained with {name}={checkpoint['args'][name]}; its weights mean nothing with "
+                     f"{getattr(args, name)}: start a new run")
         experiment.load_weights(denoiser, checkpoint["model"], run.checkpoint_path)
         if ema:
             experiment.load_weights(ema.module, checkpoint["ema"] or checkpoint["model"], run.checkpoint_path)

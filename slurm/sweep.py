@@ -12,5 +12,5 @@ wandb_project = os.environ.get("WANDB_PROJECT", "cxr-ldm")
 wandb_entity = os.environ.get("WANDB_ENTITY")
 epochs = 100
 sample_every = 25
-sampler = "dpmpp"
+sampler = "dpmpp_sde"
 num_sampling_steps = 20

@@ -214,4 +214,4 @@ def test_bad_input_is_one_line(workspace, quick):
 
 def test_defaults_are_the_fast_sampler():
     args = experiment.parse_args(evaluate.make_parser(), ["--ckpt=x"])
-    assert args.sampler == "dpmpp" and args.num_sampling_steps == 20 and args.sampler in sample.SAMPLERS
+    assert args.sampler == "dpmpp_sde" and args.num_sampling_steps == 20 and args.sampler in sample.SAMPLERS

@@ -393,6 +393,7 @@ BAD = {
     "foreign checkpoint": ("train_ldm.py --data_root={data} --ae_ckpt_path={tmp}/foreign.pt", "train_vae.py"),
     "wrong kind": ("find_latent_scale.py --data_root={data} --ae_ckpt_path={ldm}", "train_ldm.py"),
     "wrong run": ("train_ldm.py --data_root={data} --resume_dir={out}/v", "train_vae.py"),
+    "other prediction": ("train_ldm.py --resume_dir={out}/l --prediction=x0", "prediction=v"),
     "no run": ("train_ldm.py --data_root={data} --resume_dir={tmp}/empty", "no run folder"),
     "other scale size": ("find_latent_scale.py --data_root={data} --img_size=64", "trained at 32"),
     "overfit k": ("train_ldm.py --data_root={data} --overfit_k=17", "only 16"),
