@@ -89,7 +89,7 @@ def make_parser():
     add("--sampler", choices=sample.SAMPLERS, default="ancestral", help="see sample.py")
     add("--num_sampling_steps", type=at_least(1), default=500, help="network evaluations an image")
     add("--guidance_scale", type=at_least(0, float), default=4.0, help="classifier-free guidance; 1: none")
-    add("--guidance_interval", type=sample.interval, default=(0.2, 0.8), help="LOW,HIGH: guidance for t between them")
+    add("--guidance_interval", type=sample.interval, default=(0.3, 0.7), help="LOW,HIGH: guidance for t between them")
     return parser
 
 

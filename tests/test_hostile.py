@@ -234,7 +234,7 @@ def assert_types(parser, values):
         if action.dest in values and not (values[action.dest] is None and action.default is None):
             kind, value = getattr(action.type, "kind", str), values[action.dest]
             assert isinstance(value, kind) and (kind is bool or not isinstance(value, bool)), (action.dest, value)
-            assert kind is not tuple or all(type(v) is int for v in value), (action.dest, value)
+            assert kind is not tuple or all(type(v) in (int, float) for v in value), (action.dest, value)
             assert kind is not float or math.isfinite(value), (action.dest, value)
 
 
