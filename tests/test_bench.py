@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import run
 
 import bench
 import experiment
@@ -140,7 +141,7 @@ def test_child_reports_first_step_and_memory(args):
 
 
 @pytest.mark.slow
-def test_parts_with_processes_of_their_own(run):
+def test_parts_with_processes_of_their_own():
     out, _ = run("bench.py", *TINY, "--only=train,first_step,processes")
     assert "train 8x8" in out and "first step" in out and "1, threads each" in out and "2, threads each" in out
 
