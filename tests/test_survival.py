@@ -1,4 +1,5 @@
 """No run is lost: stops at awkward moments, several processes, NaN on one rank, two runs that build one cache."""
+import faulthandler
 import itertools
 import json
 import os
@@ -68,6 +69,7 @@ def hooked(folder, stage, body):
 
 def _as_rank(env, *args):
     os.environ.update(env)
+    faulthandler.dump_traceback_later(LIMIT_S - 10)  # into its standard error: where does it hang?
     _as_main(*args)
 
 
