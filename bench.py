@@ -34,7 +34,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import experiment
-import metrics
 import model
 import sample
 import train_ldm
@@ -122,14 +121,10 @@ def ldm_step(args, procs, size):
     def step(mean, logvar):
         nonlocal done
         rng = experiment.generator(device, args.seed, "ldm", done, procs.rank)
-        noise = torch.randn(2, *mean.shape, device=device, generator=rng)
-        x0 = model.Posterior(mean, logvar).sample(noise[0])
-        t = torch.arange(len(mean), device=device) / len(mean)
-        t = (t + torch.rand(1, device=device, generator=rng)) % 1
-        dropped = torch.rand(len(mean), device=device, generator=rng) < s.prob_uncond
-        y = torch.where(dropped, denoiser.unet.null_class, torch.arange(len(mean), device=device) % len(CLASSES))
+        labels = torch.arange(len(mean), device=device) % len(CLASSES)
+        x0, t, noise, y = train_ldm.draw_inputs((mean, logvar), labels, 1.0, s.prob_uncond, denoiser.unet.null_class, rng)
         with procs.autocast():
-            loss = loss_fn(x0.contiguous(memory_format=procs.memory_format), t, noise[1], y)
+            loss = loss_fn(x0.contiguous(memory_format=procs.memory_format), t, noise, y)
         loss.mean().backward()
         grad_norm, bad = experiment.clip_and_step(denoiser, optimizer, s.grad_clip)
         ema.update(denoiser, done + 1)
@@ -146,8 +141,7 @@ def autoencoder(args, procs):
 
 def vae_loss(rec, x, kl, s):
     """The loss of train_vae.py before its discriminator starts, for both sides."""
-    return (s.pixel_weight * (rec - x).abs().mean() + s.ssim_weight * (1 - metrics.ms_ssim(rec, x).mean())
-            + s.kl_weight * kl.mean())
+    return train_vae.reconstruction_loss(rec, x, s) + s.kl_weight * kl.mean()
 
 
 def vae_step(args, procs):

@@ -96,18 +96,20 @@ def train_classifier(x, labels, num_classes, args, procs, label):
     return net.eval().requires_grad_(False)
 
 
-def real_classifier(train, args, procs):
-    """Classifier trained on the real training images; its weights are kept in the cache folder."""
-    key = hashlib.sha256(f"classifier 1 {train.key} {train.labels.tolist()} {args.seed} {args.classifier_steps}".encode()).hexdigest()
+def real_classifier(x, labels, num_classes, data_key, args, procs):
+    """Classifier trained on the real training images x; its weights are kept in the cache folder.
+
+    data_key: ImageSet.key of the images.
+    """
+    settings = f"classifier 1 {data_key} {labels.tolist()} {args.seed} {args.classifier_steps}"
 
     def blocks():
-        net = train_classifier(train.images(np.arange(len(train))), torch.from_numpy(train.labels),
-                               len(train.class_names), args, procs, "real films")
+        net = train_classifier(x, labels, num_classes, args, procs, "real films")
         yield nn.utils.parameters_to_vector(net.parameters()).cpu().numpy()[None]
 
-    folder = pathlib.Path(args.output_root) / "cache"
+    folder, key = pathlib.Path(args.output_root) / "cache", hashlib.sha256(settings.encode()).hexdigest()
     weights = data.cached_array(folder, f"classifier_{key[:16]}", blocks).rows([0])[0]
-    net = Classifier(len(train.class_names))
+    net = Classifier(num_classes)
     nn.utils.vector_to_parameters(torch.from_numpy(weights.copy()), net.parameters())
     return net.to(procs.device).eval().requires_grad_(False)
 
@@ -296,12 +298,12 @@ def main(argv=None):
         labels = torch.tensor([c for c, _ in wanted])
 
     # --- distributions, by class and overall ---
-    judge = None
-    if len(class_names) > 1:
-        judge = real_classifier(train, args, procs)
-    network, features_name = feature_network(args.features, vae, judge, procs)
     sets = {"samples": (x, labels), "train": (train.images(np.arange(len(train))), torch.from_numpy(train.labels)),
             "real": (real.images(np.arange(len(real))), torch.from_numpy(real.labels))}
+    judge = None
+    if len(class_names) > 1:
+        judge = real_classifier(*sets["train"], len(class_names), train.key, args, procs)
+    network, features_name = feature_network(args.features, vae, judge, procs)
     features = {name: in_batches(network, images, procs) for name, (images, _) in sets.items()}
     report = {"features": features_name, "split": args.split, "seed": args.seed, **how, "groups": {}}
     for group in ["all", *(class_names[c] for c in labels.unique())]:

@@ -72,6 +72,20 @@ def int_list(text):
 int_list.kind = tuple
 
 
+def interval(text):
+    """argparse type: 'LOW,HIGH' (or ':') as two floats with 0 <= LOW <= HIGH <= 1."""
+    try:
+        low, high = (float(part) for part in re.split("[,:]", text.strip("()[] ")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not two numbers such as 0.2,0.8") from None
+    if not 0 <= low <= high <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not an interval within 0,1")
+    return low, high
+
+
+interval.kind = tuple
+
+
 def at_least(low, kind=int, high=math.inf):
     """argparse type: a finite number of `kind` from `low` to `high`."""
     def convert(text):

@@ -24,6 +24,10 @@ def make_parser():
     return parser
 
 
+def parse_args(argv=None):
+    return experiment.parse_args(make_parser(), argv)
+
+
 def add_autoencoder_arguments(parser):
     """--ae_ckpt_path and --ae_config_path, as find_latent_scale.py and train_ldm.py take them."""
     add = parser.add_argument_group("autoencoder").add_argument
@@ -98,7 +102,7 @@ class Moments:
 
 
 def main(argv=None):
-    args = experiment.parse_args(make_parser(), argv)
+    args = parse_args(argv)
     procs = experiment.setup_processes(args)
     ckpt_path = find_autoencoder(args)
     vae, settings, vae_sha256 = load_autoencoder(ckpt_path, args.ae_config_path, procs)

@@ -6,7 +6,6 @@
 Every sample has a seed of its own, made of (seed, class, number), so neither batch size nor the number of
 processes changes it. The checkpoint names its autoencoder and holds the latent scale factor.
 """
-import argparse
 import math
 import pathlib
 import re
@@ -206,20 +205,6 @@ def load_ldm(ckpt_path, procs, ae_ckpt_path=None, use_ema=None):
 # --- the stage ---------------------------------------------------------------------------------------------
 
 
-def interval(text):
-    """argparse type: 'LOW,HIGH' (or ':') as two floats with 0 <= LOW <= HIGH <= 1."""
-    try:
-        low, high = (float(part) for part in re.split("[,:]", text.strip("()[] ")))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not two numbers such as 0.2,0.8") from None
-    if not 0 <= low <= high <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not an interval within 0,1")
-    return low, high
-
-
-interval.kind = tuple
-
-
 def add_sampling_arguments(parser):
     """The arguments of sample.py, which evaluate.py takes too."""
     add = parser.add_argument_group("sampling").add_argument
@@ -230,7 +215,7 @@ def add_sampling_arguments(parser):
     add("--sampler", choices=SAMPLERS, default="ancestral", help="ancestral: DDPM; dpmpp, dpmpp_sde: DPM-Solver++ 2M, without and with fresh noise")
     add("--num_sampling_steps", type=at_least(1), default=500, help="network evaluations an image")
     add("--guidance_scale", type=at_least(0, float), help="classifier-free guidance, 1 = none; none: as in training")
-    add("--guidance_interval", type=interval, help="LOW,HIGH: guidance for t between them; none: as in training")
+    add("--guidance_interval", type=experiment.interval, help="LOW,HIGH: guidance for t between them; none: as in training")
     add("--use_ema", action=experiment.BooleanFlag, help="averaged weights; none: if the checkpoint has them")
     add("--batch_size", type=at_least(1), default=16, help="images sampled at once")
     add("--out_dir", help="folder for the results; none: in the run folder")

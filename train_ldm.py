@@ -89,7 +89,7 @@ def make_parser():
     add("--sampler", choices=sample.SAMPLERS, default="ancestral", help="see sample.py")
     add("--num_sampling_steps", type=at_least(1), default=500, help="network evaluations an image")
     add("--guidance_scale", type=at_least(0, float), default=4.0, help="classifier-free guidance; 1: none")
-    add("--guidance_interval", type=sample.interval, default=(0.3, 0.7), help="LOW,HIGH: guidance for t between them")
+    add("--guidance_interval", type=experiment.interval, default=(0.3, 0.7), help="LOW,HIGH: guidance for t between them")
     return parser
 
 
@@ -104,12 +104,12 @@ def parse_args(argv=None):
         args.zero_terminal_snr = args.prediction != "eps"
     if args.prob_uncond > 1:
         fail(f"--prob_uncond={args.prob_uncond} is a probability: at most 1")
-    if args.guidance_scale != 1 and args.prob_uncond == 0 and args.overfit_k:
+    if args.guidance_scale != 1 and args.prob_uncond == 0:
+        if not args.overfit_k:
+            fail(f"--guidance_scale={args.guidance_scale:g} guides away from the null class, which --prob_uncond=0 "
+                 "never trains: give --guidance_scale=1 or --prob_uncond=0.1")
         notice(f"--guidance_scale={args.guidance_scale:g} is off: {args.mode} trains no null class to guide from")
         args.guidance_scale = 1.0
-    if args.guidance_scale != 1 and args.prob_uncond == 0:
-        fail(f"--guidance_scale={args.guidance_scale:g} guides away from the null class, which --prob_uncond=0 never "
-             "trains: give --guidance_scale=1 or --prob_uncond=0.1")
     if args.sampler == "euler" and args.noise_schedule != "flow":
         fail(f"--sampler=euler is for --noise_schedule=flow, not {args.noise_schedule}: use --sampler=ddim")
     return args
@@ -189,6 +189,22 @@ def evaluate(denoiser, vae, args, scale, classes, class_names, stats, targets, p
 
 
 # --- training ----------------------------------------------------------------------------------------------
+
+
+def draw_inputs(posterior, y, scale, prob_uncond, null_class, rng):
+    """(x0, t, noise, y) of a batch, as Denoiser.forward takes them: all random numbers from rng.
+
+    posterior: (mean, logvar) of unscaled latents, each [B, C, h, w]; y [B]: class indices, of which the share
+    prob_uncond becomes null_class.
+    """
+    mean, logvar = posterior
+    posterior_noise, noise = torch.randn(2, *mean.shape, device=mean.device, generator=rng)
+    x0 = model.Posterior(mean, logvar).sample(posterior_noise) * scale
+    # Times spread evenly over [0, 1] from one random start have less variance (Kingma et al. 2021, I.1).
+    t = torch.arange(len(mean), device=mean.device) / len(mean)
+    t = (t + torch.rand(1, device=mean.device, generator=rng)) % 1
+    dropped = torch.rand(len(mean), device=mean.device, generator=rng) < prob_uncond
+    return x0, t, noise, torch.where(dropped, null_class, y)
 
 
 def main(argv=None):
@@ -328,19 +344,12 @@ def main(argv=None):
             experiment.set_learning_rate(optimizer, args.lr * warmup)
             losses, times = [], []
             for micro, part in enumerate(np.split(index, args.grad_accum)):
-                mean, logvar = latents.posterior(part)
-                noise = torch.randn(2, *mean.shape, device=device, generator=rng)
-                x0 = model.Posterior(mean, logvar).sample(noise[0]) * scale
-                # Times spread evenly over [0, 1] from one random start have less variance (Kingma et al. 2021, I.1).
-                t = torch.arange(len(part), device=device) / len(part)
-                t = (t + torch.rand(1, device=device, generator=rng)) % 1
-                y = labels[torch.from_numpy(part).to(device)]
-                dropped = torch.rand(len(part), device=device, generator=rng) < args.prob_uncond
-                y = torch.where(dropped, denoiser.unet.null_class, y)
+                x0, t, noise, y = draw_inputs(latents.posterior(part), labels[torch.from_numpy(part).to(device)], scale,
+                                              args.prob_uncond, denoiser.unet.null_class, rng)
                 last = micro == args.grad_accum - 1
                 with contextlib.nullcontext() if last or procs.world_size == 1 else loss_fn.no_sync():
                     with procs.autocast():
-                        loss = loss_fn(x0.contiguous(memory_format=procs.memory_format), t, noise[1], y)
+                        loss = loss_fn(x0.contiguous(memory_format=procs.memory_format), t, noise, y)
                     (loss.mean() / args.grad_accum).backward()
                 losses.append(loss.detach())
                 times.append(t)

@@ -44,6 +44,11 @@ def parse_args(argv=None):
     return experiment.parse_args(make_parser(), argv)
 
 
+def reconstruction_loss(rec, x, args):
+    """Weighted L1 and MS-SSIM loss of images [B, 1, H, W] in [-1, 1]: a scalar."""
+    return args.pixel_weight * (rec - x).abs().mean() + args.ssim_weight * (1 - metrics.ms_ssim(rec, x).mean())
+
+
 def discriminator_loss(kind, real, fake):
     """Hinge (Lim & Ye 2017) or vanilla (Goodfellow et al. 2014) loss of patch logits."""
     if kind == "hinge":
@@ -202,8 +207,7 @@ def main(argv=None):
             use_disc = args.disc_weight > 0 and step >= args.disc_start
             with procs.autocast():
                 rec, posterior = vae_step(x, noise)
-                l1 = (rec - x).abs().mean()
-                rec_loss = args.pixel_weight * l1 + args.ssim_weight * (1 - metrics.ms_ssim(rec, x).mean())
+                rec_loss = reconstruction_loss(rec, x, args)
                 if perceptual:
                     rec_loss = rec_loss + args.perceptual_weight * perceptual(rec.expand(-1, 3, -1, -1),
                                                                               x.expand(-1, 3, -1, -1)).mean()

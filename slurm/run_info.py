@@ -15,15 +15,10 @@ import torch
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import experiment  # noqa: E402
-
 
 def parse(program, argv):
-    module = importlib.import_module(program.removesuffix(".py"))
     sys.argv[0] = program  # for usage messages
-    if hasattr(module, "parse_args"):
-        return module.parse_args(argv)
-    return experiment.parse_args(module.make_parser(), argv)
+    return importlib.import_module(program.removesuffix(".py")).parse_args(argv)
 
 
 def main():

@@ -246,7 +246,7 @@ def test_guidance_is_on_inside_its_interval_only(denoiser, monkeypatch):
 @pytest.mark.parametrize("text", ["0.2", "0.8,0.2", "-1,1", "0,2", "a,b", "0,0.5,1"])
 def test_an_interval_is_two_numbers_in_order(text):
     with pytest.raises(argparse.ArgumentTypeError):
-        sample.interval(text)
+        experiment.interval(text)
 
 
 @pytest.mark.parametrize("sampler", sample.SAMPLERS)
