@@ -17,8 +17,8 @@ the others have fused AdamW and foreach EMA and differ in precision and layout.
 import argparse
 import contextlib
 import json
+import math
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -352,6 +352,18 @@ def child(args, processes=1, **changes):
     return {"start": start, **json.loads(done.stdout.splitlines()[-1])}
 
 
+def peak_resident():
+    """Peak memory of this program in bytes; NaN where the system does not tell.
+
+    Not getrusage: a new program's ru_maxrss starts at what the one that started it held.
+    """
+    try:
+        with open("/proc/self/status") as f:
+            return next(1024 * int(line.split()[1]) for line in f if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        return math.nan
+
+
 def measure_child(args, procs):
     """Print when the first training step was done, the seconds of the next ones, and the program's peak memory."""
     size, peer = args.latent_size[0], peer_settings(args, procs)
@@ -360,8 +372,7 @@ def measure_child(args, procs):
     runs = {"": lambda: step(*posterior)}
     alternate(runs, 1, procs.device, warmup=0)
     first, seconds = time.time(), alternate(runs, args.repeats, procs.device, warmup=1)[""]
-    memory = torch.cuda.max_memory_allocated() if procs.device.type == "cuda" else (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    memory = torch.cuda.max_memory_allocated() if procs.device.type == "cuda" else peak_resident()
     if procs.main:
         print(json.dumps({"first": first, "seconds": seconds, "memory": memory, "threads": torch.get_num_threads()}))
     if procs.world_size > 1:

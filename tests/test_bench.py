@@ -135,9 +135,11 @@ def test_parts_report_what_they_did(quick, image_tree):
 @pytest.mark.slow
 def test_child_reports_first_step_and_memory(args):
     args.peer = False
+    ballast = torch.ones(2**28)  # 1 GiB that is not the child's
     found = bench.child(args, repeats=2)
+    del ballast
     assert found["start"] < found["first"] < time.time() and len(found["seconds"]) == 2
-    assert 50 * 2**20 < found["memory"] < 8 * 2**30  # torch alone takes more than 50 MiB
+    assert 50 * 2**20 < found["memory"] < 2**30  # torch alone takes more than 50 MiB
 
 
 @pytest.mark.slow
