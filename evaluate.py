@@ -126,6 +126,8 @@ def in_batches(net, x, procs):
 def feature_network(name, vae, classifier, procs):
     """(network from images [B, 1, H, W] in [-1, 1] to features [B, D], its name in the report)."""
     if name == "classifier":
+        if classifier is None:
+            fail("--features=classifier needs two classes to tell apart: give --features=vae or a network")
         return classifier.features, "classifier trained on the real training split, 64 features"
     if name == "vae":
         if vae is None:

@@ -68,7 +68,7 @@ def test_a_torchscript_network_gets_three_channels_of_0_to_255(tmp_path):
     assert name == "TorchScript net.pt"
 
 
-@pytest.mark.parametrize("name", ["inception", "net.pt"])
+@pytest.mark.parametrize("name", ["inception", "net.pt", "classifier"])  # the last: of data with one class
 def test_a_network_that_is_none_is_one_line(tmp_path, name, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "net.pt").write_bytes(b"no network")
