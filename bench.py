@@ -375,8 +375,6 @@ def measure_child(args, procs):
     memory = torch.cuda.max_memory_allocated() if procs.device.type == "cuda" else peak_resident()
     if procs.main:
         print(json.dumps({"first": first, "seconds": seconds, "memory": memory, "threads": torch.get_num_threads()}))
-    if procs.world_size > 1:
-        torch.distributed.destroy_process_group()
 
 
 def bench_first_step(args, procs):

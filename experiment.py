@@ -1,8 +1,10 @@
 """What every stage shares about a run: arguments, processes, random numbers, run folder, checkpoints, logging."""
 import argparse
+import atexit
 import contextlib
 import datetime
 import difflib
+import gc
 import hashlib
 import json
 import math
@@ -350,8 +352,20 @@ def setup_processes(args):
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         # Rank 0 alone builds caches, which can take long; the others wait.
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+        atexit.register(leave_processes)
     compiled = args.compile == "on" or (args.compile == "auto" and device.type == "cuda")
     return Processes(rank, world_size, device, torch.bfloat16 if bf16 else torch.float32, compiled)
+
+
+def leave_processes():
+    """Leave the process group at the program's end, when nothing else holds it any more.
+
+    DDP must be gone by then. If it is the last to let go of the group, it joins gloo's threads with Python's lock held,
+    while one of them may want that lock to free the tensor of the last all_reduce: the program never ends.
+    """
+    if not hasattr(sys, "last_value"):  # after an exception other ranks may never arrive, and its frames hold DDP
+        gc.collect()
+        dist.destroy_process_group()
 
 
 def broadcast(procs, value):
@@ -758,7 +772,6 @@ class Run:
                 self.wandb.finish(exit_code=EXIT_STOPPED if stopped else int(diverged))
         if self.procs.world_size > 1 and together:
             dist.all_reduce(torch.zeros(1))  # torchrun ends all once one has left: wait for rank 0's checkpoint
-            dist.destroy_process_group()
         if stopped:
             by = stopped if isinstance(stopped, str) else "on another rank"
             notice(f"stopped ({by}) at step {step}, which is saved; go on with: "

@@ -293,8 +293,6 @@ def main(argv=None):
             "ckpt": str(args.ckpt), "step": checkpoint["step"], "sampler": args.sampler, "seed": args.seed,
             "num_sampling_steps": args.num_sampling_steps, "guidance_scale": args.guidance_scale,
             "guidance_interval": args.guidance_interval, "use_ema": args.use_ema})
-    if procs.world_size > 1:
-        torch.distributed.destroy_process_group()
 
 
 def write_report(out, checkpoint, wanted, z, how):

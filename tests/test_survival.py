@@ -242,6 +242,29 @@ def test_three_processes_in_two_parts_end_like_three_in_one(command, together, t
     assert_same_run(tmp_path / "runs/whole", tmp_path / "runs/parts", "ldm")
 
 
+LEAVE = """
+path = sys.argv.pop(1)
+def report(*args):
+    import gc, torch
+    held = sum(isinstance(o, torch.nn.parallel.DistributedDataParallel) for o in gc.get_objects())
+    pathlib.Path(path + os.environ["RANK"]).write_text(str(held))
+before("torch.distributed.destroy_process_group", report)
+"""
+STOP = """
+before("experiment.batch_indices", lambda call, *args: call > 5 and os.kill(os.getpid(), signal.SIGUSR1))
+"""
+
+
+@pytest.mark.parametrize("stage, body, finishes", [("train_ldm", LEAVE, True), ("train_vae", LEAVE + STOP, False)])
+def test_nothing_holds_the_process_group_when_it_is_destroyed(command, tmp_path, stage, body, finishes):
+    """Else some runs of several processes would never end: experiment.leave_processes."""
+    process = start(hooked(tmp_path, stage, body), tmp_path / "held_", *command(stage, "run", "--batch_per_device=4"),
+                    processes=2)
+    out = finished(process, 90)
+    assert (process.returncode == 0) == finishes, out
+    assert [(tmp_path / f"held_{rank}").read_text() for rank in (0, 1)] == ["0", "0"]
+
+
 ON_RANK_1 = """
 def send(call, *args):
     if call == 1 and os.environ["RANK"] == "1":
