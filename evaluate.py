@@ -40,6 +40,82 @@ def make_parser():
     return parser
 
 
+# --- images ------------------------------------------------------------------------------------------------
+
+
+class Samples:
+    """Generated images, read like a data.ImageSet. rows: uint16 [N, S, S] as data.decode makes them."""
+
+    def __init__(self, rows, labels):
+        self.rows, self.labels = rows, labels
+
+    def __len__(self):
+        return len(self.rows)
+
+    def images(self, indices):
+        """float32 [B, 1, S, S] in [-1, 1]."""
+        return data.to_float(self.rows[indices])
+
+
+def draw_samples(ldm, args, procs):
+    """Samples of a model with 8 bits a pixel, as sample.py saves them."""
+    checkpoint = ldm.checkpoint
+    wanted = [(c, i) for c in ldm.classes for i in range(args.num_samples)]
+    progress = experiment.Progress(procs, f"sampling ({args.sampler})", len(wanted) * args.num_sampling_steps)
+    batches = sample.sample_batches(ldm.denoiser, ldm.vae, checkpoint["latent_scale_factor"], checkpoint["class_names"],
+                                    wanted, args, procs, args.batch_size, progress)
+    rows = [experiment.to_uint8(x)[:, 0].numpy().astype(np.uint16) * 257 for _, _, x in batches]
+    return Samples(np.concatenate(rows), np.array([c for c, _ in wanted]))
+
+
+def read_samples(folder, class_names, img_size):
+    """Samples in a folder of images; without img_size, of the size of the first."""
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        fail(f"no folder --samples_dir={folder}")
+    found = []
+    for c, name in enumerate(class_names):
+        paths = [*folder.glob(f"{name}_*"), *folder.glob(f"{name}/*")]
+        found += [(p, c) for p in sorted(paths) if p.suffix.lower() in data.EXTENSIONS]
+    if not found:
+        fail(f"no images in {folder}: they must be called CLASS_*.png or lie in folders CLASS, "
+             f"with the classes of the data, {', '.join(class_names)}")
+    try:
+        if img_size is None:
+            with data.Image.open(found[0][0]) as image:
+                img_size = min(image.size)
+        rows = np.stack([data.decode(p, img_size) for p, _ in found])
+    except (OSError, ValueError) as e:
+        fail(f"an image in {folder} cannot be decoded: {e}")
+    return Samples(rows, np.array([c for _, c in found]))
+
+
+def shrink(x, size):
+    """Images [N, 1, H, W] averaged down to [N, 1, size, size]."""
+    return F.interpolate(x, size, mode="area")
+
+
+def small_pictures(x):
+    """[N, 1024] of images [N, 1, H, W]: 32 x 32 pixels with mean 0 and variance 1 each, so exposure does not count."""
+    rows = shrink(x, PIXEL_SIZE).flatten(1)
+    rows = rows - rows.mean(1, keepdim=True)
+    return rows / rows.std(1, correction=0, keepdim=True).clamp_min(1e-6)
+
+
+def black_levels(x):
+    """Of images [N, 1, H, W], [N, 2]: share of pixels under 5 % grey, and the 1st percentile of grey (0 to 1)."""
+    grey = (x.flatten(1) + 1) / 2
+    return torch.stack([(grey < 0.05).float().mean(1), grey.kthvalue(max(1, grey.shape[1] // 100), dim=1).values], 1)
+
+
+@torch.no_grad()
+def in_batches(function, images, procs):
+    """function of all images, 64 at a time on the device, so that a data set need not fit into memory: [N, ...] float32
+    on the CPU. images: data.ImageSet, Samples, or a tensor [N, 1, H, W]."""
+    read = images.images if hasattr(images, "images") else images.__getitem__
+    return torch.cat([function(read(index).to(procs.device)).float().cpu() for index in torch.arange(len(images)).split(64)])
+
+
 # --- classifier --------------------------------------------------------------------------------------------
 
 
@@ -56,7 +132,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(ch, num_classes)
 
     def features(self, x):
-        return self.body(F.interpolate(x, CLASSIFIER_SIZE, mode="area"))  # [B, 64]
+        return self.body(shrink(x, CLASSIFIER_SIZE))  # [B, 64]
 
     def forward(self, x):
         return self.head(self.features(x))
@@ -79,7 +155,6 @@ def train_classifier(x, labels, num_classes, args, procs, label):
     torch.manual_seed(args.seed)
     net = Classifier(num_classes).to(procs.device)
     rng = torch.Generator().manual_seed(args.seed)
-    x = F.interpolate(x, CLASSIFIER_SIZE, mode="area")
     members = [m for m in ((labels == c).nonzero()[:, 0] for c in range(num_classes)) if len(m)]
     optimizer = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=0.05, fused=True)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.classifier_steps)
@@ -97,7 +172,7 @@ def train_classifier(x, labels, num_classes, args, procs, label):
 
 
 def real_classifier(x, labels, num_classes, data_key, args, procs):
-    """Classifier trained on the real training images x; its weights are kept in the cache folder.
+    """Classifier trained on the real training images x [N, 1, S, S]; its weights are kept in the cache folder.
 
     data_key: ImageSet.key of the images.
     """
@@ -112,12 +187,6 @@ def real_classifier(x, labels, num_classes, data_key, args, procs):
     net = Classifier(num_classes)
     nn.utils.vector_to_parameters(torch.from_numpy(weights.copy()), net.parameters())
     return net.to(procs.device).eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def in_batches(net, x, procs):
-    """net of images [N, 1, H, W], in batches on the device: float32 [N, ...] on the CPU."""
-    return torch.cat([net(part.to(procs.device)).float().cpu() for part in x.split(64)])
 
 
 # --- feature spaces ----------------------------------------------------------------------------------------
@@ -157,52 +226,18 @@ def feature_network(name, vae, classifier, procs):
     return script, f"TorchScript {pathlib.Path(name).name}"
 
 
-# --- samples -----------------------------------------------------------------------------------------------
-
-
-def read_samples(folder, class_names, img_size):
-    """(images [N, 1, S, S], class indices [N]) of a folder of images; without img_size, that of the first image."""
-    folder = pathlib.Path(folder)
-    if not folder.is_dir():
-        fail(f"no folder --samples_dir={folder}")
-    found = []
-    for c, name in enumerate(class_names):
-        paths = [*folder.glob(f"{name}_*"), *folder.glob(f"{name}/*")]
-        found += [(p, c) for p in sorted(paths) if p.suffix.lower() in data.EXTENSIONS]
-    if not found:
-        fail(f"no images in {folder}: they must be called CLASS_*.png or lie in folders CLASS, "
-             f"with the classes of the data, {', '.join(class_names)}")
-    try:
-        if img_size is None:
-            with data.Image.open(found[0][0]) as image:
-                img_size = min(image.size)
-        rows = np.stack([data.decode(p, img_size) for p, _ in found])
-    except (OSError, ValueError) as e:
-        fail(f"an image in {folder} cannot be decoded: {e}")
-    return data.to_float(rows), torch.tensor([c for _, c in found])
-
-
 # --- report ------------------------------------------------------------------------------------------------
 
 
-def black_levels(x):
-    """Of images [N, 1, H, W]: mean share of pixels under 5 % grey, and mean of each image's 1st percentile (0 to 1)."""
-    grey = (x.flatten(1) + 1) / 2
-    return {"black_share": (grey < 0.05).float().mean().item(),
-            "darkest_percent": grey.kthvalue(max(1, grey.shape[1] // 100), dim=1).values.mean().item()}
+def as_many(labels, like, seed):
+    """Positions of a random choice from `labels` with as many members of each class as `like` has, or all there are."""
+    rng = np.random.default_rng(seed)
+    return np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:(like == c).sum()] for c in np.unique(like)])
 
 
-def compare(features, x, real_features):
-    return {"num": len(x), "fid": metrics.frechet_distance(features, real_features),
-            "kid": metrics.kernel_distance(features, real_features),
-            **metrics.manifold_metrics(features, real_features), **black_levels(x)}
-
-
-def small_pictures(x):
-    """[N, 1024] of images [N, 1, H, W]: 32 x 32 pixels with mean 0 and variance 1 each, so exposure does not count."""
-    rows = F.interpolate(x, (PIXEL_SIZE, PIXEL_SIZE), mode="area").flatten(1)
-    rows = rows - rows.mean(1, keepdim=True)
-    return rows / rows.std(1, correction=0, keepdim=True).clamp_min(1e-6)
+def compare(features, real_features):
+    return {"fid": metrics.frechet_distance(features, real_features),
+            "kid": metrics.kernel_distance(features, real_features), **metrics.manifold_metrics(features, real_features)}
 
 
 def usefulness(sets, num_classes, judge, args, procs):
@@ -251,7 +286,8 @@ def print_report(report):
     print(f"{'':<12} {'':<8} {'N':>5} {'FID':>9} {'KID':>9} {'precision':>10} {'recall':>7} {'density':>8} {'coverage':>9} "
           f"{'black':>7} {'darkest':>8}")
     for name, rows in report["groups"].items():
-        for row, v in rows.items():
+        for row in ("samples", "train", "real"):
+            v = rows[row]
             distances = (f"{v['fid']:9.3f} {v['kid']:9.4f} {v['precision']:10.3f} {v['recall']:7.3f} "
                          f"{v['density']:8.3f} {v['coverage']:9.3f}" if "fid" in v else " " * 57)
             print(f"{name:<12} {row:<8} {v['num']:5} {distances} {v['black_share']:7.3f} {v['darkest_percent']:8.4f}")
@@ -281,8 +317,8 @@ def main(argv=None):
             "sampler", "num_sampling_steps", "guidance_scale", "guidance_interval")}}
     else:
         class_names = data.scan(args.data_root or data.phantom_root(args, procs), args.task, "train").class_names
-        x, labels = read_samples(args.samples_dir, class_names, args.img_size)
-        args.img_size = x.shape[-1]
+        samples = read_samples(args.samples_dir, class_names, args.img_size)
+        args.img_size = samples.rows.shape[-1]
         out = pathlib.Path(args.out_dir or args.samples_dir)
         if args.ae_ckpt_path:
             vae, _, _ = load_autoencoder(args.ae_ckpt_path, None, procs)
@@ -292,41 +328,43 @@ def main(argv=None):
              f"(train) and {', '.join(real.class_names)} ({args.split}): give the --task that belongs to them")
     experiment.make_folder(out)
     if args.ckpt:
-        wanted = [(c, i) for c in ldm.classes for i in range(args.num_samples)]
-        progress = experiment.Progress(procs, f"sampling ({args.sampler})", len(wanted) * args.num_sampling_steps)
-        x = torch.cat([images for _, _, images in sample.sample_batches(
-            ldm.denoiser, vae, ldm.checkpoint["latent_scale_factor"], class_names, wanted, args, procs,
-            args.batch_size, progress)])
-        labels = torch.tensor([c for c, _ in wanted])
+        samples = draw_samples(ldm, args, procs)
+    sets = {"samples": samples, "train": train, "real": real}
+    labels = {name: torch.from_numpy(images.labels) for name, images in sets.items()}
+    views = {name: in_batches(lambda x: shrink(x, CLASSIFIER_SIZE), images, procs) for name, images in sets.items()}
 
     # --- distributions, by class and overall ---
-    sets = {"samples": (x, labels), "train": (train.images(np.arange(len(train))), torch.from_numpy(train.labels)),
-            "real": (real.images(np.arange(len(real))), torch.from_numpy(real.labels))}
     judge = None
     if len(class_names) > 1:
-        judge = real_classifier(*sets["train"], len(class_names), train.key, args, procs)
+        judge = real_classifier(views["train"], labels["train"], len(class_names), train.key, args, procs)
     network, features_name = feature_network(args.features, vae, judge, procs)
-    features = {name: in_batches(network, images, procs) for name, (images, _) in sets.items()}
-    report = {"features": features_name, "split": args.split, "seed": args.seed, **how, "groups": {}}
-    for group in ["all", *(class_names[c] for c in labels.unique())]:
-        keep = {name: torch.ones_like(y, dtype=torch.bool) if group == "all" else y == class_names.index(group)
-                for name, (_, y) in sets.items()}
-        rows = {name: compare(features[name][keep[name]], sets[name][0][keep[name]], features["real"][keep["real"]])
-                for name in ("samples", "train")}
-        real_x = sets["real"][0][keep["real"]]
-        report["groups"][group] = rows | {"real": {"num": len(real_x), **black_levels(real_x)}}
+    # FID falls with the number of images: for the floor as many training films as there are samples.
+    floor = train.subset(as_many(train.labels, samples.labels, args.seed))
+    groups = {name: {} for name in ["all", *(class_names[c] for c in np.unique(samples.labels))]}
+    features = {}
+    for row, images in (("real", real), ("train", floor), ("samples", samples)):
+        features[row], black = in_batches(network, images, procs), in_batches(black_levels, images, procs)
+        for group in groups:
+            keep = {name: np.full(len(y), True) if group == "all" else y == class_names.index(group)
+                    for name, y in ((row, images.labels), ("real", real.labels))}
+            groups[group][row] = {"num": int(keep[row].sum())}
+            if row != "real":
+                groups[group][row] |= compare(features[row][keep[row]], features["real"][keep["real"]])
+            groups[group][row] |= dict(zip(("black_share", "darkest_percent"), black[keep[row]].mean(0).tolist(), strict=True))
+    report = {"features": features_name, "split": args.split, "seed": args.seed, **how, "groups": groups}
 
     # --- copies of training films ---
-    copies = metrics.memorisation(*(small_pictures(sets[name][0]) for name in ("samples", "train", "real")))
+    copies = metrics.memorisation(*(in_batches(small_pictures, sets[name], procs) for name in ("samples", "train", "real")))
     closest = copies.pop("ratio").argsort()[:10]
     pairs = copies.pop("nearest")[closest]
     report["memorisation"] = copies | {"pixels": PIXEL_SIZE}
-    experiment.save_grid(out / "evaluation_pairs.png", [x[closest], sets["train"][0][pairs]],
+    experiment.save_grid(out / "evaluation_pairs.png", [samples.images(closest), train.images(pairs)],
                          ["the ten samples closest to a training film", "that training film"])
 
     # --- of use to a classifier? ---
-    if judge and len(labels.unique()) > 1:
-        report["auroc"] = usefulness(sets, len(class_names), judge, args, procs)
+    if judge and len(labels["samples"].unique()) > 1:
+        report["auroc"] = usefulness({name: (views[name], labels[name]) for name in sets}, len(class_names), judge, args,
+                                     procs)
     else:
         notice("one class only: no classifier to judge the samples by")
     found = verdicts(report)

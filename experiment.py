@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import datetime
 import difflib
+import functools
 import gc
 import hashlib
 import json
@@ -436,12 +437,15 @@ def batch_indices(step, order_len, batch, seed, rank=0, world_size=1):
     An epoch is a shuffle from (seed, epoch), cut into batches of batch * world_size; the last one is filled up
     from the shuffle's start, so that no epoch is empty and every rank always has `batch` items.
     """
-    steps = steps_per_epoch(order_len, batch, world_size)
-    epoch, i = divmod(step, steps)
-    order = np.random.default_rng([seed, epoch]).permutation(order_len)
-    order = np.resize(order, steps * batch * world_size)
+    epoch, i = divmod(step, steps_per_epoch(order_len, batch, world_size))
     start = (i * world_size + rank) * batch
-    return order[start:start + batch], epoch
+    return epoch_order(order_len, seed, epoch).take(np.arange(start, start + batch), mode="wrap"), epoch
+
+
+@functools.lru_cache(maxsize=1)
+def epoch_order(order_len, seed, epoch):
+    """Shuffled positions; kept for the epoch, since shuffling a hundred thousand takes milliseconds."""
+    return np.random.default_rng([seed, epoch]).permutation(order_len)
 
 
 def steps_per_epoch(order_len, batch, world_size):
