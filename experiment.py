@@ -496,28 +496,29 @@ class StopSignal:
 
 
 class Window:
-    """Sums of a few numbers over the steps since the last log line; steps that were skipped do not count.
+    """Sums of a few numbers over the steps since the last log line, but for steps that were skipped: those are counted.
 
     Lives on the device and is read at log steps only. Part of the checkpoint, so that a resumed run logs the same.
     """
 
     def __init__(self, procs, names):
         self.procs, self.names = procs, names
-        self.sums = torch.zeros(len(names) + 1, device=procs.device)
+        self.sums = torch.zeros(len(names) + 2, device=procs.device)  # good steps and bad ones come last
 
     def add(self, values, bad):
         """values: 0-dim tensors in the order of `names`; bad: 1.0 where the step was skipped."""
         row = torch.stack([*(v.detach() for v in values), torch.ones_like(bad)])
-        self.sums += torch.where(bad > 0, torch.zeros_like(row), row)
+        self.sums += torch.cat([torch.where(bad > 0, torch.zeros_like(row), row), bad[None]])
 
     def means(self):
-        """{name: mean over steps and ranks} as floats, NaN where no step was good; starts the next window."""
-        sums = average(self.procs, self.sums).tolist()
+        """{name: mean over steps and ranks} as floats, NaN where no step was good, and train/bad_steps, the number of
+        skipped steps; starts the next window."""
+        *sums, good, bad = average(self.procs, self.sums).tolist()
         self.sums = torch.zeros_like(self.sums)
-        return {n: s / sums[-1] if sums[-1] else math.nan for n, s in zip(self.names, sums, strict=False)}
+        return {n: s / good if good else math.nan for n, s in zip(self.names, sums, strict=True)} | {"train/bad_steps": bad}
 
     def state(self):
-        """[world_size, len(names) + 1] on all ranks."""
+        """[world_size, len(names) + 2] on all ranks."""
         if self.procs.world_size == 1:
             return self.sums[None].cpu()
         rows = [torch.zeros_like(self.sums) for _ in range(self.procs.world_size)]
@@ -527,6 +528,12 @@ class Window:
     def load(self, rows):
         same = len(rows) == self.procs.world_size
         self.sums = (rows[self.procs.rank] if same else rows.mean(0)).to(self.sums.device)
+
+
+def skipped_text(train_metrics):
+    """End of a log line: how many steps were skipped since the last one, if any."""
+    bad = train_metrics["train/bad_steps"]
+    return f", {bad:.0f} non-finite steps skipped" if bad else ""
 
 
 # --- optimiser step ----------------------------------------------------------------------------------------

@@ -291,6 +291,7 @@ class Context(NamedTuple):
     train_mean: float
     train_min: float
     train_max: float
+    diverged: bool
 
 
 def loss_trend(losses):
@@ -320,7 +321,7 @@ def always(value, context):
     return True
 
 
-LOSS, GRAD = "train/loss", "train/grad_norm"
+LOSS, GRAD, BAD_STEPS = "train/loss", "train/grad_norm", "train/bad_steps"
 MSE_MEAN, MSE_STD = "sample_diversity/pairwise_mse_mean", "sample_diversity/pairwise_mse_std"
 MSE_MIN, MSE_MAX = "sample_diversity/pairwise_mse_min", "sample_diversity/pairwise_mse_max"
 RATIO = "sample_diversity/ratio_to_real"
@@ -337,12 +338,12 @@ OUT_OF_RANGE_ADVICE = "Lower --guidance_scale; early in training this passes by 
 # Metric ('*' is every one), level, when, meaning, advice. The first row that matches a metric is its verdict.
 TABLE = [
     ("*", "bad", lambda v, c: not math.isfinite(v),
-     "The value is NaN or infinite: the weights or the samples have blown up.",
-     "Restart from the last good checkpoint with a lower --lr and --grad_clip; try --dtype fp32."),
+     "The value is NaN or infinite: training or sampling has blown up.",
+     "Go on from the last checkpoint with a lower --lr and --grad_clip; try --dtype fp32."),
 
     (LOSS, "bad", lambda v, c: c.trend == "not finite",
-     "The logged loss was NaN or infinite at least once, so the weights may be damaged.",
-     "Restart from a checkpoint before that step with a lower --lr and --grad_clip; try --dtype fp32."),
+     "No step between two log lines had a finite loss and gradient. They were skipped; the weights are good.",
+     "Go on from the checkpoint with a lower --lr and --grad_clip; try --dtype fp32."),
     (LOSS, "bad", lambda v, c: c.trend == "rising",
      "The loss rose over the last tenth of the run: training is diverging.",
      "Lower --lr (by 3 to 10 times), raise --warmup_steps, or lower --grad_clip."),
@@ -360,6 +361,14 @@ TABLE = [
      "The gradient is vanishing: the weights hardly change.",
      "Check that the loss depends on the data (blank images, a zero latent scale factor); raise --lr."),
     (GRAD, "ok", always, "The gradient is neither exploding nor vanishing.", ""),
+
+    (BAD_STEPS, "bad", lambda v, c: c.diverged,
+     "Too many steps in a row had a non-finite loss or gradient: the run was stopped. Its weights are good.",
+     "Go on from the checkpoint with a lower --lr and --grad_clip; try --dtype fp32, look for odd images."),
+    (BAD_STEPS, "watch", lambda v, c: v > 0,
+     "So many steps since the last log line had a non-finite loss or gradient and were skipped.",
+     "If they come again and again: lower --lr and --grad_clip, try --dtype fp32, look for odd images."),
+    (BAD_STEPS, "ok", always, "No step had to be skipped since the last log line.", ""),
 
     (MSE_MEAN, "bad", lambda v, c: v < 0.01,
      "Collapse: the samples of a class are all but the same image.",
@@ -414,15 +423,16 @@ TABLE = [
 ]
 
 
-def health(metrics, losses=(), train_stats=None, overfit=False):
+def health(metrics, losses=(), train_stats=None, overfit=False, diverged=False):
     """One Verdict for each metric that TABLE knows and `metrics` (name -> number) holds, in TABLE's order.
 
     losses is the logged history of train/loss; train_stats holds the mean, std, min and max of the unscaled
-    training latents. overfit leaves the diversity verdicts out, because there low diversity is the goal.
+    training latents. overfit leaves the diversity verdicts out, because there low diversity is the goal. diverged:
+    the run was stopped by --max_bad_steps.
     """
     stats = train_stats or {}
     context = Context(loss_trend(losses), metrics.get("final_latent_stats/target_std", math.nan),
-                      stats.get("mean", math.nan), stats.get("min", math.nan), stats.get("max", math.nan))
+                      stats.get("mean", math.nan), stats.get("min", math.nan), stats.get("max", math.nan), diverged)
     verdicts = []
     for name in dict.fromkeys(row[0] for row in TABLE if row[0] != "*"):
         single_pair = name == MSE_STD and metrics.get("sample_diversity/num_pairs") == 1  # std 0 says nothing

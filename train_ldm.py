@@ -367,7 +367,7 @@ def main(argv=None):
                 seconds = time.perf_counter() - log_time
                 means = window.means()
                 train_metrics = {
-                    "train/loss": means["train/loss"], "train/grad_norm": means["train/grad_norm"],
+                    **{name: means[name] for name in ("train/loss", "train/grad_norm", "train/bad_steps")},
                     "train/learning_rate": args.lr * warmup,
                     "train/images_per_second": (step - log_step) * global_batch / seconds,
                     **{f"train/loss_t{q}": means[f"loss_t{q}"] / means[f"count_t{q}"]
@@ -378,7 +378,8 @@ def main(argv=None):
                     progress.clear()
                     print(f"step {step} epoch {epoch} loss {means['train/loss']:.4f} "
                           f"grad_norm {means['train/grad_norm']:.3f} "
-                          f"{train_metrics['train/images_per_second']:.1f} images/s", flush=True)
+                          f"{train_metrics['train/images_per_second']:.1f} images/s"
+                          f"{experiment.skipped_text(train_metrics)}", flush=True)
                 if bad_steps.item() >= args.max_bad_steps:
                     diverged = True
                     break
@@ -394,6 +395,10 @@ def main(argv=None):
         stopping, together = True, False
 
     # --- summary ---
+    if procs.main and diverged:
+        verdicts = metrics.health(train_metrics | sample_metrics, run.history("train/loss"), stats,
+                                  overfit=args.overfit_k > 0, diverged=True)
+        print(metrics.format_verdicts(verdicts))
     if procs.main and targets and not stopping and not diverged:
         print(metrics.format_overfit(sample_metrics))
     run.end(step, {**train_metrics, **sample_metrics, "train_stats": stats,

@@ -248,7 +248,8 @@ def main(argv=None):
                     print(f"step {step} epoch {epoch} loss {train_metrics['train/loss']:.4f} "
                           f"rec {train_metrics['train/rec']:.4f} kl {train_metrics['train/kl']:.0f} "
                           f"grad_norm {train_metrics['train/grad_norm']:.3f} "
-                          f"{train_metrics['train/images_per_second']:.1f} images/s", flush=True)
+                          f"{train_metrics['train/images_per_second']:.1f} images/s"
+                          f"{experiment.skipped_text(train_metrics)}", flush=True)
                 if bad_steps.item() >= args.max_bad_steps:
                     diverged = True
                     break
@@ -267,7 +268,7 @@ def main(argv=None):
     # --- summary ---
     verdicts = []
     if procs.main and not stopping:
-        verdicts = metrics.health(train_metrics, run.history("train/loss"))
+        verdicts = metrics.health(train_metrics, run.history("train/loss"), diverged=diverged)
         print(metrics.format_verdicts(verdicts))
     run.end(step, {**train_metrics, **val_metrics, "verdicts": [v._asdict() for v in verdicts]},
             stop.name or stopping, diverged, together)

@@ -324,7 +324,7 @@ def test_a_good_step_is_plain_adamw():
     assert torch.equal(module.weight, other.weight)
 
 
-def test_window_means_leave_skipped_steps_out(alone):
+def test_window_means_leave_skipped_steps_out_and_count_them(alone):
     window = experiment.Window(alone, ("a", "b"))
     good, bad = torch.tensor(0.0), torch.tensor(1.0)
     window.add((torch.tensor(1.0), torch.tensor(10.0)), good)
@@ -333,11 +333,13 @@ def test_window_means_leave_skipped_steps_out(alone):
     other = experiment.Window(alone, ("a", "b"))
     other.load(window.state())  # as a resumed run
     for w in (window, other):
-        assert w.means() == {"a": 2.0, "b": 15.0}
+        assert w.means() == {"a": 2.0, "b": 15.0, "train/bad_steps": 1.0}
         w.add((torch.tensor(5.0), torch.tensor(6.0)), good)
-        assert w.means() == {"a": 5.0, "b": 6.0}  # a new window
-        w.add((torch.tensor(5.0), torch.tensor(6.0)), bad)
-        assert all(math.isnan(v) for v in w.means().values())
+        assert w.means() == {"a": 5.0, "b": 6.0, "train/bad_steps": 0.0}  # a new window
+        for _ in range(2):
+            w.add((torch.tensor(5.0), torch.tensor(6.0)), bad)
+        means = w.means()
+        assert means.pop("train/bad_steps") == 2.0 and all(math.isnan(v) for v in means.values())
 
 
 # --- files and checkpoints ---

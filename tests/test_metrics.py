@@ -286,6 +286,8 @@ CASES = [
     ("train/loss", 0.97, "ok", {"losses": [1.0] * 2 + [0.98] * 16 + [0.979] * 2}),
     ("train/grad_norm", 100.1, "bad", {}), ("train/grad_norm", 100, "ok", {}),
     ("train/grad_norm", 9e-7, "bad", {}), ("train/grad_norm", 1e-6, "ok", {}),
+    ("train/bad_steps", 0.0, "ok", {}), ("train/bad_steps", 1.0, "watch", {}),
+    ("train/bad_steps", 1.0, "bad", {"diverged": True}),
     (D + "pairwise_mse_mean", 0.0099, "bad", {}), (D + "pairwise_mse_mean", 0.01, "watch", {}),
     (D + "pairwise_mse_mean", 0.0999, "watch", {}), (D + "pairwise_mse_mean", 0.1, "ok", {}),
     (D + "ratio_to_real", 0.49, "watch", {}), (D + "ratio_to_real", 0.5, "ok", {}),

@@ -365,6 +365,8 @@ def test_a_nan_on_one_rank_is_skipped_by_both(command, together, tmp_path, stage
     assert strict(folder / "summary.json")["diverged"] is True
     null = [r["step"] for r in read_jsonl(folder / "metrics.jsonl") if "train/loss" in r and r["train/loss"] is None]
     assert null == [3, 4, 8, 9, 10, 11]
+    skipped = [r["step"] for r in read_jsonl(folder / "metrics.jsonl") if r.get("train/bad_steps")]
+    assert skipped == null and results[0].out.count("1 non-finite steps skipped") == 6
 
 
 # --- two runs that build the same caches -------------------------------------------------------------------
