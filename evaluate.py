@@ -5,8 +5,8 @@
 
 compares samples of a model, or a folder of images, with real films that the model has not seen (--split=val):
 distances of the distributions, copies of training films, and whether a classifier learns from the samples what
-holds on real films. Beside every distance stands what the training films themselves get: the floor, which a
-perfect model of them would reach. A distance means something only with its feature space and its number of images.
+holds on real films. Beside every distance stands what as many training films get: the floor, which a perfect
+model of them would reach. A distance means something only with its feature space and its number of images.
 """
 import hashlib
 import pathlib
@@ -113,7 +113,8 @@ def in_batches(function, images, procs):
     """function of all images, 64 at a time on the device, so that a data set need not fit into memory: [N, ...] float32
     on the CPU. images: data.ImageSet, Samples, or a tensor [N, 1, H, W]."""
     read = images.images if hasattr(images, "images") else images.__getitem__
-    return torch.cat([function(read(index).to(procs.device)).float().cpu() for index in torch.arange(len(images)).split(64)])
+    parts = (np.arange(start, min(start + 64, len(images))) for start in range(0, len(images), 64))
+    return torch.cat([function(read(index).to(procs.device)).float().cpu() for index in parts])
 
 
 # --- classifier --------------------------------------------------------------------------------------------
@@ -358,7 +359,7 @@ def main(argv=None):
     closest = copies.pop("ratio").argsort()[:10]
     pairs = copies.pop("nearest")[closest]
     report["memorisation"] = copies | {"pixels": PIXEL_SIZE}
-    experiment.save_grid(out / "evaluation_pairs.png", [samples.images(closest), train.images(pairs)],
+    experiment.save_grid(out / "evaluation_pairs.png", [samples.images(closest.numpy()), train.images(pairs.numpy())],
                          ["the ten samples closest to a training film", "that training film"])
 
     # --- of use to a classifier? ---

@@ -42,6 +42,13 @@ def test_a_copy_is_found_whatever_its_exposure():
     torch.testing.assert_close(evaluate.small_pictures(0.3 * x - 0.2), evaluate.small_pictures(x), rtol=1e-3, atol=1e-3)
 
 
+def test_a_last_batch_of_one_image_is_a_batch():
+    rows = np.arange(65, dtype=np.uint16)[:, None, None].repeat(4, 1).repeat(4, 2)
+    samples = evaluate.Samples(rows, np.zeros(65, int))
+    means = evaluate.in_batches(lambda x: x.mean((1, 2, 3)), samples, CPU)
+    np.testing.assert_allclose((means.numpy() + 1) * 32767.5, np.arange(65), atol=0.01)
+
+
 def test_the_floor_has_as_many_films_of_each_class_as_there_are_samples():
     labels, like = np.repeat([0, 1, 2], [50, 3, 20]), np.array([1, 0, 1, 0, 1, 1, 1])  # no samples of class 2
     chosen = evaluate.as_many(labels, like, seed=0)
