@@ -10,6 +10,7 @@ model of them would reach. A distance means something only with its feature spac
 """
 import hashlib
 import pathlib
+import statistics
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from find_latent_scale import load_autoencoder
 
 CLASSIFIER_SIZE = 64  # pixels that the classifier sees
 PIXEL_SIZE = 32  # side of the pictures in which copies are looked for
+FLOOR_DRAWS = 8  # choices of training films that the floor is a mean of
 
 
 def make_parser():
@@ -241,6 +243,24 @@ def compare(features, real_features):
             "kid": metrics.kernel_distance(features, real_features), **metrics.manifold_metrics(features, real_features)}
 
 
+def group_rows(features, black, labels, seed):
+    """What is reported of one group of images: dicts of numbers for 'samples', 'train', 'spread' and 'real'.
+
+    features [N, D], black [N, 2] (see black_levels) and labels [N] are dicts by 'samples', 'train' and 'real'. 'train'
+    is the floor: what as many training films get as there are samples, since FID falls with their number; the mean of
+    FLOOR_DRAWS random choices, whose standard deviation is 'spread'.
+    """
+    chosen = [as_many(labels["train"], labels["samples"], [seed, draw]) for draw in range(FLOOR_DRAWS)]
+    draws = [compare(features["train"][index], features["real"]) for index in chosen]
+    values = {name: [draw[name] for draw in draws] for name in draws[0]}
+    levels = {row: dict(zip(("black_share", "darkest_percent"), levels.mean(0).tolist(), strict=True))
+              for row, levels in black.items()}
+    return {"samples": {"num": len(labels["samples"]), **compare(features["samples"], features["real"]), **levels["samples"]},
+            "train": {"num": len(chosen[0]), **{k: statistics.mean(v) for k, v in values.items()}, **levels["train"]},
+            "spread": {k: statistics.stdev(v) for k, v in values.items()},
+            "real": {"num": len(labels["real"]), **levels["real"]}}
+
+
 def usefulness(sets, num_classes, judge, args, procs):
     """AUROC with 95 % bootstrap interval, (value, low, high), by what was trained on and tested on.
 
@@ -283,15 +303,16 @@ def verdicts(report):
 
 
 def print_report(report):
-    print(f"features: {report['features']}; distances are to the real films of split {report['split']}")
+    print(f"features: {report['features']}; distances are to the real films of split {report['split']}; train is the floor, "
+          f"the mean of {FLOOR_DRAWS} choices of training films, spread their standard deviation")
     print(f"{'':<12} {'':<8} {'N':>5} {'FID':>9} {'KID':>9} {'precision':>10} {'recall':>7} {'density':>8} {'coverage':>9} "
           f"{'black':>7} {'darkest':>8}")
     for name, rows in report["groups"].items():
-        for row in ("samples", "train", "real"):
-            v = rows[row]
+        for row, v in rows.items():
             distances = (f"{v['fid']:9.3f} {v['kid']:9.4f} {v['precision']:10.3f} {v['recall']:7.3f} "
                          f"{v['density']:8.3f} {v['coverage']:9.3f}" if "fid" in v else " " * 57)
-            print(f"{name:<12} {row:<8} {v['num']:5} {distances} {v['black_share']:7.3f} {v['darkest_percent']:8.4f}")
+            black = f"{v['black_share']:7.3f} {v['darkest_percent']:8.4f}" if "black_share" in v else ""
+            print(f"{name:<12} {row:<8} {v.get('num', ''):>5} {distances} {black}")
     copies = report["memorisation"]
     print(f"memorisation: {100 * copies['share']:.1f} % of samples are closer to a training film than held-out films are "
           f"(95 %: {100 * copies['interval'][0]:.1f} to {100 * copies['interval'][1]:.1f} %; by chance "
@@ -339,19 +360,16 @@ def main(argv=None):
     if len(class_names) > 1:
         judge = real_classifier(views["train"], labels["train"], len(class_names), train.key, args, procs)
     network, features_name = feature_network(args.features, vae, judge, procs)
-    # FID falls with the number of images: for the floor as many training films as there are samples.
-    floor = train.subset(as_many(train.labels, samples.labels, args.seed))
-    groups = {name: {} for name in ["all", *(class_names[c] for c in np.unique(samples.labels))]}
-    features = {}
-    for row, images in (("real", real), ("train", floor), ("samples", samples)):
-        features[row], black = in_batches(network, images, procs), in_batches(black_levels, images, procs)
-        for group in groups:
-            keep = {name: np.full(len(y), True) if group == "all" else y == class_names.index(group)
-                    for name, y in ((row, images.labels), ("real", real.labels))}
-            groups[group][row] = {"num": int(keep[row].sum())}
-            if row != "real":
-                groups[group][row] |= compare(features[row][keep[row]], features["real"][keep["real"]])
-            groups[group][row] |= dict(zip(("black_share", "darkest_percent"), black[keep[row]].mean(0).tolist(), strict=True))
+    pool = train.subset(as_many(train.labels, np.repeat(samples.labels, FLOOR_DRAWS), args.seed))
+    rows = {"samples": samples, "train": pool, "real": real}
+    features, black = ({row: in_batches(function, images, procs) for row, images in rows.items()}
+                       for function in (network, black_levels))
+    groups = {}
+    for group in ["all", *(class_names[c] for c in np.unique(samples.labels))]:
+        keep = {row: np.flatnonzero((images.labels == class_names.index(group)) if group != "all" else images.labels >= 0)
+                for row, images in rows.items()}
+        groups[group] = group_rows(*({row: values[row][keep[row]] for row in rows} for values in (
+            features, black, {row: images.labels for row, images in rows.items()})), args.seed)
     report = {"features": features_name, "split": args.split, "seed": args.seed, **how, "groups": groups}
 
     # --- copies of training films ---

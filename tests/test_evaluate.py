@@ -56,6 +56,25 @@ def test_the_floor_has_as_many_films_of_each_class_as_there_are_samples():
     assert chosen.tolist() == evaluate.as_many(labels, like, seed=0).tolist() != evaluate.as_many(labels, like, seed=1).tolist()
 
 
+def test_rows_of_a_group_with_a_floor_of_the_same_number():
+    g = torch.Generator().manual_seed(0)
+    n = {"samples": 40, "train": 300, "real": 200}
+    features = {row: torch.randn(count, 3, generator=g) for row, count in n.items()}
+    black = {row: torch.tensor([[0.0, 0.2], [0.5, 0.4]]) for row in n}
+    labels = {row: np.arange(count) % 2 for row, count in n.items()}
+    rows = evaluate.group_rows(features, black, labels, seed=0)
+    assert list(rows) == ["samples", "train", "spread", "real"]
+    assert [rows[row]["num"] for row in ("samples", "train", "real")] == [40, 40, 200]
+    assert rows["real"]["black_share"] == 0.25 and rows["train"]["darkest_percent"] == pytest.approx(0.3)
+    # All three are the same distribution: the samples lie within what the choice of films alone does.
+    assert abs(rows["samples"]["fid"] - rows["train"]["fid"]) < 4 * rows["spread"]["fid"] > 0
+    all_films = evaluate.compare(features["train"], features["real"])["fid"]
+    assert rows["train"]["fid"] > 1.5 * all_films  # which is why the number matters
+    few = {row: features[row][:10] if row == "train" else features[row] for row in n}
+    rows = evaluate.group_rows(few, black, labels | {"train": np.arange(10) % 2}, seed=0)
+    assert rows["train"]["num"] == 10 and rows["spread"]["fid"] == pytest.approx(0, abs=1e-9)  # no choice
+
+
 def test_augmentation_never_flips():
     x = torch.linspace(-1, 1, 32).expand(64, 1, 32, 32).contiguous()  # brighter to the right
     out = evaluate.augment(x, torch.Generator().manual_seed(0))
