@@ -104,10 +104,17 @@ def small_pictures(x):
     return rows / rows.std(1, correction=0, keepdim=True).clamp_min(1e-6)
 
 
-def black_levels(x):
-    """Of images [N, 1, H, W], [N, 2]: share of pixels under 5 % grey, and the 1st percentile of grey (0 to 1)."""
-    grey = (x.flatten(1) + 1) / 2
-    return torch.stack([(grey < 0.05).float().mean(1), grey.kthvalue(max(1, grey.shape[1] // 100), dim=1).values], 1)
+LOOKS = ("black_share", "darkest_percent", "detail")
+
+
+def looks(x):
+    """Of images [N, 1, H, W], even H and W, [N, 3]: share of pixels under 5 % grey, 1st percentile of grey, and detail:
+    the root mean square of what averaging 2 x 2 pixels takes away, which blurred images lack; all from 0 to 1."""
+    grey = (x + 1) / 2
+    fine = grey - F.interpolate(F.avg_pool2d(grey, 2), scale_factor=2)
+    flat = grey.flatten(1)
+    return torch.stack([(flat < 0.05).float().mean(1), flat.kthvalue(max(1, flat.shape[1] // 100), dim=1).values,
+                        fine.square().flatten(1).mean(1).sqrt()], 1)
 
 
 @torch.no_grad()
@@ -243,22 +250,23 @@ def compare(features, real_features):
             "kid": metrics.kernel_distance(features, real_features), **metrics.manifold_metrics(features, real_features)}
 
 
-def group_rows(features, black, labels, seed):
-    """What is reported of one group of images: dicts of numbers for 'samples', 'train', 'spread' and 'real'.
+def group_rows(features, levels, labels, seed):
+    """What is reported of one group of images: dicts of numbers for 'samples', 'train', 'spread', 'real' and, if it is
+    in levels, 'decoded'.
 
-    features [N, D], black [N, 2] (see black_levels) and labels [N] are dicts by 'samples', 'train' and 'real'. 'train'
-    is the floor: what as many training films get as there are samples, since FID falls with their number; the mean of
+    features [N, D], levels [N, 3] (see looks) and labels [N] are dicts by 'samples', 'train' and 'real'. 'train' is the
+    floor: what as many training films get as there are samples, since FID falls with their number; the mean of
     FLOOR_DRAWS random choices, whose standard deviation is 'spread'.
     """
     chosen = [as_many(labels["train"], labels["samples"], [seed, draw]) for draw in range(FLOOR_DRAWS)]
     draws = [compare(features["train"][index], features["real"]) for index in chosen]
     values = {name: [draw[name] for draw in draws] for name in draws[0]}
-    levels = {row: dict(zip(("black_share", "darkest_percent"), levels.mean(0).tolist(), strict=True))
-              for row, levels in black.items()}
-    return {"samples": {"num": len(labels["samples"]), **compare(features["samples"], features["real"]), **levels["samples"]},
-            "train": {"num": len(chosen[0]), **{k: statistics.mean(v) for k, v in values.items()}, **levels["train"]},
-            "spread": {k: statistics.stdev(v) for k, v in values.items()},
-            "real": {"num": len(labels["real"]), **levels["real"]}}
+    rows = {"samples": {"num": len(labels["samples"]), **compare(features["samples"], features["real"])},
+            "train": {"num": len(chosen[0]), **{k: statistics.mean(v) for k, v in values.items()}},
+            "spread": {k: statistics.stdev(v) for k, v in values.items()}, "real": {"num": len(labels["real"])}}
+    for row, table in levels.items():
+        rows.setdefault(row, {"num": len(table)}).update(zip(LOOKS, table.mean(0).tolist(), strict=True))
+    return rows
 
 
 def usefulness(sets, num_classes, judge, args, procs):
@@ -281,7 +289,8 @@ def usefulness(sets, num_classes, judge, args, procs):
 
 def verdicts(report):
     """The few things in a report that a reader should not miss, as metrics.Verdicts."""
-    rows, floor, copies = report["groups"]["all"]["samples"], report["groups"]["all"]["train"], report["memorisation"]
+    all_rows, copies = report["groups"]["all"], report["memorisation"]
+    rows, floor, detail = all_rows["samples"], all_rows["train"], all_rows["samples"]["detail"] / all_rows["real"]["detail"]
     found = [
         ("memorisation", copies["share"], copies["interval"][0] > 0.2, copies["interval"][0] > copies["expected"],
          f"Share of samples closer to a training film than held-out films are; by chance {copies['expected']:.2f}.",
@@ -292,7 +301,12 @@ def verdicts(report):
          "Samples do not look real: train longer, and check the autoencoder's reconstructions."),
         ("recall", rows["recall"], rows["recall"] < 0.2 * floor["recall"], rows["recall"] < 0.6 * floor["recall"],
          f"Share of real films that lie among the samples; training films have {floor['recall']:.2f}.",
-         "Samples leave much out: lower --guidance_scale, then train longer.")]
+         "Samples leave much out: lower --guidance_scale, then train longer."),
+        ("detail", detail, not 0.4 < detail < 2.5, not 0.7 < detail < 1.5,
+         "Detail of the samples by that of real films" + (
+             f"; the autoencoder leaves {all_rows['decoded']['detail'] / all_rows['real']['detail']:.2f} of it."
+             if "decoded" in all_rows else "."),
+         "Too little: blurred, train the autoencoder longer or with its discriminator. Too much: noise, train longer.")]
     if "auroc" in report:
         value, low, high = report["auroc"]["real films, tested on samples"]
         found.append(("class fidelity", value, high < 0.5, low <= 0.5,
@@ -304,15 +318,16 @@ def verdicts(report):
 
 def print_report(report):
     print(f"features: {report['features']}; distances are to the real films of split {report['split']}; train is the floor, "
-          f"the mean of {FLOOR_DRAWS} choices of training films, spread their standard deviation")
+          f"the mean of {FLOOR_DRAWS} choices of training films, spread their standard deviation; decoded is what the "
+          "autoencoder makes of the real films")
     print(f"{'':<12} {'':<8} {'N':>5} {'FID':>9} {'KID':>9} {'precision':>10} {'recall':>7} {'density':>8} {'coverage':>9} "
-          f"{'black':>7} {'darkest':>8}")
+          f"{'black':>7} {'darkest':>8} {'detail':>7}")
     for name, rows in report["groups"].items():
         for row, v in rows.items():
             distances = (f"{v['fid']:9.3f} {v['kid']:9.4f} {v['precision']:10.3f} {v['recall']:7.3f} "
                          f"{v['density']:8.3f} {v['coverage']:9.3f}" if "fid" in v else " " * 57)
-            black = f"{v['black_share']:7.3f} {v['darkest_percent']:8.4f}" if "black_share" in v else ""
-            print(f"{name:<12} {row:<8} {v.get('num', ''):>5} {distances} {black}")
+            seen = f"{v['black_share']:7.3f} {v['darkest_percent']:8.4f} {v['detail']:7.4f}" if "detail" in v else ""
+            print(f"{name:<12} {row:<8} {v.get('num', ''):>5} {distances} {seen}")
     copies = report["memorisation"]
     print(f"memorisation: {100 * copies['share']:.1f} % of samples are closer to a training film than held-out films are "
           f"(95 %: {100 * copies['interval'][0]:.1f} to {100 * copies['interval'][1]:.1f} %; by chance "
@@ -362,14 +377,17 @@ def main(argv=None):
     network, features_name = feature_network(args.features, vae, judge, procs)
     pool = train.subset(as_many(train.labels, np.repeat(samples.labels, FLOOR_DRAWS), args.seed))
     rows = {"samples": samples, "train": pool, "real": real}
-    features, black = ({row: in_batches(function, images, procs) for row, images in rows.items()}
-                       for function in (network, black_levels))
+    features, levels = ({row: in_batches(function, images, procs) for row, images in rows.items()}
+                        for function in (network, looks))
+    if vae:  # what the autoencoder leaves of the real films: no sample has more
+        rows["decoded"] = real
+        levels["decoded"] = in_batches(lambda x: looks(vae.decode(vae.encode(x).mean).clamp(-1, 1)), real, procs)
     groups = {}
     for group in ["all", *(class_names[c] for c in np.unique(samples.labels))]:
         keep = {row: np.flatnonzero((images.labels == class_names.index(group)) if group != "all" else images.labels >= 0)
                 for row, images in rows.items()}
-        groups[group] = group_rows(*({row: values[row][keep[row]] for row in rows} for values in (
-            features, black, {row: images.labels for row, images in rows.items()})), args.seed)
+        groups[group] = group_rows(*({row: values[row][keep[row]] for row in values} for values in (
+            features, levels, {row: images.labels for row, images in rows.items()})), args.seed)
     report = {"features": features_name, "split": args.split, "seed": args.seed, **how, "groups": groups}
 
     # --- copies of training films ---

@@ -17,11 +17,17 @@ import sample
 CPU = experiment.Processes(0, 1, torch.device("cpu"), torch.float32, False)
 
 
-def test_black_levels_of_known_images():
+def test_black_of_known_images():
     x = torch.full((2, 1, 10, 20), 0.5)
     x[0, :, :, :5] = -1.0  # a quarter of the first image is black
     x[1, :, 0, :2] = -0.5  # one per cent of the second is dark grey, which is not black
-    np.testing.assert_allclose(evaluate.black_levels(x).numpy(), [[0.25, 0.0], [0.0, 0.25]])
+    np.testing.assert_allclose(evaluate.looks(x)[:, :2].numpy(), [[0.25, 0.0], [0.0, 0.25]])
+
+
+def test_detail_is_what_averaging_takes_away():
+    board = torch.tensor([[0.2, 0.6], [0.6, 0.2]]).repeat(4, 4) * 2 - 1  # +-0.2 around 0.4
+    blocks = board.repeat_interleave(2, 0).repeat_interleave(2, 1)[:8, :8]
+    np.testing.assert_allclose(evaluate.looks(torch.stack([board, blocks])[:, None])[:, 2].numpy(), [0.2, 0], atol=1e-6)
 
 
 def test_vae_features_are_means_on_a_coarse_grid():
@@ -60,18 +66,19 @@ def test_rows_of_a_group_with_a_floor_of_the_same_number():
     g = torch.Generator().manual_seed(0)
     n = {"samples": 40, "train": 300, "real": 200}
     features = {row: torch.randn(count, 3, generator=g) for row, count in n.items()}
-    black = {row: torch.tensor([[0.0, 0.2], [0.5, 0.4]]) for row in n}
+    levels = {row: torch.tensor([[0.0, 0.2, 1.0], [0.5, 0.4, 3.0]]) for row in [*n, "decoded"]}
     labels = {row: np.arange(count) % 2 for row, count in n.items()}
-    rows = evaluate.group_rows(features, black, labels, seed=0)
-    assert list(rows) == ["samples", "train", "spread", "real"]
+    rows = evaluate.group_rows(features, levels, labels, seed=0)
+    assert list(rows) == ["samples", "train", "spread", "real", "decoded"]
     assert [rows[row]["num"] for row in ("samples", "train", "real")] == [40, 40, 200]
     assert rows["real"]["black_share"] == 0.25 and rows["train"]["darkest_percent"] == pytest.approx(0.3)
+    assert rows["decoded"] == {"num": 2, "black_share": 0.25, "darkest_percent": pytest.approx(0.3), "detail": 2.0}
     # All three are the same distribution: the samples lie within what the choice of films alone does.
     assert abs(rows["samples"]["fid"] - rows["train"]["fid"]) < 4 * rows["spread"]["fid"] > 0
     all_films = evaluate.compare(features["train"], features["real"])["fid"]
     assert rows["train"]["fid"] > 1.5 * all_films  # which is why the number matters
     few = {row: features[row][:10] if row == "train" else features[row] for row in n}
-    rows = evaluate.group_rows(few, black, labels | {"train": np.arange(10) % 2}, seed=0)
+    rows = evaluate.group_rows(few, levels, labels | {"train": np.arange(10) % 2}, seed=0)
     assert rows["train"]["num"] == 10 and rows["spread"]["fid"] == pytest.approx(0, abs=1e-9)  # no choice
 
 
@@ -142,6 +149,8 @@ def generators(tmp_path_factory):
             with Image.open(train / name / f"{i:05d}.png") as image:
                 copy = np.asarray(image).astype(float) * 0.9 + rng.normal(8, 2, (64, 64))
             write_png(root / "copies" / name / f"{i}.png", copy.clip(0, 255).astype(np.uint8))
+            with Image.open(fresh / name / f"{i:05d}.png") as image:
+                write_png(root / "blurred" / name / f"{i}.png", np.asarray(image.resize((8, 8)).resize((64, 64))))
             (root / "collapsed" / name).mkdir(parents=True, exist_ok=True)
             shutil.copy(fresh / name / "00000.png", root / "collapsed" / name / f"{i}.png")
 
@@ -174,6 +183,11 @@ def test_noise_is_far_and_not_precise(generators):
     good, noise = (generators(n)["groups"]["all"]["samples"] for n in ("good", "noise"))
     assert noise["fid"] > 5 * good["fid"] and noise["kid"] > 5 * abs(good["kid"]) and noise["precision"] < 0.3
     assert level(generators("noise"), "precision") == "bad"
+
+
+def test_too_little_and_too_much_detail_is_found(generators):
+    assert level(generators("blurred"), "detail") == level(generators("noise"), "detail") == "bad"
+    assert level(generators("good"), "detail") == "ok"
 
 
 def test_copies_of_training_films_are_found(generators):
