@@ -108,10 +108,11 @@ LOOKS = ("black_share", "darkest_percent", "detail")
 
 
 def looks(x):
-    """Of images [N, 1, H, W], even H and W, [N, 3]: share of pixels under 5 % grey, 1st percentile of grey, and detail:
+    """Of images [N, 1, H, W], [N, 3]: share of pixels under 5 % grey, 1st percentile of grey, and detail:
     the root mean square of what averaging 2 x 2 pixels takes away, which blurred images lack; all from 0 to 1."""
     grey = (x + 1) / 2
-    fine = grey - F.interpolate(F.avg_pool2d(grey, 2), scale_factor=2)
+    even = grey[..., :grey.shape[2] // 2 * 2, :grey.shape[3] // 2 * 2]
+    fine = even - F.interpolate(F.avg_pool2d(even, 2), scale_factor=2)
     flat = grey.flatten(1)
     return torch.stack([(flat < 0.05).float().mean(1), flat.kthvalue(max(1, flat.shape[1] // 100), dim=1).values,
                         fine.square().flatten(1).mean(1).sqrt()], 1)

@@ -28,6 +28,7 @@ def test_detail_is_what_averaging_takes_away():
     board = torch.tensor([[0.2, 0.6], [0.6, 0.2]]).repeat(4, 4) * 2 - 1  # +-0.2 around 0.4
     blocks = board.repeat_interleave(2, 0).repeat_interleave(2, 1)[:8, :8]
     np.testing.assert_allclose(evaluate.looks(torch.stack([board, blocks])[:, None])[:, 2].numpy(), [0.2, 0], atol=1e-6)
+    assert evaluate.looks(board[None, None, :7, :7])[0, 2].item() == pytest.approx(0.2)  # odd sides
 
 
 def test_vae_features_are_means_on_a_coarse_grid():
