@@ -291,7 +291,8 @@ def usefulness(sets, num_classes, judge, args, procs):
 def verdicts(report):
     """The few things in a report that a reader should not miss, as metrics.Verdicts."""
     all_rows, copies = report["groups"]["all"], report["memorisation"]
-    rows, floor, detail = all_rows["samples"], all_rows["train"], all_rows["samples"]["detail"] / all_rows["real"]["detail"]
+    rows, floor, real_detail = all_rows["samples"], all_rows["train"], max(all_rows["real"]["detail"], 1e-6)
+    detail = rows["detail"] / real_detail
     found = [
         ("memorisation", copies["share"], copies["interval"][0] > 0.2, copies["interval"][0] > copies["expected"],
          f"Share of samples closer to a training film than held-out films are; by chance {copies['expected']:.2f}.",
@@ -305,7 +306,7 @@ def verdicts(report):
          "Samples leave much out: lower --guidance_scale, then train longer."),
         ("detail", detail, not 0.4 < detail < 2.5, not 0.7 < detail < 1.5,
          "Detail of the samples by that of real films" + (
-             f"; the autoencoder leaves {all_rows['decoded']['detail'] / all_rows['real']['detail']:.2f} of it."
+             f"; the autoencoder leaves {all_rows['decoded']['detail'] / real_detail:.2f} of it."
              if "decoded" in all_rows else "."),
          "Too little: blurred, train the autoencoder longer or with its discriminator. Too much: noise, train longer.")]
     if "auroc" in report:
@@ -380,15 +381,16 @@ def main(argv=None):
     rows = {"samples": samples, "train": pool, "real": real}
     features, levels = ({row: in_batches(function, images, procs) for row, images in rows.items()}
                         for function in (network, looks))
-    if vae:  # what the autoencoder leaves of the real films: no sample has more
+    if vae:  # what the autoencoder leaves of the real films, which is about the most that samples can have
         rows["decoded"] = real
         levels["decoded"] = in_batches(lambda x: looks(vae.decode(vae.encode(x).mean).clamp(-1, 1)), real, procs)
+    classes = {row: images.labels for row, images in rows.items()}
     groups = {}
     for group in ["all", *(class_names[c] for c in np.unique(samples.labels))]:
-        keep = {row: np.flatnonzero((images.labels == class_names.index(group)) if group != "all" else images.labels >= 0)
-                for row, images in rows.items()}
-        groups[group] = group_rows(*({row: values[row][keep[row]] for row in values} for values in (
-            features, levels, {row: images.labels for row, images in rows.items()})), args.seed)
+        keep = {row: slice(None) if group == "all" else np.flatnonzero(of == class_names.index(group))
+                for row, of in classes.items()}
+        groups[group] = group_rows(*({row: values[row][keep[row]] for row in values}
+                                     for values in (features, levels, classes)), args.seed)
     report = {"features": features_name, "split": args.split, "seed": args.seed, **how, "groups": groups}
 
     # --- copies of training films ---

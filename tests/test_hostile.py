@@ -150,17 +150,17 @@ def test_one_command_survives_a_full_disk_at_every_file_it_writes(stages, tmp_pa
 
 
 def test_a_line_of_metrics_that_was_cut_by_a_full_disk_is_written_again(stages, tmp_path, disk, quick):
-    args = [*trainer(stages, "train_ldm.py"), "--batch_per_device=1", "--log_every=1"]  # 16 steps an epoch
-    assert quick(*args, f"--output_root={tmp_path}", "--run_name=whole", "--max_steps=64").code == 0
+    args = [*trainer(stages, "train_ldm.py"), "--batch_per_device=1", "--log_every=1", "--sample_every=4"]  # every 64 steps
+    assert quick(*args, f"--output_root={tmp_path}", "--run_name=whole", "--max_steps=128").code == 0
     parts, metrics = [*args, f"--output_root={disk.folder}", "--run_name=parts"], disk.folder / "parts/metrics.jsonl"
-    assert quick(*parts, "--max_steps=32").code == 0
-    disk.leave(pages(disk.folder / "parts/run_meta.json"))  # 32 more lines do not fit in there
-    line = refused(quick(*parts, "--max_steps=64"), "metrics.jsonl")
+    assert quick(*parts, "--max_steps=64").code == 0
+    disk.leave(pages(disk.folder / "parts/run_meta.json"))  # 64 more lines do not fit in there
+    line = refused(quick(*parts, "--max_steps=128"), "metrics.jsonl")
     assert f"--resume_dir={disk.folder / 'parts'}" in line
     with open(metrics, "a") as f:
         disk.free()
-        f.write('{"step": 60, "ep')  # even if the disk was full between two lines
-    assert quick(*parts, "--max_steps=64").code == 0
+        f.write('{"step": 100, "ep')  # even if the disk was full between two lines
+    assert quick(*parts, "--max_steps=128").code == 0
     assert_same_run(tmp_path / "whole", disk.folder / "parts", "ldm")
 
 
