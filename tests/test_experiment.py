@@ -340,6 +340,9 @@ def test_window_means_leave_skipped_steps_out_and_count_them(alone):
             w.add((torch.tensor(5.0), torch.tensor(6.0)), bad)
         means = w.means()
         assert means.pop("train/bad_steps") == 2.0 and all(math.isnan(v) for v in means.values())
+    other.load(torch.ones(1, 3))  # written by a version that counted no bad steps
+    other.add((torch.tensor(5.0), torch.tensor(6.0)), good)
+    assert other.means()["b"] == 6.0
 
 
 # --- files and checkpoints ---
