@@ -396,8 +396,8 @@ def main(argv=None):
 
     # --- summary ---
     if procs.main and diverged:
-        verdicts = metrics.health(train_metrics | sample_metrics, run.history("train/loss"), stats,
-                                  overfit=args.overfit_k > 0, diverged=True)
+        verdicts = metrics.health(train_metrics, run.history("train/loss"), diverged=True) + [
+            v for v in verdicts if not v.metric.startswith("train/")]  # of the last evaluation
         print(metrics.format_verdicts(verdicts))
     if procs.main and targets and not stopping and not diverged:
         print(metrics.format_overfit(sample_metrics))
