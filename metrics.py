@@ -457,6 +457,16 @@ def format_verdicts(verdicts):
     return "\n".join(lines)
 
 
+def format_training(values):
+    """One line of what a log step measured: {'train/loss': ..., ...}."""
+    names = [n for n in ("loss", "rec", "kl", "grad_norm") if f"train/{n}" in values]
+    text = " ".join(f"{n} {values[f'train/{n}']:.4g}" for n in names)
+    text += f" {values['train/images_per_second']:.1f} images/s"
+    if values["train/bad_steps"]:
+        text += f", {values['train/bad_steps']:.0f} non-finite steps skipped"
+    return text
+
+
 def overfit_verdict(z_samples, z_train, x_samples, x_train, mse_threshold=0.1, psnr_threshold=25.0):
     """Did the model memorise its K training items? Dict of `overfit/*` numbers and the bool `overfit/passed`.
 

@@ -4,407 +4,522 @@
     python train_ldm.py --mode=overfit_16                        # then a few
     torchrun --nproc_per_node=4 train_ldm.py --mode=full_train   # then all
 
-Each mode is a set of defaults (PRESETS); an explicit flag wins. The same command again goes on where it stopped
-if it names the run (--run_name or --resume_dir).
+Each mode is a set of defaults (PRESETS); an explicit flag wins. Typing the command again continues
+the run if it names one (--run_name or --resume_dir).
 """
 import contextlib
 import pathlib
 import re
 import time
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 import data
+import diffusion
 import experiment
 import metrics
 import model
-import sample
-from experiment import BooleanFlag, at_least, fail, int_list, notice
-from find_latent_scale import add_autoencoder_arguments, find_autoencoder, load_autoencoder
+from args import (BooleanFlag, add_autoencoder_arguments, add_data_arguments,
+                  add_precision_arguments, add_training_arguments, at_least, int_list, interval,
+                  make_parser, parse_settings, print_settings)
+from experiment import fail, notice
 
-# --- modes and arguments -----------------------------------------------------------------------------------
+# --- modes and arguments ------------------------------------------------------------------------
 
 PRESETS = {
-    "full_train": dict(batch_per_device=16, epochs=1000, log_every=100, sample_every=10, wandb=True),
-    "overfit_one": dict(batch_per_device=1, epochs=1000, log_every=10, sample_every=5, wandb=False),
-    "overfit_8": dict(batch_per_device=8, epochs=1500, log_every=25, sample_every=10, wandb=True),
-    "overfit_16": dict(batch_per_device=16, epochs=1500, log_every=25, sample_every=10, wandb=True),
-    "overfit_32": dict(batch_per_device=16, epochs=1500, log_every=50, sample_every=10, wandb=True),
+    "full_train": dict(
+        batch_per_device=16, epochs=1000, log_every=100, sample_every=10, wandb=True),
+    "overfit_one": dict(
+        batch_per_device=1, epochs=1000, log_every=10, sample_every=5, wandb=False),
+    "overfit_8": dict(
+        batch_per_device=8, epochs=1500, log_every=25, sample_every=10, wandb=True),
+    "overfit_16": dict(
+        batch_per_device=16, epochs=1500, log_every=25, sample_every=10, wandb=True),
+    "overfit_32": dict(
+        batch_per_device=16, epochs=1500, log_every=50, sample_every=10, wandb=True),
 }
 
 
-def resolve_mode(settings):
-    """(mode, K) from --mode, --overfit_one and --overfit_k, K = 0 for all images. ValueError if they disagree."""
-    mode = settings["mode"]
-    if not re.fullmatch("full_train|overfit_one|overfit_[1-9][0-9]*", mode):
-        raise ValueError(f"unknown --mode={mode}: full_train, overfit_one or overfit_K such as overfit_16")
+def resolve_mode(args):
+    """(mode, K) from --mode, --overfit_one and --overfit_k, K = 0 for all images; ValueError where
+    they disagree."""
+    if not re.fullmatch("full_train|overfit_one|overfit_[1-9][0-9]*", args.mode):
+        raise ValueError(f"unknown --mode={args.mode}: full_train, overfit_one or overfit_K such "
+                         "as overfit_16")
     named = {"full_train": 0, "overfit_one": 1}
-    in_mode = named[mode] if mode in named else int(mode.removeprefix("overfit_"))
-    asked = {k for k in (in_mode, settings["overfit_k"], int(settings["overfit_one"])) if k}
+    in_mode = named[args.mode] if args.mode in named else int(args.mode.removeprefix("overfit_"))
+    asked = {k for k in (in_mode, args.overfit_k, int(args.overfit_one)) if k}
     if len(asked) > 1:
-        raise ValueError(f"--mode={mode}, --overfit_one and --overfit_k ask for different numbers of images: "
-                         f"{', '.join(map(str, sorted(asked)))}")
+        raise ValueError(f"--mode={args.mode}, --overfit_one and --overfit_k ask for different "
+                         f"numbers of images: {', '.join(map(str, sorted(asked)))}")
     k = asked.pop() if asked else 0
     return {0: "full_train", 1: "overfit_one"}.get(k, f"overfit_{k}"), k
 
 
-def preset(settings):
-    """New defaults that follow from the mode. An overfit_K without a row of its own takes that of the nearest size."""
-    mode, k = resolve_mode(settings)
-    row = PRESETS.get(mode) or {**PRESETS["overfit_8" if k < 12 else "overfit_16" if k < 24 else "overfit_32"],
-                                "batch_per_device": min(k, 16)}
+def preset(args):
+    """New defaults that follow from the mode. An overfit_K without a row of its own takes that of
+    the nearest size."""
+    mode, k = resolve_mode(args)
+    nearest = "overfit_8" if k < 12 else "overfit_16" if k < 24 else "overfit_32"
+    row = PRESETS.get(mode) or {**PRESETS[nearest], "batch_per_device": min(k, 16)}
     if k:  # memorising: no class dropout, hence no null class to guide from, and no warm-up
         row = {**row, "prob_uncond": 0.0, "guidance_scale": 1.0, "warmup_steps": 0}
     return row
 
 
-def make_parser():
-    parser = experiment.make_parser(__doc__)
-    experiment.add_training_arguments(parser, lr=3e-5, epochs=1000, batch_per_device=16)
+def build_parser():
+    """Parser of this stage."""
+    parser = make_parser(__doc__)
+    add_data_arguments(parser, img_size=None)
+    add_precision_arguments(parser)
+    add_training_arguments(parser, lr=3e-5, epochs=1000, batch_per_device=16)
     add_autoencoder_arguments(parser)
-    parser.set_defaults(img_size=None)
     add = parser.add_argument_group("mode").add_argument
     add("--mode", default="full_train", help="full_train, overfit_one or overfit_K")
-    add("--latent_scale_factor", type=at_least(1e-6, float), help="none: from latent_scale.json beside the autoencoder")
-    add("--cache_latents", action=BooleanFlag, default=True, help="encode the images once and for all")
+    add("--latent_scale_factor", type=at_least(1e-6, float),
+        help="None: from latent_scale.json beside the autoencoder")
+    add("--cache_latents", action=BooleanFlag, default=True, help="encode the images once for all")
     add = parser.add_argument_group("UNet").add_argument
     add("--ldm_base_ch", type=at_least(1), default=96, help="channels of the first level")
-    add("--ldm_ch_mults", type=int_list, default=(1, 2, 4), help="channels by level; each further one halves the size")
-    add("--ldm_num_res_blocks", type=at_least(1), default=2, help="residual blocks a level")
-    add("--ldm_attn_res", type=int_list, default=(16,), help="latent sizes with attention beside the middle block")
+    add("--ldm_ch_mults", type=int_list, default=(1, 2, 4),
+        help="channels by level; each further level halves the size")
+    add("--ldm_num_res_blocks", type=at_least(1), default=2, help="residual blocks per level")
+    add("--ldm_attn_res", type=int_list, default=(16,),
+        help="latent sizes with attention beside the middle")
     add = parser.add_argument_group("diffusion").add_argument
-    add("--prediction", choices=("eps", "v", "x0", "flow"), default="flow", help="what the UNet puts out")
+    add("--prediction", choices=("eps", "v", "x0", "flow"), default="flow",
+        help="what the UNet puts out")
     add("--noise_schedule", choices=("auto", "linear", "cosine", "flow"), default="auto",
         help="auto: flow for prediction flow, else cosine")
-    add("--zero_terminal_snr", action=BooleanFlag, help="t = 1 is pure noise; none: yes, but for eps")
+    add("--zero_terminal_snr", action=BooleanFlag,
+        help="t = 1 is pure noise; None: yes, except for eps")
     add("--loss_weighting", choices=("uniform", "min_snr"), default="uniform", help="over t")
-    add("--prob_uncond", type=at_least(0, float), default=0.1, help="share of labels replaced by the null class")
+    add("--prob_uncond", type=at_least(0, float, 1), default=0.1,
+        help="fraction of labels replaced by the null class")
     add("--use_ema", action=BooleanFlag, default=True, help="sample from averaged weights")
-    add("--ema_decay", type=at_least(0, float), default=0.999, help="of the averaged weights, after a warm-up")
-    add("--warmup_steps", type=at_least(0), default=500, help="steps over which the learning rate rises")
-    add("--grad_accum", type=at_least(1), default=1, help="micro-batches a step")
+    add("--ema_decay", type=at_least(0, float), default=0.999,
+        help="of the averaged weights, after a warm-up")
+    add("--warmup_steps", type=at_least(0), default=500,
+        help="steps over which the learning rate rises")
+    add("--grad_accum", type=at_least(1), default=1, help="micro-batches per step")
     add = parser.add_argument_group("sampling in training").add_argument
-    add("--sample_batch_size", type=at_least(2), default=8, help="images a class")
-    add("--sampler", choices=sample.SAMPLERS, default="ancestral", help="see sample.py")
-    add("--num_sampling_steps", type=at_least(1), default=500, help="network evaluations an image")
-    add("--guidance_scale", type=at_least(0, float), default=4.0, help="classifier-free guidance; 1: none")
-    add("--guidance_interval", type=experiment.interval, default=(0.3, 0.7), help="LOW,HIGH: guidance for t between them")
+    add("--sample_batch_size", type=at_least(2), default=8, help="images per class")
+    add("--sampler", choices=tuple(diffusion.SAMPLERS), default="ancestral", help="see sample.py")
+    add("--num_sampling_steps", type=at_least(1), default=500,
+        help="network evaluations per image")
+    add("--guidance_scale", type=at_least(0, float), default=4.0,
+        help="classifier-free guidance; 1: none")
+    add("--guidance_interval", type=interval, default=(0.3, 0.7),
+        help="LOW,HIGH: guidance for t between them")
     return parser
 
 
 def parse_args(argv=None):
-    """Settings with mode, overfit_k, noise_schedule and zero_terminal_snr resolved; ends the program on bad ones."""
-    args = experiment.parse_args(make_parser(), argv, preset)
-    args.mode, args.overfit_k = resolve_mode(vars(args))
+    """Settings of this stage, with mode, overfit_k, noise_schedule and zero_terminal_snr resolved;
+    ends the program on bad ones."""
+    args = parse_settings(build_parser(), argv, preset)
+    args.mode, args.overfit_k = resolve_mode(args)
     args.overfit_one = args.overfit_k == 1
     if args.noise_schedule == "auto":
         args.noise_schedule = "flow" if args.prediction == "flow" else "cosine"
     if args.zero_terminal_snr is None:
         args.zero_terminal_snr = args.prediction != "eps"
-    if args.prob_uncond > 1:
-        fail(f"--prob_uncond={args.prob_uncond} is a probability: at most 1")
     if args.guidance_scale != 1 and args.prob_uncond == 0:
         if not args.overfit_k:
-            fail(f"--guidance_scale={args.guidance_scale:g} guides away from the null class, which --prob_uncond=0 "
-                 "never trains: give --guidance_scale=1 or --prob_uncond=0.1")
-        notice(f"--guidance_scale={args.guidance_scale:g} is off: {args.mode} trains no null class to guide from")
+            fail(f"--guidance_scale={args.guidance_scale:g} guides away from the null class, which "
+                 "--prob_uncond=0 never trains: give --guidance_scale=1 or --prob_uncond=0.1")
+        notice(f"--guidance_scale={args.guidance_scale:g} is off: {args.mode} trains no null class "
+               "to guide from")
         args.guidance_scale = 1.0
-    if args.sampler == "euler" and args.noise_schedule != "flow":
-        fail(f"--sampler=euler is for --noise_schedule=flow, not {args.noise_schedule}: use --sampler=ddim")
     return args
 
 
 def read_scale(args, ckpt_path, vae_sha256):
-    """The latent scale factor of the autoencoder. Ends the program if it is missing or of another autoencoder."""
+    """The latent scale factor of the autoencoder. Ends the program, with the command that measures
+    it, where it is missing, damaged or of another autoencoder."""
     path = ckpt_path.parent.parent / "latent_scale.json"
-    command = f"python find_latent_scale.py --ae_ckpt_path={ckpt_path} --task={args.task}" + (
-        f" --data_root={args.data_root}" if args.data_root else "") + (
-        f" --output_root={args.output_root}" if args.output_root != "runs" else "")
+    command = experiment.command_line("find_latent_scale.py", ae_ckpt_path=ckpt_path,
+                                      **experiment.data_flags(args))
+    given = args.latent_scale_factor
     if not path.exists():
-        if args.latent_scale_factor is None:
+        if given is None:
             fail(f"no {path}; make it with: {command}")
-        return args.latent_scale_factor
+        return given
     stored = experiment.read_json(path, "latent scale")
     factor, std = stored.get("latent_scale_factor"), stored.get("std")
-    whole = isinstance(factor, float) and isinstance(std, float) and factor > 0 and abs(factor * std - 1) < 1e-9
+    whole = (isinstance(factor, float) and isinstance(std, float) and factor > 0
+             and abs(factor * std - 1) < 1e-9)
     if stored.get("vae_sha256") != vae_sha256 or not whole:
-        if args.latent_scale_factor is None:
-            fail(f"{path} is damaged or was measured on another state of this autoencoder; measure again with: {command}")
-        return args.latent_scale_factor
-    if args.latent_scale_factor is not None:
-        if abs(args.latent_scale_factor / factor - 1) > 0.01:
-            off = 100 * (args.latent_scale_factor / factor - 1)
-            notice(f"--latent_scale_factor={args.latent_scale_factor} is {off:+.0f} % off the measured "
-                   f"{factor:.6g} in {path}")
-        return args.latent_scale_factor
-    return factor
+        if given is None:
+            fail(f"{path} is damaged or was measured on another state of this autoencoder; measure "
+                 f"again with: {command}")
+        return given
+    if given is None:
+        return factor
+    if abs(given / factor - 1) > 0.01:
+        notice(f"--latent_scale_factor={given} is {100 * (given / factor - 1):+.0f} % off the "
+               f"measured {factor:.6g} in {path}")
+    return given
 
 
-# --- evaluation --------------------------------------------------------------------------------------------
+# --- model and step -----------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def training_reference(latents, args, scale, vae, procs):
-    """What samples are compared with, from up to 64 training images a class: (statistics, overfitting targets).
-
-    statistics: mean, std, min, max of unscaled latents and real_pairwise_mse_mean of normalised ones.
-    targets: for overfit modes (normalised posterior means, their decoded images, mean posterior variance).
-    """
-    labels = latents.images.labels
-    index = np.concatenate([np.flatnonzero(labels == c)[:64] for c in np.unique(labels)])
-    mean, logvar = (torch.cat(p) for p in zip(*(latents.posterior(index[i:i + 64]) for i in range(0, len(index), 64)),
-                                              strict=True))
-    rng = experiment.generator("cpu", args.seed, "reference")
-    z = model.Posterior(mean, logvar).sample(torch.randn(mean.shape, generator=rng).to(mean.device))
-    names = latents.images.class_names
-    stats = {k.split("/")[1]: v for k, v in metrics.latent_stats(z, scale).items()}
-    pairs = metrics.sample_diversity(z * scale, labels[index], names, None)
-    stats["real_pairwise_mse_mean"] = pairs.get("sample_diversity/pairwise_mse_mean")
-    if not args.overfit_k:
-        return stats, None
-    z_train = mean.cpu() * scale
-    return stats, (z_train, sample.decode_latents(vae, z_train, scale, procs), (logvar.exp().mean() * scale**2).item())
+def build_models(args, procs, latent_shape, num_classes):
+    """(Denoiser, EMA or None, AdamW) on the device, from args.seed. ValueError where settings
+    contradict each other."""
+    torch.manual_seed(args.seed)
+    denoiser = experiment.build_denoiser(vars(args), latent_shape, num_classes)
+    denoiser = denoiser.to(procs.device, memory_format=procs.memory_format)
+    ema = model.EMA(denoiser, args.ema_decay) if args.use_ema else None
+    optimizer = torch.optim.AdamW(denoiser.parameters(), args.lr,
+                                  weight_decay=args.weight_decay, fused=True)
+    return denoiser, ema, optimizer
 
 
-def evaluate(denoiser, vae, args, scale, classes, class_names, stats, targets, procs, epoch):
-    """Sample every class: (metrics, images [N, 1, H, W], class index of each), the same on all ranks."""
-    wanted = [(c, i) for c in classes for i in range(args.sample_batch_size)]
-    mine = wanted[procs.rank::procs.world_size]
-    progress = experiment.Progress(procs, f"epoch {epoch}: sampling", len(mine) * args.num_sampling_steps)
-    batches = sample.sample_batches(denoiser, vae, scale, class_names, mine, args, procs, 16, progress)
-    z, x = [torch.zeros(0, *vae.latent_shape)], [torch.zeros(0, 1, args.img_size, args.img_size)]
-    for _, batch_z, batch_x in batches:
-        z.append(batch_z)
-        x.append(batch_x)
-    z, x = (experiment.gather(procs, torch.cat(parts)) for parts in (z, x))
-    labels = [c for c, _ in wanted]
-    values = metrics.latent_stats(z / scale, scale) | metrics.sample_diversity(
-        z, labels, class_names, stats["real_pairwise_mse_mean"])
-    if targets:
-        z_train, x_train, posterior_variance = targets
-        # A perfect copy is a draw from the posterior, so its variance comes on top of the tolerance.
-        values |= metrics.overfit_verdict(z, z_train, x, x_train, mse_threshold=0.1 + posterior_variance)
-    return values, x, labels
+def wrap(denoiser, latent_shape, args, procs):
+    """The loss as the step calls it, compiled and under DDP. The wrappers are only called: weights
+    are read from the plain module, so that no checkpoint knows of them."""
+    mean = torch.zeros(args.batch_per_device, *latent_shape, device=procs.device)
+    y = torch.zeros(len(mean), dtype=torch.long, device=procs.device)
+    rng = experiment.generator(procs.device, "example")
+    example = sample_inputs((mean, mean), y, 1.0, args.prob_uncond, denoiser, rng, procs)
+    loss_fn = torch.compile(denoiser) if procs.compile else denoiser
+    return experiment.wrap_ddp(procs, loss_fn, *example)
 
 
-# --- training ----------------------------------------------------------------------------------------------
-
-
-def draw_inputs(posterior, y, scale, prob_uncond, null_class, rng):
+def sample_inputs(posterior, y, scale, prob_uncond, denoiser, rng, procs):
     """(x0, t, noise, y) of a batch, as Denoiser.forward takes them: all random numbers from rng.
 
-    posterior: (mean, logvar) of unscaled latents, each [B, C, h, w]; y [B]: class indices, of which the share
-    prob_uncond becomes null_class.
+    posterior: (mean, logvar) of unscaled latents, each [B, C, h, w]; y [B]: class indices, of which
+    the fraction prob_uncond becomes the null class.
     """
     mean, logvar = posterior
     posterior_noise, noise = torch.randn(2, *mean.shape, device=mean.device, generator=rng)
     x0 = model.Posterior(mean, logvar).sample(posterior_noise) * scale
-    # Times spread evenly over [0, 1] from one random start have less variance (Kingma et al. 2021, I.1).
+    # Times spread evenly from one random start have less variance (Kingma et al. 2021, I.1).
     t = torch.arange(len(mean), device=mean.device) / len(mean)
     t = (t + torch.rand(1, device=mean.device, generator=rng)) % 1
     dropped = torch.rand(len(mean), device=mean.device, generator=rng) < prob_uncond
-    return x0, t, noise, torch.where(dropped, null_class, y)
+    y = torch.where(dropped, denoiser.unet.null_class, y)
+    return x0.contiguous(memory_format=procs.memory_format), t, noise, y
+
+
+def train_step(denoiser, ema, optimizer, loss_fn, micro_batches, scale, step, args, procs):
+    """One optimiser step on [(posterior, y), ...], as sample_inputs takes them.
+
+    Returns (loss of each image [B], its t [B], gradient norm, 1.0 if the step was skipped else
+    0.0), tensors on the device. bench.py times this function.
+    """
+    # All random numbers come from (seed, step, rank): a run that was stopped draws the same.
+    rng = experiment.generator(procs.device, args.seed, "ldm", step, procs.rank)
+    losses, times = [], []
+    for i, (posterior, y) in enumerate(micro_batches):
+        x0, t, noise, y = sample_inputs(posterior, y, scale, args.prob_uncond, denoiser, rng, procs)
+        last = i == len(micro_batches) - 1
+        # DDP adds the gradients of the ranks up once per step, in the last micro-batch.
+        alone = procs.world_size == 1 or last
+        with contextlib.nullcontext() if alone else loss_fn.no_sync():
+            with procs.autocast():
+                loss = loss_fn(x0, t, noise, y)
+            (loss.mean() / len(micro_batches)).backward()
+        losses.append(loss.detach())
+        times.append(t)
+    grad_norm, bad = experiment.clip_and_step(denoiser, optimizer, args.grad_clip)
+    if ema:
+        ema.update(denoiser, step + 1)
+    return torch.cat(losses), torch.cat(times), grad_norm, bad
+
+
+class LossMeans:
+    """RunningMeans of the loss, its gradient, and the loss by quarter of the noise range."""
+
+    def __init__(self, procs):
+        quarters = [f"{what}_t{q}" for what in ("loss", "count") for q in range(4)]
+        self.means = experiment.RunningMeans(procs, ["train/loss", "train/grad_norm", *quarters])
+
+    def add(self, loss, t, grad_norm, bad):
+        """What train_step returned."""
+        quarter = (t[:, None] * 4).long() == torch.arange(4, device=t.device)  # [B, 4]
+        quarter = quarter.float()
+        self.means.add((loss.mean(), grad_norm, *(loss @ quarter), *quarter.sum(0)), bad)
+
+    def read(self):
+        """Metrics since the last call, by their names in metrics.jsonl. All ranks must call it."""
+        means = self.means.read()
+        values = {k: means[k] for k in ("train/loss", "train/grad_norm", "train/bad_steps")}
+        for q in range(4):
+            if means[f"count_t{q}"] > 0:
+                values[f"train/loss_t{q}"] = means[f"loss_t{q}"] / means[f"count_t{q}"]
+        return values
+
+
+# --- evaluation ---------------------------------------------------------------------------------
+
+
+class Reference(NamedTuple):
+    """What samples are compared with, from up to 64 training images per class."""
+
+    stats: dict  # mean, std, min, max of unscaled latents, real_pairwise_mse_mean of normalised
+    z: torch.Tensor = None  # overfit modes only: the normalised posterior means,
+    x: torch.Tensor = None  # what they decode to,
+    posterior_variance: float = 0.0  # and how far a perfect copy is from them
+
+
+@torch.no_grad()
+def training_reference(latents, args, scale, vae, procs):
+    """Reference of the training set `latents`."""
+    labels = latents.images.labels
+    index = np.concatenate([np.flatnonzero(labels == c)[:64] for c in np.unique(labels)])
+    parts = [latents.posterior(index[i:i + 64]) for i in range(0, len(index), 64)]
+    mean, logvar = (torch.cat(part) for part in zip(*parts, strict=True))
+    rng = experiment.generator("cpu", args.seed, "reference")
+    noise = torch.randn(mean.shape, generator=rng).to(mean.device)
+    z = model.Posterior(mean, logvar).sample(noise)
+    values = metrics.latent_stats(z, scale)
+    stats = {name.split("/")[1]: value for name, value in values.items()}
+    pairs = metrics.sample_diversity(z * scale, labels[index], latents.images.class_names, None)
+    stats["real_pairwise_mse_mean"] = pairs.get("sample_diversity/pairwise_mse_mean")
+    if not args.overfit_k:
+        return Reference(stats)
+    z_train = mean.cpu() * scale
+    x_train = experiment.decode_latents(vae, z_train, scale, procs)
+    return Reference(stats, z_train, x_train, (logvar.exp().mean() * scale**2).item())
+
+
+def evaluate(denoiser, vae, scale, classes, class_names, reference, args, procs, label,
+             leave_if_asked):
+    """Sample every class: (metrics, images [N, 1, S, S], class index of each), alike on all ranks.
+
+    label: of the progress line. leave_if_asked() is called before each network evaluation.
+    """
+    wanted = [(c, i) for c in classes for i in range(args.sample_batch_size)]
+    mine = wanted[procs.rank::procs.world_size]
+    progress = experiment.Progress(procs, label, len(mine) * args.num_sampling_steps)
+
+    def tick(done):
+        leave_if_asked()
+        progress.update(done)
+
+    size = args.img_size
+    z, x = [torch.zeros(0, *vae.latent_shape)], [torch.zeros(0, 1, size, size)]
+    for _, batch_z, batch_x in experiment.sample_batches(
+            denoiser, vae, scale, mine, class_names, args, procs, 16, tick):
+        z.append(batch_z)
+        x.append(batch_x)
+    progress.clear()
+    z = experiment.gather(procs, torch.cat(z))
+    x = experiment.gather(procs, torch.cat(x))
+    labels = [c for c, _ in wanted]
+    real = reference.stats["real_pairwise_mse_mean"]
+    values = metrics.latent_stats(z / scale, scale)
+    values |= metrics.sample_diversity(z, labels, class_names, real)
+    if args.overfit_k:
+        # A perfect copy is a draw from the posterior: its variance comes on top of the tolerance.
+        threshold = 0.1 + reference.posterior_variance
+        values |= metrics.overfit_verdict(z, reference.z, x, reference.x, mse_threshold=threshold)
+    return values, x, labels
+
+
+def save_samples(folder, epoch, x, labels, class_names, args):
+    """One labelled grid per class in folder/samples: {class name: path}."""
+    paths = {}
+    for c in sorted(set(labels)):
+        name = class_names[c]
+        paths[name] = folder / "samples" / f"sample_ep{epoch:04d}_{name}.png"
+        label = f"{name}, epoch {epoch}, guidance {args.guidance_scale:g}"
+        experiment.save_grid(paths[name], [x[torch.tensor(labels) == c]], [label])
+    return paths
+
+
+def check_resumed(checkpoint, folder, args, scale, vae_sha256, class_names):
+    """End the program where the weights of a checkpoint mean nothing with today's settings."""
+    stored = checkpoint["latent_scale_factor"]
+    if checkpoint["vae_sha256"] != vae_sha256 or stored != scale:
+        fail(f"{folder} was trained with another autoencoder or latent scale factor "
+             f"({stored:.6g}, now {scale:.6g}): start a new run")
+    if checkpoint["class_names"] != class_names:
+        fail(f"{folder} was trained on the classes {', '.join(checkpoint['class_names'])}, not on "
+             f"{', '.join(class_names)}: give the --data_root and --task it was started with")
+    for name in ("prediction", "noise_schedule", "zero_terminal_snr"):
+        before, now = checkpoint["args"][name], getattr(args, name)
+        if before != now:
+            fail(f"{folder} was trained with {name}={before}; its weights mean nothing with {now}: "
+                 "start a new run")
+
+
+# --- the program --------------------------------------------------------------------------------
 
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.check:
+        experiment.report_run(args)
+        return
 
     # --- processes, autoencoder, data ---
     procs = experiment.setup_processes(args)
     device = procs.device
-    ae_ckpt_path = find_autoencoder(args)
-    vae, ae_settings, vae_sha256 = load_autoencoder(ae_ckpt_path, args.ae_config_path, procs)
+    ae_path = experiment.find_autoencoder(args)
+    vae, ae_settings, vae_sha256 = experiment.load_autoencoder(ae_path, procs, args.ae_config_path)
     if args.img_size not in (None, ae_settings["img_size"]):
-        fail(f"--img_size={args.img_size}, but the autoencoder {ae_ckpt_path} works at {ae_settings['img_size']}: "
-             "leave it out, or train an autoencoder of that size")
-    args.img_size, args.ae_ckpt_path = ae_settings["img_size"], str(ae_ckpt_path)
-    scale = read_scale(args, ae_ckpt_path, vae_sha256)
+        fail(f"--img_size={args.img_size}, but the autoencoder {ae_path} works at "
+             f"{ae_settings['img_size']}: leave it out, or train an autoencoder of that size")
+    args.img_size, args.ae_ckpt_path = ae_settings["img_size"], str(ae_path)
+    scale = read_scale(args, ae_path, vae_sha256)
     images = data.open_images(args, procs, args.split)
     class_names, latent_shape = images.class_names, vae.latent_shape
     try:
-        torch.manual_seed(args.seed)
-        denoiser = sample.build_denoiser(vars(args), latent_shape, len(class_names))
+        denoiser, ema, optimizer = build_models(args, procs, latent_shape, len(class_names))
     except ValueError as e:
         fail(e)
     sizes = [latent_shape[1] >> level for level in range(len(args.ldm_ch_mults))]
     if not set(args.ldm_attn_res) & set(sizes):
-        notice(f"--ldm_attn_res={','.join(map(str, args.ldm_attn_res))} is none of the feature sizes "
-               f"{','.join(map(str, sizes))}: attention in the middle block only")
+        notice(f"--ldm_attn_res={','.join(map(str, args.ldm_attn_res))} is none of the feature "
+               f"sizes {','.join(map(str, sizes))}: attention in the middle block only")
     if args.overfit_k:
         images = images.subset(data.overfit_indices(images.labels, args.overfit_k))
-    latents = data.LatentSet(images, vae, vae_sha256, pathlib.Path(args.output_root) / "cache", procs,
-                             args.cache_latents)
-    stats, targets = training_reference(latents, args, scale, vae, procs)
+    latents = data.LatentSet(images, vae, vae_sha256, pathlib.Path(args.output_root, "cache"),
+                             procs, args.cache_latents)
+    reference = training_reference(latents, args, scale, vae, procs)
     classes = sorted(set(images.labels.tolist()))
     epoch_len = len(images) * (args.repeat_len if args.overfit_one else 1)
     step_batch = args.batch_per_device * args.grad_accum
-    global_batch = step_batch * procs.world_size
     epoch_steps = experiment.steps_per_epoch(epoch_len, step_batch, procs.world_size)
     total_steps = args.epochs * epoch_steps
-    total_steps = min(total_steps, args.max_steps) if args.max_steps else total_steps
-
-    # --- model and optimiser ---
-    denoiser = denoiser.to(device, memory_format=procs.memory_format)
-    ema = model.EMA(denoiser, args.ema_decay) if args.use_ema else None
-    optimizer = torch.optim.AdamW(denoiser.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
+    if args.max_steps:
+        total_steps = min(total_steps, args.max_steps)
 
     # --- run folder, or the run to go on with ---
     run = experiment.Run(args, procs, "ldm", f"ldm_{args.task.lower()}_{args.mode}", {
         "class_names": class_names, "img_size": args.img_size, "latent_shape": latent_shape,
         "latent_scale_factor": scale, "vae_sha256": vae_sha256})
-    window = experiment.Window(procs, ["train/loss", "train/grad_norm", *(f"loss_t{q}" for q in range(4)),
-                                       *(f"count_t{q}" for q in range(4))])
-    step, bad_steps, train_metrics = 0, torch.zeros((), device=device), {}
+    step, train_metrics = 0, {}
+    bad_in_a_row = torch.zeros((), device=device)
     if checkpoint := run.load():
-        if checkpoint["vae_sha256"] != vae_sha256 or checkpoint["latent_scale_factor"] != scale:
-            fail(f"{run.folder} was trained with another autoencoder or latent scale factor "
-                 f"({checkpoint['latent_scale_factor']:.6g}, now {scale:.6g}): start a new run")
-        if checkpoint["class_names"] != class_names:
-            fail(f"{run.folder} was trained on the classes {', '.join(checkpoint['class_names'])}, not on "
-                 f"{', '.join(class_names)}: give the --data_root and --task it was started with")
-        for name in ("prediction", "noise_schedule", "zero_terminal_snr"):
-            if checkpoint["args"][name] != getattr(args, name):
-                fail(f"{run.folder} was trained with {name}={checkpoint['args'][name]}; its weights mean nothing with "
-                     f"{getattr(args, name)}: start a new run")
+        check_resumed(checkpoint, run.folder, args, scale, vae_sha256, class_names)
         experiment.load_weights(denoiser, checkpoint["model"], run.checkpoint_path)
         if ema:
-            experiment.load_weights(ema.module, checkpoint["ema"] or checkpoint["model"], run.checkpoint_path)
+            averaged = checkpoint["ema"] or checkpoint["model"]
+            experiment.load_weights(ema.module, averaged, run.checkpoint_path)
         optimizer.load_state_dict(checkpoint["optimizer"])
-        window.load(checkpoint["window"])
         step, train_metrics = checkpoint["step"], checkpoint["train_metrics"]
-        bad_steps = checkpoint["bad_steps"].to(device)
+        bad_in_a_row = checkpoint["bad_steps"].to(device)
 
     def state():
         return {"model": denoiser.state_dict(), "ema": ema.module.state_dict() if ema else None,
-                "optimizer": optimizer.state_dict(), "step": step, "bad_steps": bad_steps, "window": window.state(),
-                "train_metrics": train_metrics,
-                "args": vars(args), "class_names": class_names, "trained_classes": classes,
-                "latent_shape": latent_shape, "latent_scale_factor": scale, "vae_sha256": vae_sha256,
-                "ae_ckpt_path": str(ae_ckpt_path.resolve()),
-                "train_stats": stats}
+                "optimizer": optimizer.state_dict(), "step": step, "bad_steps": bad_in_a_row,
+                "train_metrics": train_metrics, "args": vars(args), "class_names": class_names,
+                "trained_classes": classes, "latent_shape": latent_shape,
+                "latent_scale_factor": scale, "vae_sha256": vae_sha256,
+                "ae_ckpt_path": str(ae_path.resolve()), "train_stats": reference.stats}
 
     if procs.main:
-        experiment.print_settings(args, make_parser(), {
-            "run folder": run.folder, "continues at step": step, "autoencoder": ae_ckpt_path,
-            "latent scale factor": f"{scale:.6g}", "latent": "x".join(map(str, latent_shape)), "images": len(images),
-            "classes": ", ".join(class_names[c] for c in classes),
-            "parameters": f"{sum(p.numel() for p in denoiser.parameters()) / 1e6:.1f} M",
-            "steps": f"{total_steps} ({epoch_steps} an epoch)", "global batch": global_batch,
-            "device": f"{device} x {procs.world_size}, {procs.dtype}, compile {'on' if procs.compile else 'off'}"})
+        parameters = sum(p.numel() for p in denoiser.parameters())
+        print_settings(args, build_parser(), {
+            "run folder": run.folder, "continues at step": step, "autoencoder": ae_path,
+            "latent scale factor": f"{scale:.6g}", "latent": "x".join(map(str, latent_shape)),
+            "images": len(images), "classes": ", ".join(class_names[c] for c in classes),
+            "parameters": f"{parameters / 1e6:.1f} M",
+            "steps": f"{total_steps} ({epoch_steps} per epoch)",
+            "global batch": step_batch * procs.world_size,
+            "device": f"{device} x {procs.world_size}, {procs.dtype}, "
+                      f"compile {'on' if procs.compile else 'off'}"})
     run.start(args, checkpoint or state())
 
-    # The compiled and DDP wrappers are only called; weights are read from the plain module.
-    zeros = torch.zeros(args.batch_per_device, *latent_shape, device=device).contiguous(memory_format=procs.memory_format)
-    loss_fn = experiment.data_parallel(procs, torch.compile(denoiser) if procs.compile else denoiser, zeros,
-                                       zeros[:, 0, 0, 0], zeros, zeros[:, 0, 0, 0].long())
+    loss_fn = wrap(denoiser, latent_shape, args, procs)
     labels = torch.from_numpy(images.labels).to(device)
+    means = LossMeans(procs)
     stop = experiment.StopSignal(procs)
     progress = experiment.Progress(procs, "step", total_steps, step)
-    log_time, last_save, log_step, saved_step = time.perf_counter(), time.perf_counter(), step, step
-    sample_metrics, verdicts, diverged, stopping, together = {}, [], False, False, True
+    diverged, sample_metrics, verdicts, status = False, {}, [], ""
+    saved_step, save_time = step, time.perf_counter()
+    log_step, log_time = step, time.perf_counter()
 
-    try:
-        while True:
-            # --- evaluation: after the checkpoint, so that a stop in here loses nothing ---
-            if step and (step == total_steps or step % (args.sample_every * epoch_steps) == 0):
-                if step != saved_step:  # going on with a finished run leaves its checkpoint, and so its hash, as it is
-                    run.save(state())
-                last_save = time.perf_counter()
-                epoch = step // epoch_steps
-                with stop.immediate():
-                    sample_metrics, x, x_labels = evaluate(
-                        ema.module if ema else denoiser, vae, args, scale, classes, class_names, stats, targets, procs,
-                        epoch)
-                    if procs.main:
-                        progress.clear()
-                        paths = {}
-                        for c in classes:
-                            name = class_names[c]
-                            paths[name] = run.folder / "samples" / f"sample_ep{epoch:04d}_{name}.png"
-                            experiment.save_grid(paths[name], [x[torch.tensor(x_labels) == c]],
-                                                 [f"{name}, epoch {epoch}, guidance {args.guidance_scale:g}"])
-                        verdicts = metrics.health(train_metrics | sample_metrics, run.history("train/loss"), stats,
-                                                  overfit=args.overfit_k > 0)
-                        sample_metrics = metrics.sweep_objective(sample_metrics, verdicts)
-                        run.log(step, epoch, sample_metrics)
-                        run.log_images(step, paths)
-                        print(f"epoch {epoch}, step {step}: {', '.join(map(str, paths.values()))}")
-                        print(metrics.format_verdicts(verdicts), flush=True)
-                log_time, log_step = time.perf_counter(), step
-            if step >= total_steps:
+    def leave_if_asked():  # in an evaluation there is nothing to lose
+        if stop.name:
+            run.stop(step, stop.name)
+
+    while True:
+        # --- checkpoint: before an evaluation, so that a stop in there loses nothing ---
+        evaluating = step > 0 and (step == total_steps or
+                                   step % (args.sample_every * epoch_steps) == 0)
+        save_due = time.perf_counter() - save_time > 60 * args.save_minutes
+        stopping, saving = stop.poll(save_due)
+        if (stopping or saving or evaluating) and step != saved_step:
+            run.save(state())
+            saved_step, save_time = step, time.perf_counter()
+        if stopping:
+            break
+
+        # --- evaluation, with the averaged weights ---
+        if evaluating:
+            epoch = step // epoch_steps
+            progress.clear()
+            sample_metrics, x, x_labels = evaluate(
+                ema.module if ema else denoiser, vae, scale, classes, class_names, reference, args,
+                procs, f"epoch {epoch}: sampling", leave_if_asked)
+            if procs.main:
+                paths = save_samples(run.folder, epoch, x, x_labels, class_names, args)
+                verdicts = metrics.health(
+                    train_metrics | sample_metrics, run.history("train/loss"), reference.stats,
+                    overfit=args.overfit_k > 0)
+                sample_metrics = metrics.sweep_objective(sample_metrics, verdicts)
+                run.log(step, epoch, sample_metrics)
+                run.log_images(step, paths)
+                print(f"epoch {epoch}, step {step}: {', '.join(map(str, paths.values()))}")
+                print(metrics.format_verdicts(verdicts), flush=True)
+            log_step, log_time = step, time.perf_counter()
+        if step >= total_steps:
+            break
+
+        # --- one step ---
+        index, epoch = experiment.batch_indices(step, epoch_len, step_batch, args.seed, procs.rank,
+                                                procs.world_size)
+        index = index % len(images)  # overfit_one repeats its image
+        micro_batches = [(latents.posterior(part), labels[torch.from_numpy(part).to(device)])
+                         for part in np.split(index, args.grad_accum)]
+        warmup = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
+        experiment.set_learning_rate(optimizer, args.lr * warmup)
+        loss, t, grad_norm, bad = train_step(denoiser, ema, optimizer, loss_fn, micro_batches,
+                                             scale, step, args, procs)
+        means.add(loss, t, grad_norm, bad)
+        bad_in_a_row = (bad_in_a_row + 1) * bad
+        step += 1
+
+        # --- logging ---
+        if step % args.log_every == 0 or step == total_steps:
+            seconds = time.perf_counter() - log_time
+            images_seen = (step - log_step) * step_batch * procs.world_size
+            train_metrics = means.read() | {"train/learning_rate": args.lr * warmup,
+                                            "train/images_per_second": images_seen / seconds}
+            log_step, log_time = step, time.perf_counter()
+            run.log(step, epoch, train_metrics)
+            status = metrics.format_training(train_metrics)
+            if procs.main:
+                progress.clear()
+                print(f"step {step} epoch {epoch} {status}", flush=True)
+            diverged = bad_in_a_row.item() >= args.max_bad_steps
+            if diverged:
                 break
+        progress.update(step, status)
 
-            # --- one step: all random numbers come from (seed, step, rank), so a resumed run draws the same ---
-            index, epoch = experiment.batch_indices(step, epoch_len, step_batch, args.seed, procs.rank,
-                                                    procs.world_size)
-            index = index % len(images)  # overfit_one repeats its image
-            rng = experiment.generator(device, args.seed, "ldm", step, procs.rank)
-            warmup = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
-            experiment.set_learning_rate(optimizer, args.lr * warmup)
-            losses, times = [], []
-            for micro, part in enumerate(np.split(index, args.grad_accum)):
-                x0, t, noise, y = draw_inputs(latents.posterior(part), labels[torch.from_numpy(part).to(device)], scale,
-                                              args.prob_uncond, denoiser.unet.null_class, rng)
-                last = micro == args.grad_accum - 1
-                with contextlib.nullcontext() if last or procs.world_size == 1 else loss_fn.no_sync():
-                    with procs.autocast():
-                        loss = loss_fn(x0.contiguous(memory_format=procs.memory_format), t, noise, y)
-                    (loss.mean() / args.grad_accum).backward()
-                losses.append(loss.detach())
-                times.append(t)
-            grad_norm, bad = experiment.clip_and_step(denoiser, optimizer, args.grad_clip)
-            if ema:
-                ema.update(denoiser, step + 1)
-            loss = torch.cat(losses)
-            quarter = ((torch.cat(times)[:, None] * 4).long() == torch.arange(4, device=device)).float()  # [B, 4]
-            window.add((loss.mean(), grad_norm, *(loss @ quarter), *quarter.sum(0)), bad)
-            bad_steps = (bad_steps + 1) * bad
-            step += 1
-
-            # --- logging ---
-            if step % args.log_every == 0 or step == total_steps:
-                seconds = time.perf_counter() - log_time
-                means = window.means()
-                train_metrics = {
-                    **{name: means[name] for name in ("train/loss", "train/grad_norm", "train/bad_steps")},
-                    "train/learning_rate": args.lr * warmup,
-                    "train/images_per_second": (step - log_step) * global_batch / seconds,
-                    **{f"train/loss_t{q}": means[f"loss_t{q}"] / means[f"count_t{q}"]
-                       for q in range(4) if means[f"count_t{q}"] > 0}}
-                log_time, log_step = time.perf_counter(), step
-                run.log(step, epoch, train_metrics)
-                if procs.main:
-                    progress.clear()
-                    print(f"step {step} epoch {epoch} loss {means['train/loss']:.4f} "
-                          f"grad_norm {means['train/grad_norm']:.3f} "
-                          f"{train_metrics['train/images_per_second']:.1f} images/s"
-                          f"{experiment.skipped_text(train_metrics)}", flush=True)
-                if bad_steps.item() >= args.max_bad_steps:
-                    diverged = True
-                    break
-            progress.update(step, "loss {train/loss:.4f} {train/images_per_second:.1f} images/s".format(**train_metrics)
-                            if train_metrics else "")
-            stopping, saving = stop.poll(time.perf_counter() - last_save > 60 * args.save_minutes)
-            if stopping or saving:
-                run.save(state())
-                last_save, saved_step = time.perf_counter(), step
-            if stopping:
-                break
-    except experiment.Stopped:  # the checkpoint is on disk; another rank may be in the middle of its evaluation
-        stopping, together = True, False
-
-    # --- summary ---
+    # --- end: the first rank to leave takes the others along, so wait for the checkpoint ---
+    experiment.barrier(procs)
+    if stopping:
+        run.stop(step, stop.name)
     if procs.main and diverged:
         verdicts = metrics.health(train_metrics, run.history("train/loss"), diverged=True) + [
             v for v in verdicts if not v.metric.startswith("train/")]  # of the last evaluation
         print(metrics.format_verdicts(verdicts))
-    if procs.main and targets and not stopping and not diverged:
+    if procs.main and args.overfit_k and not diverged:
         print(metrics.format_overfit(sample_metrics))
-    run.end(step, {**train_metrics, **sample_metrics, "train_stats": stats,
-                   "verdicts": [v._asdict() for v in verdicts]}, stop.name or stopping, diverged, together)
+    run.finish(step, {**train_metrics, **sample_metrics, "train_stats": reference.stats,
+                      "verdicts": [v._asdict() for v in verdicts]}, diverged)
     if procs.main:
-        print(f"next: python sample.py --ckpt={run.checkpoint_path}")
+        print("next: " + experiment.command_line("sample.py", ckpt=run.checkpoint_path))
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@
     python train_vae.py --data_root=DATA --task=TB --z_channels=4
     torchrun --nproc_per_node=4 train_vae.py --data_root=DATA --task=TB
 
-The same command again goes on where it stopped if it names the run (--run_name or --resume_dir).
+Typing the command again continues the run if it names one (--run_name or --resume_dir).
 """
 import time
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,37 +17,115 @@ import data
 import experiment
 import metrics
 import model
-from experiment import at_least, int_list
+from args import (add_data_arguments, add_precision_arguments, add_training_arguments, at_least,
+                  int_list, make_parser, parse_settings, print_settings)
+from experiment import fail
+
+LOSSES = ("train/loss", "train/rec", "train/kl", "train/g_loss", "train/d_loss", "train/grad_norm")
 
 
-def make_parser():
-    parser = experiment.make_parser(__doc__)
-    experiment.add_training_arguments(parser, lr=1e-4, epochs=200, batch_per_device=8)
+# --- arguments ----------------------------------------------------------------------------------
+
+
+def build_parser():
+    """Parser of this stage."""
+    parser = make_parser(__doc__)
+    add_data_arguments(parser)
+    add_precision_arguments(parser)
+    add_training_arguments(parser, lr=1e-4, epochs=200, batch_per_device=8)
     add = parser.add_argument_group("autoencoder").add_argument
     add("--z_channels", type=at_least(1), default=4, help="channels of the latent")
     add("--base_ch", type=at_least(1), default=64, help="channels at full resolution")
-    add("--ch_mults", type=int_list, default=(1, 2, 4, 4), help="channels by level; each further level halves the size")
-    add("--num_res_blocks", type=at_least(1), default=2, help="residual blocks a level")
-    add("--attn_res", type=int_list, default=(), help="sizes with attention beside the middle block")
-    add("--ema_decay", type=at_least(0, float), default=0.999, help="decay of the averaged weights that are used later")
+    add("--ch_mults", type=int_list, default=(1, 2, 4, 4),
+        help="channels by level; each further level halves the size")
+    add("--num_res_blocks", type=at_least(1), default=2, help="residual blocks per level")
+    add("--attn_res", type=int_list, default=(), help="sizes with attention beside the middle")
+    add("--ema_decay", type=at_least(0, float), default=0.999,
+        help="decay of the averaged weights, which the later stages use")
     add = parser.add_argument_group("loss").add_argument
     add("--pixel_weight", type=at_least(0, float), default=1.0, help="of the mean absolute error")
     add("--ssim_weight", type=at_least(0, float), default=0.2, help="of 1 - MS-SSIM")
-    add("--perceptual_weight", type=at_least(0, float), default=0.0, help="of LPIPS (pip install lpips)")
-    add("--kl_weight", type=at_least(0, float), default=1e-6, help="of the KL in nats an image")
-    add("--disc_start", type=at_least(0), default=20000, help="step from which the PatchGAN takes part")
-    add("--disc_weight", type=at_least(0, float), default=0.5, help="of the adversarial term; 0: no discriminator")
+    add("--perceptual_weight", type=at_least(0, float), default=0.0,
+        help="of LPIPS (pip install lpips)")
+    add("--kl_weight", type=at_least(0, float), default=1e-6, help="of the KL in nats per image")
+    add("--disc_start", type=at_least(0), default=20000, help="first step of the PatchGAN")
+    add("--disc_weight", type=at_least(0, float), default=0.5,
+        help="of the adversarial term; 0: no discriminator")
     add("--disc_loss", choices=("hinge", "vanilla"), default="hinge", help="discriminator's loss")
     return parser
 
 
 def parse_args(argv=None):
-    return experiment.parse_args(make_parser(), argv)
+    """Settings of this stage; ends the program on bad ones."""
+    args = parse_settings(build_parser(), argv)
+    if args.disc_weight > 0 and args.img_size < 24:
+        fail(f"--img_size={args.img_size} is too small for the discriminator (24 at least): give "
+             "--disc_weight=0")
+    return args
+
+
+# --- models and losses --------------------------------------------------------------------------
+
+
+class Models(NamedTuple):
+    """What is trained. The compiled and DDP wrappers are only called: weights are read from the
+    plain modules, so that no checkpoint knows of wrappers."""
+
+    vae: model.AutoencoderKL
+    ema: model.EMA
+    disc: model.PatchDiscriminator
+    vae_optimizer: torch.optim.AdamW
+    disc_optimizer: torch.optim.AdamW
+
+
+def build_models(args, procs):
+    """Models on the device, from args.seed. ValueError where settings contradict each other."""
+    torch.manual_seed(args.seed)
+    vae = model.AutoencoderKL(args.img_size, args.z_channels, args.base_ch, args.ch_mults,
+                              args.num_res_blocks, args.attn_res)
+    disc = model.PatchDiscriminator()
+    vae = vae.to(procs.device, memory_format=procs.memory_format)
+    disc = disc.to(procs.device, memory_format=procs.memory_format)
+
+    def adamw(module):
+        betas = (0.5, 0.9)  # of VQGAN and LDM: little momentum, since the adversarial target moves
+        return torch.optim.AdamW(module.parameters(), args.lr, betas,
+                                 weight_decay=args.weight_decay, fused=True)
+    return Models(vae, model.EMA(vae, args.ema_decay), disc, adamw(vae), adamw(disc))
+
+
+def wrap(models, args, procs):
+    """(vae_fn, disc_fn): the networks as the step calls them, compiled and under DDP."""
+    vae, disc = models.vae, models.disc
+    size, batch = args.img_size, args.batch_per_device
+    x = torch.zeros(batch, 1, size, size, device=procs.device)
+    x = x.contiguous(memory_format=procs.memory_format)
+    noise = torch.zeros(batch, *vae.latent_shape, device=procs.device)
+    vae_fn = experiment.wrap_ddp(procs, torch.compile(vae) if procs.compile else vae, x, noise)
+    if args.disc_weight == 0:
+        return vae_fn, disc
+    disc_fn = torch.compile(disc) if procs.compile else disc
+    return vae_fn, experiment.wrap_ddp(procs, disc_fn, torch.cat([x, x]))
+
+
+def load_lpips(device):
+    """Perceptual loss (Zhang et al. 2018) of the optional lpips package, in evaluation mode."""
+    try:
+        import lpips
+    except ImportError:
+        fail("--perceptual_weight needs the lpips package: pip install lpips, or set it to 0")
+    return lpips.LPIPS(net="vgg", verbose=False).to(device).eval().requires_grad_(False)
 
 
 def reconstruction_loss(rec, x, args):
     """Weighted L1 and MS-SSIM loss of images [B, 1, H, W] in [-1, 1]: a scalar."""
-    return args.pixel_weight * (rec - x).abs().mean() + args.ssim_weight * (1 - metrics.ms_ssim(rec, x).mean())
+    l1 = (rec - x).abs().mean()
+    return args.pixel_weight * l1 + args.ssim_weight * (1 - metrics.ms_ssim(rec, x).mean())
+
+
+def generator_loss(kind, logits):
+    """What the autoencoder pays for patches that look made; see discriminator_loss."""
+    return -logits.mean() if kind == "hinge" else F.softplus(-logits).mean()
 
 
 def discriminator_loss(kind, real, fake):
@@ -57,224 +136,243 @@ def discriminator_loss(kind, real, fake):
 
 
 def adaptive_weight(procs, rec_loss, g_loss, last_layer):
-    """How much the adversarial gradient is scaled up to the reconstruction's (Esser et al. 2021, eq. 7).
+    """Scale from the adversarial gradient to that of the reconstruction (Esser et al. 2021, eq. 7).
 
-    The gradients are averaged over the processes first, so that all use the weight of the whole batch.
+    The gradients are averaged over the processes first, so that all use the weight of the whole
+    batch.
     """
     rec_grad = torch.autograd.grad(rec_loss, last_layer, retain_graph=True)[0]
     g_grad = torch.autograd.grad(g_loss, last_layer, retain_graph=True)[0]
-    rec_grad, g_grad = experiment.average(procs, torch.stack([rec_grad, g_grad])).unbind(0)
-    return (rec_grad.norm() / (g_grad.norm() + 1e-4)).clamp(0, 1e4)
+    both = experiment.average(procs, torch.stack([rec_grad, g_grad]))
+    return (both[0].norm() / (both[1].norm() + 1e-4)).clamp(0, 1e4)
+
+
+def train_step(models, vae_fn, disc_fn, perceptual, x, step, args, procs):
+    """One step on images x [B, 1, S, S] of this rank: (the numbers of LOSSES, 1.0 if it was skipped
+    else 0.0), tensors on the device. bench.py times this function."""
+    x = x.to(procs.device, memory_format=procs.memory_format)
+    # Noise from (seed, step, rank), so that a run which was stopped draws the same.
+    rng = experiment.generator(procs.device, args.seed, "vae", step, procs.rank)
+    noise = torch.randn(len(x), *models.vae.latent_shape, device=procs.device, generator=rng)
+    use_disc = args.disc_weight > 0 and step >= args.disc_start
+    g_loss = d_loss = torch.zeros((), device=procs.device)
+
+    # --- autoencoder ---
+    with procs.autocast():
+        rec, posterior = vae_fn(x, noise)
+        rec_loss = reconstruction_loss(rec, x, args)
+        if perceptual is not None:
+            rgb = (image.expand(-1, 3, -1, -1) for image in (rec, x))
+            rec_loss = rec_loss + args.perceptual_weight * perceptual(*rgb).mean()
+        kl = posterior.kl().mean()
+        loss = rec_loss + args.kl_weight * kl
+        if use_disc:
+            models.disc.requires_grad_(False)  # its gradient is not needed here
+            g_loss = generator_loss(args.disc_loss, models.disc(rec))
+            weight = adaptive_weight(procs, rec_loss, g_loss, models.vae.last_layer)
+            loss = loss + args.disc_weight * weight * g_loss
+            models.disc.requires_grad_(True)
+    loss.backward()
+    grad_norm, bad = experiment.clip_and_step(models.vae, models.vae_optimizer, args.grad_clip)
+    models.ema.update(models.vae, step + 1)
+
+    # --- discriminator ---
+    if use_disc:
+        with procs.autocast():
+            real, fake = disc_fn(torch.cat([x, rec.detach()])).chunk(2)
+            d_loss = discriminator_loss(args.disc_loss, real, fake)
+        d_loss.backward()
+        _, disc_bad = experiment.clip_and_step(models.disc, models.disc_optimizer, args.grad_clip)
+        bad = torch.maximum(bad, disc_bad)
+    return (loss, rec_loss, kl, g_loss, d_loss, grad_norm), bad
+
+
+# --- evaluation ---------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def evaluate(vae, images, procs, batch_size):
-    """PSNR, SSIM and L1 of the posterior mean's reconstruction, averaged over all images of all processes."""
+def evaluate(vae, images, procs, batch_size, tick):
+    """PSNR, SSIM and L1 of what the posterior mean decodes to, over all images of all processes.
+
+    tick() is called before each batch.
+    """
     sums = torch.zeros(4, dtype=torch.float64)
     mine = range(procs.rank, len(images), procs.world_size)
     for start in range(0, len(mine), batch_size):
+        tick()
         x = images.images(list(mine[start:start + batch_size])).to(procs.device)
         with procs.autocast():
             rec = vae.decode(vae.encode(x).mean).clamp(-1, 1)
-        values = torch.stack([metrics.psnr(rec, x), metrics.ssim(rec, x), (rec - x).abs().mean((1, 2, 3))])  # [3, B]
+        l1 = (rec - x).abs().mean((1, 2, 3))
+        values = torch.stack([metrics.psnr(rec, x), metrics.ssim(rec, x), l1])  # [3, B]
         sums[:3] += values.double().sum(1).cpu()
         sums[3] += len(x)
     experiment.average(procs, sums)
     return dict(zip(("val/psnr", "val/ssim", "val/l1"), (sums[:3] / sums[3]).tolist(), strict=True))
 
 
+@torch.no_grad()
+def save_reconstructions(path, vae, images, procs, epoch):
+    """Grid of up to eight images above what the autoencoder makes of them."""
+    index = np.linspace(0, len(images) - 1, min(8, len(images))).astype(int)
+    x = images.images(index).to(procs.device)
+    with procs.autocast():
+        rec = vae.decode(vae.encode(x).mean)
+    experiment.save_grid(path, [x, rec], ["input", f"reconstruction, epoch {epoch}"])
+
+
+# --- the program --------------------------------------------------------------------------------
+
+
 def main(argv=None):
     args = parse_args(argv)
+    if args.check:
+        experiment.report_run(args)
+        return
 
-    # --- processes and data ---
+    # --- processes, models, data ---
     procs = experiment.setup_processes(args)
     device = procs.device
     try:
-        torch.manual_seed(args.seed)
-        vae = model.AutoencoderKL(args.img_size, args.z_channels, args.base_ch, args.ch_mults,
-                                  args.num_res_blocks, args.attn_res)
+        models = build_models(args, procs)
     except ValueError as e:
-        experiment.fail(e)
-    if args.disc_weight > 0 and args.img_size < 24:
-        experiment.fail(f"--img_size={args.img_size} is too small for the discriminator (24 at least): give --disc_weight=0")
-    perceptual = None
-    if args.perceptual_weight > 0:
-        try:
-            import lpips
-        except ImportError:
-            experiment.fail("--perceptual_weight needs the lpips package: pip install lpips, or set it to 0")
-        perceptual = lpips.LPIPS(net="vgg", verbose=False).to(device).eval().requires_grad_(False)
+        fail(e)
+    perceptual = load_lpips(device) if args.perceptual_weight > 0 else None
     train_set = data.open_images(args, procs, args.split)
     k = 1 if args.overfit_one else args.overfit_k
+    val_set = None if k else data.open_images(args, procs, "val", optional=True)
     if k:
         train_set = train_set.subset(data.overfit_indices(train_set.labels, k))
-    if args.overfit_one:
+    if args.overfit_one:  # repeated, so that an epoch is more than one step
         train_set = train_set.subset([0] * args.repeat_len)
-    val_set = None if k else data.open_images(args, procs, "val", optional=True)
-    global_batch = args.batch_per_device * procs.world_size
-    epoch_steps = experiment.steps_per_epoch(len(train_set), args.batch_per_device, procs.world_size)
+    batch, world_size = args.batch_per_device, procs.world_size
+    epoch_steps = experiment.steps_per_epoch(len(train_set), batch, world_size)
     total_steps = args.epochs * epoch_steps
-    total_steps = min(total_steps, args.max_steps) if args.max_steps else total_steps
-
-    # --- models and optimisers ---
-    vae = vae.to(device, memory_format=procs.memory_format)
-    ema = model.EMA(vae, args.ema_decay)
-    disc = model.PatchDiscriminator().to(device, memory_format=procs.memory_format)
-    betas = (0.5, 0.9)  # of VQGAN and LDM: little momentum, since the adversarial target moves
-    vae_optimizer = torch.optim.AdamW(vae.parameters(), args.lr, betas, weight_decay=args.weight_decay, fused=True)
-    disc_optimizer = torch.optim.AdamW(disc.parameters(), args.lr, betas, weight_decay=args.weight_decay, fused=True)
+    if args.max_steps:
+        total_steps = min(total_steps, args.max_steps)
 
     # --- run folder, or the run to go on with ---
     run = experiment.Run(args, procs, "vae", f"ae_{args.task.lower()}_z{args.z_channels}", {
-        "class_names": train_set.class_names, "img_size": args.img_size, "latent_shape": vae.latent_shape})
-    window = experiment.Window(procs, ("train/loss", "train/rec", "train/kl", "train/g_loss", "train/d_loss",
-                                       "train/grad_norm"))
-    step, bad_steps, train_metrics = 0, torch.zeros((), device=device), {}
+        "class_names": train_set.class_names, "img_size": args.img_size,
+        "latent_shape": models.vae.latent_shape})
+    step, train_metrics = 0, {}
+    bad_in_a_row = torch.zeros((), device=device)
     if checkpoint := run.load():
-        experiment.load_weights(vae, checkpoint["model"], run.checkpoint_path)
-        experiment.load_weights(ema.module, checkpoint["ema"], run.checkpoint_path)
-        experiment.load_weights(disc, checkpoint["disc"], run.checkpoint_path)
-        vae_optimizer.load_state_dict(checkpoint["vae_optimizer"])
-        disc_optimizer.load_state_dict(checkpoint["disc_optimizer"])
-        experiment.set_learning_rate(vae_optimizer, args.lr)
-        experiment.set_learning_rate(disc_optimizer, args.lr)
-        window.load(checkpoint["window"])
+        experiment.load_weights(models.vae, checkpoint["model"], run.checkpoint_path)
+        experiment.load_weights(models.ema.module, checkpoint["ema"], run.checkpoint_path)
+        experiment.load_weights(models.disc, checkpoint["disc"], run.checkpoint_path)
+        models.vae_optimizer.load_state_dict(checkpoint["vae_optimizer"])
+        models.disc_optimizer.load_state_dict(checkpoint["disc_optimizer"])
+        # The stored learning rate came along; that of the command line wins.
+        experiment.set_learning_rate(models.vae_optimizer, args.lr)
+        experiment.set_learning_rate(models.disc_optimizer, args.lr)
         step, train_metrics = checkpoint["step"], checkpoint["train_metrics"]
-        bad_steps = checkpoint["bad_steps"].to(device)
+        bad_in_a_row = checkpoint["bad_steps"].to(device)
 
     def state():
-        return {"model": vae.state_dict(), "ema": ema.module.state_dict(), "disc": disc.state_dict(),
-                "vae_optimizer": vae_optimizer.state_dict(), "disc_optimizer": disc_optimizer.state_dict(),
-                "step": step, "bad_steps": bad_steps, "window": window.state(),
-                "train_metrics": train_metrics,
-                "args": vars(args), "latent_shape": vae.latent_shape}
+        return {"model": models.vae.state_dict(), "ema": models.ema.module.state_dict(),
+                "disc": models.disc.state_dict(),
+                "vae_optimizer": models.vae_optimizer.state_dict(),
+                "disc_optimizer": models.disc_optimizer.state_dict(),
+                "step": step, "bad_steps": bad_in_a_row, "train_metrics": train_metrics,
+                "args": vars(args), "latent_shape": models.vae.latent_shape}
 
     if procs.main:
-        experiment.print_settings(args, make_parser(), {
+        parameters = sum(p.numel() for p in models.vae.parameters())
+        print_settings(args, build_parser(), {
             "run folder": run.folder, "continues at step": step, "images": len(train_set),
-            "validation images": len(val_set) if val_set else 0, "classes": ", ".join(train_set.class_names),
-            "latent": "x".join(map(str, vae.latent_shape)),
-            "parameters": f"{sum(p.numel() for p in vae.parameters()) / 1e6:.1f} M",
-            "steps": f"{total_steps} ({epoch_steps} an epoch)", "global batch": global_batch,
-            "device": f"{device} x {procs.world_size}, {procs.dtype}, compile {'on' if procs.compile else 'off'}"})
+            "validation images": len(val_set) if val_set else 0,
+            "classes": ", ".join(train_set.class_names),
+            "latent": "x".join(map(str, models.vae.latent_shape)),
+            "parameters": f"{parameters / 1e6:.1f} M",
+            "steps": f"{total_steps} ({epoch_steps} per epoch)",
+            "global batch": batch * world_size,
+            "device": f"{device} x {world_size}, {procs.dtype}, "
+                      f"compile {'on' if procs.compile else 'off'}"})
     run.start(args, checkpoint or state())
 
-    # The compiled and DDP wrappers are only called; weights are read from the plain modules.
-    zeros = torch.zeros(2 * args.batch_per_device, 1, args.img_size, args.img_size, device=device)
-    zeros = zeros.contiguous(memory_format=procs.memory_format)
-    noise = torch.zeros(args.batch_per_device, *vae.latent_shape, device=device)
-    vae_step = experiment.data_parallel(procs, torch.compile(vae) if procs.compile else vae, zeros[::2], noise)
-    disc_step = experiment.data_parallel(procs, torch.compile(disc) if procs.compile else disc, zeros)
+    vae_fn, disc_fn = wrap(models, args, procs)
+    means = experiment.RunningMeans(procs, LOSSES)
     stop = experiment.StopSignal(procs)
     progress = experiment.Progress(procs, "step", total_steps, step)
-    log_time, last_save, log_step, saved_step = time.perf_counter(), time.perf_counter(), step, step
-    val_metrics, diverged, stopping, together = {}, False, False, True
+    diverged, val_metrics, status = False, {}, ""
+    saved_step, save_time = step, time.perf_counter()
+    log_step, log_time = step, time.perf_counter()
 
-    def evaluate_and_save_grid(epoch):
-        source = val_set or train_set
-        shown = source.images(np.linspace(0, len(source) - 1, min(8, len(source))).astype(int)).to(device)
-        with torch.no_grad(), procs.autocast():
-            rec = ema.module.decode(ema.module.encode(shown).mean)
-        values = evaluate(ema.module, val_set, procs, args.batch_per_device) if val_set else {}
-        if procs.main:
-            path = run.folder / "samples" / f"recon_ep{epoch:04d}.png"
-            experiment.save_grid(path, [shown, rec], ["input", f"reconstruction, epoch {epoch}"])
-            progress.clear()
-            numbers = "".join(f"  {k} {v:.4f}" for k, v in values.items())
-            print(f"epoch {epoch}:{numbers}  {path}", flush=True)
-            run.log(step, epoch, values)
-            run.log_images(step, {"recon": path})
-        return values
+    def leave_if_asked():  # in an evaluation there is nothing to lose
+        if stop.name:
+            run.stop(step, stop.name)
 
-    try:
-        while True:
-            # --- evaluation: after the checkpoint, so that a stop in here loses nothing ---
-            if step and (step == total_steps or step % (args.sample_every * epoch_steps) == 0):
-                if step != saved_step:  # going on with a finished run leaves its checkpoint, and so its hash, as it is
-                    run.save(state())
-                last_save = time.perf_counter()
-                with stop.immediate():
-                    val_metrics = evaluate_and_save_grid(step // epoch_steps)
-            if step >= total_steps:
+    while True:
+        # --- checkpoint: before an evaluation, so that a stop in there loses nothing ---
+        evaluating = step > 0 and (step == total_steps or
+                                   step % (args.sample_every * epoch_steps) == 0)
+        save_due = time.perf_counter() - save_time > 60 * args.save_minutes
+        stopping, saving = stop.poll(save_due)
+        if (stopping or saving or evaluating) and step != saved_step:
+            run.save(state())
+            saved_step, save_time = step, time.perf_counter()
+        if stopping:
+            break
+
+        # --- evaluation, with the averaged weights ---
+        if evaluating:
+            epoch = step // epoch_steps
+            if val_set:
+                val_metrics = evaluate(models.ema.module, val_set, procs, batch, leave_if_asked)
+            if procs.main:
+                path = run.folder / "samples" / f"recon_ep{epoch:04d}.png"
+                shown = val_set or train_set
+                save_reconstructions(path, models.ema.module, shown, procs, epoch)
+                run.log(step, epoch, val_metrics)
+                run.log_images(step, {"recon": path})
+                progress.clear()
+                numbers = "".join(f"  {k} {v:.4f}" for k, v in val_metrics.items())
+                print(f"epoch {epoch}:{numbers}  {path}", flush=True)
+            log_step, log_time = step, time.perf_counter()
+        if step >= total_steps:
+            break
+
+        # --- one step ---
+        index, epoch = experiment.batch_indices(step, len(train_set), batch, args.seed, procs.rank,
+                                                world_size)
+        losses, bad = train_step(models, vae_fn, disc_fn, perceptual, train_set.images(index), step,
+                                 args, procs)
+        means.add(losses, bad)
+        bad_in_a_row = (bad_in_a_row + 1) * bad
+        step += 1
+
+        # --- logging ---
+        if step % args.log_every == 0 or step == total_steps:
+            seconds = time.perf_counter() - log_time
+            train_metrics = means.read() | {
+                "train/learning_rate": args.lr,
+                "train/images_per_second": (step - log_step) * batch * world_size / seconds}
+            log_step, log_time = step, time.perf_counter()
+            run.log(step, epoch, train_metrics)
+            status = metrics.format_training(train_metrics)
+            if procs.main:
+                progress.clear()
+                print(f"step {step} epoch {epoch} {status}", flush=True)
+            diverged = bad_in_a_row.item() >= args.max_bad_steps
+            if diverged:
                 break
+        progress.update(step, status)
 
-            # --- one step: noise from (seed, step, rank), so that a resumed run draws the same ---
-            index, epoch = experiment.batch_indices(step, len(train_set), args.batch_per_device, args.seed,
-                                                    procs.rank, procs.world_size)
-            x = train_set.images(index).to(device, memory_format=procs.memory_format)
-            rng = experiment.generator(device, args.seed, "vae", step, procs.rank)
-            noise = torch.randn(len(x), *vae.latent_shape, device=device, generator=rng)
-            use_disc = args.disc_weight > 0 and step >= args.disc_start
-            with procs.autocast():
-                rec, posterior = vae_step(x, noise)
-                rec_loss = reconstruction_loss(rec, x, args)
-                if perceptual:
-                    rec_loss = rec_loss + args.perceptual_weight * perceptual(rec.expand(-1, 3, -1, -1),
-                                                                              x.expand(-1, 3, -1, -1)).mean()
-                kl = posterior.kl().mean()
-                loss = rec_loss + args.kl_weight * kl
-                g_loss = d_loss = torch.zeros((), device=device)
-                if use_disc:
-                    disc.requires_grad_(False)
-                    logits = disc(rec)
-                    g_loss = -logits.mean() if args.disc_loss == "hinge" else F.softplus(-logits).mean()
-                    weight = adaptive_weight(procs, rec_loss, g_loss, vae.last_layer)
-                    loss = loss + args.disc_weight * weight * g_loss
-                    disc.requires_grad_(True)
-            loss.backward()
-            grad_norm, bad = experiment.clip_and_step(vae, vae_optimizer, args.grad_clip)
-            ema.update(vae, step + 1)
-            if use_disc:
-                with procs.autocast():
-                    real, fake = disc_step(torch.cat([x, rec.detach()])).chunk(2)
-                    d_loss = discriminator_loss(args.disc_loss, real, fake)
-                d_loss.backward()
-                _, disc_bad = experiment.clip_and_step(disc, disc_optimizer, args.grad_clip)
-                bad = torch.maximum(bad, disc_bad)
-            bad_steps = (bad_steps + 1) * bad
-            window.add((loss, rec_loss, kl, g_loss, d_loss, grad_norm), bad)
-            step += 1
-
-            # --- logging ---
-            if step % args.log_every == 0 or step == total_steps:
-                seconds = time.perf_counter() - log_time
-                train_metrics = window.means() | {
-                    "train/learning_rate": args.lr,
-                    "train/images_per_second": (step - log_step) * global_batch / seconds}
-                log_time, log_step = time.perf_counter(), step
-                run.log(step, epoch, train_metrics)
-                if procs.main:
-                    progress.clear()
-                    print(f"step {step} epoch {epoch} loss {train_metrics['train/loss']:.4f} "
-                          f"rec {train_metrics['train/rec']:.4f} kl {train_metrics['train/kl']:.0f} "
-                          f"grad_norm {train_metrics['train/grad_norm']:.3f} "
-                          f"{train_metrics['train/images_per_second']:.1f} images/s"
-                          f"{experiment.skipped_text(train_metrics)}", flush=True)
-                if bad_steps.item() >= args.max_bad_steps:
-                    diverged = True
-                    break
-            progress.update(step, "loss {train/loss:.4f} {train/images_per_second:.1f} images/s".format(**train_metrics)
-                            if train_metrics else "")
-            stopping, saving = stop.poll(time.perf_counter() - last_save > 60 * args.save_minutes)
-            if stopping or saving:
-                run.save(state())
-                last_save, saved_step = time.perf_counter(), step
-            if stopping:
-                break
-
-    except experiment.Stopped:  # the checkpoint is on disk; another rank may be in the middle of its evaluation
-        stopping, together = True, False
-
-    # --- summary ---
+    # --- end: the first rank to leave takes the others along, so wait for the checkpoint ---
+    experiment.barrier(procs)
+    if stopping:
+        run.stop(step, stop.name)
     verdicts = []
-    if procs.main and not stopping:
+    if procs.main:
         verdicts = metrics.health(train_metrics, run.history("train/loss"), diverged=diverged)
         print(metrics.format_verdicts(verdicts))
-    run.end(step, {**train_metrics, **val_metrics, "verdicts": [v._asdict() for v in verdicts]},
-            stop.name or stopping, diverged, together)
+    run.finish(step, {**train_metrics, **val_metrics,
+                      "verdicts": [v._asdict() for v in verdicts]}, diverged)
     if procs.main:
-        print(f"next: python find_latent_scale.py --ae_ckpt_path={run.checkpoint_path} --task={args.task}"
-              f" --img_size={args.img_size}" + (f" --data_root={args.data_root}" if args.data_root else ""))
+        print("next: " + experiment.command_line(
+            "find_latent_scale.py", ae_ckpt_path=run.checkpoint_path,
+            **experiment.data_flags(args)))
 
 
 if __name__ == "__main__":

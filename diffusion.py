@@ -1,0 +1,249 @@
+"""The diffusion process in one room: noise schedule, parametrisation and loss, samplers.
+
+Time t runs from 0 (clean) to 1 (noise). x_t = alpha(t) x0 + sigma(t) eps, with x0 a latent of unit
+variance. The network may put out eps, v, x0 or a velocity: only `Denoiser` knows, and samplers see
+x0-hat alone. So a new parametrisation needs no new sampler, and a new sampler is twenty lines.
+"""
+import contextlib
+import math
+
+import torch
+import torch.nn as nn
+
+# --- noise schedule -----------------------------------------------------------------------------
+
+
+class NoiseSchedule:
+    """alpha(t) and sigma(t) on continuous t in [0, 1].
+
+    name: 'linear' (variance preserving, beta from 0.1 to 20; Song et al. 2021, eq. 33), 'cosine'
+    (alpha = cos(pi t / 2), that of Nichol & Dhariwal 2021 without its offset) or 'flow'
+    (alpha = 1 - t, sigma = t; Lipman et al. 2023).
+    zero_terminal_snr: t = 1 is pure noise (Lin et al. 2024, alg. 1 for 'linear'). Otherwise every
+    schedule ends at the alpha(1) that 'linear' has by nature, exp(-5.025) = 0.0066.
+    ValueError for an unknown name.
+    """
+
+    ALPHA_1 = math.exp(-0.25 * (20.0 - 0.1) - 0.5 * 0.1)
+
+    def __init__(self, name, zero_terminal_snr):
+        if name not in ("linear", "cosine", "flow"):
+            raise ValueError(f"unknown noise schedule {name!r}: linear, cosine or flow")
+        self.name = name
+        self.zero_terminal_snr = zero_terminal_snr
+        self.angle = 0.5 * math.pi if zero_terminal_snr else math.acos(self.ALPHA_1)  # of cosine
+
+    def _one_minus_alpha(self, t):
+        # 1 - alpha, not alpha: near t = 0 it is what sigma needs without cancellation.
+        if self.name == "linear":
+            scale = 1 - self.ALPHA_1 if self.zero_terminal_snr else 1.0
+            return -torch.expm1(-0.25 * t**2 * (20.0 - 0.1) - 0.5 * t * 0.1) / scale
+        return t * (1.0 if self.zero_terminal_snr else 1 - self.ALPHA_1)
+
+    def alpha(self, t):
+        """Weight of the image in x_t, for any shape of t."""
+        if self.name == "cosine":  # as a sine, since cos(pi / 2) in floating point is not zero
+            return torch.sin(0.5 * math.pi - self.angle * t)
+        return 1 - self._one_minus_alpha(t)
+
+    def sigma(self, t):
+        """Standard deviation of the noise in x_t, for any shape of t."""
+        if self.name == "cosine":  # not from alpha, whose rounding would leave sigma(1) below 1
+            return torch.sin(self.angle * t)
+        u = self._one_minus_alpha(t)
+        if self.name == "flow":
+            return u
+        return torch.sqrt(u * (2 - u))  # 1 - alpha^2 = (1 - alpha)(1 + alpha)
+
+    def q_sample(self, x0, t, noise):
+        """Draw x_t from q(x_t | x0). x0, noise [B, C, h, w], t [B]."""
+        alpha = self.alpha(t)[:, None, None, None]
+        sigma = self.sigma(t)[:, None, None, None]
+        return alpha * x0 + sigma * noise
+
+
+# --- parametrisation and loss -------------------------------------------------------------------
+
+
+class Denoiser(nn.Module):
+    """A network with its parametrisation: everything outside sees x0-hat only.
+
+    unet: module (x_t [B, C, h, w], t [B], y [B]) -> [B, C, h, w], with a `null_class`.
+    prediction: what its output means: 'eps' (Ho et al. 2020), 'v' = alpha eps - sigma x0 (Salimans
+    & Ho 2022), 'x0', or 'flow' = eps - x0, the velocity of the straight path (Lipman et al. 2023).
+    loss_weighting: 'uniform' = plain MSE on that output; 'min_snr' = min(SNR, 5) on x0 (Hang et al.
+    2023). ValueError for unknown names, and for eps with zero terminal SNR.
+    """
+
+    def __init__(self, unet, schedule, prediction, loss_weighting="uniform"):
+        super().__init__()
+        if prediction not in ("eps", "v", "x0", "flow"):
+            raise ValueError(f"unknown prediction {prediction!r}: eps, v, x0 or flow")
+        if prediction == "eps" and schedule.zero_terminal_snr:
+            raise ValueError("prediction eps says nothing about x0 where the signal is zero: use "
+                             "--no-zero_terminal_snr with eps, or --prediction=v, x0 or flow")
+        if loss_weighting not in ("uniform", "min_snr"):
+            raise ValueError(f"unknown loss weighting {loss_weighting!r}: uniform or min_snr")
+        self.unet = unet
+        self.schedule = schedule
+        self.prediction = prediction
+        self.loss_weighting = loss_weighting
+
+    def _levels(self, t):
+        alpha = self.schedule.alpha(t)[:, None, None, None]
+        sigma = self.schedule.sigma(t)[:, None, None, None]
+        return alpha, sigma
+
+    def x0_coefficients(self, t):
+        """(a, b), each [B, 1, 1, 1], of x0-hat = a x_t + b output."""
+        alpha, sigma = self._levels(t)
+        if self.prediction == "eps":
+            return 1 / alpha, -sigma / alpha
+        if self.prediction == "v":
+            power = alpha**2 + sigma**2  # 1 on variance-preserving schedules
+            return alpha / power, -sigma / power
+        if self.prediction == "flow":
+            return 1 / (alpha + sigma), -sigma / (alpha + sigma)
+        return torch.zeros_like(alpha), torch.ones_like(alpha)
+
+    def target(self, x0, t, noise):
+        """What the network should put out at (x0, t, noise): [B, C, h, w]."""
+        if self.prediction == "eps":
+            return noise
+        if self.prediction == "v":
+            alpha, sigma = self._levels(t)
+            return alpha * noise - sigma * x0
+        return noise - x0 if self.prediction == "flow" else x0
+
+    def denoise(self, xt, t, y, guidance_scale=1.0):
+        """x0-hat [B, C, h, w] of x_t at t [B] for classes y [B].
+
+        guidance_scale w: x0(null) + w (x0(y) - x0(null)), classifier-free guidance (Ho & Salimans
+        2022); 1 is the plain conditional model and costs one network evaluation instead of two.
+        """
+        a, b = self.x0_coefficients(t)
+        if guidance_scale == 1.0:
+            return a * xt + b * self.unet(xt, t, y)
+        null = torch.full_like(y, self.unet.null_class)
+        out = self.unet(torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([y, null]))
+        cond, uncond = out.chunk(2)
+        return a * xt + b * (uncond + guidance_scale * (cond - uncond))
+
+    def forward(self, x0, t, noise, y):
+        """Training loss of each image, float32 [B].
+
+        The loss is `forward`, since that is what torch.compile and DDP wrap.
+        """
+        xt = self.schedule.q_sample(x0, t, noise)
+        error = self.unet(xt, t, y) - self.target(x0, t, noise)
+        loss = error.square().flatten(1).mean(1)
+        if self.loss_weighting == "min_snr":
+            snr = (self.schedule.alpha(t) / self.schedule.sigma(t)) ** 2
+            _, b = self.x0_coefficients(t)
+            loss = loss * snr.clamp(max=5.0) * b.flatten() ** 2  # an x0 error is b output errors
+        return loss
+
+
+# --- samplers -----------------------------------------------------------------------------------
+# Each starts from x = sigma(1) noise at t = 1 and walks `steps` equal steps in t down to 0, where
+# x is x0-hat. denoise(x, t) gives x0-hat at a float t; noise() gives standard normal noise like x.
+
+
+def time_grid(schedule, steps):
+    """[(t, alpha, sigma)] at steps + 1 equal distances from 1 to 0, as Python floats."""
+    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    return list(zip(t.tolist(), alpha.tolist(), sigma.tolist(), strict=True))
+
+
+def ancestral(denoise, schedule, x, steps, noise):
+    """Draws x_s from q(x_s | x_t, x0-hat): DDPM (Ho et al. 2020, eq. 6-7; for any alpha and sigma
+    Kingma et al. 2021, appendix A.4)."""
+    grid = time_grid(schedule, steps)
+    for (t, alpha_t, sigma_t), (_, alpha_s, sigma_s) in zip(grid, grid[1:], strict=False):
+        x0 = denoise(x, t)
+        alpha_ts = alpha_t / alpha_s
+        var_ts = sigma_t**2 - alpha_ts**2 * sigma_s**2
+        mean = (alpha_ts * sigma_s**2 * x + alpha_s * var_ts * x0) / sigma_t**2
+        x = mean + math.sqrt(var_ts) * sigma_s / sigma_t * noise()
+    return x
+
+
+def ddim(denoise, schedule, x, steps, noise):
+    """Deterministic DDIM (Song et al. 2021, eq. 12 with eta = 0); on schedule 'flow' these are the
+    Euler steps of flow matching."""
+    grid = time_grid(schedule, steps)
+    for (t, alpha_t, sigma_t), (_, alpha_s, sigma_s) in zip(grid, grid[1:], strict=False):
+        x0 = denoise(x, t)
+        eps = (x - alpha_t * x0) / sigma_t
+        x = alpha_s * x0 + sigma_s * eps
+    return x
+
+
+def lambda_step(alpha_t, sigma_t, alpha_s, sigma_s):
+    """h = lambda_s - lambda_t, lambda = log(alpha / sigma); infinite if alpha_t or sigma_s is 0."""
+    if alpha_t == 0 or sigma_s == 0:
+        return math.inf
+    return math.log(alpha_s * sigma_t / (alpha_t * sigma_s))
+
+
+def second_order(x0, x0_before, h, h_before):
+    """x0-hat in the middle of the step, on the line through the last two; x0 itself on the first
+    and the last step, with zero terminal SNR on the first two."""
+    if x0_before is None or math.isinf(h):
+        return x0
+    return x0 + h / (2 * h_before) * (x0 - x0_before)
+
+
+def dpmpp(denoise, schedule, x, steps, noise):
+    """DPM-Solver++ 2M (Lu et al. 2022, alg. 2): deterministic."""
+    grid = time_grid(schedule, steps)
+    x0_before = h_before = None
+    for (t, alpha_t, sigma_t), (_, alpha_s, sigma_s) in zip(grid, grid[1:], strict=False):
+        x0 = denoise(x, t)
+        h = lambda_step(alpha_t, sigma_t, alpha_s, sigma_s)
+        direction = second_order(x0, x0_before, h, h_before)
+        x = sigma_s / sigma_t * x - (alpha_t * sigma_s / sigma_t - alpha_s) * direction
+        x0_before, h_before = x0, h
+    return x
+
+
+def dpmpp_sde(denoise, schedule, x, steps, noise):
+    """SDE-DPM-Solver++ 2M (Lu et al. 2022): `ancestral`, of second order."""
+    grid = time_grid(schedule, steps)
+    x0_before = h_before = None
+    for (t, alpha_t, sigma_t), (_, alpha_s, sigma_s) in zip(grid, grid[1:], strict=False):
+        x0 = denoise(x, t)
+        h = lambda_step(alpha_t, sigma_t, alpha_s, sigma_s)
+        direction = second_order(x0, x0_before, h, h_before)
+        kept = math.exp(-2 * h)  # fraction of x_t's noise that is kept; the rest is drawn anew
+        x = sigma_s / sigma_t * math.exp(-h) * x + alpha_s * (1 - kept) * direction
+        x = x + sigma_s * math.sqrt(1 - kept) * noise()
+        x0_before, h_before = x0, h
+    return x
+
+
+SAMPLERS = {"ancestral": ancestral, "ddim": ddim, "dpmpp": dpmpp, "dpmpp_sde": dpmpp_sde}
+
+
+@torch.no_grad()
+def sample(denoiser, y, noise, sampler, steps, guidance_scale, guidance_interval,
+           autocast=contextlib.nullcontext, tick=None):
+    """Normalised latents [B, C, h, w] of classes y [B].
+
+    noise(): standard normal noise [B, C, h, w] on y's device, new at each call. guidance_interval
+    (low, high): guidance is on for t between them only (Kynkaanniemi et al. 2024). autocast():
+    context of each network evaluation; tick(): called before each.
+    """
+    low, high = guidance_interval
+
+    def denoise(x, t):
+        if tick is not None:
+            tick()
+        t_batch = torch.full((len(x),), t, device=x.device)
+        with autocast():
+            return denoiser.denoise(x, t_batch, y, guidance_scale if low <= t <= high else 1.0)
+
+    start = noise()
+    start = start * denoiser.schedule.sigma(torch.ones(1)).item()
+    return SAMPLERS[sampler](denoise, denoiser.schedule, start, steps, noise)
