@@ -160,13 +160,13 @@ class CachedArray(NamedTuple):
 
     def rows(self, indices):
         """Copy of some rows."""
-        return np.asarray(np.load(self.path, mmap_mode="r")[indices])
+        return np.asarray(np.lib.format.open_memmap(self.path, "r")[indices])
 
 
 def _open_cached(path, shape, dtype):
     """CachedArray at `path`, without reading its rows; ValueError and others if it is not whole."""
     stored = json.loads(path.with_suffix(".json").read_text())
-    array = np.load(path, mmap_mode="r")
+    array = np.lib.format.open_memmap(path, mode="r")
     if not array.shape == tuple(stored["shape"]) == shape or array.dtype != dtype:
         raise ValueError(f"holds {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}")
     if array.offset + array.nbytes != path.stat().st_size:
@@ -202,8 +202,7 @@ def cached_array(folder, name, shape, dtype, blocks):
 
     experiment.write_atomic(path, write)
     try:
-        index = {"shape": shape, "dtype": np.dtype(dtype).name, "meta": meta}
-        experiment.write_json(path.with_suffix(".json"), index)
+        experiment.write_json(path.with_suffix(".json"), {"shape": shape, "meta": meta})
     except BaseException:
         path.unlink(missing_ok=True)  # on a full disk it would be in the way
         raise

@@ -1,4 +1,5 @@
 """Shared fixtures: the tiny runs that the stage tests read, and ways to call a stage as its own process."""
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -155,27 +156,44 @@ def read_jsonl(path):
 
 
 @pytest.fixture(scope="session")
-def stages(tmp_path_factory):
-    """Every stage once through the real command line: data, the runs `v` and `l`, their output, samples.
+def stages(tmp_path_factory, worker_id):
+    """Every stage once through the real command line: data, the runs `v` and `l`, samples of `l`.
 
-    Read-only for tests; those that change something take `workspace`.
+    Read-only for tests; those that change something take `workspace`. The workers of one pytest
+    share them: the first makes them while the others wait.
     """
-    root = tmp_path_factory.mktemp("stages")
-    s = SimpleNamespace(root=root, data=root / "phantom", out=root / "runs", vae_config=root / "tiny_vae.py",
-                        ldm_config=root / "tiny_ldm.py", stdout={})
-    s.vae_config.write_text(TINY_VAE)
-    s.ldm_config.write_text(TINY_LDM)
+    base = tmp_path_factory.getbasetemp()
+    root = (base if worker_id == "master" else base.parent) / "stages"
+    root.mkdir(exist_ok=True)
+    s = SimpleNamespace(root=root, data=root / "phantom", out=root / "runs", stdout={})
+    s.vae_config, s.ldm_config = root / "tiny_vae.py", root / "tiny_ldm.py"
     s.vae_ckpt, s.ldm_ckpt = s.out / "v/ckpts/last.pt", s.out / "l/ckpts/last.pt"
     s.common = [f"--data_root={s.data}", f"--output_root={s.out}"]
 
     def stage(name, *argv):
         s.stdout[name] = run(f"{name}.py", *argv)[0]
-    stage("data", f"--out={s.data}", "--num_train=8", "--num_val=3", "--img_size=32")
-    stage("train_vae", *s.common, f"--config={s.vae_config}", "--run_name=v", "--max_steps=100")
-    stage("find_latent_scale", *s.common, f"--ae_ckpt_path={s.vae_ckpt}")
-    stage("train_ldm", *s.common, f"--config={s.ldm_config}", "--run_name=l", "--max_steps=20")
-    stage("sample", f"--ckpt={s.ldm_ckpt}", "--num_samples=3", "--num_sampling_steps=10")
+
+    with open(root / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = root / "stdout.json"
+        if done.exists():
+            s.stdout = json.loads(done.read_text())
+            return s
+        s.vae_config.write_text(TINY_VAE)
+        s.ldm_config.write_text(TINY_LDM)
+        stage("phantom", f"--out={s.data}", "--num_train=8", "--num_val=3", "--img_size=32")
+        stage("train_vae", *s.common, f"--config={s.vae_config}", "--run_name=v", "--max_steps=100")
+        stage("find_latent_scale", *s.common, f"--ae_ckpt_path={s.vae_ckpt}")
+        stage("train_ldm", *s.common, f"--config={s.ldm_config}", "--run_name=l", "--max_steps=20")
+        stage("sample", f"--ckpt={s.ldm_ckpt}", "--num_samples=3", "--num_sampling_steps=10")
+        done.write_text(json.dumps(s.stdout))
     return s
+
+
+@pytest.fixture(scope="session")
+def worker_id(request):
+    """Name of this pytest-xdist worker; "master" without it."""
+    return os.environ.get("PYTEST_XDIST_WORKER", "master")
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ import data
 import experiment
 import find_latent_scale
 import model
-from data import draw_phantom
+import phantom
+from phantom import draw_phantom
 
 ALONE = experiment.Processes(0, 1, torch.device("cpu"), torch.float32, False)
 
@@ -105,7 +106,7 @@ def test_class_filter_keeps_the_class_index(image_tree, tmp_path):
     tb = data.open_images(settings(root, tmp_path, class_filter=1), ALONE, "train")
     assert tb.labels.tolist() == [1, 1] and tb.class_names == ["normal", "tb"] and len(whole) == 5
     assert torch.equal(tb.images([0, 1]), whole.images([3, 4]))
-    assert len(list((tmp_path / "cache").glob("*.bin"))) == 1  # shared
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 1  # shared
     assert "0 = normal, 1 = tb" in message(data.open_images, settings(root, tmp_path, class_filter=2), ALONE, "train")
 
 
@@ -312,20 +313,21 @@ def test_a_changed_file_or_size_is_decoded_again(image_tree, tmp_path):
     assert len(data.open_images(settings(root, tmp_path), ALONE, "train")) == 5
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "index"])
+@pytest.mark.parametrize("damage", ["cut", "longer", "gone", "other shape", "index", "empty"])
 def test_a_damaged_cache_is_noticed_and_built_again(image_tree, tmp_path, capsys, damage):
     root = marker_tree(image_tree)
     first = data.open_images(settings(root, tmp_path), ALONE, "train").images(range(4))
-    cache, = (tmp_path / "cache").glob("*.bin")
+    cache, = (tmp_path / "cache").glob("*.npy")
     index, = (tmp_path / "cache").glob("*.json")
-    content = bytearray(cache.read_bytes())
-    content[700] ^= 4
+    content = cache.read_bytes()
     if damage == "gone":
         cache.unlink()
     elif damage == "index":
         index.write_text(index.read_text()[:50])
+    elif damage == "other shape":
+        np.save(cache, np.zeros((4, 8, 8), np.uint16))
     else:
-        cache.write_bytes(content if damage == "flip" else content[:-100])
+        cache.write_bytes({"cut": content[:-100], "longer": content + b"x", "empty": b""}[damage])
     assert torch.equal(data.open_images(settings(root, tmp_path), ALONE, "train").images(range(4)), first)
     assert "building it again" in capsys.readouterr().out
     data.open_images(settings(root, tmp_path), ALONE, "train")
@@ -333,20 +335,41 @@ def test_a_damaged_cache_is_noticed_and_built_again(image_tree, tmp_path, capsys
 
 
 def test_a_failed_build_leaves_no_cache(tmp_path):
-    def blocks():
+    def blocks(meta):
         yield np.zeros((2, 3), np.uint16)
         raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
-        data.cached_array(tmp_path, "a", blocks)
+        data.cached_array(tmp_path, "a", (4, 3), np.uint16, blocks)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_build_with_too_few_rows_is_no_cache(tmp_path):
+    with pytest.raises(ValueError):
+        data.cached_array(tmp_path, "a", (4, 3), np.uint16, lambda meta: [np.zeros((3, 3))])
+
+
 def test_cache_rows_across_blocks(tmp_path):
-    parts = [np.arange(6, dtype=np.float32).reshape(3, 2), np.arange(6, 10, dtype=np.float32).reshape(2, 2), {"n": 5}]
+    def blocks(meta):
+        meta["n"] = 5
+        yield np.arange(6, dtype=np.float32).reshape(3, 2)
+        yield np.arange(6, 10, dtype=np.float32).reshape(2, 2)
     for _ in range(2):
-        array = data.cached_array(tmp_path, "a", lambda: iter(parts))
+        array = data.cached_array(tmp_path, "a", (5, 2), np.float32, blocks)
         assert array.shape == (5, 2) and array.meta == {"n": 5}
         assert array.rows(np.array([4, 0, 4])).tolist() == [[8, 9], [0, 1], [8, 9]]
+    assert np.load(tmp_path / "a.npy").dtype == np.float32  # a file that numpy opens
+    wider = data.cached_array(tmp_path, "a", (5, 1), np.float32, lambda meta: [np.ones((5, 1))])
+    assert wider.rows([0]).tolist() == [[1]]
+
+
+def test_a_start_reads_no_row_of_a_cache(image_tree, tmp_path, monkeypatch):
+    root = marker_tree(image_tree)
+    data.open_images(settings(root, tmp_path), ALONE, "train")
+    monkeypatch.setattr(data.CachedArray, "rows", None)
+    monkeypatch.setattr(data, "decode", None)
+    cache, = (tmp_path / "cache").glob("*.npy")
+    cache.write_bytes(cache.read_bytes()[:-100] + bytes(100))  # the same shape and size
+    assert len(data.open_images(settings(root, tmp_path), ALONE, "train")) == 4
 
 
 def open_at_once(barrier, root, out):
@@ -364,9 +387,8 @@ def test_two_processes_can_build_the_cache_at_once(image_tree, tmp_path, fork_se
     for process in both:
         process.join(180)
     assert [process.exitcode for process in both] == [0, 0]
-    index, = (tmp_path / "cache").glob("*.json")
-    assert (tmp_path / "cache" / json.loads(index.read_text())["file"]).exists()
-    assert not list((tmp_path / "cache").glob(".*"))
+    names = sorted(p.suffix for p in (tmp_path / "cache").iterdir())
+    assert names == [".json", ".npy"]  # one copy, nothing temporary
 
 
 def test_no_data_root_means_the_phantom_set(tmp_path, capsys):
@@ -441,7 +463,7 @@ def test_moments_match_numpy_far_from_zero():
 
 def test_latent_scale_json_is_what_a_direct_computation_gives(stages):
     stored = json.loads((stages.out / "v/latent_scale.json").read_text())
-    vae, args, sha = find_latent_scale.load_autoencoder(stages.vae_ckpt, None, ALONE)
+    vae, args, sha = experiment.load_autoencoder(stages.vae_ckpt, ALONE)
     paths = sorted(stages.data.glob("TB/train/*/*.png"))
     pixels = np.stack([np.asarray(Image.open(p), dtype=np.float32) for p in paths])
     mean, logvar = (p.double() for p in vae.encode(torch.from_numpy(pixels / 127.5 - 1)[:, None]))
@@ -503,12 +525,12 @@ def test_geometry_does_not_depend_on_the_size():
 
 
 def test_the_written_phantom_set_has_no_image_twice(tmp_path):
-    data.write_phantoms(tmp_path, 3, 2, 32)
+    phantom.write_phantoms(tmp_path, 3, 2, 32)
     paths = sorted(tmp_path.rglob("*.png"))
     assert [str(p.relative_to(tmp_path)) for p in paths] == [
         f"TB/{split}/{name}/0000{i}.png" for split, n in (("train", 3), ("val", 2)) for name in ("normal", "tb")
         for i in range(n)]
     pixels = [p.read_bytes() for p in paths]
     assert len(set(pixels)) == 10
-    data.write_phantoms(tmp_path / "again", 3, 2, 32)
+    phantom.write_phantoms(tmp_path / "again", 3, 2, 32)
     assert [p.read_bytes() for p in sorted((tmp_path / "again").rglob("*.png"))] == pixels

