@@ -1,21 +1,26 @@
-# make demo: all four stages on the phantom set; make test: the tests. Each makes .venv by itself.
+# make demo: all four stages on the phantom set; make test: what must hold, in minutes; make test-all:
+# everything, with kill storms and, where one answers, a Slurm. Each makes .venv by itself.
 PYTHON ?= python3
 PY = .venv/bin/python
 RUNS ?= runs
+WORKERS ?= 2
+AE = $(RUNS)/ae_demo/ckpts/last.pt
+LDM = $(RUNS)/ldm_demo/ckpts/last.pt
 
-.PHONY: demo test test-slow
+.PHONY: demo test test-all
 
 demo: .venv/runtime
 	$(PY) train_vae.py --config=config/demo_vae.py --output_root=$(RUNS) --run_name=ae_demo
-	$(PY) find_latent_scale.py --output_root=$(RUNS) --ae_ckpt_path=$(RUNS)/ae_demo/ckpts/last.pt
-	$(PY) train_ldm.py --config=config/demo_ldm.py --output_root=$(RUNS) --run_name=ldm_demo --ae_ckpt_path=$(RUNS)/ae_demo/ckpts/last.pt
-	$(PY) sample.py --ckpt=$(RUNS)/ldm_demo/ckpts/last.pt --sampler=dpmpp_sde --num_sampling_steps=20 --guidance_scale=2
+	$(PY) find_latent_scale.py --output_root=$(RUNS) --ae_ckpt_path=$(AE)
+	$(PY) train_ldm.py --config=config/demo_ldm.py --output_root=$(RUNS) --run_name=ldm_demo \
+		--ae_ckpt_path=$(AE)
+	$(PY) sample.py --ckpt=$(LDM) --sampler=dpmpp_sde --num_sampling_steps=20 --guidance_scale=2
 
 test: .venv/dev
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest --numprocesses=$(WORKERS) --ignore=tests/robustness -m "not slow"
 
-test-slow: .venv/dev
-	$(PY) -m pytest -m slow
+test-all: .venv/dev
+	$(PY) -m pytest --numprocesses=$(WORKERS)
 
 .venv/runtime: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -179,6 +179,14 @@ def build_models(args, procs, latent_shape, num_classes):
     return denoiser, ema, optimizer
 
 
+def notice_idle_attention(args, latent_size):
+    """Say so where --ldm_attn_res names no feature size, as its default does for small images."""
+    sizes = [latent_size >> level for level in range(len(args.ldm_ch_mults))]
+    if not set(args.ldm_attn_res) & set(sizes):
+        notice(f"--ldm_attn_res={','.join(map(str, args.ldm_attn_res))} is none of the feature "
+               f"sizes {','.join(map(str, sizes))}: attention in the middle block only")
+
+
 def wrap(denoiser, latent_shape, args, procs):
     """The loss as the step calls it, compiled and under DDP. The wrappers are only called: weights
     are read from the plain module, so that no checkpoint knows of them."""
@@ -375,10 +383,7 @@ def main(argv=None):
         denoiser, ema, optimizer = build_models(args, procs, latent_shape, len(class_names))
     except ValueError as e:
         fail(e)
-    sizes = [latent_shape[1] >> level for level in range(len(args.ldm_ch_mults))]
-    if not set(args.ldm_attn_res) & set(sizes):
-        notice(f"--ldm_attn_res={','.join(map(str, args.ldm_attn_res))} is none of the feature "
-               f"sizes {','.join(map(str, sizes))}: attention in the middle block only")
+    notice_idle_attention(args, latent_shape[1])
     if args.overfit_k:
         images = images.subset(data.overfit_indices(images.labels, args.overfit_k))
     latents = data.LatentSet(images, vae, vae_sha256, pathlib.Path(args.output_root, "cache"),
@@ -397,6 +402,7 @@ def main(argv=None):
         "class_names": class_names, "img_size": args.img_size, "latent_shape": latent_shape,
         "latent_scale_factor": scale, "vae_sha256": vae_sha256})
     step, train_metrics = 0, {}
+    # Counted on the device: a look at each step would make the CPU wait for the GPU.
     bad_in_a_row = torch.zeros((), device=device)
     if checkpoint := run.load():
         check_resumed(checkpoint, run.folder, args, scale, vae_sha256, class_names)
@@ -429,6 +435,7 @@ def main(argv=None):
                       f"compile {'on' if procs.compile else 'off'}"})
     run.start(args, checkpoint or state())
 
+    # Only now, with the settings on the screen: compiling takes minutes.
     loss_fn = wrap(denoiser, latent_shape, args, procs)
     labels = torch.from_numpy(images.labels).to(device)
     means = LossMeans(procs)
@@ -447,7 +454,8 @@ def main(argv=None):
         evaluating = step > 0 and (step == total_steps or
                                    step % (args.sample_every * epoch_steps) == 0)
         save_due = time.perf_counter() - save_time > 60 * args.save_minutes
-        stopping, saving = stop.poll(save_due)
+        stopping, saving = stop.poll(save_due)  # all ranks agree here
+        # A finished run that is started again keeps its checkpoint, and so its hash, as it is.
         if (stopping or saving or evaluating) and step != saved_step:
             run.save(state())
             saved_step, save_time = step, time.perf_counter()
@@ -471,7 +479,7 @@ def main(argv=None):
                 run.log_images(step, paths)
                 print(f"epoch {epoch}, step {step}: {', '.join(map(str, paths.values()))}")
                 print(metrics.format_verdicts(verdicts), flush=True)
-            log_step, log_time = step, time.perf_counter()
+            log_step, log_time = step, time.perf_counter()  # images/s are those of training
         if step >= total_steps:
             break
 

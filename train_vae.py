@@ -240,6 +240,7 @@ def main(argv=None):
     perceptual = load_lpips(device) if args.perceptual_weight > 0 else None
     train_set = data.open_images(args, procs, args.split)
     k = 1 if args.overfit_one else args.overfit_k
+    # Memorising is judged by the images that were memorised.
     val_set = None if k else data.open_images(args, procs, "val", optional=True)
     if k:
         train_set = train_set.subset(data.overfit_indices(train_set.labels, k))
@@ -256,6 +257,7 @@ def main(argv=None):
         "class_names": train_set.class_names, "img_size": args.img_size,
         "latent_shape": models.vae.latent_shape})
     step, train_metrics = 0, {}
+    # Counted on the device: a look at each step would make the CPU wait for the GPU.
     bad_in_a_row = torch.zeros((), device=device)
     if checkpoint := run.load():
         experiment.load_weights(models.vae, checkpoint["model"], run.checkpoint_path)
@@ -291,6 +293,7 @@ def main(argv=None):
                       f"compile {'on' if procs.compile else 'off'}"})
     run.start(args, checkpoint or state())
 
+    # Only now, with the settings on the screen: compiling takes minutes.
     vae_fn, disc_fn = wrap(models, args, procs)
     means = experiment.RunningMeans(procs, LOSSES)
     stop = experiment.StopSignal(procs)
@@ -308,7 +311,8 @@ def main(argv=None):
         evaluating = step > 0 and (step == total_steps or
                                    step % (args.sample_every * epoch_steps) == 0)
         save_due = time.perf_counter() - save_time > 60 * args.save_minutes
-        stopping, saving = stop.poll(save_due)
+        stopping, saving = stop.poll(save_due)  # all ranks agree here
+        # A finished run that is started again keeps its checkpoint, and so its hash, as it is.
         if (stopping or saving or evaluating) and step != saved_step:
             run.save(state())
             saved_step, save_time = step, time.perf_counter()
@@ -329,7 +333,7 @@ def main(argv=None):
                 progress.clear()
                 numbers = "".join(f"  {k} {v:.4f}" for k, v in val_metrics.items())
                 print(f"epoch {epoch}:{numbers}  {path}", flush=True)
-            log_step, log_time = step, time.perf_counter()
+            log_step, log_time = step, time.perf_counter()  # images/s are those of training
         if step >= total_steps:
             break
 

@@ -120,6 +120,15 @@ def quick(fork_server, tmp_path_factory):
     return call
 
 
+def error_of(capsys, function, *args, **kwargs):
+    """The last line of the message that a call ends the program with."""
+    with pytest.raises(SystemExit) as e:
+        function(*args, **kwargs)
+    text = e.value.code if isinstance(e.value.code, str) else capsys.readouterr().err.strip()
+    assert e.value.code not in (0, None) and text
+    return text.splitlines()[-1]
+
+
 # --- data and runs -----------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 import math
 
 import pytest
+from conftest import error_of
 
 import evaluate
 import experiment
@@ -9,15 +10,6 @@ import find_latent_scale
 import sample
 import train_ldm
 import train_vae
-
-
-def error_of(capsys, function, *args, **kwargs):
-    """The last line of the message that a call ends the program with."""
-    with pytest.raises(SystemExit) as e:
-        function(*args, **kwargs)
-    text = e.value.code if isinstance(e.value.code, str) else capsys.readouterr().err.strip()
-    assert e.value.code not in (0, None) and text
-    return text.splitlines()[-1]
 
 
 def config(tmp_path, text):

@@ -81,12 +81,23 @@ def test_numbers_of_a_row():
 
 
 def test_peak_is_the_best_of_all_rounds(monkeypatch):
-    seconds = iter([4.0, 4.0, 4.0, 9.0, 4.0, 1.0, 4.0, 9.0, 4.0, 4.0, 4.0, 9.0])
-    monkeypatch.setattr(bench, "peak_candidates", lambda *_: [(None, 8 * 10**9)])
+    seconds = iter([0.4, 0.4, 9.0, 0.4, 0.1, 9.0, 0.4, 0.4, 9.0])
+    monkeypatch.setattr(bench, "peak_candidates", lambda *_: [(None, 8e8)])
     monkeypatch.setattr(bench, "clock", lambda function, device: next(seconds))
-    task = bench.Task("a", torch.float32, images=1, run=None, flops=18 * 10**9)
+    task = bench.Task("a", torch.float32, images=1, run=None, flops=18e9)
     row, = bench.measure("part", [task], repeats=2, device=PROCS.device, warmup=1)
     assert row.peak_gflops == 8.0 and row.seconds == [9.0, 9.0] and row.fraction_of_peak == 0.25
+
+
+def test_peak_does_not_wait_for_emulated_products(monkeypatch):
+    called = []
+
+    def clock(function, device):
+        called.append(function)
+        return 0.5
+    monkeypatch.setattr(bench, "clock", clock)
+    assert bench.update_peak(0.0, [("small", 1e6), ("large", 1e9)], PROCS.device) == 2e6
+    assert called == ["small", "small"]
 
 
 def test_flops_of_the_peak_are_those_that_run():

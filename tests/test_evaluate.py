@@ -1,4 +1,5 @@
-"""evaluate.py: every metric catches the constructed case it is meant for, and the report comes out of the command line."""
+"""evaluate.py: every metric catches the constructed case it is meant for, and the report comes out
+of the command line."""
 import json
 import shutil
 from types import SimpleNamespace
@@ -9,10 +10,11 @@ import torch
 from conftest import write_png
 from PIL import Image
 
-import data
+import args as flags
+import diffusion
 import evaluate
 import experiment
-import sample
+import phantom
 
 CPU = experiment.Processes(0, 1, torch.device("cpu"), torch.float32, False)
 
@@ -27,8 +29,10 @@ def test_black_of_known_images():
 def test_detail_is_what_averaging_takes_away():
     board = torch.tensor([[0.2, 0.6], [0.6, 0.2]]).repeat(4, 4) * 2 - 1  # +-0.2 around 0.4
     blocks = board.repeat_interleave(2, 0).repeat_interleave(2, 1)[:8, :8]
-    np.testing.assert_allclose(evaluate.looks(torch.stack([board, blocks])[:, None])[:, 2].numpy(), [0.2, 0], atol=1e-6)
-    assert evaluate.looks(board[None, None, :7, :7])[0, 2].item() == pytest.approx(0.2)  # odd sides
+    detail = evaluate.looks(torch.stack([board, blocks])[:, None])[:, 2]
+    np.testing.assert_allclose(detail.numpy(), [0.2, 0], atol=1e-6)
+    odd_sides = evaluate.looks(board[None, None, :7, :7])
+    assert odd_sides[0, 2].item() == pytest.approx(0.2)
 
 
 def test_vae_features_are_means_on_a_coarse_grid():
@@ -36,9 +40,9 @@ def test_vae_features_are_means_on_a_coarse_grid():
         def encode(self, x):
             return SimpleNamespace(mean=x.expand(-1, 2, -1, -1))
 
-    x = torch.arange(64.0).view(1, 1, 8, 8).repeat(65, 1, 1, 1)  # 65: one more than the batch inside
+    x = torch.arange(64.0).view(1, 1, 8, 8).repeat(65, 1, 1, 1)
     network, name = evaluate.feature_network("vae", Fake(), None, CPU)
-    features = evaluate.in_batches(network, x, CPU)
+    features = evaluate.apply(network, x.split(64), CPU)
     blocks = np.arange(64.0).reshape(4, 2, 4, 2).mean((1, 3))
     assert features.shape == (65, 32) and "autoencoder" in name
     np.testing.assert_allclose(features[64].view(2, 4, 4).numpy(), np.stack([blocks, blocks]))
@@ -46,41 +50,62 @@ def test_vae_features_are_means_on_a_coarse_grid():
 
 def test_a_copy_is_found_whatever_its_exposure():
     x = torch.rand(5, 1, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    torch.testing.assert_close(evaluate.small_pictures(0.3 * x - 0.2), evaluate.small_pictures(x), rtol=1e-3, atol=1e-3)
+    darker = evaluate.thumbnails(0.3 * x - 0.2)
+    torch.testing.assert_close(darker, evaluate.thumbnails(x), rtol=1e-3, atol=1e-3)
 
 
 def test_a_last_batch_of_one_image_is_a_batch():
     rows = np.arange(65, dtype=np.uint16)[:, None, None].repeat(4, 1).repeat(4, 2)
     samples = evaluate.Samples(rows, np.zeros(65, int))
-    means = evaluate.in_batches(lambda x: x.mean((1, 2, 3)), samples, CPU)
+    parts = list(evaluate.batches(samples))
+    assert [len(part) for part in parts] == [64, 1]
+    means = evaluate.apply(lambda x: x.mean((1, 2, 3)), parts, CPU)
     np.testing.assert_allclose((means.numpy() + 1) * 32767.5, np.arange(65), atol=0.01)
 
 
-def test_the_floor_has_as_many_films_of_each_class_as_there_are_samples():
-    labels, like = np.repeat([0, 1, 2], [50, 3, 20]), np.array([1, 0, 1, 0, 1, 1, 1])  # no samples of class 2
+def test_the_baseline_has_as_many_images_of_each_class_as_there_are_samples():
+    labels = np.repeat([0, 1, 2], [50, 3, 20])
+    like = np.array([1, 0, 1, 0, 1, 1, 1])  # no samples of class 2
     chosen = evaluate.as_many(labels, like, seed=0)
-    assert np.bincount(labels[chosen]).tolist() == [2, 3] and len(set(chosen)) == 5  # all three there are of class 1
-    assert chosen.tolist() == evaluate.as_many(labels, like, seed=0).tolist() != evaluate.as_many(labels, like, seed=1).tolist()
+    assert np.bincount(labels[chosen]).tolist() == [2, 3]  # all three there are of class 1
+    assert len(set(chosen)) == 5
+    assert chosen.tolist() == evaluate.as_many(labels, like, seed=0).tolist()
+    assert chosen.tolist() != evaluate.as_many(labels, like, seed=1).tolist()
 
 
-def test_rows_of_a_group_with_a_floor_of_the_same_number():
+def test_rows_of_a_group_with_a_baseline_of_the_same_number():
     g = torch.Generator().manual_seed(0)
-    n = {"samples": 40, "train": 300, "real": 200}
-    features = {row: torch.randn(count, 3, generator=g) for row, count in n.items()}
-    levels = {row: torch.tensor([[0.0, 0.2, 1.0], [0.5, 0.4, 3.0]]) for row in [*n, "decoded"]}
-    labels = {row: np.arange(count) % 2 for row, count in n.items()}
-    rows = evaluate.group_rows(features, levels, labels, seed=0)
-    assert list(rows) == ["samples", "train", "spread", "real", "decoded"]
-    assert [rows[row]["num"] for row in ("samples", "train", "real")] == [40, 40, 200]
-    assert rows["real"]["black_share"] == 0.25 and rows["train"]["darkest_percent"] == pytest.approx(0.3)
-    assert rows["decoded"] == {"num": 2, "black_share": 0.25, "darkest_percent": pytest.approx(0.3), "detail": 2.0}
-    # All three are the same distribution: the samples lie within what the choice of films alone does.
-    assert abs(rows["samples"]["fid"] - rows["train"]["fid"]) < 4 * rows["spread"]["fid"] > 0
-    all_films = evaluate.compare(features["train"], features["real"])["fid"]
-    assert rows["train"]["fid"] > 1.5 * all_films  # which is why the number matters
-    few = {row: features[row][:10] if row == "train" else features[row] for row in n}
-    rows = evaluate.group_rows(few, levels, labels | {"train": np.arange(10) % 2}, seed=0)
-    assert rows["train"]["num"] == 10 and rows["spread"]["fid"] == pytest.approx(0, abs=1e-9)  # no choice
+
+    def group(count):
+        looks = torch.tensor([[0.0, 0.2, 1.0], [0.5, 0.4, 3.0]]).repeat(count // 2, 1)
+        features = torch.randn(count, 3, generator=g)
+        return evaluate.FeatureGroup(np.arange(count) % 2, features, looks)
+
+    samples, train, held_out = group(40), group(300), group(200)
+    rows = evaluate.group_rows(samples, train, held_out, seed=0)
+    assert list(rows) == ["samples", "baseline", "baseline_std", "held_out"]
+    assert [rows[row]["num"] for row in ("samples", "baseline", "held_out")] == [40, 40, 200]
+    assert rows["held_out"] == {"num": 200, "black_fraction": 0.25,
+                                "percentile_1": pytest.approx(0.3), "detail": 2.0}
+    assert rows["baseline"]["percentile_1"] == pytest.approx(0.3)
+    # All are of one distribution: the samples lie within what the choice of images alone does.
+    gap = abs(rows["samples"]["fid"] - rows["baseline"]["fid"])
+    assert gap < 4 * rows["baseline_std"]["fid"] > 0
+    all_images = evaluate.distances(train.features, held_out.features)["fid"]
+    assert rows["baseline"]["fid"] > 1.5 * all_images  # which is why the number matters
+    few = evaluate.FeatureGroup(*(part[:10] for part in train))
+    rows = evaluate.group_rows(samples, few, held_out, seed=0)
+    assert rows["baseline"]["num"] == 10
+    assert rows["baseline_std"]["fid"] == pytest.approx(0, abs=1e-9)  # there is no choice
+
+
+def test_a_part_of_a_feature_group_keeps_what_belongs_together():
+    group = evaluate.FeatureGroup(np.array([0, 2, 1, 2]), torch.arange(8.0).view(4, 2),
+                                  torch.arange(12.0).view(4, 3))
+    part = group.of_classes([2])
+    assert part.labels.tolist() == [2, 2]
+    assert part.features.tolist() == [[2, 3], [6, 7]] and part.looks[:, 0].tolist() == [3, 9]
+    assert len(group.of_classes(range(3)).labels) == 4
 
 
 def test_augmentation_never_flips():
@@ -102,12 +127,12 @@ def test_a_torchscript_network_gets_three_channels_of_0_to_255(tmp_path):
     path = tmp_path / "net.pt"
     torch.jit.script(Inception()).save(path)
     network, name = evaluate.feature_network(str(path), None, None, CPU)
-    features = evaluate.in_batches(network, torch.stack([torch.full((1, 8, 8), v) for v in (-1.0, 1.0)]), CPU)
-    np.testing.assert_allclose(features.numpy(), [[0] * 3, [255] * 3])
+    x = torch.stack([torch.full((1, 8, 8), v) for v in (-1.0, 1.0)])
+    np.testing.assert_allclose(evaluate.apply(network, [x], CPU).numpy(), [[0] * 3, [255] * 3])
     assert name == "TorchScript net.pt"
 
 
-@pytest.mark.parametrize("name", ["inception", "net.pt", "classifier"])  # the last: of data with one class
+@pytest.mark.parametrize("name", ["inception", "net.pt", "classifier"])  # last: data of one class
 def test_a_network_that_is_none_is_one_line(tmp_path, name, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "net.pt").write_bytes(b"no network")
@@ -124,10 +149,18 @@ def test_names_of_samples(tmp_path):
             (tmp_path / name).write_text("")
     samples = evaluate.read_samples(tmp_path, ["normal", "tb"], None)
     assert samples.labels.tolist() == [0, 1, 1] and len(samples) == 3
-    assert samples.images([0, 2]).shape == (2, 1, 16, 16) and (samples.images([0, 1, 2]) == -1).all()
+    assert samples.images([0, 2]).shape == (2, 1, 16, 16)
+    assert (samples.images([0, 1, 2]) == -1).all()
     for wrong in (tmp_path / "tb", tmp_path / "none"):
         with pytest.raises(SystemExit):
             evaluate.read_samples(wrong, ["normal", "tb"], None)
+
+
+def test_a_class_name_that_begins_another_takes_none_of_its_samples(tmp_path):
+    for name in ("tb_0.png", "tb_old_0.png", "tb_old_1.png"):
+        write_png(tmp_path / name, np.zeros((16, 16), np.uint8))
+    samples = evaluate.read_samples(tmp_path, ["tb", "tb_old"], None)
+    assert samples.labels.tolist() == [0, 1, 1]
 
 
 # --- constructed generators: each must be caught by the metric that is meant for it ---
@@ -135,31 +168,35 @@ def test_names_of_samples(tmp_path):
 
 @pytest.fixture(scope="module")
 def generators(tmp_path_factory):
-    """Folders of phantom 'samples' beside a real data set, and the report of each through the command line."""
+    """Folders of phantom 'samples' beside a real data set, and the report of each through the
+    command line."""
     root = tmp_path_factory.mktemp("generators")
-    data.write_phantoms(root / "data", 64, 24, 64)
-    data.write_phantoms(root / "fresh", 24, 0, 64, seed=1)
+    phantom.write_phantoms(root / "data", 64, 24, 64)
+    phantom.write_phantoms(root / "fresh", 24, 0, 64, seed=1)
     fresh, train = root / "fresh/TB/train", root / "data/TB/train"
     rng = np.random.default_rng(0)
     for name in ("normal", "tb"):
         other = {"normal": "tb", "tb": "normal"}[name]
         shutil.copytree(fresh / name, root / "good" / name)
         shutil.copytree(fresh / other, root / "swapped" / name)
+        (root / "collapsed" / name).mkdir(parents=True)
         for i in range(24):
-            write_png(root / "noise" / name / f"{i}.png", rng.integers(0, 256, (64, 64), dtype=np.uint8))
+            noise = rng.integers(0, 256, (64, 64), dtype=np.uint8)
+            write_png(root / "noise" / name / f"{i}.png", noise)
             with Image.open(train / name / f"{i:05d}.png") as image:
                 copy = np.asarray(image).astype(float) * 0.9 + rng.normal(8, 2, (64, 64))
             write_png(root / "copies" / name / f"{i}.png", copy.clip(0, 255).astype(np.uint8))
             with Image.open(fresh / name / f"{i:05d}.png") as image:
-                write_png(root / "blurred" / name / f"{i}.png", np.asarray(image.resize((8, 8)).resize((64, 64))))
-            (root / "collapsed" / name).mkdir(parents=True, exist_ok=True)
+                blurred = np.asarray(image.resize((8, 8)).resize((64, 64)))
+            write_png(root / "blurred" / name / f"{i}.png", blurred)
             shutil.copy(fresh / name / "00000.png", root / "collapsed" / name / f"{i}.png")
 
     def report(name):
         out = root / "out" / name
         if not out.exists():
-            evaluate.main([f"--samples_dir={root / name}", f"--data_root={root / 'data'}", f"--out_dir={out}",
-                           f"--output_root={root / 'runs'}", "--classifier_steps=300"])
+            evaluate.main([f"--samples_dir={root / name}", f"--data_root={root / 'data'}",
+                           f"--out_dir={out}", f"--output_root={root / 'runs'}",
+                           "--classifier_steps=300"])
         return json.loads((out / "evaluation.json").read_text())
     return report
 
@@ -168,98 +205,148 @@ def level(report, metric):
     return next(v["level"] for v in report["verdicts"] if v["metric"] == metric)
 
 
-def test_real_films_of_other_patients_pass(generators):
+def test_real_images_of_other_patients_pass(generators):
     report = generators("good")
     rows = report["groups"]["all"]
     assert {v["level"] for v in report["verdicts"]} == {"ok"}, report["verdicts"]
-    assert abs(rows["samples"]["kid"]) < 0.2 and rows["samples"]["fid"] < 3 * rows["train"]["fid"]
-    assert report["auroc"]["real films, tested on samples"][0] > 0.8
-    value, low, high = report["auroc"]["samples, tested on held-out films"]
+    assert abs(rows["samples"]["kid"]) < 0.2
+    assert rows["samples"]["fid"] < 3 * rows["baseline"]["fid"]
+    assert report["auroc"]["real images, tested on samples"][0] > 0.8
+    value, low, high = report["auroc"]["samples, tested on held-out images"]
     assert value > 0.7 and low <= value <= high
     low, high = report["memorisation"]["interval"]
-    assert low <= report["memorisation"]["share"] <= high
+    assert low <= report["memorisation"]["fraction"] <= high
 
 
 def test_noise_is_far_and_not_precise(generators):
     good, noise = (generators(n)["groups"]["all"]["samples"] for n in ("good", "noise"))
-    assert noise["fid"] > 5 * good["fid"] and noise["kid"] > 5 * abs(good["kid"]) and noise["precision"] < 0.3
+    assert noise["fid"] > 5 * good["fid"] and noise["kid"] > 5 * abs(good["kid"])
+    assert noise["precision"] < 0.3
     assert level(generators("noise"), "precision") == "bad"
 
 
 def test_too_little_and_too_much_detail_is_found(generators):
-    assert level(generators("blurred"), "detail") == level(generators("noise"), "detail") == "bad"
+    assert level(generators("blurred"), "detail") == "bad"
+    assert level(generators("noise"), "detail") == "bad"
     assert level(generators("good"), "detail") == "ok"
 
 
-def test_copies_of_training_films_are_found(generators):
+def test_copies_of_training_images_are_found(generators):
     report = generators("copies")
-    assert report["memorisation"]["share"] > 0.9 and level(report, "memorisation") == "bad"
+    assert report["memorisation"]["fraction"] > 0.9 and level(report, "memorisation") == "bad"
     assert report["groups"]["all"]["samples"]["recall"] > 0.5  # nothing else gives them away
 
 
 def test_one_image_repeated_covers_nothing(generators):
     report = generators("collapsed")
-    assert report["groups"]["all"]["samples"]["recall"] < 0.1 and level(report, "recall") == "bad"
-    assert report["groups"]["all"]["samples"]["coverage"] < 0.5 * generators("good")["groups"]["all"]["samples"]["coverage"]
+    good, collapsed = (r["groups"]["all"]["samples"] for r in (generators("good"), report))
+    assert collapsed["recall"] < 0.1 and level(report, "recall") == "bad"
+    assert collapsed["coverage"] < 0.5 * good["coverage"]
 
 
 def test_swapped_labels_are_found(generators):
-    report = generators("swapped")
-    assert report["auroc"]["real films, tested on samples"][2] < 0.5 and level(report, "class fidelity") == "bad"
-    assert report["auroc"]["samples, tested on held-out films"][0] < 0.4
-    overall = generators("good")["groups"]["all"]["samples"]
-    assert report["groups"]["all"]["samples"]["kid"] == pytest.approx(overall["kid"])  # the whole is the same
-    assert report["groups"]["normal"]["samples"]["kid"] > generators("good")["groups"]["normal"]["samples"]["kid"] + 0.05
+    report, good = generators("swapped"), generators("good")
+    assert report["auroc"]["real images, tested on samples"][2] < 0.5
+    assert level(report, "class fidelity") == "bad"
+    assert report["auroc"]["samples, tested on held-out images"][0] < 0.4
+    kid, good_kid = ({name: rows["samples"]["kid"] for name, rows in r["groups"].items()}
+                     for r in (report, good))
+    assert kid["all"] == pytest.approx(good_kid["all"])  # the whole is the same
+    assert kid["normal"] > good_kid["normal"] + 0.05
 
 
 # --- the command line ---
 
 
 def test_report_of_a_model(workspace, quick):
-    argv = ["evaluate.py", *workspace.common, f"--ckpt={workspace.ldm_ckpt}", "--num_samples=4", "--num_sampling_steps=5",
-            "--sampler=ddim", "--classifier_steps=20"]
+    argv = ["evaluate.py", *workspace.common, f"--ckpt={workspace.ldm_ckpt}", "--num_samples=4",
+            "--num_sampling_steps=5", "--sampler=ddim", "--classifier_steps=20"]
     result = quick(*argv)
     assert result.code == 0, result.err
     report = json.loads((workspace.out / "l/evaluation.json").read_text())
-    assert report["sampler"] == "ddim" and report["step"] == 20 and "classifier" in report["features"]
+    assert report["sampler"] == "ddim" and report["step"] == 20
+    assert "classifier" in report["features"]
     for name in ("all", "normal", "tb"):
         rows = report["groups"][name]
-        assert rows["real"]["num"] == (6 if name == "all" else 3)
-        assert rows["samples"]["num"] == rows["train"]["num"] == (8 if name == "all" else 4)
+        assert list(rows) == ["samples", "baseline", "baseline_std", "held_out", "decoded"]
+        assert rows["held_out"]["num"] == rows["decoded"]["num"] == (6 if name == "all" else 3)
+        assert rows["samples"]["num"] == rows["baseline"]["num"] == (8 if name == "all" else 4)
         assert f"{rows['samples']['kid']:.4f}" in result.out
     with Image.open(workspace.out / "l/evaluation_pairs.png") as pairs:
         assert pairs.size == (8 * 34 + 2, 2 * (32 + 16))
+
+    # --- again, in another feature space: the classifier of the real images is not trained anew ---
+    weights, = (workspace.out / "cache").glob("classifier_*.pt")
+    written = weights.stat().st_mtime_ns
     again = quick(*argv, "--features=vae", f"--out_dir={workspace.root / 'vae'}")
-    assert again.code == 0 and "training a classifier on real" not in again.out
+    assert again.code == 0 and weights.stat().st_mtime_ns == written
     other = json.loads((workspace.root / "vae/evaluation.json").read_text())
-    assert other["auroc"] == report["auroc"] and other["groups"]["all"]["samples"]["fid"] != report["groups"]["all"]["samples"]["fid"]
+    assert other["auroc"] == report["auroc"]
+    fid, other_fid = (r["groups"]["all"]["samples"]["fid"] for r in (report, other))
+    assert other_fid != fid
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_damaged_weights_of_the_classifier_are_trained_again(tmp_path, capsys, damage):
+    phantom.write_phantoms(tmp_path / "data", 4, 4, 32)
+    argv = [f"--data_root={tmp_path / 'data'}", f"--output_root={tmp_path}",
+            f"--samples_dir={tmp_path / 'data/TB/train'}", f"--out_dir={tmp_path / 'out'}",
+            "--classifier_steps=2"]
+    evaluate.main(argv)
+    path, = (tmp_path / "cache").glob("classifier_*.pt")
+    report, whole = (tmp_path / "out/evaluation.json").read_bytes(), path.read_bytes()
+    before = torch.load(path, weights_only=True)
+    stored = before["head.bias"].numpy().tobytes()
+    position = whole.index(stored)
+    flipped = whole[:position] + bytes([stored[0] ^ 1]) + whole[position + 1:]
+    path.write_bytes({"cut": whole[:1000], "flipped": flipped}[damage])
+    capsys.readouterr()
+    evaluate.main(argv)
+    notice = f"{path} is damaged"
+    assert notice in capsys.readouterr().out
+    assert (tmp_path / "out/evaluation.json").read_bytes() == report
+    after = torch.load(path, weights_only=True)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    evaluate.main(argv)
+    assert notice not in capsys.readouterr().out
 
 
 def test_samples_of_sample_py_are_measured_like_the_model(workspace, quick):
-    common = [f"--data_root={workspace.data}", f"--output_root={workspace.out}", "--classifier_steps=20"]
+    common = [f"--data_root={workspace.data}", f"--output_root={workspace.out}",
+              "--classifier_steps=20"]
+    ckpt, folder = f"--ckpt={workspace.ldm_ckpt}", workspace.root / "s"
     steps = ["--num_samples=4", "--num_sampling_steps=5", "--sampler=ddim"]
-    assert quick("sample.py", f"--ckpt={workspace.ldm_ckpt}", *steps, f"--out_dir={workspace.root / 's'}").code == 0
-    assert quick("evaluate.py", *common, f"--ckpt={workspace.ldm_ckpt}", *steps).code == 0
-    assert quick("evaluate.py", *common, f"--samples_dir={workspace.root / 's'}").code == 0
-    model, folder = (json.loads(p.read_text())["groups"]["all"]["samples"] for p in (
-        workspace.out / "l/evaluation.json", workspace.root / "s/evaluation.json"))
-    assert folder == model and folder["num"] == 8
+    assert quick("sample.py", ckpt, *steps, f"--out_dir={folder}").code == 0
+    assert quick("evaluate.py", *common, ckpt, *steps).code == 0
+    ae = f"--ae_ckpt_path={workspace.vae_ckpt}"
+    assert quick("evaluate.py", *common, ae, f"--samples_dir={folder}").code == 0
+    of_model, of_folder = (json.loads(path.read_text())["groups"] for path in (
+        workspace.out / "l/evaluation.json", folder / "evaluation.json"))
+    assert of_folder == of_model and of_folder["all"]["samples"]["num"] == 8
 
 
 def test_bad_input_is_one_line(workspace, quick):
     for split in ("train", "val"):
         for name in ("a", "b"):
             for i in range(3):
-                write_png(workspace.root / "other/TB" / split / name / f"{i}.png", np.zeros((32, 32), np.uint8))
+                write_png(workspace.root / "other/TB" / split / name / f"{i}.png",
+                          np.zeros((32, 32), np.uint8))
     ckpt = f"--ckpt={workspace.ldm_ckpt}"
-    for argv, says in (([f"--data_root={workspace.root / 'other'}", ckpt], "a, b"), ([], "--samples_dir"),
-                       ([ckpt, "--samples_dir=x"], "either"), ([*workspace.common, ckpt, "--features=x"], "TorchScript")):
-        result = quick("evaluate.py", f"--output_root={workspace.out}", "--num_samples=2", "--num_sampling_steps=2",
-                       "--classifier_steps=1", *argv)
+    for argv, says in (
+            ([f"--data_root={workspace.root / 'other'}", ckpt], "a, b"),
+            ([], "--samples_dir"),
+            ([ckpt, "--samples_dir=x"], "either"),
+            (["--samples_dir=x"], "--img_size"),
+            ([*workspace.common, ckpt, "--img_size=64"], "was trained at 32"),
+            ([*workspace.common, ckpt, "--num_samples=1"], "two images of class normal"),
+            ([*workspace.common, ckpt, "--features=x"], "TorchScript")):
+        result = quick("evaluate.py", f"--output_root={workspace.out}", "--num_samples=2",
+                       "--num_sampling_steps=2", "--classifier_steps=1", *argv)
         lines = [line for line in result.err.splitlines() if line.strip()]
         assert result.code == 1 and len(lines) == 1 and says in lines[0], result.err
 
 
 def test_defaults_are_the_fast_sampler():
-    args = experiment.parse_args(evaluate.make_parser(), ["--ckpt=x"])
-    assert args.sampler == "dpmpp_sde" and args.num_sampling_steps == 20 and args.sampler in sample.SAMPLERS
+    args = flags.parse_settings(evaluate.build_parser(), ["--ckpt=x"])
+    assert args.sampler == "dpmpp_sde" and args.num_sampling_steps == 20
+    assert args.sampler in diffusion.SAMPLERS and args.split == "val"

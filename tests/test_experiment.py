@@ -12,7 +12,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, error_of
 
 import experiment
 import train_ldm
@@ -22,15 +22,6 @@ import train_ldm
 def alone(monkeypatch):
     """A single process on the CPU."""
     return experiment.Processes(0, 1, torch.device("cpu"), torch.float32, False)
-
-
-def error_of(capsys, function, *args, **kwargs):
-    """The last line of the message that a call ends the program with."""
-    with pytest.raises(SystemExit) as e:
-        function(*args, **kwargs)
-    text = e.value.code if isinstance(e.value.code, str) else capsys.readouterr().err.strip()
-    assert e.value.code not in (0, None) and text
-    return text.splitlines()[-1]
 
 
 # --- batch order and random numbers ---

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from metrics import (TABLE, format_verdicts, frechet_distance, health, kernel_distance, latent_stats,
-                     loss_trend, ms_ssim, overfit_verdict, pairwise_mse, psnr, sample_diversity, ssim,
-                     ssim_terms)
+from metrics import (TABLE, auroc, auroc_interval, binomial_interval, format_training,
+                     format_verdicts, frechet_distance, health, kernel_distance, latent_stats,
+                     loss_trend, manifold_metrics, memorisation, ms_ssim, overfit_verdict,
+                     pairwise_mse, psnr, sample_diversity, ssim, ssim_terms, sweep_objective)
 
 
 def rng(seed=0):
@@ -24,13 +25,13 @@ def images(batch, height, width, seed=0):
 def test_psnr_closed_form_is_per_image():
     x = images(3, 8, 8) * 0.5
     offset = torch.tensor([0.2, 0.02, 0.4]).view(3, 1, 1, 1)
-    expected = 20 * torch.log10(2 / offset.flatten())  # a constant offset d has RMSE d, the peak is 2
+    expected = 20 * torch.log10(2 / offset.flatten())  # an offset d has RMSE d, the peak is 2
     assert torch.allclose(psnr(x, x + offset), expected, atol=1e-3)
     assert psnr(x, x).isfinite().all()
 
 
 def naive_maps(x, y, size=11, peak=255.0):
-    """Mean SSIM and contrast-structure over all windows, from moments about each window's own mean."""
+    """Mean SSIM and contrast-structure over all windows, from moments about each window's mean."""
     r = np.arange(size) - (size - 1) / 2
     window = np.exp(-(r[:, None] ** 2 + r[None] ** 2) / (2 * 1.5**2))
     window /= window.sum()
@@ -53,12 +54,12 @@ def grey(x):
 
 
 @pytest.mark.parametrize("height, width, size", [(16, 23, 11), (7, 9, 7)])
-@pytest.mark.parametrize("brightness", [1.0, 0.05])  # dark images make the luminance constant C1 count
+@pytest.mark.parametrize("brightness", [1.0, 0.05])  # in dark images the constant C1 counts
 def test_ssim_matches_naive_windows_on_the_255_scale(height, width, size, brightness):
     x = images(2, height, width)
     y = 0.6 * x + 0.4 * images(2, height, width, seed=1)
     x, y = brightness * (x + 1) - 1, 0.5 * brightness * (y + 1) - 1
-    expected = [naive_maps(grey(a), grey(b), size)[0] for a, b in zip(x, y)]
+    expected = [naive_maps(grey(a), grey(b), size)[0] for a, b in zip(x, y, strict=True)]
     assert 0.2 < min(expected) < max(expected) < 0.95
     assert np.allclose(ssim(x, y).numpy(), expected, atol=2e-5)
 
@@ -142,7 +143,8 @@ def test_similarity_compiles_into_one_graph():
     def total(a, b):
         return ms_ssim(a, b) + ssim(a, b) + psnr(a, b)
 
-    compiled = torch.compile(total, fullgraph=True, backend="eager")  # fullgraph raises on a graph break
+    # fullgraph raises on a graph break.
+    compiled = torch.compile(total, fullgraph=True, backend="eager")
     assert torch.allclose(compiled(x, y), total(x, y))
 
 
@@ -151,7 +153,8 @@ def test_similarity_compiles_into_one_graph():
 
 def test_pairwise_mse_matches_brute_force():
     z = torch.randn(7, 3, 4, generator=rng()) + 100  # a large common offset must cancel exactly
-    pairs = [((z[i].double() - z[j].double()) ** 2).mean().item() for i in range(7) for j in range(i)]
+    d = z.double()
+    pairs = [((d[i] - d[j]) ** 2).mean().item() for i in range(7) for j in range(i)]
     expected = {"mean": np.mean(pairs), "std": np.std(pairs), "min": min(pairs), "max": max(pairs)}
     assert pairwise_mse(z) == pytest.approx(expected, rel=1e-9)
 
@@ -179,9 +182,11 @@ def test_sample_diversity_averages_classes_with_pairs():
     for key in ("mean", "std", "min", "max"):
         assert result[f"sample_diversity/normal/pairwise_mse_{key}"] == normal[key]
         assert result[f"sample_diversity/tb/pairwise_mse_{key}"] == tb[key]
-        assert result[f"sample_diversity/pairwise_mse_{key}"] == pytest.approx((normal[key] + tb[key]) / 2)
+        average = (normal[key] + tb[key]) / 2
+        assert result[f"sample_diversity/pairwise_mse_{key}"] == pytest.approx(average)
     assert result["sample_diversity/real_pairwise_mse_mean"] == 4.0
-    assert result["sample_diversity/ratio_to_real"] == pytest.approx((normal["mean"] + tb["mean"]) / 8)
+    ratio = (normal["mean"] + tb["mean"]) / 8
+    assert result["sample_diversity/ratio_to_real"] == pytest.approx(ratio)
     assert result["sample_diversity/num_pairs"] == 3
     assert not any("single" in key or "empty" in key for key in result)
 
@@ -193,15 +198,17 @@ def test_sample_diversity_without_real_pairs_or_samples(real):
     assert not any("real" in key for key in result)
     assert result["sample_diversity/num_pairs"] == 1
     alone = sample_diversity(z, torch.tensor([0, 1]), ["a", "b"], 2.0)
-    assert alone == {"sample_diversity/num_pairs": 0, "sample_diversity/real_pairwise_mse_mean": 2.0}
+    assert alone == {"sample_diversity/num_pairs": 0,
+                     "sample_diversity/real_pairwise_mse_mean": 2.0}
 
 
 def test_latent_stats():
     z = torch.tensor([[1.0, -3.0], [2.0, 4.0]])
     result = latent_stats(z, 0.25)
-    assert result == {"final_latent_stats/mean": 1.0, "final_latent_stats/std": pytest.approx(math.sqrt(6.5)),
-                      "final_latent_stats/min": -3.0, "final_latent_stats/max": 4.0,
-                      "final_latent_stats/target_std": 4.0}
+    assert result == {
+        "final_latent_stats/mean": 1.0, "final_latent_stats/std": pytest.approx(math.sqrt(6.5)),
+        "final_latent_stats/min": -3.0, "final_latent_stats/max": 4.0,
+        "final_latent_stats/target_std": 4.0}
     assert all(type(value) is float for value in result.values())
 
 
@@ -209,7 +216,7 @@ def test_latent_stats():
 
 
 def exact_features(mean, std, seed, n=60):
-    """Features [n, D] whose sample mean is `mean` and whose unbiased covariance is diag(std^2) exactly."""
+    """Features [n, D] with exactly the sample mean `mean` and unbiased covariance diag(std^2)."""
     x = torch.randn(n, len(mean), generator=rng(seed), dtype=torch.float64)
     x = torch.linalg.qr(x - x.mean(0)).Q * math.sqrt(n - 1)
     return x * torch.tensor(std, dtype=torch.float64) + torch.tensor(mean, dtype=torch.float64)
@@ -228,7 +235,8 @@ def test_frechet_distance_with_covariances_that_do_not_commute():
             @ torch.randn(4, 4, generator=rng(s + 9), dtype=torch.float64) for s in (0, 1))
     s1, s2 = np.cov(a.T.numpy()), np.cov(b.T.numpy())
     root_trace = np.sqrt(np.linalg.eigvals(s1 @ s2).real).sum()
-    expected = ((a.mean(0) - b.mean(0)) ** 2).sum().item() + np.trace(s1) + np.trace(s2) - 2 * root_trace
+    means = ((a.mean(0) - b.mean(0)) ** 2).sum().item()
+    expected = means + np.trace(s1) + np.trace(s2) - 2 * root_trace
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
     assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-9)
 
@@ -242,9 +250,16 @@ def test_frechet_distance_with_fewer_samples_than_dimensions():
 
 
 def test_kernel_distance_matches_a_double_loop():
-    a, b = torch.randn(6, 3, generator=rng(0)).double(), torch.randn(5, 3, generator=rng(1)).double() + 0.5
-    kernel = lambda u, v: (float(u @ v) / 3 + 1) ** 3
-    within = lambda s: np.mean([kernel(s[i], s[j]) for i in range(len(s)) for j in range(len(s)) if i != j])
+    a = torch.randn(6, 3, generator=rng(0)).double()
+    b = torch.randn(5, 3, generator=rng(1)).double() + 0.5
+
+    def kernel(u, v):
+        return (float(u @ v) / 3 + 1) ** 3
+
+    def within(x):
+        n = len(x)
+        return np.mean([kernel(x[i], x[j]) for i in range(n) for j in range(n) if i != j])
+
     expected = within(a) + within(b) - 2 * np.mean([kernel(u, v) for u in a for v in b])
     assert kernel_distance(a, b) == pytest.approx(expected, rel=1e-9)
 
@@ -252,7 +267,8 @@ def test_kernel_distance_matches_a_double_loop():
 def test_kernel_distance_is_unbiased_and_grows_with_shift():
     def mean_and_error(shift):
         values = [kernel_distance(torch.randn(20, 8, generator=rng(2 * s)),
-                                  torch.randn(30, 8, generator=rng(2 * s + 1)) + shift) for s in range(200)]
+                                  torch.randn(30, 8, generator=rng(2 * s + 1)) + shift)
+                  for s in range(200)]
         return np.mean(values), np.std(values) / math.sqrt(200)
 
     (same, error), (near, _), (far, _) = (mean_and_error(shift) for shift in (0.0, 0.3, 0.6))
@@ -267,10 +283,79 @@ def test_distances_reject_unusable_features(distance):
             distance(torch.zeros(a), torch.zeros(b))
 
 
+def test_manifold_metrics_of_points_on_a_line():
+    """Real balls have radius 1 (k = 1), sample balls 0.4, 0.4, 0.5, 0.5: two samples lie in two real
+    balls each, and one real point, 1, lies in balls of samples."""
+    real = torch.tensor([[0.0], [1.0], [10.0], [11.0]])
+    samples = torch.tensor([[0.6], [1.0], [20.0], [20.5]])
+    assert manifold_metrics(samples, real, k=1) == {
+        "precision": 0.5, "recall": 0.25, "density": 1.0, "coverage": 0.5}
+    assert manifold_metrics(samples[:2], real) == manifold_metrics(samples[:2], real, k=1)
+
+
+# --- memorisation and classification ---
+
+
+def test_binomial_interval():
+    """Solutions of |fraction - p| = 1.96 sqrt(p (1 - p) / n), which defines Wilson's interval."""
+    for count, total in ((3, 20), (10, 10), (0, 7), (50, 200)):
+        low, high = binomial_interval(count, total)
+        assert (low == 0) == (count == 0) and (high == 1) == (count == total)
+        for p in {low, high} - {0.0, 1.0}:
+            width = 1.96 * math.sqrt(p * (1 - p) / total)
+            assert abs(count / total - p) == pytest.approx(width, rel=1e-9)
+    assert binomial_interval(0, 0) == (0.0, 1.0)
+
+
+def test_memorisation_counts_copies_and_names_their_originals():
+    train, held_out, fresh = (torch.randn(n, 16, generator=rng(n)) for n in (100, 59, 30))
+    copies = train[[4, 90, 4]] + 0.01 * torch.randn(3, 16, generator=rng(1))
+    result = memorisation(torch.cat([fresh, copies]), train, held_out)
+    assert result["nearest"][-3:].tolist() == [4, 90, 4]
+    assert set(result["ratio"].argsort()[:3].tolist()) == {30, 31, 32}
+    assert result["expected"] == 3 / 60  # of 60 ratios in random order, three lie below the third
+    low, high = result["interval"]
+    assert 3 / 33 <= result["fraction"] <= 8 / 33 and low < result["fraction"] < high
+    assert memorisation(train, train, held_out)["fraction"] == 1
+
+
+def test_memorisation_of_fresh_samples_is_what_is_expected():
+    fractions = []
+    for seed in range(200):
+        x = torch.randn(100, 8, generator=rng(seed))
+        fractions.append(memorisation(x[:20], x[20:60], x[60:99])["fraction"])
+    error = np.std(fractions) / math.sqrt(200)
+    assert abs(np.mean(fractions) - 2 / 40) < 3 * error < 0.02
+
+
+def test_auroc_counts_pairs():
+    scores = torch.tensor([[0.0, 3.0], [0.0, 1.0], [0.0, 2.0], [0.0, 1.0]])
+    labels = torch.tensor([1, 1, 0, 0])
+    assert auroc(scores, labels) == (1 + 1 + 0 + 0.5) / 4  # member above non-member; one is a tie
+    assert auroc(-scores, labels) == 1 - 2.5 / 4
+    assert math.isnan(auroc(scores, torch.ones(4)))
+    three = torch.eye(3)[[0, 1, 2, 0]]
+    assert auroc(three, torch.tensor([0, 1, 2, 0])) == 1
+    assert auroc(three, torch.tensor([1, 1, 2, 0])) == pytest.approx((2.5 / 3 + 3 / 4 + 1) / 3)
+
+
+def test_auroc_interval_covers_the_truth_of_two_gaussians():
+    """Scores one standard deviation apart have AUROC Phi(1 / sqrt(2)) = 0.760."""
+    covered, widths = 0, []
+    for seed in range(20):
+        score = torch.randn(80, generator=rng(seed)) + torch.arange(80) % 2
+        scores = torch.stack([-score, score], 1)
+        value, low, high = auroc_interval(scores, torch.arange(80) % 2, resamples=100)
+        assert low < value < high
+        covered += low <= 0.760 <= high
+        widths.append(high - low)
+    assert covered >= 16 and 0.15 < np.mean(widths) < 0.27
+
+
 # --- verdicts ---
 
 FALLING = [1 / (1 + i) for i in range(40)]
-TRAIN = {"mean": 0.5, "std": 2.0, "min": -6.0, "max": 8.0}  # range 14 wide: watch starts beyond -13 and 15
+TRAIN = {"mean": 0.5, "min": -6.0, "max": 8.0}  # 14 wide: watch starts beyond -13 and 15
 TARGET = {"final_latent_stats/target_std": 2.0}
 D, L = "sample_diversity/", "final_latent_stats/"
 
@@ -294,16 +379,17 @@ CASES = [
     (D + "ratio_to_real", 1.5, "ok", {}), (D + "ratio_to_real", 1.51, "watch", {}),
     *[(D + f"pairwise_mse_{key}", value, level, {}) for key in ("std", "min", "max")
       for value, level in ((0.0, "bad"), (9.9e-5, "bad"), (1e-4, "ok"))],
-    (L + "mean", 2.49, "ok", {"train_stats": TRAIN}), (L + "mean", 2.51, "bad", {"train_stats": TRAIN}),
-    (L + "mean", -1.49, "ok", {"train_stats": TRAIN}), (L + "mean", -1.51, "bad", {"train_stats": TRAIN}),
+    *[(L + "mean", value, level, {"train_stats": TRAIN})
+      for value, level in ((2.49, "ok"), (2.51, "bad"), (-1.49, "ok"), (-1.51, "bad"))],
     (L + "mean", 9.0, "ok", {}),
     (L + "std", 0.99, "bad", {}), (L + "std", 1.0, "watch", {}), (L + "std", 1.59, "watch", {}),
     (L + "std", 1.6, "ok", {}), (L + "std", 2.5, "ok", {}), (L + "std", 2.51, "watch", {}),
     (L + "std", 4.0, "watch", {}), (L + "std", 4.01, "bad", {}),
-    *[case for key in ("min", "max") for case in (
-        (L + key, -20.1, "bad", {}), (L + key, 20.1, "bad", {"train_stats": TRAIN}), (L + key, 20, "ok", {}),
-        (L + key, -13, "ok", {"train_stats": TRAIN}), (L + key, -13.1, "watch", {"train_stats": TRAIN}),
-        (L + key, 15, "ok", {"train_stats": TRAIN}), (L + key, 15.1, "watch", {"train_stats": TRAIN}))],
+    *[(L + key, value, level, {}) for key in ("min", "max")
+      for value, level in ((-20.1, "bad"), (20, "ok"))],
+    *[(L + key, value, level, {"train_stats": TRAIN}) for key in ("min", "max")
+      for value, level in ((20.1, "bad"), (-13, "ok"), (-13.1, "watch"), (15, "ok"),
+                           (15.1, "watch"))],
 ]
 
 
@@ -365,12 +451,14 @@ def test_noisy_plateau_is_not_rising(noise, length):
 
 @pytest.mark.parametrize("length", [20, 60, 400])
 def test_true_rise_is_found(length):
-    """The last tenth climbs from 1.5 to 2 times the plateau under 10 % noise; asserted is 95 % of 200."""
+    """The last tenth climbs from 1.5 to 2 times the plateau under 10 % noise: 95 % of 200."""
     tenth = length // 10
     course = np.ones(length)
     course[-tenth:] = np.linspace(1.5, 2, tenth)
-    rising = sum(loss_trend(course + 0.1 * np.random.default_rng(seed).standard_normal(length)) == "rising"
-                 for seed in range(200))
+    rising = 0
+    for seed in range(200):
+        noise = 0.1 * np.random.default_rng(seed).standard_normal(length)
+        rising += loss_trend(course + noise) == "rising"
     assert rising >= 190
 
 
@@ -386,20 +474,41 @@ def test_twenty_entries_are_needed_for_a_trend():
 
 
 def test_format_verdicts_aligns_and_advises_only_when_needed():
-    verdicts = health({"train/grad_norm": 1000.0, D + "pairwise_mse_mean": 0.5, L + "std": 3.0, **TARGET})
+    verdicts = health({"train/grad_norm": 1000.0, D + "pairwise_mse_mean": 0.5, L + "std": 3.0,
+                       **TARGET})
     text = format_verdicts(verdicts)
     lines = text.splitlines()
-    assert [line.split()[0] for line in lines if not line.startswith(" ")] == ["BAD", "OK", "WATCH"]
-    assert len({line.index(v.meaning) for v in verdicts for line in lines if v.meaning in line}) == 1
+    levels = [line.split()[0] for line in lines if not line.startswith(" ")]
+    assert levels == ["BAD", "OK", "WATCH"]
+    columns = {line.index(v.meaning) for v in verdicts for line in lines if v.meaning in line}
+    assert len(columns) == 1
     assert len(lines) == 5 and verdicts[0].advice in lines[1] and verdicts[2].advice in lines[4]
     assert format_verdicts([]) == ""
+
+
+def test_a_sweep_gets_minus_one_for_noise():
+    name = D + "pairwise_mse_mean"
+    off_scale = health({L + "std": 9.0, **TARGET})
+    for values, verdicts, objective in (
+            ({}, [], 2.0), ({D + "ratio_to_real": 1.5}, [], 2.0), ({}, off_scale, -1.0),
+            ({D + "ratio_to_real": 1.51}, [], -1.0), ({D + "ratio_to_real": math.nan}, [], -1.0)):
+        result = sweep_objective({name: 2.0, **values}, verdicts)
+        assert result == {name: objective, f"{name}_raw": 2.0, **values}
+
+
+def test_the_line_of_a_log_step():
+    values = {"train/loss": 0.12345, "train/grad_norm": 2.0, "train/images_per_second": 31.25,
+              "train/bad_steps": 0.0, "train/learning_rate": 1e-4}
+    assert format_training(values) == "loss 0.1235 grad_norm 2 31.2 images/s"
+    assert format_training(values | {"train/kl": 5e4, "train/bad_steps": 2.0}) == (
+        "loss 0.1235 kl 5e+04 grad_norm 2 31.2 images/s, 2 non-finite steps skipped")
 
 
 # --- overfitting ---
 
 
 def training_set(k, seed=0):
-    """k unrelated unit-variance latents and smooth random images, as far apart as different patients."""
+    """k unrelated unit-variance latents and smooth random images, as far apart as patients are."""
     z = torch.randn(k, 4, 8, 8, generator=rng(seed))
     coarse = torch.rand(k, 1, 8, 8, generator=rng(seed + 1)) * 2 - 1
     return z, torch.nn.functional.interpolate(coarse, size=64, mode="bilinear")
@@ -440,7 +549,8 @@ def test_overfit_coverage_ignores_samples_that_are_no_copies():
     z, x = training_set(8)
     z_junk, x_junk = training_set(30, seed=50)
     repeated = torch.zeros(40, dtype=torch.long)
-    result = overfit_verdict(torch.cat([z[repeated], z_junk]), z, torch.cat([x[repeated], x_junk]), x)
+    result = overfit_verdict(torch.cat([z[repeated], z_junk]), z,
+                             torch.cat([x[repeated], x_junk]), x)
     assert result["overfit/nearest_mse"] < 0.1 and result["overfit/nearest_psnr"] > 25
     assert result["overfit/coverage"] == 1 / 8 and not result["overfit/passed"]
 

@@ -24,6 +24,7 @@ from test_stages import assert_same_run  # noqa: E402
 
 import data  # noqa: E402
 import experiment  # noqa: E402
+from args import at_least  # noqa: E402
 
 MAX_STEPS = {"ldm": 120, "vae": 40}
 
@@ -167,8 +168,8 @@ def storm(folder, stage, kills, seed):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=experiment.at_least(1), default=50)
-    parser.add_argument("--seed", type=experiment.at_least(0), default=0)
+    parser.add_argument("--kills", type=at_least(1), default=50)
+    parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--stage", choices=tuple(MAX_STEPS), default="ldm")
     parser.add_argument("--folder", help="empty folder to work in; none: a temporary one, removed at the end")
     args = parser.parse_args()

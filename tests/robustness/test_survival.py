@@ -1,7 +1,6 @@
 """No run is lost: stops at awkward moments, several processes, NaN on one rank, two runs that build one cache."""
 import faulthandler
 import itertools
-import json
 import os
 import pathlib
 import re
