@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# pipeline.sh TASK Z_CHANNELS MODE [flags for all] [--vae flags of train_vae.py] [--ldm flags of train_ldm.py]
+# pipeline.sh TASK Z_CHANNELS MODE [flags for all] [--vae flags of train_vae.py]
+#             [--ldm flags of train_ldm.py]
 #
-# Queue autoencoder, latent scale and diffusion model in one go; each starts when the one before has succeeded.
-# Flags for all: --data_root, --output_root and the like, and those of train_ldm.sh (--partition, --gpus, --dry-run).
+# Queue autoencoder, latent scale and diffusion model in one go; each starts once the one before has
+# succeeded. Flags for all: --data_root, --output_root and the like, and those of train_ldm.sh
+# (--partition, --gpus, --dry-run).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source slurm/common.sh
@@ -19,15 +21,20 @@ for flag in "${@:4}"; do
 done
 parse_launch "${all[@]}"
 stamp=$(date +%Y%m%d-%H%M%S)
-ae_name=ae_${task,,}_z${z_channels}_$stamp ldm_name=ldm_${task,,}_${mode}_$stamp
+ae_name=ae_${task,,}_z${z_channels}_$stamp
+ldm_name=ldm_${task,,}_${mode}_$stamp
 
-vae=(--task="$task" --z_channels="$z_channels" "${data_root[@]}" "${program_args[@]}" "${vae[@]}" --run_name="$ae_name")
+shared=(--task="$task" "${data_root[@]}" "${program_args[@]}")
+vae=("${shared[@]}" --z_channels="$z_channels" "${vae[@]}" --run_name="$ae_name")
 check_args train_vae.py "${vae[@]}"
-scale=(--task="$task" "${data_root[@]}" "${program_args[@]}" --ae_ckpt_path="$run_folder/ckpts/last.pt")
-ldm=(--mode="$mode" "${scale[@]}" "${ldm[@]}" --run_name="$ldm_name")
+scale=("${shared[@]}" --ae_ckpt_path="$run_folder/ckpts/last.pt")
 check_args find_latent_scale.py "${scale[@]}"
+ldm=(--mode="$mode" "${scale[@]}" "${ldm[@]}" --run_name="$ldm_name")
 check_args train_ldm.py "${ldm[@]}"
 
-submit "$ae_name" slurm/train_vae.slurm "${vae[@]}"
-after=$job_id nodes=1 gpus=1 submit "scale_$ae_name" slurm/find_latent_scale.slurm "${scale[@]}"
-after=$job_id submit "$ldm_name" slurm/train_ldm.slurm "${ldm[@]}"
+submit "$ae_name" slurm/train.slurm train_vae.py "${vae[@]}"
+after=$job_id
+# One process measures the scale, and a short job gets its turn earlier.
+nodes=1 gpus=1 time=${time:-2:00:00} \
+    submit "scale_$ae_name" slurm/train.slurm find_latent_scale.py "${scale[@]}"
+after=$job_id submit "$ldm_name" slurm/train.slurm train_ldm.py "${ldm[@]}"

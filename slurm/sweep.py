@@ -1,11 +1,14 @@
-# What all runs of a sweep share: sweep.yaml hands this file to train_ldm.py. The environment variables are set in
-# slurm/common.sh, by slurm/ldm_sweep_agent.slurm and by `wandb agent`; without them a run goes by the defaults here.
+# What all runs of a sweep share: sweep.yaml hands this file to train_ldm.py. The environment
+# variables are set in slurm/common.sh, by slurm/ldm_sweep_agent.slurm and by `wandb agent`; without
+# them a run goes by the defaults here.
 import os
 
 data_root = os.environ.get("DATA_ROOT") or None
 task = os.environ.get("TASK", "TB")
 output_root = os.environ.get("OUTPUT_ROOT", "runs")
-run_name = f"sweep-{os.environ.get('SLURM_JOB_ID', 'local')}-{os.environ.get('WANDB_RUN_ID', 'test')}"
+# The agent finds its runs by this name.
+run_name = "-".join(
+    ["sweep", os.environ.get("SLURM_JOB_ID", "local"), os.environ.get("WANDB_RUN_ID", "test")])
 overfit_k = int(os.environ.get("OVERFIT_K", "0"))
 wandb = True
 wandb_project = os.environ.get("WANDB_PROJECT", "cxr-ldm")
