@@ -144,7 +144,7 @@ def add_data_arguments(parser, split="train", img_size=256):
     add("--data_root", help="folder of TASK/SPLIT/CLASS/*.png; None: the phantom set")
     add("--task", default="TB", help="folder below data_root; ALL_CXR joins all tasks")
     add("--split", default=split, help="split to use")
-    size = "side in pixels" if img_size else "side in pixels; None: that of the autoencoder"
+    size = "side in pixels" if img_size else "side in pixels; None: that of the model in use"
     add("--img_size", type=at_least(1), default=img_size, help=size)
     add("--class_filter", type=at_least(-1), default=-1, help="index of the only class; -1: all")
     add("--skip_bad_images", action=BooleanFlag, default=False, help="leave out unreadable images")
@@ -213,7 +213,7 @@ def add_sampling_arguments(parser, samplers, sampler, num_sampling_steps, num_sa
     """What is drawn from a trained model; samplers: the names there are, the rest are defaults."""
     add = parser.add_argument_group("sampling").add_argument
     add("--ckpt", help="ckpts/last.pt of a train_ldm.py run")
-    add("--ae_ckpt_path", help="the autoencoder's checkpoint, only if it was moved")
+    add("--ae_ckpt_path", help="the autoencoder's checkpoint, if it is not where training had it")
     add("--classes", help="comma list of class names; None: all")
     add("--num_samples", type=at_least(1), default=num_samples, help="images per class")
     add("--sampler", choices=samplers, default=sampler,

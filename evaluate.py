@@ -3,53 +3,70 @@
     python evaluate.py --ckpt=runs/ldm_.../ckpts/last.pt --data_root=DATA --task=TB
     python evaluate.py --samples_dir=FOLDER --data_root=DATA --task=TB
 
-compares samples of a model, or a folder of images, with real films that the model has not seen (--split=val):
-distances of the distributions, copies of training films, and whether a classifier learns from the samples what
-holds on real films. Beside every distance stands what as many training films get: the floor, which a perfect
-model of them would reach. A distance means something only with its feature space and its number of images.
+compares samples of a model, or a folder of images, with held-out images (--split=val): distances of
+the distributions, copies of training images, and whether a classifier learns from the samples what
+holds on real images (TSTR: train on synthetic, test on real). Beside every distance stands the
+real-data baseline, what as many training images get. A distance means something only together with
+its feature space and its number of images.
 """
+import dataclasses
 import hashlib
 import pathlib
 import statistics
+import zipfile
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 
 import data
+import diffusion
 import experiment
 import metrics
-import sample
+import phantom
+from args import (add_data_arguments, add_precision_arguments, add_sampling_arguments, at_least,
+                  make_parser, parse_settings)
 from experiment import fail, notice
-from find_latent_scale import load_autoencoder
 
-CLASSIFIER_SIZE = 64  # pixels that the classifier sees
-PIXEL_SIZE = 32  # side of the pictures in which copies are looked for
-FLOOR_DRAWS = 8  # choices of training films that the floor is a mean of
+CLASSIFIER_SIZE = 64  # side in pixels of what the classifier sees
+THUMBNAIL_SIZE = 32  # side in pixels of what copies are looked for in
+BASELINE_DRAWS = 8  # choices of training images that the baseline is the mean of
+BATCH = 64  # images measured at once, so that a data set need not fit into memory
+TSTR = "samples, tested on held-out images"
 
 
-def make_parser():
-    parser = experiment.make_parser(__doc__)
-    sample.add_sampling_arguments(parser)
-    parser.set_defaults(split="val", img_size=None, num_samples=64, sampler="dpmpp_sde", num_sampling_steps=20)
+# --- arguments ----------------------------------------------------------------------------------
+
+
+def build_parser():
+    """Parser of this stage."""
+    parser = make_parser(__doc__)
+    add_data_arguments(parser, split="val", img_size=None)
+    add_precision_arguments(parser)
+    add_sampling_arguments(parser, tuple(diffusion.SAMPLERS), sampler="dpmpp_sde",
+                           num_sampling_steps=20, num_samples=64)
     add = parser.add_argument_group("evaluation").add_argument
-    add("--samples_dir", help="folder of images to measure instead of a model: CLASS/*.png, CLASS_*.png, or what "
-        "sample.py left")
-    add("--features", default="classifier", help="classifier (trained here on the training split), vae, "
-        "torchxrayvision, or the path of a TorchScript network")
-    add("--classifier_steps", type=experiment.at_least(1), default=600, help="training of each classifier, 32 images a step")
+    add("--samples_dir", help="measure this folder: CLASS/*.png, CLASS_*.png, as of sample.py")
+    add("--features", default="classifier",
+        help="classifier (trained on the training split), vae, torchxrayvision, or the path of a "
+        "TorchScript network")
+    add("--classifier_steps", type=at_least(1), default=600,
+        help="training of each classifier, 32 images per step")
     return parser
 
 
-# --- images ------------------------------------------------------------------------------------------------
+# --- images -------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass
 class Samples:
-    """Generated images, read like a data.ImageSet. rows: uint16 [N, S, S] as data.decode makes them."""
+    """Generated images, read like a data.ImageSet."""
 
-    def __init__(self, rows, labels):
-        self.rows, self.labels = rows, labels
+    rows: np.ndarray  # uint16 [N, S, S], as data.decode makes them
+    labels: np.ndarray  # class index of each
 
     def __len__(self):
         return len(self.rows)
@@ -59,119 +76,178 @@ class Samples:
         return data.to_float(self.rows[indices])
 
 
+class ImageGroup(NamedTuple):
+    """The samples, the training images or the held-out images, and reductions of all of them."""
+
+    images: object  # data.ImageSet or Samples
+    labels: torch.Tensor  # [N] class indices
+    views: torch.Tensor  # [N, 1, 64, 64] in [-1, 1]: what the classifier sees
+    thumbnails: torch.Tensor  # [N, 1024]: what copies are looked for in
+
+
+class FeatureGroup(NamedTuple):
+    """What the distributions of a set of images are compared by."""
+
+    labels: np.ndarray  # [N] class indices
+    features: torch.Tensor  # [N, D]
+    looks: torch.Tensor  # [N, 3], see `looks`
+
+    def of_classes(self, classes):
+        """The part whose class index is among `classes`."""
+        keep = np.flatnonzero(np.isin(self.labels, classes))
+        return FeatureGroup(self.labels[keep], self.features[keep], self.looks[keep])
+
+
 def draw_samples(ldm, args, procs):
-    """Samples of a model with 8 bits a pixel, as sample.py saves them."""
-    checkpoint = ldm.checkpoint
+    """Samples of an experiment.TrainedModel with 8 bits per pixel, as sample.py saves them."""
     wanted = [(c, i) for c in ldm.classes for i in range(args.num_samples)]
-    progress = experiment.Progress(procs, f"sampling ({args.sampler})", len(wanted) * args.num_sampling_steps)
-    batches = sample.sample_batches(ldm.denoiser, ldm.vae, checkpoint["latent_scale_factor"], checkpoint["class_names"],
-                                    wanted, args, procs, args.batch_size, progress)
-    rows = [experiment.to_uint8(x)[:, 0].numpy().astype(np.uint16) * 257 for _, _, x in batches]
+    total = len(wanted) * args.num_sampling_steps
+    progress = experiment.Progress(procs, f"sampling ({args.sampler})", total)
+    rows = []
+    for _, _, x in experiment.sample_batches(
+            ldm.denoiser, ldm.vae, ldm.checkpoint["latent_scale_factor"], wanted,
+            ldm.checkpoint["class_names"], args, procs, args.batch_size, progress.update):
+        rows.append(experiment.to_uint8(x)[:, 0].numpy().astype(np.uint16) * 257)
+    progress.clear()
     return Samples(np.concatenate(rows), np.array([c for c, _ in wanted]))
 
 
 def read_samples(folder, class_names, img_size):
-    """Samples in a folder of images; without img_size, of the size of the first."""
+    """Samples in a folder of images; img_size None: that of the first.
+
+    Ends the program where there are none, or where one cannot be decoded.
+    """
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         fail(f"no folder --samples_dir={folder}")
-    found = []
+    paths, labels = [], []
     for c, name in enumerate(class_names):
-        paths = [*folder.glob(f"{name}_*"), *folder.glob(f"{name}/*")]
-        found += [(p, c) for p in sorted(paths) if p.suffix.lower() in data.EXTENSIONS]
-    if not found:
+        longer = tuple(f"{other}_" for other in class_names if other.startswith(f"{name}_"))
+        members = [p for p in folder.iterdir()
+                   if p.name.startswith(f"{name}_") and not p.name.startswith(longer)]
+        if (folder / name).is_dir():
+            members += (folder / name).iterdir()
+        members = sorted(p for p in members if p.suffix.lower() in data.EXTENSIONS)
+        paths += members
+        labels += [c] * len(members)
+    if not paths:
         fail(f"no images in {folder}: they must be called CLASS_*.png or lie in folders CLASS, "
              f"with the classes of the data, {', '.join(class_names)}")
     try:
         if img_size is None:
-            with data.Image.open(found[0][0]) as image:
+            with Image.open(paths[0]) as image:
                 img_size = min(image.size)
-        rows = np.stack([data.decode(p, img_size) for p, _ in found])
+        rows = np.stack([data.decode(path, img_size) for path in paths])
     except (OSError, ValueError) as e:
         fail(f"an image in {folder} cannot be decoded: {e}")
-    return Samples(rows, np.array([c for _, c in found]))
+    return Samples(rows, np.array(labels))
 
 
-def shrink(x, size):
-    """Images [N, 1, H, W] averaged down to [N, 1, size, size]."""
-    return F.interpolate(x, size, mode="area")
+def batches(images):
+    """All of a data.ImageSet or Samples in order, as float32 [B, 1, S, S] in [-1, 1]."""
+    for start in range(0, len(images), BATCH):
+        yield images.images(np.arange(start, min(start + BATCH, len(images))))
 
 
-def small_pictures(x):
-    """[N, 1024] of images [N, 1, H, W]: 32 x 32 pixels with mean 0 and variance 1 each, so exposure does not count."""
-    rows = shrink(x, PIXEL_SIZE).flatten(1)
+@torch.no_grad()
+def apply(function, parts, procs):
+    """function of each of the tensors [B, ...] on the device: float32 [N, ...] on the CPU."""
+    return torch.cat([function(part.to(procs.device)).float().cpu() for part in parts])
+
+
+def view(x):
+    """Images [N, 1, H, W] averaged down to the classifier's size, [N, 1, 64, 64]."""
+    return F.interpolate(x, CLASSIFIER_SIZE, mode="area")
+
+
+def thumbnails(x):
+    """[N, 1024] of images [N, 1, H, W]: 32 x 32 pixels with mean 0 and variance 1 each, so that
+    exposure does not count."""
+    rows = F.interpolate(x, THUMBNAIL_SIZE, mode="area").flatten(1)
     rows = rows - rows.mean(1, keepdim=True)
     return rows / rows.std(1, correction=0, keepdim=True).clamp_min(1e-6)
 
 
-LOOKS = ("black_share", "darkest_percent", "detail")
+LOOKS = ("black_fraction", "percentile_1", "detail")
 
 
 def looks(x):
-    """Of images [N, 1, H, W], [N, 3]: share of pixels under 5 % grey, 1st percentile of grey, and detail:
-    the root mean square of what averaging 2 x 2 pixels takes away, which blurred images lack; all from 0 to 1."""
+    """Of images [N, 1, H, W], [N, 3] from 0 to 1: fraction of pixels under 5 % grey, 1st percentile
+    of grey, and detail: the root mean square of what averaging 2 x 2 pixels takes away, which
+    blurred images lack."""
     grey = (x + 1) / 2
+    flat = grey.flatten(1)
+    black = (flat < 0.05).float().mean(1)
+    percentile = flat.kthvalue(max(1, flat.shape[1] // 100), dim=1).values
     even = grey[..., :grey.shape[2] // 2 * 2, :grey.shape[3] // 2 * 2]
     fine = even - F.interpolate(F.avg_pool2d(even, 2), scale_factor=2)
-    flat = grey.flatten(1)
-    return torch.stack([(flat < 0.05).float().mean(1), flat.kthvalue(max(1, flat.shape[1] // 100), dim=1).values,
-                        fine.square().flatten(1).mean(1).sqrt()], 1)
+    return torch.stack([black, percentile, fine.square().flatten(1).mean(1).sqrt()], 1)
 
 
-@torch.no_grad()
-def in_batches(function, images, procs):
-    """function of all images, 64 at a time on the device, so that a data set need not fit into memory: [N, ...] float32
-    on the CPU. images: data.ImageSet, Samples, or a tensor [N, 1, H, W]."""
-    read = images.images if hasattr(images, "images") else images.__getitem__
-    parts = (np.arange(start, min(start + 64, len(images))) for start in range(0, len(images), 64))
-    return torch.cat([function(read(index).to(procs.device)).float().cpu() for index in parts])
+def reduce_images(images, procs):
+    """ImageGroup of a data.ImageSet or Samples."""
+    return ImageGroup(images, torch.from_numpy(images.labels),
+                      apply(view, batches(images), procs),
+                      apply(thumbnails, batches(images), procs))
 
 
-# --- classifier --------------------------------------------------------------------------------------------
+# --- classifier ---------------------------------------------------------------------------------
 
 
 class Classifier(nn.Module):
-    """Small CNN: images [B, 1, S, S] in [-1, 1] to logits [B, num_classes], by way of 64 features."""
+    """Small CNN: images [B, 1, S, S] in [-1, 1] to logits [B, num_classes], via 64 features."""
 
     def __init__(self, num_classes):
         super().__init__()
         layers, ch = [], 1
         for width in (16, 32, 64, 64):
-            layers += [nn.Conv2d(ch, width, 3 if layers else 5, stride=2, padding=1), nn.GroupNorm(8, width), nn.ReLU()]
+            kernel = 3 if layers else 5
+            layers += [nn.Conv2d(ch, width, kernel, stride=2, padding=1), nn.GroupNorm(8, width),
+                       nn.ReLU()]
             ch = width
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(ch, num_classes)
 
     def features(self, x):
-        return self.body(shrink(x, CLASSIFIER_SIZE))  # [B, 64]
+        """[B, 64]."""
+        return self.body(view(x))
 
     def forward(self, x):
         return self.head(self.features(x))
 
 
 def augment(x, rng):
-    """Small rotation, zoom, shift, contrast and brightness changes of x [B, 1, S, S]; no flip: it moves the heart."""
+    """Small rotation, zoom, shift, contrast and brightness changes of x [B, 1, S, S]; no flip: it
+    moves the heart."""
     def uniform(most):
         return ((torch.rand(len(x), generator=rng) * 2 - 1) * most).to(x.device)
+
     angle, zoom = uniform(0.12), 1 + uniform(0.12)
     rows = [torch.stack([zoom * angle.cos(), -zoom * angle.sin(), uniform(0.1)], 1),
             torch.stack([zoom * angle.sin(), zoom * angle.cos(), uniform(0.1)], 1)]
     grid = F.affine_grid(torch.stack(rows, 1), x.shape, align_corners=False)
     x = F.grid_sample(x, grid, align_corners=False, padding_mode="border")
-    return x * (1 + uniform(0.3))[:, None, None, None] + uniform(0.3)[:, None, None, None]
+    contrast, brightness = 1 + uniform(0.3), uniform(0.3)
+    return x * contrast[:, None, None, None] + brightness[:, None, None, None]
 
 
 def train_classifier(x, labels, num_classes, args, procs, label):
-    """Classifier of images [N, 1, S, S] with labels [N], trained with as many images of each class."""
+    """Classifier of images [N, 1, S, S] with labels [N]; as many images of each class in a batch.
+
+    label: what the images are, for the progress line.
+    """
     torch.manual_seed(args.seed)
     net = Classifier(num_classes).to(procs.device)
     rng = torch.Generator().manual_seed(args.seed)
-    members = [m for m in ((labels == c).nonzero()[:, 0] for c in range(num_classes)) if len(m)]
+    members = [(labels == c).nonzero()[:, 0] for c in range(num_classes)]
+    members = [m for m in members if len(m)]
+    count = 32 // len(members) or 1  # of each class
     optimizer = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=0.05, fused=True)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.classifier_steps)
-    progress = experiment.Progress(procs, f"training a classifier on {label}", args.classifier_steps)
+    text = f"training a classifier on {label}"
+    progress = experiment.Progress(procs, text, args.classifier_steps)
     for step in range(args.classifier_steps):
-        index = torch.cat([m[torch.randint(len(m), (32 // len(members) or 1,), generator=rng)] for m in members])
+        index = torch.cat([m[torch.randint(len(m), (count,), generator=rng)] for m in members])
         logits = net(augment(x[index].to(procs.device), rng))
         F.cross_entropy(logits, labels[index].to(procs.device)).backward()
         optimizer.step()
@@ -182,236 +258,327 @@ def train_classifier(x, labels, num_classes, args, procs, label):
     return net.eval().requires_grad_(False)
 
 
-def real_classifier(x, labels, num_classes, data_key, args, procs):
-    """Classifier trained on the real training images x [N, 1, S, S]; its weights are kept in the cache folder.
+def real_classifier(train, num_classes, args, procs):
+    """Classifier trained on the real training images; its weights are kept in the cache folder.
 
-    data_key: ImageSet.key of the images.
+    train: ImageGroup of a data.ImageSet.
     """
-    settings = f"classifier 1 {data_key} {labels.tolist()} {args.seed} {args.classifier_steps}"
+    settings = (train.images.key, train.labels.tolist(), args.seed, args.classifier_steps)
+    key = hashlib.sha256(f"classifier 1 {settings}".encode()).hexdigest()
+    path = pathlib.Path(args.output_root, "cache", f"classifier_{key[:16]}.pt")
+    if path.exists():
+        try:
+            with zipfile.ZipFile(path) as archive:  # torch.load checks no checksums
+                if archive.testzip():
+                    raise ValueError("a checksum does not match")
+            net = Classifier(num_classes)
+            net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            return net.to(procs.device).eval().requires_grad_(False)
+        except Exception as e:  # whatever a damaged file raises
+            notice(f"{path} is damaged ({experiment.first_line(e)}): training the classifier again")
+    net = train_classifier(train.views, train.labels, num_classes, args, procs, "real images")
+    experiment.make_folder(path.parent)
+    experiment.write_atomic(path, lambda f: torch.save(net.state_dict(), f))
+    return net
 
-    def blocks():
-        net = train_classifier(x, labels, num_classes, args, procs, "real films")
-        yield nn.utils.parameters_to_vector(net.parameters()).cpu().numpy()[None]
 
-    folder, key = pathlib.Path(args.output_root) / "cache", hashlib.sha256(settings.encode()).hexdigest()
-    weights = data.cached_array(folder, f"classifier_{key[:16]}", blocks).rows([0])[0]
-    net = Classifier(num_classes)
-    nn.utils.vector_to_parameters(torch.from_numpy(weights.copy()), net.parameters())
-    return net.to(procs.device).eval().requires_grad_(False)
+def tstr(samples, train, held_out, judge, num_classes, args, procs):
+    """AUROC with 95 % interval, (value, low, high), by what was trained on and tested on.
+
+    samples, train, held_out: ImageGroup. judge: Classifier trained on the training images. The
+    third entry is TSTR (Esteban et al. 2017); the second is what real images get.
+    """
+    def tested_on(net, group):
+        scores = apply(net, group.views.split(BATCH), procs)
+        return metrics.auroc_interval(scores, group.labels)
+
+    views = torch.cat([train.views, samples.views])
+    labels = torch.cat([train.labels, samples.labels])
+    synthetic = train_classifier(samples.views, samples.labels, num_classes, args, procs, "samples")
+    both = train_classifier(views, labels, num_classes, args, procs, "real images and samples")
+    return {"real images, tested on samples": tested_on(judge, samples),
+            "real images, tested on held-out images": tested_on(judge, held_out),
+            TSTR: tested_on(synthetic, held_out),
+            "both, tested on held-out images": tested_on(both, held_out)}
 
 
-# --- feature spaces ----------------------------------------------------------------------------------------
+# --- feature spaces -----------------------------------------------------------------------------
 
 
 def feature_network(name, vae, classifier, procs):
-    """(network from images [B, 1, H, W] in [-1, 1] to features [B, D], its name in the report)."""
+    """(function from images [B, 1, H, W] in [-1, 1] to features [B, D], its name in the report).
+
+    vae, classifier: None where there is none. Ends the program where `name` cannot be had.
+    """
     if name == "classifier":
         if classifier is None:
-            fail("--features=classifier needs two classes to tell apart: give --features=vae or a network")
+            fail("--features=classifier needs two classes to tell apart: give --features=vae")
         return classifier.features, "classifier trained on the real training split, 64 features"
     if name == "vae":
         if vae is None:
             fail("--features=vae with --samples_dir needs an autoencoder: give --ae_ckpt_path")
-        return (lambda x: F.adaptive_avg_pool2d(vae.encode(x).mean, 4).flatten(1)), "autoencoder means on a 4x4 grid"
+
+        def features(x):
+            return F.adaptive_avg_pool2d(vae.encode(x).mean, 4).flatten(1)
+        return features, "autoencoder means on a 4x4 grid"
     if name == "torchxrayvision":
         try:
             import torchxrayvision
         except ImportError:
-            fail("--features=torchxrayvision needs that package: pip install torchxrayvision, or --features=classifier")
-        net = torchxrayvision.models.DenseNet(weights="densenet121-res224-all").to(procs.device).eval()
-        return (lambda x: net.features2(F.interpolate(x, (224, 224), mode="area") * 1024)), f"torchxrayvision {net.weights}"
-    if not pathlib.Path(name).is_file():
-        fail(f"--features={name}: classifier, vae, torchxrayvision, or the path of a TorchScript file")
-    try:
-        net = torch.jit.load(name, map_location=procs.device).eval()
-    except RuntimeError as e:
-        fail(f"{name} is no TorchScript file: {experiment.first_line(e)}")
-    # The usual Inception file gives class scores unless asked.
-    options = {"return_features": True} if "return_features" in {a.name for a in net.forward.schema.arguments} else {}
+            fail("--features=torchxrayvision needs that package: pip install torchxrayvision")
+        net = torchxrayvision.models.DenseNet(weights="densenet121-res224-all")
+        net = net.to(procs.device).eval()
 
-    def script(x):
+        def features(x):  # it expects values from -1024 to 1024
+            return net.features2(F.interpolate(x, (224, 224), mode="area") * 1024)
+        return features, f"torchxrayvision {net.weights}"
+    return torchscript_network(name, procs), f"TorchScript {pathlib.Path(name).name}"
+
+
+def torchscript_network(path, procs):
+    """The function of a TorchScript file, which gets images [B, 3, H, W] with values 0 to 255, as
+    the usual Inception file wants them."""
+    if not pathlib.Path(path).is_file():
+        fail(f"--features={path} is no file: give classifier, vae, torchxrayvision or TorchScript")
+    try:
+        net = torch.jit.load(path, map_location=procs.device).eval()
+    except RuntimeError as e:
+        fail(f"{path} is no TorchScript file: {experiment.first_line(e)}")
+    options = {}
+    if "return_features" in {a.name for a in net.forward.schema.arguments}:
+        options["return_features"] = True  # the usual Inception file gives class scores otherwise
+
+    def features(x):
         out = net(((x + 1) * 127.5).expand(-1, 3, -1, -1), **options)
         if out.ndim != 2 or len(out) != len(x):
-            fail(f"{name} maps images [B, 3, H, W] with values 0 to 255 to {[*out.shape]}, not to features [B, D]")
+            fail(f"{path} maps images [B, 3, H, W] to {[*out.shape]}, not to features [B, D]: give "
+                 "another --features")
         return out
-    return script, f"TorchScript {pathlib.Path(name).name}"
+    return features
 
 
-# --- report ------------------------------------------------------------------------------------------------
+# --- distributions ------------------------------------------------------------------------------
 
 
 def as_many(labels, like, seed):
-    """Positions of a random choice from `labels` with as many members of each class as `like` has, or all there are."""
+    """Positions of a random choice from `labels` with as many members of each class as `like` has,
+    or all there are."""
     rng = np.random.default_rng(seed)
-    return np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:(like == c).sum()] for c in np.unique(like)])
+    chosen = []
+    for c in np.unique(like):
+        chosen.append(rng.permutation(np.flatnonzero(labels == c))[:(like == c).sum()])
+    return np.concatenate(chosen)
 
 
-def compare(features, real_features):
+def distances(features, real_features):
+    """{name: number} of features [N, D] against those of held-out images [M, D]."""
     return {"fid": metrics.frechet_distance(features, real_features),
-            "kid": metrics.kernel_distance(features, real_features), **metrics.manifold_metrics(features, real_features)}
+            "kid": metrics.kernel_distance(features, real_features),
+            **metrics.manifold_metrics(features, real_features)}
 
 
-def group_rows(features, levels, labels, seed):
-    """What is reported of one group of images: dicts of numbers for 'samples', 'train', 'spread', 'real' and, if it is
-    in levels, 'decoded'.
+def mean_looks(rows):
+    """Row of the report on looks [N, 3]."""
+    return {"num": len(rows), **dict(zip(LOOKS, rows.mean(0).tolist(), strict=True))}
 
-    features [N, D], levels [N, 3] (see looks) and labels [N] are dicts by 'samples', 'train' and 'real'. 'train' is the
-    floor: what as many training films get as there are samples, since FID falls with their number; the mean of
-    FLOOR_DRAWS random choices, whose standard deviation is 'spread'.
+
+def group_rows(samples, pool, held_out, seed):
+    """What is reported of some samples, {row: {name: number}}, beside held-out images and a pool of
+    training images; all are FeatureGroups.
+
+    `baseline` is what as many images from the pool get as there are samples, since FID falls with
+    their number: the mean of BASELINE_DRAWS random choices. `baseline_std` is the standard
+    deviation of these.
     """
-    chosen = [as_many(labels["train"], labels["samples"], [seed, draw]) for draw in range(FLOOR_DRAWS)]
-    draws = [compare(features["train"][index], features["real"]) for index in chosen]
+    chosen = [as_many(pool.labels, samples.labels, [seed, i]) for i in range(BASELINE_DRAWS)]
+    draws = [distances(pool.features[index], held_out.features) for index in chosen]
     values = {name: [draw[name] for draw in draws] for name in draws[0]}
-    rows = {"samples": {"num": len(labels["samples"]), **compare(features["samples"], features["real"])},
-            "train": {"num": len(chosen[0]), **{k: statistics.mean(v) for k, v in values.items()}},
-            "spread": {k: statistics.stdev(v) for k, v in values.items()}, "real": {"num": len(labels["real"])}}
-    for row, table in levels.items():
-        rows.setdefault(row, {"num": len(table)}).update(zip(LOOKS, table.mean(0).tolist(), strict=True))
-    return rows
+    return {
+        "samples": {**mean_looks(samples.looks), **distances(samples.features, held_out.features)},
+        "baseline": {**mean_looks(pool.looks), "num": len(chosen[0]),
+                     **{name: statistics.mean(v) for name, v in values.items()}},
+        "baseline_std": {name: statistics.stdev(v) for name, v in values.items()},
+        "held_out": mean_looks(held_out.looks)}
 
 
-def usefulness(sets, num_classes, judge, args, procs):
-    """AUROC with 95 % bootstrap interval, (value, low, high), by what was trained on and tested on.
+# --- report -------------------------------------------------------------------------------------
 
-    sets: (images, labels) of 'samples', 'train' and 'real' (held-out). judge: Classifier trained on 'train'.
-    """
-    def trained_on(*names):
-        x, labels = (torch.cat(parts) for parts in zip(*(sets[name] for name in names), strict=True))
-        return train_classifier(x, labels, num_classes, args, procs, " and ".join(names))
 
-    def tested_on(name, net):
-        x, labels = sets[name]
-        return metrics.auroc_interval(in_batches(net, x, procs), labels)
-    return {"real films, tested on samples": tested_on("samples", judge),
-            "real films, tested on held-out films": tested_on("real", judge),
-            "samples, tested on held-out films": tested_on("real", trained_on("samples")),
-            "both, tested on held-out films": tested_on("real", trained_on("train", "samples"))}
+def verdict(metric, value, bad, watch, meaning, advice):
+    """metrics.Verdict with the level that the two conditions say."""
+    level = "bad" if bad else "watch" if watch else "ok"
+    return metrics.Verdict(metric, level, f"{value:.3f}", meaning, advice)
 
 
 def verdicts(report):
     """The few things in a report that a reader should not miss, as metrics.Verdicts."""
-    all_rows, copies = report["groups"]["all"], report["memorisation"]
-    rows, floor, real_detail = all_rows["samples"], all_rows["train"], max(all_rows["real"]["detail"], 1e-6)
-    detail = rows["detail"] / real_detail
-    found = [
-        ("memorisation", copies["share"], copies["interval"][0] > 0.2, copies["interval"][0] > copies["expected"],
-         f"Share of samples closer to a training film than held-out films are; by chance {copies['expected']:.2f}.",
-         "Look at the pairs picture. Train for fewer steps or on more images; do not publish copies of patients."),
-        ("precision", rows["precision"], rows["precision"] < 0.2 * floor["precision"],
-         rows["precision"] < 0.6 * floor["precision"],
-         f"Share of samples that lie among the real films; training films have {floor['precision']:.2f}.",
-         "Samples do not look real: train longer, and check the autoencoder's reconstructions."),
-        ("recall", rows["recall"], rows["recall"] < 0.2 * floor["recall"], rows["recall"] < 0.6 * floor["recall"],
-         f"Share of real films that lie among the samples; training films have {floor['recall']:.2f}.",
-         "Samples leave much out: lower --guidance_scale, then train longer."),
-        ("detail", detail, not 0.4 < detail < 2.5, not 0.7 < detail < 1.5,
-         "Detail of the samples by that of real films" + (
-             f"; the autoencoder leaves {all_rows['decoded']['detail'] / real_detail:.2f} of it."
-             if "decoded" in all_rows else "."),
-         "Too little: blurred, train the autoencoder longer or with its discriminator. Too much: noise, train longer.")]
+    rows, copies = report["groups"]["all"], report["memorisation"]
+    samples, baseline = rows["samples"], rows["baseline"]
+    low = copies["interval"][0]
+    found = [verdict(
+        "memorisation", copies["fraction"], low > 0.2, low > copies["expected"],
+        "Fraction of samples closer to a training image than held-out images are; by chance "
+        f"{copies['expected']:.2f}.",
+        "Look at the pairs. Train for fewer steps or on more images; publish no copies of "
+        "patients.")]
+    for name, meaning, advice in (
+            ("precision", "Fraction of samples that lie among the held-out images",
+             "Samples do not look real: train longer; check the autoencoder's reconstructions."),
+            ("recall", "Fraction of held-out images that lie among the samples",
+             "Samples leave much out: lower --guidance_scale, then train longer.")):
+        value, reference = samples[name], baseline[name]
+        found.append(verdict(name, value, value < 0.2 * reference, value < 0.6 * reference,
+                             f"{meaning}; the baseline has {reference:.2f}.", advice))
+
+    real_detail = max(rows["held_out"]["detail"], 1e-6)
+    detail = samples["detail"] / real_detail
+    meaning = "Detail of the samples, relative to held-out images"
+    if "decoded" in rows:
+        meaning += f"; the autoencoder leaves {rows['decoded']['detail'] / real_detail:.2f} of it"
+    found.append(verdict(
+        "detail", detail, not 0.4 < detail < 2.5, not 0.7 < detail < 1.5, f"{meaning}.",
+        "Too little: train the autoencoder longer or with its discriminator. Too much is noise: "
+        "train longer."))
+
     if "auroc" in report:
-        value, low, high = report["auroc"]["real films, tested on samples"]
-        found.append(("class fidelity", value, high < 0.5, low <= 0.5,
-                      "AUROC on samples of a classifier that was trained on real films.",
-                      "Below 0.5 the labels are swapped. Near it: train longer, raise --guidance_scale."))
-    return [metrics.Verdict(name, "bad" if bad else "watch" if watch else "ok", f"{value:.3f}", meaning, advice)
-            for name, value, bad, watch, meaning, advice in found]
+        value, low, high = report["auroc"]["real images, tested on samples"]
+        found.append(verdict(
+            "class fidelity", value, high < 0.5, low <= 0.5,
+            "AUROC on samples of a classifier that was trained on real images.",
+            "Below 0.5 the labels are swapped. Near it: train longer, raise --guidance_scale."))
+    return found
+
+
+# Heading, width and decimals of the columns of numbers.
+COLUMNS = {
+    "fid": ("FID", 9, 3), "kid": ("KID", 9, 4), "precision": ("precision", 10, 3),
+    "recall": ("recall", 7, 3), "density": ("density", 8, 3), "coverage": ("coverage", 9, 3),
+    "black_fraction": ("black", 7, 3), "percentile_1": ("1st pct", 8, 4),
+    "detail": ("detail", 7, 4)}
 
 
 def print_report(report):
-    print(f"features: {report['features']}; distances are to the real films of split {report['split']}; train is the floor, "
-          f"the mean of {FLOOR_DRAWS} choices of training films, spread their standard deviation; decoded is what the "
-          "autoencoder makes of the real films")
-    print(f"{'':<12} {'':<8} {'N':>5} {'FID':>9} {'KID':>9} {'precision':>10} {'recall':>7} {'density':>8} {'coverage':>9} "
-          f"{'black':>7} {'darkest':>8} {'detail':>7}")
+    """The report on the console."""
+    print(f"features: {report['features']}; distances are to held-out images ({report['split']})")
+    print(f"baseline: as many training images as there are samples, mean of {BASELINE_DRAWS} "
+          "random choices; decoded: held-out images through the autoencoder")
+    headings = "".join(f" {text:>{width}}" for text, width, _ in COLUMNS.values())
+    print(f"{'':<12} {'':<12} {'N':>5}{headings}")
     for name, rows in report["groups"].items():
-        for row, v in rows.items():
-            distances = (f"{v['fid']:9.3f} {v['kid']:9.4f} {v['precision']:10.3f} {v['recall']:7.3f} "
-                         f"{v['density']:8.3f} {v['coverage']:9.3f}" if "fid" in v else " " * 57)
-            seen = f"{v['black_share']:7.3f} {v['darkest_percent']:8.4f} {v['detail']:7.4f}" if "detail" in v else ""
-            print(f"{name:<12} {row:<8} {v.get('num', ''):>5} {distances} {seen}")
+        for row, values in rows.items():
+            cells = "".join(
+                f" {values[key]:{width}.{decimals}f}" if key in values else " " * (width + 1)
+                for key, (_, width, decimals) in COLUMNS.items())
+            print(f"{name:<12} {row:<12} {values.get('num', ''):>5}{cells}".rstrip())
     copies = report["memorisation"]
-    print(f"memorisation: {100 * copies['share']:.1f} % of samples are closer to a training film than held-out films are "
-          f"(95 %: {100 * copies['interval'][0]:.1f} to {100 * copies['interval'][1]:.1f} %; by chance "
+    low, high = copies["interval"]
+    print(f"memorisation: {100 * copies['fraction']:.1f} % of samples are closer to a training "
+          f"image than held-out images are (95 %: {100 * low:.1f} to {100 * high:.1f} %; by chance "
           f"{100 * copies['expected']:.1f} %)")
     for name, (value, low, high) in report.get("auroc", {}).items():
-        print(f"AUROC, trained on {name:<37} {value:.3f} ({low:.3f} to {high:.3f})")
+        note = "  TSTR" if name == TSTR else ""
+        print(f"AUROC, trained on {name:<39} {value:.3f} ({low:.3f} to {high:.3f}){note}")
+
+
+# --- the stage ----------------------------------------------------------------------------------
 
 
 def main(argv=None):
-    args = experiment.parse_args(make_parser(), argv)
+    args = parse_settings(build_parser(), argv)
     procs = experiment.setup_processes(args)
     if procs.world_size > 1:
-        fail("evaluate.py runs in one process")
+        fail("evaluate.py runs in one process: start it with python, not torchrun")
     if bool(args.ckpt) == bool(args.samples_dir):
-        fail("what is to be measured? Give either --ckpt=runs/ldm_.../ckpts/last.pt or --samples_dir=FOLDER")
+        fail("what is to be measured? Give either --ckpt=runs/ldm_.../ckpts/last.pt or "
+             "--samples_dir=FOLDER")
+    if not args.ckpt and not args.data_root and not args.img_size:
+        fail("without --data_root the samples are compared with the phantom set: give --img_size")
 
-    # --- samples, and the real films at their size ---
-    vae, how = None, {}
+    # --- what is measured: a model, or a folder of images ---
+    vae, sampling = None, {}
     if args.ckpt:
-        ldm = sample.prepare(args, procs)
-        vae, args.img_size, class_names = ldm.vae, ldm.checkpoint["args"]["img_size"], ldm.checkpoint["class_names"]
-        out = pathlib.Path(args.out_dir or pathlib.Path(args.ckpt).parent.parent)
-        how = {"step": ldm.checkpoint["step"], **{k: getattr(args, k) for k in (
-            "sampler", "num_sampling_steps", "guidance_scale", "guidance_interval")}}
+        ldm = experiment.prepare_sampling(args, procs)
+        vae, checkpoint = ldm.vae, ldm.checkpoint
+        class_names, img_size = checkpoint["class_names"], checkpoint["args"]["img_size"]
+        if args.img_size not in (None, img_size):
+            fail(f"--img_size={args.img_size}, but {args.ckpt} was trained at {img_size}: leave it "
+                 "out")
+        sampling = {name: getattr(args, name) for name in experiment.SAMPLING_SETTINGS}
+        sampling["step"] = checkpoint["step"]
+        folder = pathlib.Path(args.out_dir or pathlib.Path(args.ckpt).parent.parent)
     else:
-        class_names = data.scan(args.data_root or data.phantom_root(args, procs), args.task, "train").class_names
+        root = args.data_root or phantom.phantom_root(args.output_root, args.img_size)
+        class_names = data.scan(root, args.task, "train").class_names
         samples = read_samples(args.samples_dir, class_names, args.img_size)
-        args.img_size = samples.rows.shape[-1]
-        out = pathlib.Path(args.out_dir or args.samples_dir)
+        img_size = samples.rows.shape[-1]
         if args.ae_ckpt_path:
-            vae, _, _ = load_autoencoder(args.ae_ckpt_path, None, procs)
+            vae, _, _ = experiment.load_autoencoder(args.ae_ckpt_path, procs)
+        folder = pathlib.Path(args.out_dir or args.samples_dir)
+    args.img_size = img_size
+
+    # --- real images of that size: before sampling, since mistakes show here ---
     real, train = data.open_images(args, procs, args.split), data.open_images(args, procs, "train")
     if not real.class_names == train.class_names == class_names:
-        fail(f"the samples' classes are {', '.join(class_names)}, those of the data {', '.join(train.class_names)} "
-             f"(train) and {', '.join(real.class_names)} ({args.split}): give the --task that belongs to them")
-    experiment.make_folder(out)
+        fail(f"the samples' classes are {', '.join(class_names)}, those of the data "
+             f"{', '.join(train.class_names)} (train) and {', '.join(real.class_names)} "
+             f"({args.split}): give the --task that belongs to them")
+    experiment.make_folder(folder)
     if args.ckpt:
         samples = draw_samples(ldm, args, procs)
-    sets = {"samples": samples, "train": train, "real": real}
-    labels = {name: torch.from_numpy(images.labels) for name, images in sets.items()}
-    views = {name: in_batches(lambda x: shrink(x, CLASSIFIER_SIZE), images, procs) for name, images in sets.items()}
+    for name, images in (("the samples", samples), ("split train", train),
+                         (f"split {args.split}", real)):
+        for c in np.unique(samples.labels):
+            if (images.labels == c).sum() < 2:
+                fail(f"{name} has under two images of class {class_names[c]}, which distances "
+                     "need: give more, or leave this class out")
+    sample_group, train_group, real_group = (
+        reduce_images(images, procs) for images in (samples, train, real))
 
     # --- distributions, by class and overall ---
-    judge = None
-    if len(class_names) > 1:
-        judge = real_classifier(views["train"], labels["train"], len(class_names), train.key, args, procs)
+    num_classes, judge = len(class_names), None
+    if num_classes > 1:
+        judge = real_classifier(train_group, num_classes, args, procs)
     network, features_name = feature_network(args.features, vae, judge, procs)
-    pool = train.subset(as_many(train.labels, np.repeat(samples.labels, FLOOR_DRAWS), args.seed))
-    rows = {"samples": samples, "train": pool, "real": real}
-    features, levels = ({row: in_batches(function, images, procs) for row, images in rows.items()}
-                        for function in (network, looks))
-    if vae:  # what the autoencoder leaves of the real films, which is about the most that samples can have
-        rows["decoded"] = real
-        levels["decoded"] = in_batches(lambda x: looks(vae.decode(vae.encode(x).mean).clamp(-1, 1)), real, procs)
-    classes = {row: images.labels for row, images in rows.items()}
+    pool = train.subset(as_many(train.labels, np.repeat(samples.labels, BASELINE_DRAWS), args.seed))
+    sets = [FeatureGroup(images.labels, apply(network, batches(images), procs),
+                         apply(looks, batches(images), procs)) for images in (samples, pool, real)]
+    if vae is not None:  # what it leaves of real images is about the most that samples can have
+        decoded = apply(lambda x: looks(vae.decode(vae.encode(x).mean).clamp(-1, 1)),
+                        batches(real), procs)
     groups = {}
-    for group in ["all", *(class_names[c] for c in np.unique(samples.labels))]:
-        keep = {row: slice(None) if group == "all" else np.flatnonzero(of == class_names.index(group))
-                for row, of in classes.items()}
-        groups[group] = group_rows(*({row: values[row][keep[row]] for row in values}
-                                     for values in (features, levels, classes)), args.seed)
-    report = {"features": features_name, "split": args.split, "seed": args.seed, **how, "groups": groups}
+    for name, classes in [("all", range(num_classes)),
+                          *((class_names[c], [c]) for c in np.unique(samples.labels))]:
+        groups[name] = group_rows(*(group.of_classes(classes) for group in sets), args.seed)
+        if vae is not None:
+            groups[name]["decoded"] = mean_looks(decoded[np.isin(real.labels, classes)])
+    report = {"features": features_name, "split": args.split, "seed": args.seed, **sampling,
+              "groups": groups}
 
-    # --- copies of training films ---
-    copies = metrics.memorisation(*(in_batches(small_pictures, sets[name], procs) for name in ("samples", "train", "real")))
+    # --- copies of training images ---
+    copies = metrics.memorisation(
+        sample_group.thumbnails, train_group.thumbnails, real_group.thumbnails)
     closest = copies.pop("ratio").argsort()[:10]
-    pairs = copies.pop("nearest")[closest]
-    report["memorisation"] = copies | {"pixels": PIXEL_SIZE}
-    experiment.save_grid(out / "evaluation_pairs.png", [samples.images(closest.numpy()), train.images(pairs.numpy())],
-                         ["the ten samples closest to a training film", "that training film"])
+    originals = copies.pop("nearest")[closest]
+    report["memorisation"] = {**copies, "pixels": THUMBNAIL_SIZE}
+    pairs_path = folder / "evaluation_pairs.png"
+    experiment.save_grid(
+        pairs_path, [samples.images(closest.numpy()), train.images(originals.numpy())],
+        ["the ten samples closest to a training image", "that training image"])
 
-    # --- of use to a classifier? ---
-    if judge and len(labels["samples"].unique()) > 1:
-        report["auroc"] = usefulness({name: (views[name], labels[name]) for name in sets}, len(class_names), judge, args,
-                                     procs)
+    # --- TSTR: does a classifier learn from the samples? ---
+    if judge is not None and len(np.unique(samples.labels)) > 1:
+        report["auroc"] = tstr(
+            sample_group, train_group, real_group, judge, num_classes, args, procs)
     else:
         notice("one class only: no classifier to judge the samples by")
+
+    # --- verdicts and report ---
     found = verdicts(report)
-    experiment.write_json(out / "evaluation.json", report | {"verdicts": [v._asdict() for v in found]})
+    report_path = folder / "evaluation.json"
+    experiment.write_json(report_path, {**report, "verdicts": [v._asdict() for v in found]})
     print_report(report)
     print(metrics.format_verdicts(found))
-    print(f"written: {out / 'evaluation.json'}, {out / 'evaluation_pairs.png'}")
+    print(f"written: {report_path}, {pairs_path}")
 
 
 if __name__ == "__main__":

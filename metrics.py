@@ -1,41 +1,43 @@
 """What is measured about a run, and what the numbers mean.
 
-Reconstruction, diversity, latent statistics, distances between distributions, and the table of verdicts.
-Only `psnr`, `ssim` and `ms_ssim` run inside a training step; the rest runs once per evaluation, in float64 on
-the CPU, because not every accelerator has float64.
+Reconstruction, diversity, latent statistics, distances between distributions, and the table of
+verdicts. Only `psnr`, `ssim` and `ms_ssim` run inside a training step; the rest runs once per
+evaluation, in float64 on the CPU, because not every accelerator has float64.
 """
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-# --- reconstruction ----------------------------------------------------------------------------------------
+# --- reconstruction -----------------------------------------------------------------------------
 
 WINDOW, WINDOW_SIGMA = 11, 1.5  # pixels; Wang et al. 2004, section III-C
 C1, C2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2  # (K * L)^2 of the same paper for data range L = 2
-SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, section 3.2, finest scale first
+SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, 3.2, finest first
 
 
 def psnr(x, y):
     """Peak signal-to-noise ratio of images [B, 1, H, W] in [-1, 1] (peak-to-peak 2): [B], in dB.
 
-    The mean squared error is floored at 1e-10, so equal images score 106 dB and not an infinity that would
-    swallow every average it enters.
+    The mean squared error is at least 1e-10, so equal images score 106 dB and not an infinity that
+    would swallow every average it enters.
     """
     mse = (x.float() - y.float()).square().flatten(1).mean(1)
     return 10 * torch.log10(4 / mse.clamp_min(1e-10))
 
 
 def blur(x):
-    """Separable Gaussian filter without padding on x [B, 1, H, W]; a smaller image shrinks the window.
+    """Separable Gaussian filter of x [B, 1, H, W] without padding; small images shrink the window.
 
-    A sum of shifted views and not a convolution: a GPU's convolutions round to TF32 (10-bit mantissa), which
-    spoils the difference E[x^2] - E[x]^2 that SSIM lives on. The compiler fuses such a sum, and autocast
-    leaves it in float32.
+    A sum of shifted views and not a convolution: a GPU's convolutions round to TF32 (10-bit
+    mantissa), which spoils the difference E[x^2] - E[x]^2 that SSIM lives on. The compiler fuses
+    such a sum, and autocast leaves it in float32.
     """
     size = min(WINDOW, *x.shape[2:])
-    weights = [math.exp(-((k - (size - 1) / 2) / WINDOW_SIGMA) ** 2 / 2) for k in range(size)]
+    centre = (size - 1) / 2
+    weights = [math.exp(-((k - centre) / WINDOW_SIGMA) ** 2 / 2) for k in range(size)]
     total = sum(weights)
     for dim in (2, 3):
         length = x.shape[dim] - size + 1
@@ -50,14 +52,16 @@ def ssim_terms(x, y):
     covariance = xy - mean_x * mean_y
     luminance = (2 * mean_x * mean_y + C1) / (mean_x.square() + mean_y.square() + C1)
     contrast_structure = (2 * covariance + C2) / (var_sum + C2)
-    return (luminance * contrast_structure).flatten(1).mean(1), contrast_structure.flatten(1).mean(1)
+    full = luminance * contrast_structure
+    return full.flatten(1).mean(1), contrast_structure.flatten(1).mean(1)
 
 
 def ssim(x, y):
-    """Structural similarity (Wang et al. 2004, eq. 13) of images [B, 1, H, W] in [-1, 1]: [B], at most 1.
+    """Structural similarity (Wang et al. 2004, eq. 13) of images [B, 1, H, W] in [-1, 1]: [B].
 
-    Float32 also under autocast. The luminance term expects intensities from zero upwards, so the images are
-    shifted to [0, 2]; the result is that of the same images stored as 0..255.
+    At most 1; float32 also under autocast. The luminance term expects intensities from zero
+    upwards, so the images are shifted to [0, 2]; the result is that of the same images stored as
+    0..255.
     """
     return ssim_terms(x.float() + 1, y.float() + 1)[0]
 
@@ -65,8 +69,9 @@ def ssim(x, y):
 def ms_ssim(x, y):
     """Multi-scale SSIM (Wang et al. 2003, eq. 7) of images [B, 1, H, W] in [-1, 1]: [B], in (0, 1].
 
-    Uses up to five scales, as many as leave the smallest side at least 11 pixels, with their weights
-    renormalised to sum to one; with a single scale it is `ssim`. Float32 also under autocast.
+    Uses up to five scales, as many as leave the smallest side at least 11 pixels, with their
+    weights renormalised to sum to one; with a single scale it is `ssim`. Float32 also under
+    autocast.
     """
     side = min(x.shape[2:])
     scales = sum(side // 2**k >= WINDOW for k in range(len(SCALE_WEIGHTS))) or 1
@@ -83,7 +88,14 @@ def ms_ssim(x, y):
     return result
 
 
-# --- diversity and latent statistics -----------------------------------------------------------------------
+# --- diversity and latent statistics ------------------------------------------------------------
+
+MSE_MEAN, MSE_STD = "sample_diversity/pairwise_mse_mean", "sample_diversity/pairwise_mse_std"
+MSE_MIN, MSE_MAX = "sample_diversity/pairwise_mse_min", "sample_diversity/pairwise_mse_max"
+RATIO = "sample_diversity/ratio_to_real"
+Z_MEAN, Z_STD = "final_latent_stats/mean", "final_latent_stats/std"
+Z_MIN, Z_MAX = "final_latent_stats/min", "final_latent_stats/max"
+TARGET_STD = "final_latent_stats/target_std"
 
 
 def rows64(x):
@@ -92,10 +104,11 @@ def rows64(x):
 
 
 def pairwise_mse(z):
-    """Mean squared error of all N (N - 1) / 2 distinct pairs in z [N, ...]: dict of mean, std, min and max.
+    """Mean squared error of all N (N - 1) / 2 pairs in z [N, ...]: dict of mean, std, min and max.
 
-    The standard deviation is the population's, so a single pair has 0. For independent Gaussian latents of
-    variance s^2 the mean is 2 s^2. NaN in z gives NaN. Holds one float64 per pair. ValueError if N < 2.
+    The standard deviation is the population's, so a single pair has 0. For independent Gaussian
+    latents of variance s^2 the mean is 2 s^2. NaN in z gives NaN. Holds one float64 per pair.
+    ValueError if N < 2.
     """
     if len(z) < 2:
         raise ValueError(f"pairwise_mse needs at least 2 samples, got {len(z)}")
@@ -108,10 +121,11 @@ def pairwise_mse(z):
 def sample_diversity(z, labels, class_names, real_pairwise_mse_mean):
     """Pairwise MSE within each class of generated latents, and compared with the training latents.
 
-    z [N, ...] are normalised latents, labels [N] index class_names. `sample_diversity/pairwise_mse_*` is
-    the average over the classes with two or more samples; `sample_diversity/<class>/pairwise_mse_*` is one
-    class, and `sample_diversity/num_pairs` the number of pairs in the largest. real_pairwise_mse_mean is the
-    same mean over training latents; if it is None or 0 (one training image), it and the ratio are left out.
+    z [N, ...] are normalised latents, labels [N] index class_names.
+    `sample_diversity/pairwise_mse_*` is the average over the classes with two or more samples,
+    `sample_diversity/<class>/pairwise_mse_*` is one class, and `sample_diversity/num_pairs` the
+    number of pairs in the largest. real_pairwise_mse_mean is the same mean over training latents;
+    if it is None or 0 (one training image), it and the ratio are left out.
     """
     labels = torch.as_tensor(labels, device=z.device)
     result, per_class, num_pairs = {}, [], 0
@@ -122,70 +136,79 @@ def sample_diversity(z, labels, class_names, real_pairwise_mse_mean):
         stats = pairwise_mse(members)
         per_class.append(stats)
         num_pairs = max(num_pairs, len(members) * (len(members) - 1) // 2)
-        result.update({f"sample_diversity/{name}/pairwise_mse_{key}": value for key, value in stats.items()})
+        for key, value in stats.items():
+            result[f"sample_diversity/{name}/pairwise_mse_{key}"] = value
     result["sample_diversity/num_pairs"] = num_pairs
     if per_class:
         for key in per_class[0]:
             average = sum(stats[key] for stats in per_class) / len(per_class)
             result[f"sample_diversity/pairwise_mse_{key}"] = average
     if real_pairwise_mse_mean:
-        result["sample_diversity/real_pairwise_mse_mean"] = float(real_pairwise_mse_mean)
+        real = float(real_pairwise_mse_mean)
+        result["sample_diversity/real_pairwise_mse_mean"] = real
         if per_class:
-            ratio = result["sample_diversity/pairwise_mse_mean"] / float(real_pairwise_mse_mean)
-            result["sample_diversity/ratio_to_real"] = ratio
+            result[RATIO] = result[MSE_MEAN] / real
     return result
 
 
 def latent_stats(z_unscaled, latent_scale_factor):
     """Statistics over all elements of the unscaled latents [N, ...] that go into the decoder.
 
-    `target_std` = 1 / latent_scale_factor is the standard deviation of training latents in the same units.
+    `target_std` = 1 / latent_scale_factor is the standard deviation of training latents in the same
+    units.
     """
     z = rows64(z_unscaled)
-    return {"final_latent_stats/mean": z.mean().item(), "final_latent_stats/std": z.std(correction=0).item(),
-            "final_latent_stats/min": z.min().item(), "final_latent_stats/max": z.max().item(),
-            "final_latent_stats/target_std": 1 / float(latent_scale_factor)}
+    return {Z_MEAN: z.mean().item(), Z_STD: z.std(correction=0).item(),
+            Z_MIN: z.min().item(), Z_MAX: z.max().item(),
+            TARGET_STD: 1 / float(latent_scale_factor)}
 
 
-# --- distributions -----------------------------------------------------------------------------------------
+# --- distributions ------------------------------------------------------------------------------
 
 
 def two_feature_sets(a, b):
-    """Both feature sets as float64 matrices; ValueError unless they are [N, D] and [M, D] with N, M >= 2."""
+    """Both as float64 matrices; ValueError unless they are [N, D] and [M, D] with N, M >= 2."""
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise ValueError(f"features must be [N >= 2, D] and [M >= 2, D], got {[*a.shape]} and {[*b.shape]}")
+        raise ValueError("features must be [N >= 2, D] and [M >= 2, D], "
+                         f"got {[*a.shape]} and {[*b.shape]}")
     return rows64(a), rows64(b)
 
 
 def frechet_distance(a, b):
-    """Frechet distance of Gaussians fitted to features a [N, D] and b [M, D] (Heusel et al. 2017, eq. 6).
+    """FID: Frechet distance of Gaussians fitted to features a [N, D] and b [M, D].
 
-    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) with unbiased covariances, rank-deficient ones too. S1 S2 has
-    the eigenvalues of the symmetric S1^(1/2) S2 S1^(1/2), so no general matrix root is needed. Biased upwards
-    for few samples: compare only values from equal N and M. NaN if a feature is not finite.
+    Heusel et al. 2017, eq. 6: |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) with unbiased
+    covariances, rank-deficient ones too. S1 S2 has the eigenvalues of the symmetric
+    S1^(1/2) S2 S1^(1/2), so no general matrix root is needed. Biased upwards for few samples:
+    compare only values from equal N and M. NaN if a feature is not finite.
     """
     a, b = two_feature_sets(a, b)
     if not (a.isfinite().all() and b.isfinite().all()):
         return math.nan
     dim = a.shape[1]
-    s1, s2 = torch.cov(a.T).reshape(dim, dim), torch.cov(b.T).reshape(dim, dim)  # torch.cov drops D = 1
+    s1 = torch.cov(a.T).reshape(dim, dim)  # torch.cov drops D = 1
+    s2 = torch.cov(b.T).reshape(dim, dim)
     values, vectors = torch.linalg.eigh(s1)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    product = torch.linalg.eigvalsh(root @ s2 @ root).clamp_min(0)  # rounding can leave some below zero
-    distance = (a.mean(0) - b.mean(0)).square().sum() + s1.trace() + s2.trace() - 2 * product.sqrt().sum()
+    # Rounding can leave some eigenvalues below zero.
+    product = torch.linalg.eigvalsh(root @ s2 @ root).clamp_min(0)
+    means = (a.mean(0) - b.mean(0)).square().sum()
+    distance = means + s1.trace() + s2.trace() - 2 * product.sqrt().sum()
     return max(distance.item(), 0.0)
 
 
 def kernel_distance(a, b):
-    """Kernel distance between features a [N, D] and b [M, D] (KID, Binkowski et al. 2018, section 4).
+    """KID: kernel distance of features a [N, D] and b [M, D] (Binkowski et al. 2018, section 4).
 
-    Unbiased squared MMD (Gretton et al. 2012, eq. 3) with the kernel (a.b / D + 1)^3 over all samples. Its
-    expectation does not depend on the sample size and is 0 for equal distributions, so single values can be
-    slightly negative.
+    Unbiased squared MMD (Gretton et al. 2012, eq. 3) with the kernel (a.b / D + 1)^3 over all
+    samples. Its expectation does not depend on the sample size and is 0 for equal distributions, so
+    single values can be slightly negative.
     """
     a, b = two_feature_sets(a, b)
     n, m, dim = len(a), len(b), a.shape[1]
-    aa, bb, ab = (a @ a.T / dim + 1) ** 3, (b @ b.T / dim + 1) ** 3, (a @ b.T / dim + 1) ** 3
+    aa = (a @ a.T / dim + 1) ** 3
+    bb = (b @ b.T / dim + 1) ** 3
+    ab = (a @ b.T / dim + 1) ** 3
     within_a = (aa.sum() - aa.trace()) / (n * (n - 1))
     within_b = (bb.sum() - bb.trace()) / (m * (m - 1))
     return (within_a + within_b - 2 * ab.mean()).item()
@@ -194,45 +217,52 @@ def kernel_distance(a, b):
 def manifold_metrics(samples, real, k=5):
     """dict of precision, recall, density and coverage of features [N, D] against real ones [M, D].
 
-    Around every point a ball reaches to its k-th nearest neighbour in its own set. Precision: share of samples
-    inside any real ball; recall: share of real points inside any sample's ball (Kynkaanniemi et al. 2019, eq. 1-2).
-    Density: real balls around a sample, over k; coverage: share of real balls with a sample inside (Naeem et al.
-    2020, eq. 4-5). k is lowered where a set has fewer points. ValueError unless both sets have at least 2.
+    Around every point a ball reaches to its k-th nearest neighbour in its own set. Precision:
+    fraction of samples inside any real ball; recall: fraction of real points inside any sample's
+    ball (Kynkaanniemi et al. 2019, eq. 1-2). Density: real balls around a sample, over k; coverage:
+    fraction of real balls with a sample inside (Naeem et al. 2020, eq. 4-5). k is lowered where a
+    set has fewer points. ValueError unless both sets have at least 2.
     """
     samples, real = two_feature_sets(samples, real)
     k = min(k, len(samples) - 1, len(real) - 1)
 
     def radii(x):
-        return torch.cdist(x, x).kthvalue(k + 1, dim=1).values  # the nearest of all is the point itself
+        # The nearest of all is the point itself.
+        return torch.cdist(x, x).kthvalue(k + 1, dim=1).values
 
     distance = torch.cdist(samples, real)  # [N, M]
     in_real = distance <= radii(real)[None]
     in_samples = distance <= radii(samples)[:, None]
-    return {"precision": in_real.any(1).double().mean().item(), "recall": in_samples.any(0).double().mean().item(),
-            "density": in_real.double().sum(1).mean().item() / k, "coverage": in_real.any(0).double().mean().item()}
+    return {"precision": in_real.any(1).double().mean().item(),
+            "recall": in_samples.any(0).double().mean().item(),
+            "density": in_real.double().sum(1).mean().item() / k,
+            "coverage": in_real.any(0).double().mean().item()}
 
 
-# --- memorisation and classification -----------------------------------------------------------------------
+# --- memorisation and classification ------------------------------------------------------------
 
 
 def binomial_interval(count, total, z=1.96):
-    """(low, high) of a share count / total at 95 % confidence (Wilson 1927); (0, 1) for total = 0."""
+    """(low, high) of the fraction count / total at 95 % confidence (Wilson 1927)."""
     if total == 0:
         return 0.0, 1.0
-    share, widen = count / total, z * z / total
-    centre = (share + widen / 2) / (1 + widen)
-    half = z / (1 + widen) * math.sqrt(share * (1 - share) / total + widen / (4 * total))
-    return 0.0 if count == 0 else centre - half, 1.0 if count == total else centre + half
+    fraction, widen = count / total, z * z / total
+    centre = (fraction + widen / 2) / (1 + widen)
+    half = z / (1 + widen) * math.sqrt(fraction * (1 - fraction) / total + widen / (4 * total))
+    low = 0.0 if count == 0 else centre - half
+    high = 1.0 if count == total else centre + half
+    return low, high
 
 
 def memorisation(samples, train, held_out, alpha=0.05):
     """Are samples [N, D] closer to the training images [M, D] than held-out images [H, D] are?
 
-    Closeness of an image is the distance to its nearest training image over that to its nearest held-out image
-    (another one, for a held-out image): a ratio, so that a blurred sample, which is close to everything, does not
-    count as a copy. Under the threshold, a low quantile of the held-out images' ratios, fall `expected` = about
-    alpha of images that know the training set no better than they do. dict with share, its interval, expected,
-    and for each sample ratio and nearest (index of the training image).
+    Closeness of an image is the distance to its nearest training image over that to its nearest
+    held-out image (another one, for a held-out image): a ratio, so that a blurred sample, which is
+    close to everything, does not count as a copy. Under the threshold, a low quantile of the
+    held-out images' ratios, fall `expected` = about alpha of images that know the training set no
+    better than they do. dict with fraction, its interval, expected, and for each sample ratio and
+    nearest (index of the training image).
     """
     samples, train = two_feature_sets(samples, train)
     held_out, _ = two_feature_sets(held_out, train)
@@ -240,43 +270,51 @@ def memorisation(samples, train, held_out, alpha=0.05):
     ratio = to_train / torch.cdist(samples, held_out).min(1).values.clamp_min(1e-12)
     among = torch.cdist(held_out, held_out).fill_diagonal_(math.inf).min(1).values
     reference = torch.cdist(held_out, train).min(1).values / among.clamp_min(1e-12)
-    rank = max(1, int(alpha * (len(reference) + 1)))  # a new ratio is below the rank-th of H with rank / (H + 1)
+    # A new ratio is below the rank-th of H with probability rank / (H + 1).
+    rank = max(1, int(alpha * (len(reference) + 1)))
     count = int((ratio < reference.kthvalue(rank).values).sum())
-    return {"share": count / len(samples), "interval": binomial_interval(count, len(samples)),
+    return {"fraction": count / len(samples),
+            "interval": binomial_interval(count, len(samples)),
             "expected": rank / (len(reference) + 1), "ratio": ratio, "nearest": nearest}
 
 
 def auroc(scores, labels):
-    """Area under the ROC curve of scores [N, K] for labels [N], one class against the rest, averaged over classes.
+    """Area under the ROC curve of scores [N, K] for labels [N]: one against the rest, averaged.
 
-    Mann & Whitney's U: how often a member scores above a non-member, ties counting half. NaN where a class has no
-    member or all.
+    Mann & Whitney's U: how often a member scores above a non-member, ties counting half. NaN where
+    a class has no member or all.
     """
     areas = []
     for c in range(scores.shape[1]):
         # With two classes the difference is what decides; with more, each column against the rest.
-        score = scores[:, c].double() - (scores.sum(1).double() - scores[:, c].double()) / (scores.shape[1] - 1)
+        own = scores[:, c].double()
+        score = own - (scores.sum(1).double() - own) / (scores.shape[1] - 1)
         gap = score[labels == c][:, None] - score[labels != c][None]
-        areas.append(((gap > 0).double() + 0.5 * (gap == 0).double()).mean().item() if gap.numel() else math.nan)
+        wins = (gap > 0).double() + 0.5 * (gap == 0).double()
+        areas.append(wins.mean().item() if gap.numel() else math.nan)
     return sum(areas) / len(areas)
 
 
 def auroc_interval(scores, labels, seed=0, resamples=1000):
-    """(AUROC, low, high): 95 % percentile bootstrap over the images of each class (Efron & Tibshirani 1993)."""
+    """(AUROC, low, high): 95 % bootstrap within each class (Efron & Tibshirani 1993)."""
     rng = torch.Generator().manual_seed(seed)
     members = [(labels == c).nonzero()[:, 0] for c in range(scores.shape[1])]
     values = []
     for _ in range(resamples):
-        index = torch.cat([m[torch.randint(len(m), (len(m),), generator=rng)] for m in members if len(m)])
+        index = torch.cat([m[torch.randint(len(m), (len(m),), generator=rng)]
+                           for m in members if len(m)])
         values.append(auroc(scores[index], labels[index]))
-    low, high = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    ends = torch.tensor([0.025, 0.975]).double()
+    low, high = torch.tensor(values, dtype=torch.float64).quantile(ends).tolist()
     return auroc(scores, labels), low, high
 
 
-# --- verdicts ----------------------------------------------------------------------------------------------
+# --- verdicts -----------------------------------------------------------------------------------
 
 
 class Verdict(NamedTuple):
+    """What one number means, and what to do about it."""
+
     metric: str
     level: str  # ok, watch or bad
     value: str
@@ -285,7 +323,8 @@ class Verdict(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What a predicate may compare a value with; an unknown number is NaN."""
+    """What a rule may compare a value with; an unknown number is NaN."""
+
     trend: str  # of the loss: see loss_trend
     target_std: float
     train_mean: float
@@ -294,14 +333,25 @@ class Context(NamedTuple):
     diverged: bool
 
 
-def loss_trend(losses):
-    """The course of a logged loss: 'not finite', 'short' (under 20 entries), 'rising', 'flat' or 'falling'.
+class Rule(NamedTuple):
+    """A row of TABLE."""
 
-    Rising: the mean of the last tenth is above that of the tenth before by more than 5 % and by more than 3
-    standard errors. The noise, taken as independent, comes from the differences of neighbours in the last
-    half: a slow trend hardly touches them, and a tenth may have only two entries. Two standard errors would
-    call 2 to 4 % of noisy plateaus rising, and a run asks many times; three call at most 0.6 %.
-    Flat: the last tenth is at least 98 % of the first.
+    metric: str  # '*': every one
+    level: str
+    applies: Callable  # (value, Context) -> bool
+    meaning: str
+    advice: str
+
+
+def loss_trend(losses):
+    """The course of a logged loss: 'not finite', 'short', 'rising', 'flat' or 'falling'.
+
+    Short: under 20 entries. Rising: the mean of the last tenth is above that of the tenth before
+    by more than 5 % and by more than 3 standard errors. The noise, taken as independent, comes from
+    the differences of neighbours in the last half: a slow trend hardly touches them, and a tenth
+    may have only two entries. Two standard errors would call 2 to 4 % of noisy plateaus rising, and
+    a run asks many times; three call at most 0.6 %. Flat: the last tenth is at least 98 % of the
+    first.
     """
     history = torch.as_tensor(losses, dtype=torch.float64)
     if not history.isfinite().all():
@@ -309,8 +359,9 @@ def loss_trend(losses):
     tenth = len(history) // 10
     if tenth < 2:
         return "short"
-    first, before, last = (part.mean().item() for part in
-                           (history[:tenth], history[-2 * tenth:-tenth], history[-tenth:]))
+    first = history[:tenth].mean().item()
+    before = history[-2 * tenth:-tenth].mean().item()
+    last = history[-tenth:].mean().item()
     noise = (history[len(history) // 2:].diff().square().mean().item() / 2) ** 0.5
     if last - before > max(0.05 * abs(before), 3 * noise * (2 / tenth) ** 0.5):
         return "rising"
@@ -318,131 +369,183 @@ def loss_trend(losses):
 
 
 def always(value, context):
+    """The rule of last resort for a metric."""
     return True
 
 
 LOSS, GRAD, BAD_STEPS = "train/loss", "train/grad_norm", "train/bad_steps"
-MSE_MEAN, MSE_STD = "sample_diversity/pairwise_mse_mean", "sample_diversity/pairwise_mse_std"
-MSE_MIN, MSE_MAX = "sample_diversity/pairwise_mse_min", "sample_diversity/pairwise_mse_max"
-RATIO = "sample_diversity/ratio_to_real"
-Z_MEAN, Z_STD = "final_latent_stats/mean", "final_latent_stats/std"
-Z_MIN, Z_MAX = "final_latent_stats/min", "final_latent_stats/max"
-
 NO_REFERENCE = "Finite, but there are no training latents to compare it with."
-TOO_LARGE = "A latent value lies beyond +-20, far from anything the decoder was trained on."
-TOO_LARGE_ADVICE = ("Lower --guidance_scale or raise --num_sampling_steps. If that does not help, run "
-                    "find_latent_scale.py again and check the scale factor.")
-OUT_OF_RANGE = "A latent value lies more than half the training range outside that range."
-OUT_OF_RANGE_ADVICE = "Lower --guidance_scale; early in training this passes by itself."
 
-# Metric ('*' is every one), level, when, meaning, advice. The first row that matches a metric is its verdict.
+# The first rule that matches a metric is its verdict.
 TABLE = [
-    ("*", "bad", lambda v, c: not math.isfinite(v),
-     "The value is NaN or infinite: training or sampling has blown up.",
-     "Go on from the last checkpoint with a lower --lr and --grad_clip; try --dtype fp32."),
+    Rule("*", "bad", lambda v, c: not math.isfinite(v),
+         "The value is NaN or infinite: training or sampling has blown up.",
+         "Resume from the last checkpoint with a lower --lr and --grad_clip; try --dtype fp32."),
 
-    (LOSS, "bad", lambda v, c: c.trend == "not finite",
-     "No step between two log lines had a finite loss and gradient. They were skipped; the weights are good.",
-     "Go on from the checkpoint with a lower --lr and --grad_clip; try --dtype fp32."),
-    (LOSS, "bad", lambda v, c: c.trend == "rising",
-     "The loss rose over the last tenth of the run: training is diverging.",
-     "Lower --lr (by 3 to 10 times), raise --warmup_steps, or lower --grad_clip."),
-    (LOSS, "watch", lambda v, c: c.trend == "flat",
-     "The loss is no lower than at the start: the model has learned little since the first log entries.",
-     "Raise --lr if train/grad_norm is small and steady. Check the images and the latent scale factor."),
-    (LOSS, "ok", lambda v, c: c.trend == "short",
-     "Finite. Fewer than 20 log entries are too few to judge a trend.", ""),
-    (LOSS, "ok", always, "The loss is lower than at the start and not rising.", ""),
+    Rule(LOSS, "bad", lambda v, c: c.trend == "not finite",
+         "No step between two log lines had a finite gradient: all were skipped.",
+         "The weights are good: resume with a lower --lr and --grad_clip; try --dtype fp32."),
+    Rule(LOSS, "bad", lambda v, c: c.trend == "rising",
+         "The loss rose over the last tenth of the run: training is diverging.",
+         "Lower --lr (by 3 to 10 times), raise --warmup_steps, or lower --grad_clip."),
+    Rule(LOSS, "watch", lambda v, c: c.trend == "flat",
+         "The loss is no lower than at the start: the model has learned little since then.",
+         "Raise --lr if train/grad_norm is small and steady; check images and scale factor."),
+    Rule(LOSS, "ok", lambda v, c: c.trend == "short",
+         "Finite. Fewer than 20 log entries are too few to judge a trend.", ""),
+    Rule(LOSS, "ok", always, "The loss is lower than at the start and not rising.", ""),
 
-    (GRAD, "bad", lambda v, c: v > 100,
-     "The gradient is exploding.",
-     "Lower --lr, raise --warmup_steps, keep --grad_clip 1.0 or lower, and raise --batch_per_device."),
-    (GRAD, "bad", lambda v, c: v < 1e-6,
-     "The gradient is vanishing: the weights hardly change.",
-     "Check that the loss depends on the data (blank images, a zero latent scale factor); raise --lr."),
-    (GRAD, "ok", always, "The gradient is neither exploding nor vanishing.", ""),
+    Rule(GRAD, "bad", lambda v, c: v > 100,
+         "The gradient is exploding.",
+         "Lower --lr, raise --warmup_steps and --batch_per_device, keep --grad_clip at most 1.0."),
+    Rule(GRAD, "bad", lambda v, c: v < 1e-6,
+         "The gradient is vanishing: the weights hardly change.",
+         "Look for blank images and for a latent scale factor of zero; raise --lr."),
+    Rule(GRAD, "ok", always, "The gradient is neither exploding nor vanishing.", ""),
 
-    (BAD_STEPS, "bad", lambda v, c: c.diverged,
-     "Too many steps in a row had a non-finite loss or gradient: the run was stopped. Its weights are good.",
-     "Go on from the checkpoint with a lower --lr and --grad_clip; try --dtype fp32, look for odd images."),
-    (BAD_STEPS, "watch", lambda v, c: v > 0,
-     "So many steps since the last log line had a non-finite loss or gradient and were skipped.",
-     "If they come again and again: lower --lr and --grad_clip, try --dtype fp32, look for odd images."),
-    (BAD_STEPS, "ok", always, "No step had to be skipped since the last log line.", ""),
+    Rule(BAD_STEPS, "bad", lambda v, c: c.diverged,
+         "Too many steps in a row had no finite gradient. Stopped; the weights are good.",
+         "Resume with a lower --lr and --grad_clip; try --dtype fp32, look for odd images."),
+    Rule(BAD_STEPS, "watch", lambda v, c: v > 0,
+         "This many steps since the last log line had no finite gradient and were skipped.",
+         "If they keep coming: lower --lr and --grad_clip, try --dtype fp32, look for odd images."),
+    Rule(BAD_STEPS, "ok", always, "No step had to be skipped since the last log line.", ""),
 
-    (MSE_MEAN, "bad", lambda v, c: v < 0.01,
-     "Collapse: the samples of a class are all but the same image.",
-     "Lower --guidance_scale, lower --lr, and check that --prob_uncond is near 0.1 and not near 1."),
-    (MSE_MEAN, "watch", lambda v, c: v < 0.1,
-     "The samples of a class are very much alike.",
-     "Lower --guidance_scale and see whether the number grows over the next epochs."),
-    (MSE_MEAN, "ok", always, "The samples of a class differ from one another.", ""),
+    Rule(MSE_MEAN, "bad", lambda v, c: v < 0.01,
+         "Collapse: the samples of a class are all but the same image.",
+         "Lower --guidance_scale and --lr; check that --prob_uncond is near 0.1 and not near 1."),
+    Rule(MSE_MEAN, "watch", lambda v, c: v < 0.1,
+         "The samples of a class are very much alike.",
+         "Lower --guidance_scale and see whether the number grows over the next epochs."),
+    Rule(MSE_MEAN, "ok", always, "The samples of a class differ from one another.", ""),
 
-    (RATIO, "watch", lambda v, c: v < 0.5,
-     "The samples are less diverse than the training images.",
-     "Lower --guidance_scale towards 1, or train longer (--epochs)."),
-    (RATIO, "watch", lambda v, c: v > 1.5,
-     "The samples lie further apart than the training images: that is noise, not diversity.",
-     "Train longer or raise --num_sampling_steps. In a short run, lower --ema_decay."),
-    (RATIO, "ok", always, "The samples are about as diverse as the training images.", ""),
+    Rule(RATIO, "watch", lambda v, c: v < 0.5,
+         "The samples are less diverse than the training images.",
+         "Lower --guidance_scale towards 1, or train longer (--epochs)."),
+    Rule(RATIO, "watch", lambda v, c: v > 1.5,
+         "The samples lie further apart than the training images: that is noise, not diversity.",
+         "Train longer or raise --num_sampling_steps. In a short run, lower --ema_decay."),
+    Rule(RATIO, "ok", always, "The samples are about as diverse as the training images.", ""),
 
-    (MSE_STD, "bad", lambda v, c: v < 1e-4,
-     "All pairs of samples are equally far apart: most likely one image is repeated.",
-     "Look at the sample grid. If the samples are alike, lower --guidance_scale and --lr."),
-    (MSE_STD, "ok", always, "Some pairs of samples are closer than others, as with real images.", ""),
-    (MSE_MIN, "bad", lambda v, c: v < 1e-4,
-     "At least two samples of a class are the same image.",
-     "Make sure that samples start from different noise (--seed), then lower --guidance_scale."),
-    (MSE_MIN, "ok", always, "No two samples of a class are the same image.", ""),
-    (MSE_MAX, "bad", lambda v, c: v < 1e-4,
-     "Even the two most different samples of a class are the same image: complete collapse.",
-     "Lower --lr and --guidance_scale and train again from an earlier checkpoint."),
-    (MSE_MAX, "ok", always, "The most different samples of a class do differ.", ""),
+    Rule(MSE_STD, "bad", lambda v, c: v < 1e-4,
+         "All pairs of samples are equally far apart: most likely one image is repeated.",
+         "Look at the sample grid. If the samples are alike, lower --guidance_scale and --lr."),
+    Rule(MSE_STD, "ok", always, "Some pairs are closer than others, as with real images.", ""),
+    Rule(MSE_MIN, "bad", lambda v, c: v < 1e-4,
+         "At least two samples of a class are the same image.",
+         "Check that samples start from different noise (--seed), then lower --guidance_scale."),
+    Rule(MSE_MIN, "ok", always, "No two samples of a class are the same image.", ""),
+    Rule(MSE_MAX, "bad", lambda v, c: v < 1e-4,
+         "Even the two most different samples of a class are the same image: complete collapse.",
+         "Lower --lr and --guidance_scale and train again from an earlier checkpoint."),
+    Rule(MSE_MAX, "ok", always, "The most different samples of a class do differ.", ""),
 
-    (Z_MEAN, "ok", lambda v, c: math.isnan(c.train_mean + c.target_std), NO_REFERENCE, ""),
-    (Z_MEAN, "bad", lambda v, c: abs(v - c.train_mean) > c.target_std,
-     "The mean of the latents is over one standard deviation from that of the training latents.",
-     "Lower --guidance_scale. If images are too dark or bright, train longer or use --zero_terminal_snr."),
-    (Z_MEAN, "ok", always, "The mean of the latents is near that of the training latents.", ""),
+    Rule(Z_MEAN, "ok", lambda v, c: math.isnan(c.train_mean + c.target_std), NO_REFERENCE, ""),
+    Rule(Z_MEAN, "bad", lambda v, c: abs(v - c.train_mean) > c.target_std,
+         "The mean of the latents is over one standard deviation from the training latents'.",
+         "Lower --guidance_scale. If images are too dark or bright, try --zero_terminal_snr."),
+    Rule(Z_MEAN, "ok", always, "The mean of the latents is near that of the training latents.", ""),
 
-    (Z_STD, "ok", lambda v, c: math.isnan(c.target_std), NO_REFERENCE, ""),
-    (Z_STD, "bad", lambda v, c: not 0.5 * c.target_std <= v <= 2 * c.target_std,
-     "The spread of the latents is under half or over twice 1/latent_scale_factor.",
-     "Run find_latent_scale.py again for this VAE. If the factor is right, lower --guidance_scale."),
-    (Z_STD, "watch", lambda v, c: not 0.8 * c.target_std <= v <= 1.25 * c.target_std,
-     "The spread of the latents is noticeably off 1/latent_scale_factor.",
-     "Too wide: lower --guidance_scale. Too narrow: train longer or raise --num_sampling_steps."),
-    (Z_STD, "ok", always, "The spread of the latents is near 1/latent_scale_factor.", ""),
-
-    *[row for name in (Z_MIN, Z_MAX) for row in (
-        (name, "bad", lambda v, c: abs(v) > 20, TOO_LARGE, TOO_LARGE_ADVICE),
-        (name, "ok", lambda v, c: math.isnan(c.train_max - c.train_min), NO_REFERENCE, ""),
-        (name, "watch", lambda v, c: abs(v - (c.train_max + c.train_min) / 2) > c.train_max - c.train_min,
-         OUT_OF_RANGE, OUT_OF_RANGE_ADVICE),
-        (name, "ok", always, "Inside the range of the training latents, or near it.", ""))],
+    Rule(Z_STD, "ok", lambda v, c: math.isnan(c.target_std), NO_REFERENCE, ""),
+    Rule(Z_STD, "bad", lambda v, c: not 0.5 * c.target_std <= v <= 2 * c.target_std,
+         "The latents' standard deviation is under half or over twice 1/latent_scale_factor.",
+         "Run find_latent_scale.py again. If the factor is right, lower --guidance_scale."),
+    Rule(Z_STD, "watch", lambda v, c: not 0.8 * c.target_std <= v <= 1.25 * c.target_std,
+         "The latents' standard deviation is noticeably off 1/latent_scale_factor.",
+         "Too large: lower --guidance_scale. Too small: train longer, raise --num_sampling_steps."),
+    Rule(Z_STD, "ok", always, "The latents' standard deviation is near 1/latent_scale_factor.", ""),
 ]
+
+for name in (Z_MIN, Z_MAX):
+    TABLE += [
+        Rule(name, "bad", lambda v, c: abs(v) > 20,
+             "A latent value lies beyond +-20, far from anything the decoder was trained on.",
+             "Lower --guidance_scale or raise --num_sampling_steps. If that does not help, run "
+             "find_latent_scale.py again and check the scale factor."),
+        Rule(name, "ok", lambda v, c: math.isnan(c.train_max - c.train_min), NO_REFERENCE, ""),
+        Rule(name, "watch",
+             lambda v, c: abs(v - (c.train_max + c.train_min) / 2) > c.train_max - c.train_min,
+             "A latent value lies more than half the training range outside that range.",
+             "Lower --guidance_scale; early in training this passes by itself."),
+        Rule(name, "ok", always, "Inside the range of the training latents, or near it.", "")]
 
 
 def health(metrics, losses=(), train_stats=None, overfit=False, diverged=False):
-    """One Verdict for each metric that TABLE knows and `metrics` (name -> number) holds, in TABLE's order.
+    """One Verdict for each metric that TABLE and `metrics` (name -> number) have, in TABLE's order.
 
-    losses is the logged history of train/loss; train_stats holds the mean, std, min and max of the unscaled
-    training latents. overfit leaves the diversity verdicts out, because there low diversity is the goal. diverged:
-    the run was stopped by --max_bad_steps.
+    losses is the logged history of train/loss; train_stats holds the mean, min and max of the
+    unscaled training latents. overfit leaves the diversity verdicts out, because there low
+    diversity is the goal. diverged: the run was stopped by --max_bad_steps.
     """
     stats = train_stats or {}
-    context = Context(loss_trend(losses), metrics.get("final_latent_stats/target_std", math.nan),
-                      stats.get("mean", math.nan), stats.get("min", math.nan), stats.get("max", math.nan), diverged)
+    context = Context(
+        trend=loss_trend(losses), target_std=metrics.get(TARGET_STD, math.nan),
+        train_mean=stats.get("mean", math.nan), train_min=stats.get("min", math.nan),
+        train_max=stats.get("max", math.nan), diverged=diverged)
     verdicts = []
-    for name in dict.fromkeys(row[0] for row in TABLE if row[0] != "*"):
-        single_pair = name == MSE_STD and metrics.get("sample_diversity/num_pairs") == 1  # std 0 says nothing
-        if name not in metrics or single_pair or overfit and name.startswith("sample_diversity/"):
+    for name in dict.fromkeys(rule.metric for rule in TABLE if rule.metric != "*"):
+        if name not in metrics:
             continue
+        if overfit and name.startswith("sample_diversity/"):
+            continue
+        if name == MSE_STD and metrics.get("sample_diversity/num_pairs") == 1:
+            continue  # the standard deviation of a single pair is 0 and says nothing
         value = float(metrics[name])
-        _, level, _, meaning, advice = next(row for row in TABLE
-                                            if row[0] in ("*", name) and row[2](value, context))
-        verdicts.append(Verdict(name, level, f"{value:.4g}", meaning, advice))
+        rule = next(rule for rule in TABLE
+                    if rule.metric in ("*", name) and rule.applies(value, context))
+        verdicts.append(Verdict(name, rule.level, f"{value:.4g}", rule.meaning, rule.advice))
     return verdicts
+
+
+def sweep_objective(values, verdicts):
+    """`values`, with -1 as `sample_diversity/pairwise_mse_mean` where the samples are noise.
+
+    A sweep maximises that metric, and noise is diverse too: where ratio_to_real is over 1.5 or not
+    finite, or the verdict on the latents' standard deviation is bad, it must not win. The measured
+    value stays beside it as `sample_diversity/pairwise_mse_mean_raw`.
+    """
+    too_far_apart = not values.get(RATIO, 1.0) <= 1.5
+    off_scale = any(v.metric == Z_STD and v.level == "bad" for v in verdicts)
+    measured = values[MSE_MEAN]
+    objective = -1.0 if too_far_apart or off_scale else measured
+    return values | {f"{MSE_MEAN}_raw": measured, MSE_MEAN: objective}
+
+
+def overfit_verdict(z_samples, z_train, x_samples, x_train, mse_threshold=0.1, psnr_threshold=25.0):
+    """Did the model memorise its K training items? Dict of `overfit/*`, with the bool `passed`.
+
+    z_samples [S, ...] and z_train [K, ...] are normalised latents; x_samples [S, 1, H, W] and
+    x_train [K, 1, H, W] are what the decoder makes of them, in [-1, 1]. Each sample is matched with
+    its nearest training latent. The medians over samples of the latent MSE and of the PSNR between
+    the two decoded images must reach the thresholds.
+
+    Coverage is the fraction of min(K, S) training items that some sample within mse_threshold is
+    nearest to. It must be at least one half, and at least two items where two can be found, so that
+    one repeated image fails for every K > 1. Some items are missed by chance: 8 fair draws from
+    K = 8 cover 66 % on average.
+
+    Thresholds: unrelated latents of unit variance have MSE 2. Different patients at 128 pixels (106
+    adults of one site, all 5565 pairs) have 11.4 dB on average and 19.5 dB at most, so 25 dB is not
+    another patient, while a copy with noise of 5 % of the grey range still reaches 26 dB.
+    """
+    z_samples, z_train = rows64(z_samples), rows64(z_train)
+    # The other way to compute distances is not exact near 0.
+    distances = torch.cdist(z_samples, z_train, compute_mode="donot_use_mm_for_euclid_dist")
+    mse, nearest = (distances.square() / z_train.shape[1]).min(1)  # [S], [S]
+    match_psnr = psnr(x_samples.detach().cpu(), x_train.detach().cpu()[nearest])
+    findable = min(len(z_train), len(z_samples))
+    covered = len(nearest[mse <= mse_threshold].unique())
+    result = {
+        "overfit/nearest_mse": mse.quantile(0.5).item(),
+        "overfit/nearest_psnr": match_psnr.quantile(0.5).item(),
+        "overfit/coverage": covered / findable, "overfit/mse_threshold": mse_threshold,
+        "overfit/psnr_threshold": psnr_threshold, "overfit/coverage_threshold": 0.5}
+    result["overfit/passed"] = (
+        result["overfit/nearest_mse"] <= mse_threshold
+        and result["overfit/nearest_psnr"] >= psnr_threshold
+        and result["overfit/coverage"] >= result["overfit/coverage_threshold"]
+        and covered >= min(2, findable))
+    return result
 
 
 def format_verdicts(verdicts):
@@ -451,7 +554,8 @@ def format_verdicts(verdicts):
     value_width = max((len(v.value) for v in verdicts), default=0)
     lines = []
     for v in verdicts:
-        lines.append(f"{v.level.upper():<5}  {v.metric:<{width}}  {v.value:>{value_width}}  {v.meaning}")
+        lines.append(f"{v.level.upper():<5}  {v.metric:<{width}}  {v.value:>{value_width}}  "
+                     f"{v.meaning}")
         if v.level != "ok":
             lines.append(" " * (width + value_width + 11) + v.advice)
     return "\n".join(lines)
@@ -467,54 +571,11 @@ def format_training(values):
     return text
 
 
-def overfit_verdict(z_samples, z_train, x_samples, x_train, mse_threshold=0.1, psnr_threshold=25.0):
-    """Did the model memorise its K training items? Dict of `overfit/*` numbers and the bool `overfit/passed`.
-
-    z_samples [S, ...] and z_train [K, ...] are normalised latents; x_samples [S, 1, H, W] and x_train
-    [K, 1, H, W] are what the decoder makes of them, in [-1, 1]. Each sample is matched with its nearest
-    training latent. The medians over samples of the latent MSE and of the PSNR between the two decoded images
-    must reach the thresholds.
-
-    Coverage is the share of min(K, S) training items that some sample within mse_threshold is nearest to. It
-    must be at least one half, and at least two items where two can be found, so that one repeated image fails
-    for every K > 1. Some items are missed by chance: 8 fair draws from K = 8 cover 66 % on average.
-
-    Thresholds: unrelated latents of unit variance have MSE 2. Different patients at 128 pixels (106 adults of
-    one site, all 5565 pairs) have 11.4 dB on average and 19.5 dB at most, so 25 dB is not another patient,
-    while a copy with noise of 5 % of the grey range still reaches 26 dB.
-    """
-    z_samples, z_train = rows64(z_samples), rows64(z_train)
-    distances = torch.cdist(z_samples, z_train, compute_mode="donot_use_mm_for_euclid_dist")  # exact near 0
-    mse, nearest = (distances.square() / z_train.shape[1]).min(1)  # [S], [S]
-    match_psnr = psnr(x_samples.detach().cpu(), x_train.detach().cpu()[nearest])
-    findable = min(len(z_train), len(z_samples))
-    covered = len(nearest[mse <= mse_threshold].unique())
-    result = {"overfit/nearest_mse": mse.quantile(0.5).item(),
-              "overfit/nearest_psnr": match_psnr.quantile(0.5).item(),
-              "overfit/coverage": covered / findable, "overfit/mse_threshold": mse_threshold,
-              "overfit/psnr_threshold": psnr_threshold, "overfit/coverage_threshold": 0.5}
-    result["overfit/passed"] = (result["overfit/nearest_mse"] <= mse_threshold
-                                and result["overfit/nearest_psnr"] >= psnr_threshold
-                                and result["overfit/coverage"] >= result["overfit/coverage_threshold"]
-                                and covered >= min(2, findable))
-    return result
-
-
-def sweep_objective(values, verdicts):
-    """`values` with -1 as `sample_diversity/pairwise_mse_mean` where the samples are noise, else as it is.
-
-    A sweep maximises that metric, and noise is diverse too: where ratio_to_real is over 1.5 or not finite, or the
-    verdict on the latents' standard deviation is bad, it must not win. The measured value stays beside it as
-    `sample_diversity/pairwise_mse_mean_raw`.
-    """
-    noise = not values.get(RATIO, 1.0) <= 1.5 or any(v.metric == Z_STD and v.level == "bad" for v in verdicts)
-    return values | {MSE_MEAN + "_raw": values[MSE_MEAN], MSE_MEAN: -1.0 if noise else values[MSE_MEAN]}
-
-
 def format_overfit(values):
     """One line PASS or FAIL from what overfit_verdict returned."""
     v = {k.removeprefix("overfit/"): x for k, x in values.items()}
-    return (f"{'PASS' if v['passed'] else 'FAIL'}: nearest training latent at MSE {v['nearest_mse']:.4f} "
-            f"(at most {v['mse_threshold']:.4f}), decoded PSNR {v['nearest_psnr']:.1f} dB (at least "
-            f"{v['psnr_threshold']:g}), {100 * v['coverage']:.0f} % of the images found (at least "
+    return (f"{'PASS' if v['passed'] else 'FAIL'}: nearest training latent at MSE "
+            f"{v['nearest_mse']:.4f} (at most {v['mse_threshold']:.4f}), decoded PSNR "
+            f"{v['nearest_psnr']:.1f} dB (at least {v['psnr_threshold']:g}), "
+            f"{100 * v['coverage']:.0f} % of the images found (at least "
             f"{100 * v['coverage_threshold']:.0f} %)")

@@ -284,8 +284,8 @@ def test_distances_reject_unusable_features(distance):
 
 
 def test_manifold_metrics_of_points_on_a_line():
-    """Real balls have radius 1 (k = 1), sample balls 0.4, 0.4, 0.5, 0.5: two samples lie in two real
-    balls each, and one real point, 1, lies in balls of samples."""
+    """Real balls have radius 1 (k = 1), sample balls 0.4, 0.4, 0.5, 0.5: two samples lie in two
+    real balls each, and one real point, 1, lies in balls of samples."""
     real = torch.tensor([[0.0], [1.0], [10.0], [11.0]])
     samples = torch.tensor([[0.6], [1.0], [20.0], [20.5]])
     assert manifold_metrics(samples, real, k=1) == {
