@@ -86,8 +86,9 @@ def main(argv=None):
     checkpoint, class_names = ldm.checkpoint, ldm.checkpoint["class_names"]
     run_folder = pathlib.Path(args.ckpt).parent.parent
     folder = pathlib.Path(args.out_dir or run_folder / f"samples_{args.sampler}_{args.seed}")
+    count = len(ldm.classes) * args.num_samples
+    check_space(folder, count, checkpoint["args"]["img_size"], args.num_samples)
     wanted = [(c, i) for c in ldm.classes for i in range(args.num_samples)]
-    check_space(folder, len(wanted), checkpoint["args"]["img_size"], args.num_samples)
     experiment.on_main(procs, lambda: experiment.make_folder(folder))
 
     # --- every process draws its part, and writes it at once ---

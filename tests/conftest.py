@@ -1,4 +1,4 @@
-"""Shared fixtures: the tiny runs that the stage tests read, and ways to call a stage as its own process."""
+"""Shared fixtures: the tiny runs that stage tests read, and ways to call a stage as a process."""
 import fcntl
 import hashlib
 import json
@@ -54,16 +54,22 @@ wandb = False
 """
 
 
-# --- calling a stage ---------------------------------------------------------------------------------------
+# --- calling a stage ----------------------------------------------------------------------------
 
 
 def start(*argv, processes=1, cwd=ROOT):
-    """Popen of `python SCRIPT ARGS...` (argv[0] is the script's name), under torchrun for several processes."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    """Popen of `python SCRIPT ARGS...`, under torchrun for several processes.
+
+    argv[0] is the script's name.
+    """
+    launcher = []
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     script = argv[0] if os.path.isabs(str(argv[0])) else ROOT / argv[0]
-    return subprocess.Popen([sys.executable, *launcher, str(script), *map(str, argv[1:])], cwd=cwd, text=True,
-                            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(script), *map(str, argv[1:])],
+        cwd=cwd, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def run(*argv, code=0, **kwargs):
@@ -79,13 +85,14 @@ def run(*argv, code=0, **kwargs):
 
 
 def _as_main(argv, out, err, cwd):
-    # What the interpreter does for `python SCRIPT ARGS`, in a fork of a process that has torch imported.
+    # What the interpreter does for `python SCRIPT ARGS`, in a fork of a process that has torch.
     for number, path in ((1, out), (2, err)):
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(fd, number)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))  # a runaway stage must not take the machine along
+    # A runaway stage must not take the machine along.
+    resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.chdir(cwd)
     sys.argv = [str(ROOT / argv[0]), *map(str, argv[1:])]
@@ -99,24 +106,29 @@ def _as_main(argv, out, err, cwd):
 @pytest.fixture(scope="session")
 def fork_server():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "numpy", "PIL.Image", "torch.distributed", "torch._dynamo"])
+    context.set_forkserver_preload(
+        ["torch", "numpy", "PIL.Image", "torch.distributed", "torch._dynamo"])
     return context
 
 
 @pytest.fixture
 def quick(fork_server, tmp_path_factory):
-    """quick(SCRIPT, ARGS...) -> exit code, stdout, stderr: a stage as a process, without the two seconds that
-    importing torch takes."""
+    """quick(SCRIPT, ARGS...) -> exit code, stdout, stderr: a stage as a process.
+
+    Without the two seconds that importing torch takes.
+    """
     folder = tmp_path_factory.mktemp("output")
 
     def call(*argv, cwd=ROOT):
-        process = fork_server.Process(target=_as_main, args=(argv, str(folder / "out"), str(folder / "err"), str(cwd)))
+        process = fork_server.Process(
+            target=_as_main, args=(argv, str(folder / "out"), str(folder / "err"), str(cwd)))
         process.start()
         process.join(180)
         if process.is_alive():
             process.kill()
             pytest.fail(f"{argv} still runs")
-        return SimpleNamespace(code=process.exitcode, out=(folder / "out").read_text(), err=(folder / "err").read_text())
+        out, err = ((folder / name).read_text() for name in ("out", "err"))
+        return SimpleNamespace(code=process.exitcode, out=out, err=err)
     return call
 
 
@@ -129,7 +141,7 @@ def error_of(capsys, function, *args, **kwargs):
     return text.splitlines()[-1]
 
 
-# --- data and runs -----------------------------------------------------------------------------------------
+# --- data and runs ------------------------------------------------------------------------------
 
 
 def write_png(path, array):
@@ -139,28 +151,31 @@ def write_png(path, array):
 
 @pytest.fixture
 def image_tree(tmp_path):
-    """image_tree({'TB/train/normal': 3, ...}) -> data root with that many random 40x40 images in each folder."""
+    """image_tree({'TB/train/normal': 3, ...}) -> data root: so many 40x40 images per folder."""
     def build(counts, name="data"):
         rng = np.random.default_rng(0)
         for folder, count in counts.items():
-            (tmp_path / name / folder).mkdir(parents=True, exist_ok=True)
+            target = tmp_path / name / folder
+            target.mkdir(parents=True, exist_ok=True)
             for i in range(count):
-                write_png(tmp_path / name / folder / f"{i}.png", rng.integers(0, 256, (40, 40), dtype=np.uint8))
+                write_png(target / f"{i}.png", rng.integers(0, 256, (40, 40), dtype=np.uint8))
         return tmp_path / name
     return build
 
 
 def tree_hashes(root):
     """{relative path: sha256} of all files below root; folders map to None."""
-    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else None
-            for p in sorted(pathlib.Path(root).rglob("*"))}
+    def digest(path):
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    return {str(p.relative_to(root)): digest(p) for p in sorted(pathlib.Path(root).rglob("*"))}
 
 
 def read_jsonl(path):
     """All records of a metrics.jsonl, strict JSON, without the one number that is about time."""
     def refuse(name):
         raise ValueError(f"{name} is no JSON")
-    records = [json.loads(line, parse_constant=refuse) for line in pathlib.Path(path).read_text().splitlines()]
+    lines = pathlib.Path(path).read_text().splitlines()
+    records = [json.loads(line, parse_constant=refuse) for line in lines]
     return [{k: v for k, v in r.items() if k != "train/images_per_second"} for r in records]
 
 

@@ -2,7 +2,6 @@
 import importlib.util
 import json
 import sys
-import time
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ import train_vae
 from args import parse_settings
 
 TINY = ("--latent_size=8", "--base_ch=8", "--batch=2", "--repeats=2", "--img_size=32",
-        "--vae_base_ch=8", "--vae_batch=2", "--sampling_steps=2,5", "--device=cpu")
+        "--vae_base_ch=8", "--vae_batch=2", "--sampling_steps=3", "--device=cpu")
 PROCS = experiment.Processes(0, 1, torch.device("cpu"), torch.float32, False)
 
 
@@ -28,14 +27,17 @@ def args():
 def peer():
     if importlib.util.find_spec("diffusers") is None:
         pytest.skip("diffusers is not installed")
-    return bench.PeerVariant("peer", PROCS, torch.contiguous_format)
 
 
 @pytest.fixture
-def small_peak(monkeypatch):
-    """The peak of a small product, so that a round takes no time."""
-    a = torch.randn(8, 8)
-    monkeypatch.setattr(bench, "peak_candidates", lambda *_: [(lambda: a @ a, 2 * 8**3)])
+def clock(monkeypatch):
+    """clock([...]): what bench.clock says, in turn, of the candidate of 8e8 FLOPs and of tasks."""
+    def clock(seconds):
+        values = iter(seconds)
+        monkeypatch.setattr(bench, "clock", lambda function, device: next(values))
+    monkeypatch.setattr(bench, "peak_candidates", lambda *_: [(None, 8e8)])
+    monkeypatch.setattr(bench, "count_flops", lambda function: 18e9)
+    return clock
 
 
 @pytest.fixture
@@ -57,47 +59,39 @@ def parameters(net):
 # --- measuring ----------------------------------------------------------------------------------
 
 
-def test_tasks_take_turns_and_only_timed_rounds_count(small_peak):
+def test_tasks_take_turns(monkeypatch):
     called = []
-
-    def run(name):
-        called.append(name)
-        time.sleep(0.01 if name == "b" else 0)
-    tasks = [bench.Task(name, torch.float32, 4, lambda name=name: run(name), flops=100)
+    product = torch.randn(8, 8)
+    monkeypatch.setattr(bench, "peak_candidates", lambda *_: [
+        (lambda: called.append("peak"), 2 * 8**3)])
+    monkeypatch.setattr(bench, "count_flops", lambda function: 1)
+    tasks = [(name, torch.float32, lambda name=name: called.append(name) or product @ product)
              for name in "ab"]
-    a, b = bench.measure("part", tasks, repeats=3, device=PROCS.device, warmup=1)
-    assert called == ["a", "b"] * 4
-    assert (a.part, a.name, b.name) == ("part", "a", "b")
-    assert len(a.seconds) == len(b.seconds) == 3 and min(b.seconds) >= 0.01
-    assert a.ratio == 1 and b.ratio > 1
+    bench.measure("part", 4, tasks, 3, PROCS.device, warmup=1)
+    assert called == ["peak"] * 3 + ["a", "b"] + (["peak"] * 3 + ["a", "b"]) * 3
 
 
-def test_numbers_of_a_row():
-    task = bench.Task("b", torch.float32, images=4, run=None, flops=8 * 10**9)
-    row = bench.make_row("part", task, [2.0, 30.0, 8.0], [1.0, 10.0, 2.0], peak=4e9)
-    assert row.ratio == 3.0  # the median of 2, 3, 4; the medians' ratio is 4
-    assert row.median == 8.0 and row.images_per_second == 0.5 and row.gflop_per_image == 2.0
-    assert row.peak_gflops == 4.0 and row.fraction_of_peak == 0.25
+def test_numbers_of_a_row(clock):
+    """Only timed rounds count, and ratios are taken in the round."""
+    peak = [0.4] * 3
+    clock([*peak, 99, 1, *peak, 1, 2, *peak, 10, 30, *peak, 2, 8])
+    tasks = [("a", torch.float32, None), ("b", torch.float32, None)]
+    a, b = bench.measure("part", 4, tasks, 3, PROCS.device, warmup=1)
+    assert (a["part"], a["name"], b["name"]) == ("part", "a", "b")
+    assert a["seconds"] == [1, 10, 2] and b["seconds"] == [2, 30, 8]
+    assert (b["median"], b["min"], b["max"]) == (8, 2, 30)
+    assert a["ratio"] == 1 and b["ratio"] == 3  # the median of 2, 3, 4; that of medians is 4
+    assert b["images_per_second"] == 0.5 and b["gflop_per_image"] == 4.5
+    assert b["peak_gflops"] == 2 and b["fraction_of_peak"] == 18 / 8 / 2
 
 
-def test_peak_is_the_best_of_all_rounds(monkeypatch):
-    seconds = iter([0.4, 0.4, 9.0, 0.4, 0.1, 9.0, 0.4, 0.4, 9.0])
-    monkeypatch.setattr(bench, "peak_candidates", lambda *_: [(None, 8e8)])
-    monkeypatch.setattr(bench, "clock", lambda function, device: next(seconds))
-    task = bench.Task("a", torch.float32, images=1, run=None, flops=18e9)
-    row, = bench.measure("part", [task], repeats=2, device=PROCS.device, warmup=1)
-    assert row.peak_gflops == 8.0 and row.seconds == [9.0, 9.0] and row.fraction_of_peak == 0.25
-
-
-def test_peak_does_not_wait_for_emulated_products(monkeypatch):
-    called = []
-
-    def clock(function, device):
-        called.append(function)
-        return 0.5
-    monkeypatch.setattr(bench, "clock", clock)
-    assert bench.update_peak(0.0, [("small", 1e6), ("large", 1e9)], PROCS.device) == 2e6
-    assert called == ["small", "small"]
+def test_peak_is_the_best_of_all_rounds_in_the_same_precision(clock):
+    clock([0.4, 0.1, 0.4, *[0.8] * 3, 9, 9,  # float32 and bf16 before either task
+           0.4, 0.4, 0.4, 0.8, 0.8, 0.2, 9, 9])
+    tasks = [("a", torch.float32, None), ("b", torch.bfloat16, None)]
+    a, b = bench.measure("part", 1, tasks, 1, PROCS.device, warmup=1)
+    assert a["peak_gflops"] == 8 and a["fraction_of_peak"] == 0.25
+    assert b["peak_gflops"] == 4 and b["fraction_of_peak"] == 0.5
 
 
 def test_flops_of_the_peak_are_those_that_run():
@@ -131,29 +125,29 @@ def test_flops_of_attention_and_of_compiled_code_are_counted():
 def test_training_step_trains(args, kept, part, dtype):
     procs = PROCS._replace(dtype=dtype)
     if part == "train":
-        task = bench.own_ldm_step(args, procs, 8)
+        run = bench.own_ldm_step(args, procs)
         net = kept[0][0]
     else:
-        task = bench.own_vae_step(args, procs)
+        run = bench.own_vae_step(args, procs)
         net = kept[0].vae
     before = {k: v.clone() for k, v in net.state_dict().items()}
     for _ in range(3):
-        task.run()
+        run()
     still = [k for k, v in net.state_dict().items() if torch.equal(v, before[k])]
     assert not still and all(p.grad is None for p in net.parameters())
-    assert task.dtype == dtype and task.images == 2
 
 
 def test_steps_are_those_of_the_trainers(args, monkeypatch):
-    """Numbered from 0 (counting FLOPs is the first), with the trainers' own settings."""
+    """Numbered from 0, with the trainers' own settings."""
     called = []
     for stage in (train_ldm, train_vae):
         def step(*arguments, stage=stage, original=stage.train_step):
             called.append((stage, *arguments[-3:]))
             return original(*arguments)
         monkeypatch.setattr(stage, "train_step", step)
-    bench.own_ldm_step(args, PROCS, 8).run()
-    bench.own_vae_step(args, PROCS).run()
+    for run in (bench.own_ldm_step(args, PROCS), bench.own_vae_step(args, PROCS)):
+        run()
+        run()
     assert [(stage, step) for stage, step, _, _ in called] == [
         (train_ldm, 0), (train_ldm, 1), (train_vae, 0), (train_vae, 1)]
     ldm, vae = called[0][2], called[2][2]
@@ -161,19 +155,19 @@ def test_steps_are_those_of_the_trainers(args, monkeypatch):
     assert (vae.base_ch, vae.batch_per_device, vae.img_size) == (8, 2, 32)
 
 
-def test_variants_of_ours():
-    compiled = PROCS._replace(compile=True)
-    assert bench.own_variants(PROCS) == [PROCS]
-    assert bench.own_variants(compiled) == [compiled, PROCS]
-    assert [bench.own_name(p) for p in (compiled, PROCS)] == ["ours, compiled", "ours, eager"]
+def forward_flops(args):
+    """FLOPs of one evaluation of our UNet on a batch."""
+    settings, shape = bench.ldm_settings(args)
+    denoiser, _, _ = train_ldm.build_models(settings, PROCS, shape, 2)
+    mean, _, y = bench.random_latents(args, PROCS.device)
+    with torch.no_grad():
+        return bench.count_flops(lambda: denoiser.unet(mean, torch.zeros(len(y)), y))
 
 
-def test_sampling_counts_all_evaluations(args, peer):
-    tasks = [bench.own_sampling(args, PROCS, 8, 5, sampler) for sampler in ("dpmpp", "ancestral")]
-    tasks.append(bench.peer_sampling(args, peer, 8, 5))
-    for task in tasks:
-        assert bench.count_flops(task.run) == task.flops > 0
-    assert tasks[0].flops == tasks[1].flops
+def test_sampling_evaluates_once_per_step(args):
+    """No guidance, which would double it, and as many steps as --sampling_steps says."""
+    forward = forward_flops(args)
+    assert bench.count_flops(bench.own_sampling(args, PROCS)) == 3 * forward > 0
 
 
 def saved_by_upsampling(channels, size):
@@ -182,86 +176,96 @@ def saved_by_upsampling(channels, size):
     return 2 * 2 * channels**2 * (2 * size) ** 2 * (9 - 4)
 
 
-def test_peer_does_the_same_work_as_the_unet(args, peer, kept):
-    ours = bench.own_ldm_step(args, PROCS, 16)  # attention at the first level and in the middle
-    assert parameters(bench.peer_unet(args, peer, 16)) == parameters(kept[0][0])
-    theirs = bench.peer_ldm_step(args, peer, 16)
+@pytest.mark.parametrize("tuned", [False, True])
+def test_peer_does_the_same_work(args, peer, kept, tuned):
+    args.latent_size = 16  # attention at the first level and in the middle
+    ours = bench.count_flops(bench.own_ldm_step(args, PROCS))
+    assert parameters(bench.peer_unet(args, PROCS, tuned)) == parameters(kept[0][0])
+    theirs = bench.count_flops(bench.peer_ldm_step(args, PROCS, tuned))
     saved = saved_by_upsampling(32, 4) + saved_by_upsampling(16, 8)
     logged = 2 * 2 * 4  # LossMeans sorts two losses into four quarters by a product
-    assert theirs.flops - ours.flops == 3 * saved - logged  # backward is twice the forward
-    ours = bench.own_sampling(args, PROCS, 16, 2)
-    assert bench.peer_sampling(args, peer, 16, 2).flops - ours.flops == 2 * saved
+    assert theirs - ours == 3 * saved - logged  # backward is twice the forward
+    ours = bench.count_flops(bench.own_sampling(args, PROCS))
+    assert bench.count_flops(bench.peer_sampling(args, PROCS, tuned)) - ours == 3 * saved
 
 
-def test_peer_does_the_same_work_as_the_autoencoder(args, peer):
-    ours, theirs = bench.own_vae_step(args, PROCS), bench.peer_vae_step(args, peer)
-    quant = 2 * 2 * 4 * 4 * (8 * 8 + 4 * 4)  # its two 1x1 convolutions on the latent
-    saved = sum(saved_by_upsampling(c, s) for c, s in ((32, 4), (32, 8), (16, 16)))
-    assert theirs.flops - ours.flops == 3 * (quant + saved)
-
-
-def test_peer_trains(args, peer, monkeypatch):
+@pytest.mark.parametrize("tuned", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peer_trains(args, peer, monkeypatch, dtype, tuned):
     nets = []
 
-    def step(net, *rest, original=bench.peer_step):
-        nets.append(net)
-        return original(net, *rest)
-    monkeypatch.setattr(bench, "peer_step", step)
-    for task in (bench.peer_ldm_step(args, peer, 8), bench.peer_vae_step(args, peer)):
-        net = nets.pop(0)
-        before = [p.clone() for p in net.parameters()]
-        task.run()
-        assert not any(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+    def unet(*args, original=bench.peer_unet):
+        nets.append(original(*args))
+        return nets[0]
+    monkeypatch.setattr(bench, "peer_unet", unet)
+    run = bench.peer_ldm_step(args, PROCS._replace(dtype=dtype), tuned)
+    before = [p.clone() for p in nets[0].parameters()]
+    run()
+    after = list(nets[0].parameters())
+    assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(p.grad is None and p.dtype == torch.float32 for p in after)
 
 
-def test_peer_variants(args):
-    bf16 = PROCS._replace(dtype=torch.bfloat16, compile=True)
-    found = bench.peer_variants(args, bf16)
-    assert len({v.name for v in found}) == len(found) == 6
-    assert [v.tuned for v in found] == [False] + [True] * 5
-    assert [v.procs.compile for v in found] == [False] * 5 + [True]
-    assert found[0].procs.dtype == torch.float32 and found[5].procs.dtype == torch.bfloat16
-    layouts = (torch.contiguous_format, torch.channels_last)
-    assert {(v.procs.dtype, v.layout) for v in found[1:5]} == {
-        (dtype, layout) for dtype in (torch.float32, torch.bfloat16) for layout in layouts}
-    assert len(bench.peer_variants(args, PROCS)) == 3  # float32 once
+def test_layouts_of_the_peer(args, peer, monkeypatch):
+    """The script's is plain; tuned, it is that of our own training."""
+    monkeypatch.setattr(experiment.Processes, "memory_format", torch.channels_last)
+    for tuned in (False, True):
+        weight = bench.peer_unet(args, PROCS, tuned).conv_in.weight
+        assert weight.is_contiguous(memory_format=torch.channels_last) == tuned
+        assert weight.is_contiguous() != tuned
+
+
+def test_tasks(args, monkeypatch):
+    for table in (bench.OURS, bench.PEERS):
+        for part in table:
+            monkeypatch.setitem(table, part, lambda args, procs, **how: (procs.compile, how))
+    procs = PROCS._replace(dtype=torch.bfloat16, compile=True)
+    ours = ("ours", torch.bfloat16, (True, {}))
+    for part in ("train", "sample"):
+        assert bench.tasks_of(part, args, procs) == [
+            ours,
+            ("diffusers, script", torch.float32, (False, {"tuned": False})),
+            ("diffusers, tuned", torch.bfloat16, (True, {"tuned": True}))]
+    assert bench.tasks_of("vae", args, procs) == [ours]
     args.peer = False
-    assert bench.peer_variants(args, bf16) == []
+    assert bench.tasks_of("train", args, procs) == [ours]
 
 
 # --- the program --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dtype", "precision"), [("fp32", "torch.float32 (--dtype)"),
-                                                  ("bf16", "torch.bfloat16 (--dtype)")])
-def test_report(quick, dtype, precision):
-    done = quick("bench.py", *TINY, f"--dtype={dtype}", "--json=-")
+@pytest.mark.parametrize(("dtype", "precision"), [
+    ("fp32", "torch.float32"), ("bf16", "torch.bfloat16"), ("auto", "torch.")])
+def test_report(quick, tmp_path, dtype, precision):
+    path = tmp_path / "bench.json"
+    done = quick("bench.py", *TINY, "--vae_batch=1", f"--dtype={dtype}", f"--json={path}")
     assert done.code == 0, done.err
-    report = json.loads(done.out)  # nothing but JSON on standard output
-    assert report["facts"]["precision"] == precision and report["facts"]["compile"] is False
-    assert report["args"]["vae_base_ch"] == 8
-    rows = {r["part"]: r for r in report["rows"]}
-    assert list(rows) == ["train 8x8", "vae 32 px", "dpmpp, 2 steps", "ancestral, 5 steps"]
-    for part, r in rows.items():
-        assert part in done.err and r["name"] in done.err  # the table
-        assert len(r["seconds"]) == (1 if part == "ancestral, 5 steps" else 2)
-        assert r["images_per_second"] == pytest.approx(2 / r["median"])
+    report = json.loads(path.read_text())
+    facts, rows = report["facts"], report["rows"]
+    assert facts["precision"].startswith(precision) and f"--dtype={dtype}" in facts["precision"]
+    assert facts["compile"] is False and report["args"]["vae_base_ch"] == 8
+    first, *lines = done.out.strip().splitlines()
+    assert all(str(value) in first for value in facts.values())
+    assert [r["part"] for r in rows] == ["train", "vae", "sample"] and len(lines) == 3
+    for line, r in zip(lines, rows, strict=True):
+        assert line.startswith(r["part"]) and r["name"] in line
+        assert len(r["seconds"]) == 2 and min(r["seconds"]) > 0
+        images = 1 if r["part"] == "vae" else 2
+        assert r["images_per_second"] == pytest.approx(images / r["median"])
         assert r["fraction_of_peak"] == pytest.approx(
             r["gflop_per_image"] * r["images_per_second"] / r["peak_gflops"])
         assert r["ratio"] == 1 and 0 < r["fraction_of_peak"] < 1
-    few, many = rows["dpmpp, 2 steps"], rows["ancestral, 5 steps"]
-    assert many["gflop_per_image"] == pytest.approx(2.5 * few["gflop_per_image"])
 
 
-def test_automatic_precision_and_json_file(quick, tmp_path):
-    path = tmp_path / "bench.json"
-    done = quick("bench.py", *TINY, "--only=train", "--latent_size=8,16", f"--json={path}")
-    assert done.code == 0, done.err
-    report = json.loads(path.read_text())
-    assert [r["part"] for r in report["rows"]] == ["train 8x8", "train 16x16"]
-    assert report["facts"]["precision"] in (
-        "torch.float32 (bf16 is not fast here)", "torch.bfloat16 (bf16 is fast here)")
-    assert report["facts"]["precision"] in done.out
+def test_only_some_parts_and_threads(capsys):
+    threads = torch.get_num_threads()
+    try:
+        bench.main([*TINY, "--only=sample,train", "--dtype=fp32", "--repeats=1", "--threads=2"])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert "2 threads" in first and [line.split()[0] for line in lines] == ["sample", "train"]
 
 
 def test_peer_without_diffusers_says_how_to_get_it(monkeypatch):
@@ -272,8 +276,9 @@ def test_peer_without_diffusers_says_how_to_get_it(monkeypatch):
 
 @pytest.mark.parametrize(("flags", "message"), [
     (["--only=train,sapmle"], "sapmle"),
-    (["--sampling_steps=20"], "two numbers"),
-    (["--latent_size="], "at least one"),
+    (["--only="], "give some of"),
+    (["--sampling_steps=20,500"], "not an integer"),
+    (["--latent_size=0"], "at least 1"),
     (["--only=train", "--latent_size=6"], "cannot be halved"),
     (["--only=vae", "--img_size=33"], "multiple of 8"),
 ])

@@ -1,4 +1,4 @@
-"""Folders, decoding, caches, latents and the phantom set of data.py, and the moments of find_latent_scale.py."""
+"""Folders, decoding, caches, latents and the phantom set; the moments of find_latent_scale.py."""
 import json
 import os
 import pathlib
@@ -24,8 +24,9 @@ ALONE = experiment.Processes(0, 1, torch.device("cpu"), torch.float32, False)
 
 
 def settings(root, out, **changes):
-    return SimpleNamespace(**{**dict(data_root=str(root), task="TB", img_size=16, class_filter=-1, skip_bad_images=False,
-                                     num_workers=2, output_root=str(out)), **changes})
+    defaults = dict(data_root=str(root), task="TB", img_size=16, class_filter=-1,
+                    skip_bad_images=False, num_workers=2, output_root=str(out))
+    return SimpleNamespace(**{**defaults, **changes})
 
 
 def message(function, *args, **kwargs):
@@ -51,8 +52,9 @@ def test_class_folders_sorted_by_name(image_tree):
     shutil.copy(root / "TB/train/tb/0.png", root / "TB/train/tb/1.JPG")
     listing = data.scan(root, "TB", "train")
     assert listing.class_names == ["normal", "tb"]
-    assert names_of(listing) == [("TB/train/normal/0.png", "normal"), ("TB/train/normal/1.png", "normal"),
-                                 ("TB/train/tb/0.png", "tb"), ("TB/train/tb/1.JPG", "tb")]
+    assert names_of(listing) == [
+        ("TB/train/normal/0.png", "normal"), ("TB/train/normal/1.png", "normal"),
+        ("TB/train/tb/0.png", "tb"), ("TB/train/tb/1.JPG", "tb")]
 
 
 def test_flat_layout_by_prefix(image_tree):
@@ -61,22 +63,24 @@ def test_flat_layout_by_prefix(image_tree):
     shutil.copy(root / "TB/train/0.png", root / "TB/train/tb.8.png")
     shutil.copy(root / "TB/train/0.png", root / "TB/train/TBC.png")
     listing = data.scan(root, "TB", "train")
-    assert dict(names_of(listing)) == {"TB/train/0.png": "normal", "TB/train/1.png": "normal", "TB/train/TB.7.png": "tb",
-                                       "TB/train/tb.8.png": "normal", "TB/train/TBC.png": "normal"}
+    assert dict(names_of(listing)) == {
+        "TB/train/0.png": "normal", "TB/train/1.png": "normal", "TB/train/TB.7.png": "tb",
+        "TB/train/tb.8.png": "normal", "TB/train/TBC.png": "normal"}
 
 
 def test_all_cxr_joins_the_tasks(image_tree):
-    root = image_tree({"TB/train/normal": 1, "TB/train/tb": 1, "PNEUMONIA/train/normal": 2, "PNEUMONIA/train/pneumonia": 1,
-                       "OTHER/val/x": 1})
+    root = image_tree({"TB/train/normal": 1, "TB/train/tb": 1, "PNEUMONIA/train/normal": 2,
+                       "PNEUMONIA/train/pneumonia": 1, "OTHER/val/x": 1})
     listing = data.scan(root, "ALL_CXR", "train")
     assert listing.class_names == ["normal", "pneumonia", "tb"]
     assert np.bincount(listing.labels).tolist() == [3, 1, 1]
-    image_tree({"ALL_CXR/train/a": 1, "ALL_CXR/train/b": 1})
-    assert data.scan(root, "ALL_CXR", "train").class_names == ["a", "b"]  # a folder of that name comes first
+    image_tree({"ALL_CXR/train/a": 1, "ALL_CXR/train/b": 1})  # a folder of that name comes first
+    assert data.scan(root, "ALL_CXR", "train").class_names == ["a", "b"]
 
 
 def test_what_is_missing_is_answered_with_what_is_there(image_tree, tmp_path):
-    root = image_tree({"TB/train/normal": 1, "TB/val/normal": 1, "COVID/train/a": 1, "EMPTY/train/a": 0})
+    root = image_tree({"TB/train/normal": 1, "TB/val/normal": 1, "COVID/train/a": 1,
+                       "EMPTY/train/a": 0})
     assert str(tmp_path / "nowhere") in message(data.scan, tmp_path / "nowhere", "TB", "train")
     assert "COVID, EMPTY, TB" in message(data.scan, root, "CT", "train")
     assert "train, val" in message(data.scan, root, "TB", "test")
@@ -107,7 +111,8 @@ def test_class_filter_keeps_the_class_index(image_tree, tmp_path):
     assert tb.labels.tolist() == [1, 1] and tb.class_names == ["normal", "tb"] and len(whole) == 5
     assert torch.equal(tb.images([0, 1]), whole.images([3, 4]))
     assert len(list((tmp_path / "cache").glob("*.npy"))) == 1  # shared
-    assert "0 = normal, 1 = tb" in message(data.open_images, settings(root, tmp_path, class_filter=2), ALONE, "train")
+    beyond = settings(root, tmp_path, class_filter=2)
+    assert "0 = normal, 1 = tb" in message(data.open_images, beyond, ALONE, "train")
 
 
 # --- decoding ---
@@ -145,7 +150,8 @@ def test_colour_and_transparency(tmp_path):
     assert decode_array(tmp_path, white_but_clear).max() == 0
     half = np.stack([opaque, opaque, opaque, np.full(shape, 128, np.uint8)], -1)
     assert np.abs(decode_array(tmp_path, half) - 128 / 255).max() < 1.5 / 255
-    assert decode_array(tmp_path, Image.merge("LA", [Image.fromarray(opaque), Image.fromarray(clear)])).max() == 0
+    opaque_as_clear = Image.merge("LA", [Image.fromarray(opaque), Image.fromarray(clear)])
+    assert decode_array(tmp_path, opaque_as_clear).max() == 0
 
 
 def test_palette_with_transparency_and_1_bit(tmp_path):
@@ -175,9 +181,11 @@ def test_the_content_decides_the_format_not_the_name(tmp_path):
 
 @pytest.mark.parametrize("height, width", [(16, 30), (30, 16), (17, 16), (16, 21)])
 def test_the_centre_square_is_kept_unflipped(tmp_path, height, width):
-    picture = (np.arange(height * width) % 251).astype(np.uint8).reshape(height, width)  # no symmetry
+    picture = (np.arange(height * width) % 251).astype(np.uint8)  # no symmetry
+    picture = picture.reshape(height, width)
     top, left = (height - 16) // 2, (width - 16) // 2
-    assert np.abs(decode_array(tmp_path, picture) - picture[top:top + 16, left:left + 16] / 255).max() < 1e-5
+    expected = picture[top:top + 16, left:left + 16] / 255
+    assert np.abs(decode_array(tmp_path, picture) - expected).max() < 1e-5
 
 
 def test_downsizing_averages_areas(tmp_path):
@@ -190,15 +198,18 @@ def test_upsizing_keeps_orientation_and_range(tmp_path):
     picture = np.zeros((8, 8), np.uint8)
     picture[0, :4] = 255
     decoded = decode_array(tmp_path, picture, 16)
-    assert decoded.shape == (16, 16) and decoded[0, 1] > 0.9 and decoded[0, 14] < 0.1 and decoded[15].max() < 0.1
+    assert decoded.shape == (16, 16)
+    assert decoded[0, 1] > 0.9 and decoded[0, 14] < 0.1 and decoded[15].max() < 0.1
     assert decoded.min() >= 0 and decoded.max() <= 1
 
 
 def bomb(path):
     def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        checksum = struct.pack(">I", zlib.crc32(kind + body))
+        return struct.pack(">I", len(body)) + kind + body + checksum
     header = struct.pack(">IIBBBBB", 60000, 60000, 8, 0, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+    pixels = zlib.compress(b"\0" * 1000)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels)
                      + chunk(b"IEND", b""))
 
 
@@ -230,7 +241,8 @@ def test_one_error_names_all_files_that_cannot_be_decoded(broken_tree, tmp_path)
 
 def test_skip_bad_images_counts_them_and_keeps_the_labels(broken_tree, tmp_path, capsys):
     images = data.open_images(settings(broken_tree, tmp_path, skip_bad_images=True), ALONE, "train")
-    assert images.labels.tolist() == [0, 0, 0, 1] and images.images(range(4)).shape == (4, 1, 16, 16)
+    assert images.labels.tolist() == [0, 0, 0, 1]
+    assert images.images(range(4)).shape == (4, 1, 16, 16)
     assert "6 images that cannot be decoded are left out" in capsys.readouterr().out
     expected = data.decode(broken_tree / "TB/train/tb/0.png", 16) / 32767.5 - 1
     assert np.allclose(images.images([3])[0, 0], expected, atol=1e-6)
@@ -241,12 +253,14 @@ def test_a_split_without_one_good_image_is_one_error(image_tree, tmp_path):
     for path in root.rglob("*.png"):
         path.write_text("nothing")
     assert "2 of 2 images" in message(data.open_images, settings(root, tmp_path), ALONE, "train")
-    assert "no image is left" in message(data.open_images, settings(root, tmp_path, skip_bad_images=True), ALONE, "train")
+    skipping = settings(root, tmp_path, skip_bad_images=True)
+    assert "no image is left" in message(data.open_images, skipping, ALONE, "train")
 
 
 def test_file_names_that_are_no_utf8_work(image_tree, tmp_path):
     root = image_tree({"TB/train/normal": 1, "TB/train/tb": 1})
-    os.rename(os.fsencode(root / "TB/train/tb/0.png"), os.fsencode(root / "TB/train/tb") + b"/r\xf6ntgen.png")
+    folder = root / "TB/train/tb"
+    os.rename(os.fsencode(folder / "0.png"), os.fsencode(folder) + b"/r\xf6ntgen.png")
     assert len(data.open_images(settings(root, tmp_path), ALONE, "train")) == 2
 
 
@@ -294,7 +308,8 @@ def test_a_second_open_decodes_nothing(image_tree, tmp_path):
         stat = path.stat()
         path.write_bytes(b"x" * stat.st_size)
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert torch.equal(data.open_images(settings(root, tmp_path), ALONE, "train").images(range(4)), first)
+    second = data.open_images(settings(root, tmp_path), ALONE, "train").images(range(4))
+    assert torch.equal(second, first)
     with pytest.raises(SystemExit):
         data.open_images(settings(root, tmp_path / "other"), ALONE, "train")
 
@@ -308,7 +323,8 @@ def test_a_changed_file_or_size_is_decoded_again(image_tree, tmp_path):
     os.utime(path, ns=(time_ns + 10**9, time_ns + 10**9))
     after = data.open_images(settings(root, tmp_path), ALONE, "train")
     assert before.key != after.key and after.images([2]).min() == 1
-    assert data.open_images(settings(root, tmp_path, img_size=8), ALONE, "train").images([0]).shape == (1, 1, 8, 8)
+    smaller = data.open_images(settings(root, tmp_path, img_size=8), ALONE, "train")
+    assert smaller.images([0]).shape == (1, 1, 8, 8)
     write_png(root / "TB/train/normal/9.png", np.zeros((16, 16), np.uint8))
     assert len(data.open_images(settings(root, tmp_path), ALONE, "train")) == 5
 
@@ -328,7 +344,8 @@ def test_a_damaged_cache_is_noticed_and_built_again(image_tree, tmp_path, capsys
         np.save(cache, np.zeros((4, 8, 8), np.uint16))
     else:
         cache.write_bytes({"cut": content[:-100], "longer": content + b"x", "empty": b""}[damage])
-    assert torch.equal(data.open_images(settings(root, tmp_path), ALONE, "train").images(range(4)), first)
+    again = data.open_images(settings(root, tmp_path), ALONE, "train").images(range(4))
+    assert torch.equal(again, first)
     assert "building it again" in capsys.readouterr().out
     data.open_images(settings(root, tmp_path), ALONE, "train")
     assert "building it again" not in capsys.readouterr().out
@@ -381,7 +398,8 @@ def open_at_once(barrier, root, out):
 def test_two_processes_can_build_the_cache_at_once(image_tree, tmp_path, fork_server):
     root = image_tree({"TB/train/normal": 6, "TB/train/tb": 6})
     barrier = fork_server.Barrier(2)
-    both = [fork_server.Process(target=open_at_once, args=(barrier, str(root), str(tmp_path))) for _ in range(2)]
+    args = (barrier, str(root), str(tmp_path))
+    both = [fork_server.Process(target=open_at_once, args=args) for _ in range(2)]
     for process in both:
         process.start()
     for process in both:
@@ -393,7 +411,8 @@ def test_two_processes_can_build_the_cache_at_once(image_tree, tmp_path, fork_se
 
 def test_no_data_root_means_the_phantom_set(tmp_path, capsys):
     images = data.open_images(settings("", tmp_path, data_root=None, img_size=16), ALONE, "val")
-    assert images.class_names == ["normal", "tb"] and np.bincount(images.labels).tolist() == [16, 16]
+    assert images.class_names == ["normal", "tb"]
+    assert np.bincount(images.labels).tolist() == [16, 16]
     assert "phantom" in capsys.readouterr().out
     folder = pathlib.Path(tmp_path, "cache", "phantom_16")
     assert len(list(folder.glob("TB/train/*/*.png"))) == 128
@@ -426,10 +445,12 @@ def test_cached_latents_are_those_encoded_on_the_fly(image_tree, tmp_path, vae):
     cached = data.LatentSet(images, vae, "a" * 64, tmp_path / "cache", ALONE, batch_size=4)
     fresh = data.LatentSet(images, vae, "a" * 64, tmp_path / "cache", ALONE, use_cache=False)
     index = np.array([8, 0, 3, 0])
-    for got, want, direct in zip(cached.posterior(index), fresh.posterior(index), vae.encode(images.images(index)),
-                                 strict=True):
+    direct = vae.encode(images.images(index))
+    for got, want, plain in zip(cached.posterior(index), fresh.posterior(index), direct,
+                                strict=True):
         assert got.shape == (4, 2, 8, 8) and got.dtype == torch.float32
-        assert torch.allclose(got, want, atol=1e-5) and torch.allclose(got, direct, atol=1e-5)
+        assert torch.allclose(got, want, atol=1e-5)
+        assert torch.allclose(got, plain, atol=1e-5)
     assert not torch.equal(cached.posterior(index)[0][0], cached.posterior(index)[0][1])
 
 
@@ -437,7 +458,7 @@ def test_latents_of_subsets_share_the_cache_and_another_vae_does_not(image_tree,
     root = image_tree({"TB/train/normal": 3, "TB/train/tb": 3})
     images = data.open_images(settings(root, tmp_path), ALONE, "train")
     tb = data.open_images(settings(root, tmp_path, class_filter=1), ALONE, "train")
-    last = data.LatentSet(tb.subset([2]), vae, "a", tmp_path / "cache", ALONE)  # builds the cache for all
+    last = data.LatentSet(tb.subset([2]), vae, "a", tmp_path / "cache", ALONE)  # builds it for all
     whole = data.LatentSet(images, vae, "a", tmp_path / "cache", ALONE)
     assert len(list((tmp_path / "cache").glob("latents_*.json"))) == 1
     assert torch.equal(last.posterior(np.array([0]))[0], whole.posterior(np.array([5]))[0])
@@ -469,13 +490,16 @@ def test_latent_scale_json_is_what_a_direct_computation_gives(stages):
     mean, logvar = (p.double() for p in vae.encode(torch.from_numpy(pixels / 127.5 - 1)[:, None]))
     noise = torch.randn(mean.shape, generator=experiment.generator("cpu", 0, "scale", 0)).double()
     z = (mean + torch.exp(logvar / 2) * noise).numpy()
-    assert stored["num_images"] == len(z) == 16 and stored["vae_sha256"] == sha and stored["img_size"] == 32
+    assert stored["num_images"] == len(z) == 16
+    assert stored["vae_sha256"] == sha and stored["img_size"] == 32
     assert np.isclose(stored["latent_scale_factor"], 1 / z.std(), rtol=1e-5)
-    assert np.isclose(stored["std"], z.std(), rtol=1e-5) and np.isclose(stored["mean"], z.mean(), rtol=1e-4, atol=1e-6)
+    assert np.isclose(stored["std"], z.std(), rtol=1e-5)
+    assert np.isclose(stored["mean"], z.mean(), rtol=1e-4, atol=1e-6)
     assert np.allclose(stored["channel_std"], z.std((0, 2, 3)), rtol=1e-5)
     assert np.allclose(stored["channel_mean"], z.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
     assert np.isclose(stored["posterior_noise_share"], logvar.exp().mean() / z.var(), rtol=1e-5)
-    assert np.isclose(stored["min"], z.min(), rtol=1e-4) and np.isclose(stored["max"], z.max(), rtol=1e-4)
+    assert np.isclose(stored["min"], z.min(), rtol=1e-4)
+    assert np.isclose(stored["max"], z.max(), rtol=1e-4)
 
 
 # --- phantom ---
@@ -483,13 +507,13 @@ def test_latent_scale_json_is_what_a_direct_computation_gives(stages):
 SEEDS = range(24)
 
 
-def films(has_tb, img_size=64):
+def phantoms(has_tb, img_size=64):
     drawn = [draw_phantom(np.random.default_rng(seed), has_tb, img_size) for seed in SEEDS]
     return np.stack(drawn).astype(np.float32)
 
 
 def test_phantom_is_a_function_of_the_generator_alone():
-    first, again = films(True), films(True)
+    first, again = phantoms(True), phantoms(True)
     assert draw_phantom(np.random.default_rng(0), True, 64).dtype == np.uint8
     assert first.shape == (len(SEEDS), 64, 64)
     assert np.array_equal(first, again)
@@ -499,8 +523,8 @@ def test_phantom_is_a_function_of_the_generator_alone():
 
 
 def test_tuberculosis_brightens_the_upper_zones_only():
-    # One seed is one patient in both classes, so the difference of a pair is the disease and nothing else.
-    difference = films(True) - films(False)  # [seed, 64, 64], grey levels
+    # One seed is one patient in both classes: the difference of a pair is the disease alone.
+    difference = phantoms(True) - phantoms(False)  # [seed, 64, 64], grey levels
     assert difference[:, 8:32].mean() > 4
     assert (difference.max(axis=(1, 2)) > 30).all()
     assert np.abs(difference[:, 44:]).max() <= 2
@@ -508,12 +532,12 @@ def test_tuberculosis_brightens_the_upper_zones_only():
 
 def test_corners_are_true_black_and_the_heart_is_on_the_image_right():
     for img_size in (32, 64):
-        normal = films(False, img_size)
+        normal = phantoms(False, img_size)
         assert (normal[:, [0, 0, -1, -1], [0, -1, 0, -1]] == 0).all()
         assert (normal.max(axis=(1, 2)) > 150).all()
-    mean_film = normal.mean(axis=0)
+    mean_image = normal.mean(axis=0)
     heart_rows = slice(28, 36)
-    assert mean_film[heart_rows, 38:44].mean() > mean_film[heart_rows, 20:26].mean() + 15
+    assert mean_image[heart_rows, 38:44].mean() > mean_image[heart_rows, 20:26].mean() + 15
 
 
 def test_geometry_does_not_depend_on_the_size():
@@ -528,8 +552,8 @@ def test_the_written_phantom_set_has_no_image_twice(tmp_path):
     phantom.write_phantoms(tmp_path, 3, 2, 32)
     paths = sorted(tmp_path.rglob("*.png"))
     assert [str(p.relative_to(tmp_path)) for p in paths] == [
-        f"TB/{split}/{name}/0000{i}.png" for split, n in (("train", 3), ("val", 2)) for name in ("normal", "tb")
-        for i in range(n)]
+        f"TB/{split}/{name}/0000{i}.png"
+        for split, n in (("train", 3), ("val", 2)) for name in ("normal", "tb") for i in range(n)]
     pixels = [p.read_bytes() for p in paths]
     assert len(set(pixels)) == 10
     phantom.write_phantoms(tmp_path / "again", 3, 2, 32)

@@ -31,7 +31,8 @@ def test_schedule_ends_and_identity(name, zero_terminal_snr, dtype):
     else:
         assert alpha[-1].item() == pytest.approx(ALPHA_1, abs=1e-7)
     total = alpha + sigma if name == "flow" else alpha**2 + sigma**2
-    assert torch.allclose(total, torch.ones((), dtype=dtype), atol=3e-7 if dtype == torch.float32 else 1e-14)
+    atol = 3e-7 if dtype == torch.float32 else 1e-14
+    assert torch.allclose(total, torch.ones((), dtype=dtype), atol=atol)
     if dtype == torch.float64:  # float32 repeats values where the slope is flat
         assert (alpha.diff() < 0).all() and (sigma.diff() > 0).all()
 
@@ -104,7 +105,8 @@ def ideal_case(prediction, name, zero_terminal_snr):
     return schedule, x0, t, eps, alpha * x0 + sigma * eps, output
 
 
-ALLOWED = [(p, s, z) for p in PREDICTIONS for s in SCHEDULES for z in (True, False) if not (p == "eps" and z)]
+ALLOWED = [(p, s, z) for p in PREDICTIONS for s in SCHEDULES for z in (True, False)
+           if not (p == "eps" and z)]
 
 
 @pytest.mark.parametrize("prediction, name, zero_terminal_snr", ALLOWED)
@@ -140,7 +142,7 @@ def test_loss_weights(prediction, name, zero_terminal_snr):
         assert torch.allclose(loss[inner], (capped / snr * mse)[inner])
     elif prediction == "v" and name != "flow":  # min(SNR, 5) / (SNR + 1)
         assert torch.allclose(loss[inner], (capped / (snr + 1) * mse)[inner])
-    elif prediction == "flow" and name == "flow":  # x0 - x0-hat = sigma (u-hat - u) on the straight path
+    elif prediction == "flow" and name == "flow":  # straight path: x0 - x0-hat = sigma (u-hat - u)
         assert torch.allclose(loss, capped * schedule.sigma(t) ** 2 * mse)
 
 
@@ -211,7 +213,10 @@ def quantiles(n):
 
 
 def draw(sampler, schedule, denoise, steps, n=1000):
-    """x0 of `n` independent pixels from quantiles; for samplers that draw noise from 20 n random numbers."""
+    """x0 of `n` independent pixels that start from quantiles.
+
+    For samplers that draw noise: of 20 n pixels that start from random numbers.
+    """
     rng = torch.Generator().manual_seed(0)
     start = quantiles(n)
     if sampler in NOISY:
@@ -220,7 +225,8 @@ def draw(sampler, schedule, denoise, steps, n=1000):
     def noise():
         return torch.randn(start.shape, generator=rng, dtype=torch.float64)
 
-    return diffusion.SAMPLERS[sampler](denoise, schedule, levels(schedule, 1.0)[1] * start, steps, noise)
+    noisiest = levels(schedule, 1.0)[1] * start
+    return diffusion.SAMPLERS[sampler](denoise, schedule, noisiest, steps, noise)
 
 
 # --- exact denoisers ---
@@ -243,8 +249,9 @@ def mixture(schedule):
         alpha, sigma = levels(schedule, t)
         variance = alpha**2 * STDS**2 + sigma**2
         offset = x[..., None] - alpha * MEANS
-        share = torch.softmax(WEIGHTS.log() - variance.log() / 2 - offset**2 / (2 * variance), dim=-1)
-        return (share * (MEANS + alpha * STDS**2 / variance * offset)).sum(-1)
+        logits = WEIGHTS.log() - variance.log() / 2 - offset**2 / (2 * variance)
+        fraction = torch.softmax(logits, dim=-1)
+        return (fraction * (MEANS + alpha * STDS**2 / variance * offset)).sum(-1)
     return denoise
 
 
@@ -256,7 +263,8 @@ def mixture(schedule):
 def test_gaussian_is_recovered(sampler, name, zero_terminal_snr, mean, std):
     schedule = diffusion.NoiseSchedule(name, zero_terminal_snr)
     x0 = draw(sampler, schedule, gaussian(schedule, mean, std), steps=200)
-    # The start lacks the alpha(1) = 0.0066 of signal: 0.0066 mean / std. 20000 draws cost 0.7 % of std.
+    # The start lacks the alpha(1) = 0.0066 of signal: 0.0066 mean / std.
+    # 20000 draws cost 0.7 % of std.
     assert abs(x0.mean().item() - mean) < (0.025 if sampler in NOISY else 0.007) * std
     assert x0.std().item() == pytest.approx(std, rel=0.05 if sampler in NOISY else 0.018)
 
@@ -266,13 +274,15 @@ def test_mixture_is_recovered(sampler, name, zero_terminal_snr):
     schedule = diffusion.NoiseSchedule(name, zero_terminal_snr)
     x0 = draw(sampler, schedule, mixture(schedule), steps=200)
     left = x0 < 0.2
-    assert left.double().mean().item() == pytest.approx(0.3, abs=0.012 if sampler in NOISY else 0.003)
+    tolerance = 0.012 if sampler in NOISY else 0.003
+    assert left.double().mean().item() == pytest.approx(0.3, abs=tolerance)
     for mode, mean, std in ((x0[left], -1.0, 0.3), (x0[~left], 1.2, 0.2)):
         assert mode.mean().item() == pytest.approx(mean, abs=0.05 * std)
         assert mode.std().item() == pytest.approx(std, rel=0.09 if sampler in NOISY else 0.04)
     cdf = (WEIGHTS * torch.special.ndtr((x0.sort().values[:, None] - MEANS) / STDS)).sum(1)
     expected = (torch.arange(len(x0)) + 0.5) / len(x0)
-    assert (cdf - expected).abs().max() < (0.025 if sampler in NOISY else 0.01)  # Kolmogorov's distance
+    distance = (cdf - expected).abs().max()  # Kolmogorov's
+    assert distance < (0.025 if sampler in NOISY else 0.01)
 
 
 @pytest.mark.parametrize("sampler, name, zero_terminal_snr", CASES)
@@ -291,11 +301,13 @@ def test_known_image_keeps_the_marginals_at_every_step(sampler, name, zero_termi
     for t, x in seen:
         alpha, sigma = levels(schedule, t)
         if sampler in NOISY:
-            # The start lacks alpha(1) x0, and that fades as sigma^2(t) alpha(1) / alpha(t) or faster.
-            assert x.mean().item() == pytest.approx((alpha * x0).item(), abs=0.007 + 0.012 * sigma.item())
+            # The start lacks alpha(1) x0; that fades as sigma^2(t) alpha(1) / alpha(t) or faster.
+            tolerance = 0.007 + 0.012 * sigma.item()
+            assert x.mean().item() == pytest.approx((alpha * x0).item(), abs=tolerance)
             assert x.std().item() == pytest.approx(sigma.item(), rel=0.015)
         else:
-            assert torch.allclose(x, alpha * x0 + sigma * (start - alpha_1 / sigma_1 * x0), atol=1e-12)
+            expected = alpha * x0 + sigma * (start - alpha_1 / sigma_1 * x0)
+            assert torch.allclose(x, expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("sampler", diffusion.SAMPLERS)
@@ -326,10 +338,15 @@ def test_very_few_steps_stay_near_the_data(sampler, name, zero_terminal_snr, ste
 
 
 def gaussian_error(sampler, schedule, steps, mean=-0.3, std=1.5):
-    """Mean distance to the exact end of the probability flow from the same noise, affine for a Gaussian."""
+    """Mean distance to the exact end of the probability flow from the same noise.
+
+    The flow is affine for a Gaussian.
+    """
     (alpha_1, sigma_1), noise = levels(schedule, 1.0), quantiles(100)
-    exact = mean + std * (sigma_1 * noise - alpha_1 * mean) / (alpha_1**2 * std**2 + sigma_1**2).sqrt()
-    return (draw(sampler, schedule, gaussian(schedule, mean, std), steps, n=100) - exact).abs().mean().item()
+    std_1 = (alpha_1**2 * std**2 + sigma_1**2).sqrt()
+    exact = mean + std * (sigma_1 * noise - alpha_1 * mean) / std_1
+    x0 = draw(sampler, schedule, gaussian(schedule, mean, std), steps, n=100)
+    return (x0 - exact).abs().mean().item()
 
 
 @pytest.mark.parametrize("name, zero_terminal_snr", ENDS)
@@ -337,7 +354,8 @@ def test_ddim_and_dpmpp_converge_to_the_same_image(name, zero_terminal_snr):
     schedule = diffusion.NoiseSchedule(name, zero_terminal_snr)
     gaps = []
     for steps in (20, 100, 500):
-        ddim, dpmpp = (draw(s, schedule, mixture(schedule), steps, n=200) for s in ("ddim", "dpmpp"))
+        ddim, dpmpp = (draw(sampler, schedule, mixture(schedule), steps, n=200)
+                       for sampler in ("ddim", "dpmpp"))
         gaps.append((ddim - dpmpp).abs().mean().item())
     assert gaps[1] < gaps[0] / 2 and gaps[2] < gaps[1] / 3 and gaps[2] < 0.003
     assert gaussian_error("dpmpp", schedule, 20) < gaussian_error("ddim", schedule, 20) / 3
@@ -352,18 +370,24 @@ def test_order_of_convergence(name, zero_terminal_snr):
         return math.log(gain, many / few)
 
     assert 0.93 < order("ddim", 40, 320) < 1.05
-    # Equal steps in t are unbounded in log SNR at both ends, which costs a factor log(steps). On 'linear'
-    # sigma is sqrt(t / 10) near 0: its last step is of first order, which shows beyond 300 steps only.
+    # Equal steps in t are unbounded in log SNR at both ends, which costs a factor log(steps). On
+    # 'linear' sigma is sqrt(t / 10) near 0: its last step is of first order, which shows beyond
+    # 300 steps only.
     assert 1.6 < order("dpmpp", 40, 160 if name == "linear" else 320) < 2.2
 
 
 @pytest.mark.parametrize("name, zero_terminal_snr", ENDS)
 def test_second_order_of_the_stochastic_sampler(name, zero_terminal_snr):
-    """Its spread is nearer to the truth than ancestral's, which is too narrow at first order."""
+    """Its standard deviation is nearer to the truth than ancestral's, too small at first order."""
     schedule = diffusion.NoiseSchedule(name, zero_terminal_snr)
-    ancestral, dpmpp_sde = (draw(s, schedule, gaussian(schedule, 0.7, 0.5), 40, n=5000).std().item() / 0.5 - 1
-                            for s in ("ancestral", "dpmpp_sde"))
-    assert ancestral < -0.06 and abs(dpmpp_sde) < 0.5 * abs(ancestral)
+
+    def error(sampler):
+        x0 = draw(sampler, schedule, gaussian(schedule, 0.7, 0.5), 40, n=5000)
+        return x0.std().item() / 0.5 - 1
+
+    ancestral = error("ancestral")
+    assert ancestral < -0.06
+    assert abs(error("dpmpp_sde")) < 0.5 * abs(ancestral)
 
 
 @pytest.mark.parametrize("zero_terminal_snr", [True, False])
@@ -384,8 +408,12 @@ def test_ddim_on_the_straight_path_takes_the_euler_steps_of_flow_matching(zero_t
 def test_only_ancestral_draws_noise_on_the_way(sampler):
     schedule, x = diffusion.NoiseSchedule("flow", True), quantiles(50)
     rng = torch.Generator().manual_seed(0)
-    one, other = (diffusion.SAMPLERS[sampler](mixture(schedule), schedule, x, 10, lambda: torch.randn(
-        50, generator=rng, dtype=torch.float64)) for _ in range(2))
+
+    def noise():
+        return torch.randn(50, generator=rng, dtype=torch.float64)
+
+    one, other = (diffusion.SAMPLERS[sampler](mixture(schedule), schedule, x, 10, noise)
+                  for _ in range(2))
     assert torch.equal(one, other) == (sampler not in NOISY)
 
 
@@ -394,11 +422,13 @@ def test_only_ancestral_draws_noise_on_the_way(sampler):
 
 @pytest.mark.slow
 def test_compiled_loss_is_one_graph_and_equals_eager():
-    denoiser = diffusion.Denoiser(tiny_unet(seed=1), diffusion.NoiseSchedule("cosine", True), "v", "min_snr")
+    schedule = diffusion.NoiseSchedule("cosine", True)
+    denoiser = diffusion.Denoiser(tiny_unet(seed=1), schedule, "v", "min_snr")
 
     def batch(seed):
         x0, noise = randn(2, 4, 8, 8, seed=seed), randn(2, 4, 8, 8, seed=seed + 1)
-        return x0, torch.rand(2, generator=rng(seed)), noise, torch.randint(3, (2,), generator=rng(seed))
+        t = torch.rand(2, generator=rng(seed))
+        return x0, t, noise, torch.randint(3, (2,), generator=rng(seed))
 
     assert torch._dynamo.explain(denoiser)(*batch(0)).graph_break_count == 0
     torch._dynamo.reset()
@@ -411,4 +441,5 @@ def test_compiled_loss_is_one_graph_and_equals_eager():
         expected = torch.autograd.grad(eager.mean(), denoiser.parameters())
         assert torch.allclose(loss, eager, rtol=1e-3)
         for ours, theirs in zip(grads, expected, strict=True):
-            assert torch.allclose(ours, theirs, rtol=1e-2, atol=1e-4 * theirs.abs().max().item() + 1e-6)
+            atol = 1e-4 * theirs.abs().max().item() + 1e-6
+            assert torch.allclose(ours, theirs, rtol=1e-2, atol=atol)

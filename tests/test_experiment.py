@@ -27,14 +27,16 @@ def alone(monkeypatch):
 # --- batch order and random numbers ---
 
 
-@pytest.mark.parametrize("count, batch, world", [(16, 4, 1), (10, 4, 1), (3, 8, 1), (1, 1, 1), (10, 3, 2), (5, 4, 3)])
+@pytest.mark.parametrize("count, batch, world", [
+    (16, 4, 1), (10, 4, 1), (3, 8, 1), (1, 1, 1), (10, 3, 2), (5, 4, 3)])
 def test_an_epoch_is_a_shuffle_filled_up_from_its_start(count, batch, world):
     steps = experiment.steps_per_epoch(count, batch, world)
     assert steps == -(-count // (batch * world)) and steps > 0
     for epoch in range(3):
         drawn = []
         for step in range(epoch * steps, (epoch + 1) * steps):
-            parts = [experiment.batch_indices(step, count, batch, 7, rank, world) for rank in range(world)]
+            parts = [experiment.batch_indices(step, count, batch, 7, rank, world)
+                     for rank in range(world)]
             assert all(e == epoch and len(i) == batch for i, e in parts)
             drawn += [i for part, _ in parts for i in part.tolist()]
         assert sorted(drawn[:count]) == list(range(count))
@@ -63,7 +65,8 @@ def test_a_generator_is_a_function_of_its_key_alone():
     first = draw(0, "ldm", 3, 1)
     torch.manual_seed(123)
     assert draw(0, "ldm", 3, 1) == first
-    keys = [(0, "ldm", 3, 0), (0, "ldm", 4, 1), (1, "ldm", 3, 1), (0, "vae", 3, 1), (0, "ldm", 31), (0, "ldm", 3, "1")]
+    keys = [(0, "ldm", 3, 0), (0, "ldm", 4, 1), (1, "ldm", 3, 1), (0, "vae", 3, 1),
+            (0, "ldm", 31), (0, "ldm", 3, "1")]
     assert len({first, *(draw(*k) for k in keys)}) == 7
 
 
@@ -97,7 +100,8 @@ def test_a_bad_gradient_changes_neither_weights_nor_optimiser(poison, clip):
         experiment.clip_and_step(module, optimizer, clip)
 
     def snapshot():
-        return [module.weight.detach().clone(), *(v.clone() for v in optimizer.state[module.weight].values())]
+        state = optimizer.state[module.weight].values()
+        return [module.weight.detach().clone(), *(v.clone() for v in state)]
     before = snapshot()
     module.weight.grad = torch.tensor([[poison, 1.0]])
     _, bad = experiment.clip_and_step(module, optimizer, clip)
@@ -137,8 +141,9 @@ def test_running_means_leave_skipped_steps_out_and_count_them(alone):
 # --- files and checkpoints ---
 
 
-@pytest.mark.parametrize("error", [ValueError("x"), OSError(28, "No space left on device"), RuntimeError("disk"),
-                                   KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [
+    ValueError("x"), OSError(28, "No space left on device"), RuntimeError("disk"),
+    KeyboardInterrupt()])
 def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path, error):
     path = tmp_path / "last.pt"
     path.write_bytes(b"old")
@@ -146,7 +151,8 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path, e
     def write(f):
         f.write(b"half of the new")
         raise error
-    with pytest.raises(SystemExit if isinstance(error, (OSError, RuntimeError)) else type(error)) as e:
+    expected = SystemExit if isinstance(error, (OSError, RuntimeError)) else type(error)
+    with pytest.raises(expected) as e:
         experiment.write_atomic(path, write)
     if isinstance(e.value, SystemExit):
         assert "last.pt" in e.value.code and len(e.value.code.splitlines()) == 1
@@ -158,7 +164,8 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path, e
 @pytest.fixture
 def checkpoint(tmp_path):
     path = tmp_path / "last.pt"
-    experiment.save_checkpoint(path, "vae", {"model": {"w": torch.arange(5000.0)}, "args": {"ch_mults": (1, 2)}})
+    state = {"model": {"w": torch.arange(5000.0)}, "args": {"ch_mults": (1, 2)}}
+    experiment.save_checkpoint(path, "vae", state)
     return path
 
 
@@ -169,10 +176,12 @@ class Bomb:
 
 def test_a_checkpoint_comes_back_as_it_was(checkpoint):
     state = experiment.load_checkpoint(checkpoint, "vae")
-    assert torch.equal(state["model"]["w"], torch.arange(5000.0)) and state["args"] == {"ch_mults": (1, 2)}
+    assert torch.equal(state["model"]["w"], torch.arange(5000.0))
+    assert state["args"] == {"ch_mults": (1, 2)}
 
 
-def test_only_undamaged_checkpoints_of_the_kind_are_loaded(capsys, tmp_path, monkeypatch, checkpoint):
+def test_only_undamaged_checkpoints_of_the_kind_are_loaded(
+        capsys, tmp_path, monkeypatch, checkpoint):
     monkeypatch.chdir(tmp_path)
     whole = checkpoint.read_bytes()
     with zipfile.ZipFile(checkpoint) as archive:
@@ -183,9 +192,10 @@ def test_only_undamaged_checkpoints_of_the_kind_are_loaded(capsys, tmp_path, mon
     torch.save({"state_dict": {"w": torch.ones(2)}}, foreign)
     torch.save(torch.ones(3), zipped)
     torch.save({"kind": "vae", "x": Bomb()}, bomb)
-    cases = {"flip": bytes(flipped), "cut": whole[:len(whole) // 2], "foreign": foreign.getvalue(), "empty": b"",
-             "text": b"import os\n" * 50, "pickle": pickle.dumps(Bomb()), "bomb": bomb.getvalue(),
-             "tensor": zipped.getvalue()}
+    cases = {
+        "flip": bytes(flipped), "cut": whole[:len(whole) // 2], "foreign": foreign.getvalue(),
+        "empty": b"", "text": b"import os\n" * 50, "pickle": pickle.dumps(Bomb()),
+        "bomb": bomb.getvalue(), "tensor": zipped.getvalue()}
     for name, content in cases.items():
         path = tmp_path / f"{name}.pt"
         path.write_bytes(content)
@@ -193,7 +203,8 @@ def test_only_undamaged_checkpoints_of_the_kind_are_loaded(capsys, tmp_path, mon
         assert message.startswith("error: ") and f"{name}.pt" in message, name
     assert not (tmp_path / "exploded").exists()
     assert "train_vae.py" in error_of(capsys, experiment.load_checkpoint, checkpoint, "ldm")
-    assert "no checkpoint" in error_of(capsys, experiment.load_checkpoint, tmp_path / "nothing.pt", "vae")
+    missing = tmp_path / "nothing.pt"
+    assert "no checkpoint" in error_of(capsys, experiment.load_checkpoint, missing, "vae")
 
 
 def test_a_command_to_paste_is_quoted_and_leaves_out_what_is_not_set():
@@ -202,7 +213,8 @@ def test_a_command_to_paste_is_quoted_and_leaves_out_what_is_not_set():
 
 
 def test_weights_of_another_architecture_are_one_line(capsys):
-    message = error_of(capsys, experiment.load_weights, torch.nn.Linear(2, 2), torch.nn.Linear(3, 2).state_dict(), "a.pt")
+    weights = torch.nn.Linear(3, 2).state_dict()
+    message = error_of(capsys, experiment.load_weights, torch.nn.Linear(2, 2), weights, "a.pt")
     assert "a.pt" in message and "weight" in message
 
 
@@ -216,16 +228,19 @@ def test_non_finite_numbers_are_null_in_json_files(tmp_path, alone):
 
     def refuse(name):
         raise AssertionError(f"{name} is no JSON")
-    assert json.loads((run.folder / "metrics.jsonl").read_text(), parse_constant=refuse)["train/loss"] is None
-    assert json.loads((run.folder / "summary.json").read_text(), parse_constant=refuse)["train/loss"] is None
+    for name in ("metrics.jsonl", "summary.json"):
+        stored = json.loads((run.folder / name).read_text(), parse_constant=refuse)
+        assert stored["train/loss"] is None
 
 
-@pytest.mark.parametrize("values", [(-1.0, -1.0), (1.0, 1.0), (-2.0, -1.0), (5.0, 1.0), (0.0, 1 / 255)])
+@pytest.mark.parametrize("values", [
+    (-1.0, -1.0), (1.0, 1.0), (-2.0, -1.0), (5.0, 1.0), (0.0, 1 / 255)])
 def test_pictures_are_saved_without_rescaling(tmp_path, values):
     x, expected = values
     experiment.save_image(tmp_path / "x.png", torch.full((1, 4, 6), x))
     back = experiment.load_image(tmp_path / "x.png")
-    assert back.shape == (1, 4, 6) and torch.allclose(back, torch.full_like(back, expected), atol=1e-6)
+    assert back.shape == (1, 4, 6)
+    assert torch.allclose(back, torch.full_like(back, expected), atol=1e-6)
 
 
 def test_a_grid_holds_every_picture_at_its_place(tmp_path):
@@ -234,7 +249,9 @@ def test_a_grid_holds_every_picture_at_its_place(tmp_path):
     with experiment.Image.open(tmp_path / "g.png") as image:
         sheet = np.asarray(image)
     assert sheet.shape == (2 * 24, 22)
-    assert (sheet[14:22, 2:10] == 0).all() and (sheet[14:22, 12:20] == 255).all() and (sheet[38:46, 2:10] == 128).all()
+    assert (sheet[14:22, 2:10] == 0).all()
+    assert (sheet[14:22, 12:20] == 255).all()
+    assert (sheet[38:46, 2:10] == 128).all()
 
 
 # --- signals and console ---
@@ -257,7 +274,8 @@ except KeyboardInterrupt:
 
 
 def test_signals_ask_to_stop_and_a_second_interrupt_ends():
-    out = subprocess.run([sys.executable, "-c", SIGNALLED], cwd=ROOT, capture_output=True, text=True, check=False)
+    out = subprocess.run([sys.executable, "-c", SIGNALLED], cwd=ROOT, capture_output=True,
+                         text=True, check=False)
     assert out.returncode == 0, out.stderr
     assert out.stdout.splitlines() == ["the second ends"]
 
@@ -276,7 +294,8 @@ def test_progress_writes_whole_lines_to_a_file(capsys, alone, monkeypatch):
     assert len(lines) == 5 and lines[0] == "step 2/10 (20%) loss 1 2 min 08 s left"
 
 
-@pytest.mark.parametrize("seconds, text", [(0, "0 s"), (59.9, "59 s"), (60, "1 min 00 s"), (200, "3 min 20 s"),
-                                           (7500, "2 h 05 min"), (273600, "3 d 04 h")])
+@pytest.mark.parametrize("seconds, text", [
+    (0, "0 s"), (59.9, "59 s"), (60, "1 min 00 s"), (200, "3 min 20 s"),
+    (7500, "2 h 05 min"), (273600, "3 d 04 h")])
 def test_time_text(seconds, text):
     assert experiment.time_text(seconds) == text

@@ -67,7 +67,8 @@ def test_attention_matches_a_loop_over_heads_and_pixels(channels, heads):
     assert torch.allclose(layer(x), x + out.transpose(1, 2).view(2, channels, 3, 2), atol=1e-4)
 
 
-@pytest.mark.parametrize("block", [model.ResBlock(8, 8, 16), model.ResBlock(8, 8), model.Attention(8)])
+@pytest.mark.parametrize("block", [
+    model.ResBlock(8, 8, 16), model.ResBlock(8, 8), model.Attention(8)])
 def test_residual_blocks_start_as_identity_and_do_not_stay_it(block):
     x, emb = randn(2, 8, 4, 4), randn(2, 16, seed=1)
     args = (x, emb) if getattr(block, "emb", None) else (x,)
@@ -99,7 +100,8 @@ def test_autoencoder_shapes(img_size, z_channels, ch_mults, latent):
         assert not torch.allclose(rec, vae.decode(posterior.mean), atol=1e-3)
 
 
-@pytest.mark.parametrize("attn_res, sizes", [((), [4, 4]), ((8,), [8, 8, 4, 4, 8, 8, 8]), ((4,), [4] * 7)])
+@pytest.mark.parametrize("attn_res, sizes", [
+    ((), [4, 4]), ((8,), [8, 8, 4, 4, 8, 8, 8]), ((4,), [4] * 7)])
 def test_autoencoder_attention_sits_at_the_sizes_asked_for(attn_res, sizes):
     vae = model.AutoencoderKL(16, 2, 8, (1, 1, 1), num_res_blocks=2, attn_res=attn_res)
     assert attention_sizes(vae, lambda: vae(randn(1, 1, 16, 16), randn(1, 2, 4, 4))) == sizes
@@ -107,20 +109,26 @@ def test_autoencoder_attention_sits_at_the_sizes_asked_for(attn_res, sizes):
 
 @pytest.mark.parametrize("img_size, nearest", [(50, 48), (63, 64), (3, 8)])
 def test_autoencoder_refuses_sizes_it_cannot_halve(img_size, nearest):
-    with pytest.raises(ValueError, match=rf"img_size {img_size} is not a multiple of 8.* {nearest}$"):
+    message = rf"img_size {img_size} is not a multiple of 8.* {nearest}$"
+    with pytest.raises(ValueError, match=message):
         model.AutoencoderKL(img_size, 4, 8, (1, 1, 1, 1), 1)
-    assert model.AutoencoderKL(nearest, 4, 8, (1, 1, 1, 1), 1).latent_shape == (4, nearest // 8, nearest // 8)
-
+    vae = model.AutoencoderKL(nearest, 4, 8, (1, 1, 1, 1), 1)
+    assert vae.latent_shape == (4, nearest // 8, nearest // 8)
 
 
 def test_upsampling_is_nearest_neighbour_and_a_convolution():
     torch.manual_seed(0)
-    up, x = model.Upsample(3).double(), torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True)
+    up = model.Upsample(3).double()
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(2, 3, 10, 8, dtype=torch.float64)
-    results = [up(x), up.conv(torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"))]
+    enlarged = torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest")
+    results = [up(x), up.conv(enlarged)]
     torch.testing.assert_close(*results)
-    for a, b in zip(*(torch.autograd.grad((y * weight).sum(), [x, *up.parameters()]) for y in results), strict=True):
+    ours, theirs = (torch.autograd.grad((y * weight).sum(), [x, *up.parameters()])
+                    for y in results)
+    for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
+
 
 def test_last_layer_is_the_convolution_that_makes_the_image():
     vae = perturb(model.AutoencoderKL(16, 2, 8, (1, 2), 1))
@@ -131,7 +139,8 @@ def test_last_layer_is_the_convolution_that_makes_the_image():
     with torch.no_grad():
         bias = vae.decoder[-1].bias
         vae.last_layer.mul_(2)
-        assert torch.allclose(vae.decode(z) - bias, 2 * (rec - bias), atol=1e-4)  # nothing comes after
+        # Nothing comes after it.
+        assert torch.allclose(vae.decode(z) - bias, 2 * (rec - bias), atol=1e-4)
 
 
 def test_networks_put_out_float32_under_bf16_autocast():
@@ -151,16 +160,20 @@ def test_extreme_log_variances_stay_finite():
         nn.init.constant_(vae.encoder[-1].bias, bias)
         posterior = vae.encode(randn(1, 1, 8, 8))
         assert posterior.logvar.unique().tolist() == [-30.0 if bias < 0 else 20.0]
-        assert posterior.sample(randn(1, 1, 4, 4)).isfinite().all() and posterior.kl().isfinite().all()
+        assert posterior.sample(randn(1, 1, 4, 4)).isfinite().all()
+        assert posterior.kl().isfinite().all()
 
 
 def test_kl_matches_torch_distributions_and_a_hand_computed_value():
     mean, logvar = randn(3, 2, 4, 4), randn(3, 2, 4, 4, seed=1)
     q = torch.distributions.Normal(mean, (logvar / 2).exp())
-    expected = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).sum((1, 2, 3))
+    standard = torch.distributions.Normal(0.0, 1.0)
+    expected = torch.distributions.kl_divergence(q, standard).sum((1, 2, 3))
     assert torch.allclose(model.Posterior(mean, logvar).kl(), expected, rtol=1e-4)
-    one = torch.ones(1, 1, 1, 1)  # mean 3, variance 4: (9 + 4 - 1 - ln 4) / 2
-    assert model.Posterior(3 * one, math.log(4) * one).kl().item() == pytest.approx(5.30685, abs=1e-4)
+    one = torch.ones(1, 1, 1, 1)
+    # Mean 3, variance 4: (9 + 4 - 1 - ln 4) / 2.
+    kl = model.Posterior(3 * one, math.log(4) * one).kl()
+    assert kl.item() == pytest.approx(5.30685, abs=1e-4)
     assert model.Posterior(0 * one, 0 * one).kl().item() == 0
 
 
@@ -208,7 +221,8 @@ def test_unet_shapes_and_attention_sizes(latent_shape, ch_mults, attn_res, sizes
 
 @pytest.mark.parametrize("size, levels", [(6, 3), (7, 2), (12, 4)])
 def test_unet_refuses_latents_it_cannot_halve(size, levels):
-    with pytest.raises(ValueError, match=f"latents of {size}x{size} cannot be halved {levels - 1} times"):
+    message = f"latents of {size}x{size} cannot be halved {levels - 1} times"
+    with pytest.raises(ValueError, match=message):
         model.UNet((4, size, size), 2, 8, (1,) * levels, 1, ())
     model.UNet((4, 2 ** (levels - 1), 2 ** (levels - 1)), 2, 8, (1,) * levels, 1, ())
 
@@ -243,13 +257,16 @@ def test_unet_keeps_batch_elements_apart():
     t, y = torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0, 1, 2])
     together = unet(x, t, y)
     for i in range(3):
-        assert torch.allclose(together[i:i + 1], unet(x[i:i + 1], t[i:i + 1], y[i:i + 1]), atol=1e-4)
+        alone = unet(x[i:i + 1], t[i:i + 1], y[i:i + 1])
+        assert torch.allclose(together[i:i + 1], alone, atol=1e-4)
 
 
 def test_gradients_reach_every_unet_weight():
     unet, x = tiny_unet(seed=1), randn(1, 4, 8, 8)
     unet(x, torch.tensor([0.5]), torch.tensor([0])).square().sum().backward()
-    assert [name for name, p in unet.named_parameters() if p.grad is None or p.grad.norm() == 0] == []
+    unreached = [name for name, p in unet.named_parameters()
+                 if p.grad is None or p.grad.norm() == 0]
+    assert unreached == []
 
 
 @torch.no_grad()

@@ -28,18 +28,27 @@ def denoiser():
 
 def latents(denoiser, samples, sampler="ancestral", seed=0, class_names=CLASSES, steps=4, scale=3.0,
             progress=None, interval=(0.0, 1.0)):
-    args = SimpleNamespace(seed=seed, sampler=sampler, num_sampling_steps=steps, guidance_scale=scale,
-                           guidance_interval=interval)
-    return experiment.sample_latents(denoiser, LATENT, samples, class_names, args, PROCS, progress)
+    args = SimpleNamespace(
+        seed=seed, sampler=sampler, num_sampling_steps=steps, guidance_scale=scale,
+        guidance_interval=interval)
+    return experiment.sample_latents(
+        denoiser, LATENT, samples, class_names, args, PROCS, progress)
 
 
 def test_guidance_is_on_inside_its_interval_only(denoiser, monkeypatch):
     seen, original = [], denoiser.denoise
-    monkeypatch.setattr(denoiser, "denoise", lambda x, t, y, w: (seen.append((t[0].item(), w)), original(x, t, y, w))[1])
+
+    def spy(x, t, y, w):
+        seen.append((t[0].item(), w))
+        return original(x, t, y, w)
+
+    monkeypatch.setattr(denoiser, "denoise", spy)
     guided = latents(denoiser, [(0, 0)], "ddim", interval=(0.25, 0.75))
     assert seen == [(1.0, 1.0), (0.75, 3.0), (0.5, 3.0), (0.25, 3.0)]
-    plain, full = latents(denoiser, [(0, 0)], "ddim", scale=1.0), latents(denoiser, [(0, 0)], "ddim")
-    assert not torch.allclose(guided, plain) and not torch.allclose(guided, full)
+    plain = latents(denoiser, [(0, 0)], "ddim", scale=1.0)
+    full = latents(denoiser, [(0, 0)], "ddim")
+    assert not torch.allclose(guided, plain)
+    assert not torch.allclose(guided, full)
     assert torch.equal(latents(denoiser, [(0, 0)], "ddim", interval=(0.3, 0.4)), plain)
 
 
@@ -72,10 +81,11 @@ def test_a_sample_depends_on_seed_class_name_and_number(denoiser, sampler):
     }
     for other in others.values():
         assert (other - base).abs().mean() > 0.1
-    # A class that is added to the data before this one shifts its index; the noise goes with the name.
+    # A class that is added before this one shifts its index; the noise goes with the name.
     torch.testing.assert_close(
         latents(denoiser, [(1, 0)], sampler, class_names=["other", "normal"], scale=0.0),
-        latents(denoiser, [(0, 0)], sampler, class_names=["normal", "other"], scale=0.0), atol=1e-4, rtol=0)
+        latents(denoiser, [(0, 0)], sampler, class_names=["normal", "other"], scale=0.0),
+        atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
@@ -90,10 +100,12 @@ def test_a_sample_is_guided_ddim_from_the_noise_of_its_own_key(denoiser):
 
 
 def test_ancestral_noise_differs_between_samples_and_steps():
-    """A network of zeros predicts flow = 0: x0-hat = x_t, so the result is a sum of all the noises drawn."""
-    zero = diffusion.Denoiser(model.UNet(LATENT, 3, 8, (1,), 1, ()), diffusion.NoiseSchedule("flow", True), "flow")
+    """A network of zeros predicts flow = 0: x0-hat = x_t, so the result is a sum of all noises."""
+    unet = model.UNet(LATENT, 3, 8, (1,), 1, ())
+    zero = diffusion.Denoiser(unet, diffusion.NoiseSchedule("flow", True), "flow")
     x = latents(zero, [(0, i) for i in range(40)], scale=1.0, steps=2).flatten(1)
-    assert (torch.corrcoef(x) - torch.eye(40)).abs().max() < 0.45  # 128 values each: 5 standard errors
+    correlation = torch.corrcoef(x)
+    assert (correlation - torch.eye(40)).abs().max() < 0.45  # 128 values each: 5 standard errors
     # x_1 = n1; x_1/2 = n1 / 2 + n2 / 2, then x0-hat = x_1/2.
     assert x.std().item() == pytest.approx(math.sqrt(0.5), rel=0.05)
 

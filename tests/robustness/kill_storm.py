@@ -1,10 +1,11 @@
-"""Kill a training run with SIGKILL again and again, and compare its end with that of a run left alone.
+"""Kill a training run with SIGKILL again and again; compare its end with that of a run left alone.
 
     python tests/robustness/kill_storm.py --stage=ldm --kills=50 --seed=0
 
-About half of the kills come at a random moment of a start. The others wait for a temporary file: of a checkpoint,
-or of a cache after the caches were removed. After each kill every file of the run must be absent or readable, and
-the checkpoint at least as far as before; then the same command is started again. Exit code 1 where that fails.
+About half of the kills come at a random moment of a start. The others wait for a temporary file:
+of a checkpoint, or of a cache after the caches were removed. After each kill every file of the run
+must be absent or readable, and the checkpoint at least as far as before; then the same command is
+started again. Exit code 1 where that fails.
 """
 import argparse
 import json
@@ -30,7 +31,7 @@ MAX_STEPS = {"ldm": 120, "vae": 40}
 
 
 class Storm:
-    """The folder of a storm, and the fork server that starts stages in it without the time that imports take."""
+    """The folder of a storm, and the fork server that starts stages without the time of imports."""
 
     def __init__(self, folder, stage):
         self.folder, self.stage, self.script = folder, stage, f"train_{stage}.py"
@@ -38,13 +39,14 @@ class Storm:
         self.run = self.out / "storm"
         self.caches = ("images", "latents") if stage == "ldm" else ("images",)
         self.server = multiprocessing.get_context("forkserver")
-        self.server.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed", "PIL.Image", "conftest"])
+        self.server.set_forkserver_preload(
+            ["torch", "torch._dynamo", "torch.distributed", "PIL.Image", "conftest"])
         (folder / "vae.py").write_text(TINY_VAE)
         (folder / "ldm.py").write_text(TINY_LDM)
 
     def start(self, *argv):
-        process = self.server.Process(target=_as_main, args=(argv, str(self.folder / "out"), str(self.folder / "err"),
-                                                             str(ROOT)))
+        out, err = str(self.folder / "out"), str(self.folder / "err")
+        process = self.server.Process(target=_as_main, args=(argv, out, err, str(ROOT)))
         process.start()
         return process
 
@@ -52,23 +54,29 @@ class Storm:
         process = self.start(*argv)
         process.join()
         if process.exitcode:
-            raise AssertionError(f"{argv} ended with {process.exitcode}\n{(self.folder / 'err').read_text()}")
+            error = (self.folder / "err").read_text()
+            raise AssertionError(f"{argv} ended with {process.exitcode}\n{error}")
 
     def command(self, name):
-        argv = [self.script, f"--data_root={self.folder}/phantom", f"--output_root={self.out}", f"--run_name={name}",
-                f"--config={self.folder}/{self.stage}.py", f"--max_steps={MAX_STEPS[self.stage]}", "--save_minutes=0",
+        argv = [self.script, f"--data_root={self.folder}/phantom", f"--output_root={self.out}",
+                f"--run_name={name}", f"--config={self.folder}/{self.stage}.py",
+                f"--max_steps={MAX_STEPS[self.stage]}", "--save_minutes=0",
                 "--log_every=1", "--sample_every=4"]
         if self.stage == "vae":
             return [*argv, "--disc_start=8"]
-        return [*argv, f"--ae_ckpt_path={self.out}/v/ckpts/last.pt", "--num_sampling_steps=4", "--sample_batch_size=2"]
+        return [*argv, f"--ae_ckpt_path={self.out}/v/ckpts/last.pt",
+                "--num_sampling_steps=4", "--sample_batch_size=2"]
 
     def prepare(self):
         """Data, and for the second stage an autoencoder with its latent scale."""
         common = [f"--data_root={self.folder}/phantom", f"--output_root={self.out}"]
-        self.finish("phantom.py", f"--out={self.folder}/phantom", "--num_train=32", "--num_val=8", "--img_size=32")
+        self.finish("phantom.py", f"--out={self.folder}/phantom",
+                    "--num_train=32", "--num_val=8", "--img_size=32")
         if self.stage == "ldm":
-            self.finish("train_vae.py", *common, f"--config={self.folder}/vae.py", "--run_name=v", "--max_steps=10")
-            self.finish("find_latent_scale.py", *common, f"--ae_ckpt_path={self.out}/v/ckpts/last.pt")
+            self.finish("train_vae.py", *common, f"--config={self.folder}/vae.py",
+                        "--run_name=v", "--max_steps=10")
+            self.finish("find_latent_scale.py", *common,
+                        f"--ae_ckpt_path={self.out}/v/ckpts/last.pt")
 
     def unfinished(self, kind, pid):
         """Whether process pid has a temporary file of a checkpoint or of a cache."""
@@ -76,9 +84,10 @@ class Storm:
         return any(folder.glob(f".*.{pid}.tmp"))
 
     def kill(self, aim, moment, skip):
-        """Start the run and kill it. Returns what it was doing: 'checkpoint', 'cache', 'other', or 'finished'.
+        """Start the run and kill it; returns what it was doing.
 
-        `moment` seconds after the start, or earlier inside a file of the kind `aim`, after `skip` such files.
+        That is 'checkpoint', 'cache', 'other', or 'finished'. The kill comes `moment` seconds after
+        the start, or earlier inside a file of the kind `aim`, after `skip` such files.
         """
         process = self.start(*self.command("storm"))
         deadline = time.monotonic() + moment
@@ -95,11 +104,15 @@ class Storm:
         if process.exitcode == 0:
             return "finished"
         if process.exitcode > 0:
-            raise AssertionError(f"a start after a kill failed\n{(self.folder / 'err').read_text()}")
-        return next((kind for kind in ("checkpoint", "cache") if self.unfinished(kind, process.pid)), "other")
+            error = (self.folder / "err").read_text()
+            raise AssertionError(f"a start after a kill failed\n{error}")
+        for kind in ("checkpoint", "cache"):
+            if self.unfinished(kind, process.pid):
+                return kind
+        return "other"
 
     def check(self, step):
-        """Read everything that is there; returns the checkpoint's step, which must be at least `step`."""
+        """Read everything that is there; returns the checkpoint's step, at least `step`."""
         ckpt, log = self.run / "ckpts/last.pt", self.run / "metrics.jsonl"
         if (self.run / "run_meta.json").exists():
             experiment.read_meta(self.run)
@@ -108,12 +121,15 @@ class Storm:
             assert step == 0, "the run description is gone"
         if ckpt.exists():
             state = experiment.load_checkpoint(ckpt, self.stage)
-            assert state["step"] >= step, f"the checkpoint went back from step {step} to {state['step']}"
-            step = state["step"]
+            reached = state["step"]
+            assert reached >= step, f"the checkpoint went back from step {step} to {reached}"
+            step = reached
             text = log.read_bytes()
             kept = text[:state["metrics_bytes"]]
-            assert len(kept) == state["metrics_bytes"] and kept[-1:] in (b"", b"\n"), "metrics.jsonl is short"
-            records = [json.loads(line) for line in text.split(b"\n")[:-1]]  # behind the last newline: a torn line
+            assert len(kept) == state["metrics_bytes"], "metrics.jsonl is short"
+            assert kept[-1:] in (b"", b"\n"), "metrics.jsonl is short"
+            # Behind the last newline: a torn line.
+            records = [json.loads(line) for line in text.split(b"\n")[:-1]]
             assert all(r["step"] <= step for r in records[:kept.count(b"\n")])
         if (self.run / "summary.json").exists():
             experiment.read_json(self.run / "summary.json", "summary")
@@ -129,7 +145,7 @@ class Storm:
 
 
 def storm(folder, stage, kills, seed):
-    """Returns the summary line; AssertionError or SystemExit where a file is broken or the runs differ."""
+    """The summary line; AssertionError or SystemExit where a file is broken or the runs differ."""
     s = Storm(folder, stage)
     s.prepare()
     shutil.rmtree(s.out / "cache", ignore_errors=True)
@@ -138,7 +154,7 @@ def storm(folder, stage, kills, seed):
         begin = time.monotonic()
         s.finish(*s.command("whole"))
         times.append(time.monotonic() - begin)
-    # Time for a start and a few steps: most kills come after a new checkpoint, so that the storm moves on.
+    # Time for a start and a few steps: most kills come after a new checkpoint, so it moves on.
     horizon = times[1] + 5 * (times[0] - times[1]) / MAX_STEPS[stage]
     shutil.rmtree(s.out / "cache")
 
@@ -161,20 +177,25 @@ def storm(folder, stage, kills, seed):
     s.check(MAX_STEPS[stage])
     assert_same_run(s.out / "whole", s.run, stage)
     stray = len(list(s.out.rglob(".*.tmp")))
-    return (f"kill storm {stage}, seed {seed}: {kills} kills, {counts['checkpoint']} inside checkpoint writing, "
-            f"{counts['cache']} inside cache building, {counts['finished']} too late; {kills + 1} starts; step {step} "
-            f"before the last; {stray} temporary files left; equal to the undisturbed run")
+    return (f"kill storm {stage}, seed {seed}: {kills} kills, "
+            f"{counts['checkpoint']} inside checkpoint writing, "
+            f"{counts['cache']} inside cache building, {counts['finished']} too late; "
+            f"{kills + 1} starts; step {step} before the last; {stray} temporary files left; "
+            "equal to the undisturbed run")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=at_least(1), default=50)
     parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--stage", choices=tuple(MAX_STEPS), default="ldm")
-    parser.add_argument("--folder", help="empty folder to work in; none: a temporary one, removed at the end")
+    parser.add_argument(
+        "--folder", help="empty folder to work in; none: a temporary one, removed at the end")
     args = parser.parse_args()
     if args.folder:
-        print(storm(experiment.make_folder(args.folder).resolve(), args.stage, args.kills, args.seed))
+        folder = experiment.make_folder(args.folder).resolve()
+        print(storm(folder, args.stage, args.kills, args.seed))
     else:
         with tempfile.TemporaryDirectory() as folder:
             print(storm(pathlib.Path(folder), args.stage, args.kills, args.seed))

@@ -1,4 +1,4 @@
-"""Full disks, damaged files and random input: one clear line or the right result, never a traceback in between."""
+"""Full disks, damaged files, random input: one clear line or the right result, no traceback."""
 import argparse
 import contextlib
 import io
@@ -40,11 +40,13 @@ repeatable = settings(derandomize=True, deadline=None, database=None,
 
 def line_of(error):
     """The one line that SystemExit ends the program with."""
-    assert isinstance(error.code, str) and error.code.startswith("error: ") and len(error.code.splitlines()) == 1, error.code
+    assert isinstance(error.code, str), error.code
+    assert error.code.startswith("error: "), error.code
+    assert len(error.code.splitlines()) == 1, error.code
     return error.code
 
 
-# --- full disk ---------------------------------------------------------------------------------------------
+# --- full disk ----------------------------------------------------------------------------------
 
 
 def pages(path):
@@ -73,8 +75,8 @@ def disk(tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
     try:
-        mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(folder)], capture_output=True,
-                               text=True, check=False)
+        mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(folder)],
+                               capture_output=True, text=True, check=False)
     except FileNotFoundError as e:
         pytest.skip(f"no disk to fill: {e}")
     if mount.returncode:
@@ -93,14 +95,16 @@ def refused(result, what):
 
 
 def trainer(stages, script):
-    """Arguments of a short training run: 2 steps an epoch, evaluated every 4 steps."""
+    """Arguments of a short training run: 2 steps per epoch, evaluated every 4 steps."""
     own = {"train_vae.py": [f"--config={stages.vae_config}", "--disc_weight=0"],
-           "train_ldm.py": [f"--config={stages.ldm_config}", f"--ae_ckpt_path={stages.vae_ckpt}", "--num_sampling_steps=2"]}
+           "train_ldm.py": [f"--config={stages.ldm_config}", f"--ae_ckpt_path={stages.vae_ckpt}",
+                            "--num_sampling_steps=2"]}
     return [script, f"--data_root={stages.data}", *own[script], "--sample_every=2", "--log_every=4"]
 
 
 @pytest.mark.parametrize("script, kind", [("train_vae.py", "vae"), ("train_ldm.py", "ldm")])
-def test_a_disk_that_fills_up_during_a_checkpoint_keeps_the_one_before(stages, tmp_path, disk, quick, script, kind):
+def test_a_disk_that_fills_up_during_a_checkpoint_keeps_the_one_before(
+        stages, tmp_path, disk, quick, script, kind):
     args = trainer(stages, script)
     assert quick(*args, f"--output_root={tmp_path}", "--run_name=whole", "--max_steps=8").code == 0
     parts = [*args, f"--output_root={disk.folder}", "--run_name=parts"]
@@ -118,7 +122,7 @@ def test_a_disk_that_fills_up_during_a_checkpoint_keeps_the_one_before(stages, t
 
 
 def test_one_command_survives_a_full_disk_at_every_file_it_writes(stages, tmp_path, disk, quick):
-    """Each time there is room for what comes before the next file, but not for that; at last for all."""
+    """Each time there is room for what comes before the next file, not for it; at last for all."""
     args = trainer(stages, "train_ldm.py")
     assert quick(*args, f"--output_root={tmp_path}", "--run_name=whole", "--max_steps=4").code == 0
     whole, folder = tmp_path / "whole", disk.folder / "parts"
@@ -130,15 +134,18 @@ def test_one_command_survives_a_full_disk_at_every_file_it_writes(stages, tmp_pa
         refused(quick(*parts), what)
         assert not list(disk.folder.rglob(".*")), "something temporary is left"
         indexed = {p.stem for p in (disk.folder / "cache").glob("*.json")}
-        assert indexed == {p.stem for p in (disk.folder / "cache").glob("*.npy")}  # none missing, none left over
+        arrays = {p.stem for p in (disk.folder / "cache").glob("*.npy")}
+        assert indexed == arrays  # none missing, none left over
 
     refuse(size["images.npy"] - PAGE, "images_")
     refuse(size["images.npy"], "images_")  # its index does not fit
     refuse(size["images.npy"] + size["images.json"] + size["latents.npy"] - PAGE, "latents_")
     refuse(size["latents.npy"], "latents_")
     refuse(size["latents.npy"] + size["latents.json"], "last.pt")
-    assert not (folder / "run_meta.json").exists()  # so that the next one does not look for a checkpoint
-    refuse(pages(whole / "ckpts/last.pt"), "last.pt")  # the first one is smaller, without moments of the optimiser
+    # So that the next one does not look for a checkpoint.
+    assert not (folder / "run_meta.json").exists()
+    # The first one is smaller, without moments of the optimiser.
+    refuse(pages(whole / "ckpts/last.pt"), "last.pt")
     assert experiment.load_checkpoint(folder / "ckpts/last.pt", "ldm")["step"] == 0
     first = pages(folder / "ckpts/last.pt")
     shutil.rmtree(folder)
@@ -149,10 +156,14 @@ def test_one_command_survives_a_full_disk_at_every_file_it_writes(stages, tmp_pa
     assert_same_run(whole, folder, "ldm")
 
 
-def test_a_line_of_metrics_that_was_cut_by_a_full_disk_is_written_again(stages, tmp_path, disk, quick):
-    args = [*trainer(stages, "train_ldm.py"), "--batch_per_device=1", "--log_every=1", "--sample_every=4"]  # every 64 steps
-    assert quick(*args, f"--output_root={tmp_path}", "--run_name=whole", "--max_steps=128").code == 0
-    parts, metrics = [*args, f"--output_root={disk.folder}", "--run_name=parts"], disk.folder / "parts/metrics.jsonl"
+def test_a_line_of_metrics_that_was_cut_by_a_full_disk_is_written_again(
+        stages, tmp_path, disk, quick):
+    args = [*trainer(stages, "train_ldm.py"), "--batch_per_device=1", "--log_every=1",
+            "--sample_every=4"]  # every 64 steps
+    whole = [*args, f"--output_root={tmp_path}", "--run_name=whole"]
+    assert quick(*whole, "--max_steps=128").code == 0
+    parts = [*args, f"--output_root={disk.folder}", "--run_name=parts"]
+    metrics = disk.folder / "parts/metrics.jsonl"
     assert quick(*parts, "--max_steps=64").code == 0
     disk.leave(pages(disk.folder / "parts/run_meta.json"))  # 64 more lines do not fit in there
     line = refused(quick(*parts, "--max_steps=128"), "metrics.jsonl")
@@ -167,13 +178,15 @@ def test_a_line_of_metrics_that_was_cut_by_a_full_disk_is_written_again(stages, 
 def test_no_half_phantom_set_is_taken_for_one(disk, quick):
     """Nothing at all is left of it, so that the next start is like the first."""
     disk.leave(20 * PAGE)
-    result = quick("train_vae.py", f"--output_root={disk.folder}", "--img_size=32", "--base_ch=4", "--max_steps=1")
+    result = quick("train_vae.py", f"--output_root={disk.folder}", "--img_size=32", "--base_ch=4",
+                   "--max_steps=1")
     refused(result, ".png")
     assert tree_hashes(disk.folder).keys() == {"filler", "cache"}
 
 
 def test_a_phantom_set_written_to_a_full_disk_is_one_line_and_leaves_whole_pictures(disk, quick):
-    command = ["phantom.py", f"--out={disk.folder / 'p'}", "--num_train=6", "--num_val=1", "--img_size=128"]
+    command = ["phantom.py", f"--out={disk.folder / 'p'}", "--num_train=6", "--num_val=1",
+               "--img_size=128"]
     disk.leave(20 * PAGE)
     result = quick(*command)
     refused(result, ".png")
@@ -186,12 +199,13 @@ def test_a_phantom_set_written_to_a_full_disk_is_one_line_and_leaves_whole_pictu
 
 def test_samples_that_do_not_fit_are_one_line_and_whole_pictures(stages, disk, quick):
     out = disk.folder / "s"
-    command = ["sample.py", f"--ckpt={stages.ldm_ckpt}", "--num_samples=3", "--num_sampling_steps=10",
-               f"--out_dir={out}"]
+    command = ["sample.py", f"--ckpt={stages.ldm_ckpt}", "--num_samples=3",
+               "--num_sampling_steps=10", f"--out_dir={out}"]
     disk.leave(0)
     result = quick(*command)
     assert result.code == 1 and "--num_samples" in only_error(result) and not out.exists()
-    disk.leave(3 * PAGE)  # the estimate is of the images' pixels, in which the file system's overhead is not
+    # The estimate is of the images' pixels, without the file system's overhead.
+    disk.leave(3 * PAGE)
     refused(quick(*command), ".png")
     reference = drawn(stages.out / "l/samples_ancestral_0")
     pictures = drawn(out)
@@ -199,15 +213,17 @@ def test_samples_that_do_not_fit_are_one_line_and_whole_pictures(stages, disk, q
     assert all((pictures[k] == reference[k]).all() for k in pictures)
     disk.free()
     assert quick(*command).code == 0
-    assert strict(out / "manifest.json")["images"] == strict(stages.out / "l/samples_ancestral_0/manifest.json")["images"]
+    expected = strict(stages.out / "l/samples_ancestral_0/manifest.json")["images"]
+    assert strict(out / "manifest.json")["images"] == expected
     assert all((p == reference[k]).all() for k, p in drawn(out).items())
 
 
-# --- damaged JSON ------------------------------------------------------------------------------------------
+# --- damaged JSON -------------------------------------------------------------------------------
 
-NO_OBJECTS = {"empty": b"", "list": b"[]", "null": b"null", "number": b"5", "text": b'"x"', "NaN": b"NaN",
-              "digits": b"1" * 6000,
-              "no UTF-8": b'\xff\xfe{"args": {}}', "zeros": bytes(40), "deep": b"[" * 100_000, "deep dict": b'{"a":' * 100_000}
+NO_OBJECTS = {
+    "empty": b"", "list": b"[]", "null": b"null", "number": b"5", "text": b'"x"', "NaN": b"NaN",
+    "digits": b"1" * 6000, "no UTF-8": b'\xff\xfe{"args": {}}', "zeros": bytes(40),
+    "deep": b"[" * 100_000, "deep dict": b'{"a":' * 100_000}
 
 
 def damaged(content, count, seed=0):
@@ -221,7 +237,7 @@ def damaged(content, count, seed=0):
 
 
 def value_or_line(function, *args):
-    """(value, None), or (None, line) where the call ends the program; anything else fails the test."""
+    """(value, None), or (None, line) where the call ends the program; all else fails the test."""
     try:
         return function(*args), None
     except SystemExit as e:
@@ -229,14 +245,15 @@ def value_or_line(function, *args):
 
 
 def assert_types(parser, values):
-    """Every value has the type that the argument of its name gives it, and is taken again as it stands."""
+    """Every value has the type that the argument of its name gives it, and is taken again."""
     for action in parser._actions:
-        if action.dest in values and not (values[action.dest] is None and action.default is None):
-            value = values[action.dest]
+        name, value = action.dest, values.get(action.dest)
+        if name in values and not (value is None and action.default is None):
             if action.default is not None:
-                assert type(value) is type(action.default), (action.dest, value)
-            assert not isinstance(value, tuple) or all(type(v) in (int, float) for v in value), (action.dest, value)
-            assert not isinstance(value, float) or math.isfinite(value), (action.dest, value)
+                assert type(value) is type(action.default), (name, value)
+            if isinstance(value, tuple):
+                assert all(type(v) in (int, float) for v in value), (name, value)
+            assert not isinstance(value, float) or math.isfinite(value), (name, value)
     values = {k: v for k, v in values.items() if k not in ("config", "resume_dir", "run_name")}
     again = vars(parser.parse(command_line.as_flags(parser, values, "again")))
     assert {k: again[k] for k in values} == values
@@ -246,13 +263,15 @@ def assert_types(parser, values):
 def test_a_file_that_holds_no_object_is_one_line(tmp_path, name):
     path = tmp_path / "run_meta.json"
     path.mkdir() if name == "folder" else path.write_bytes(NO_OBJECTS[name])
-    for read in (lambda: experiment.read_meta(tmp_path), lambda: experiment.read_json(path, "run description")):
+    for read in (lambda: experiment.read_meta(tmp_path),
+                 lambda: experiment.read_json(path, "run description")):
         value, line = value_or_line(read)
         assert value is None and "run_meta.json" in line and "run description" in line
 
 
 def test_a_damaged_run_description_is_one_line_or_has_settings_of_the_right_types(stages, tmp_path):
-    path, content = tmp_path / "run_meta.json", (stages.out / "l/run_meta.json").read_bytes()
+    path = tmp_path / "run_meta.json"
+    content = (stages.out / "l/run_meta.json").read_bytes()
     refusals = 0
     for broken in damaged(content, 100):
         path.write_bytes(broken)
@@ -264,7 +283,8 @@ def test_a_damaged_run_description_is_one_line_or_has_settings_of_the_right_type
     assert refusals > 100  # all that are cut, and more
 
 
-@pytest.mark.parametrize("wrong", [None, [], {}, "x", -1, math.nan, True, [[1]], 10**400], ids=lambda v: repr(v)[:5])
+@pytest.mark.parametrize(
+    "wrong", [None, [], {}, "x", -1, math.nan, True, [[1]], 10**400], ids=lambda v: repr(v)[:5])
 def test_a_run_description_with_values_of_the_wrong_type_is_one_line(stages, tmp_path, wrong):
     meta = strict(stages.out / "l/run_meta.json")
     parser = train_ldm.build_parser()
@@ -278,14 +298,18 @@ def test_a_run_description_with_values_of_the_wrong_type_is_one_line(stages, tmp
 
 
 @pytest.mark.parametrize("wrong", [None, 5, [], "missing"])
-def test_runs_are_found_and_continued_whatever_the_date_in_their_description(stages, tmp_path, wrong):
+def test_runs_are_found_and_continued_whatever_the_date_in_their_description(
+        stages, tmp_path, wrong):
     meta = strict(stages.out / "v/run_meta.json")
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     (tmp_path / "a/run_meta.json").write_text(json.dumps(meta))
-    broken = {k: v for k, v in meta.items() if k != "created"} | ({} if wrong == "missing" else {"created": wrong})
+    broken = {k: v for k, v in meta.items() if k != "created"}
+    if wrong != "missing":
+        broken["created"] = wrong
     (tmp_path / "b/run_meta.json").write_text(json.dumps(broken))
-    args = argparse.Namespace(ae_ckpt_path=None, ae_config_path=None, output_root=str(tmp_path), task="TB")
+    args = argparse.Namespace(ae_ckpt_path=None, ae_config_path=None, output_root=str(tmp_path),
+                              task="TB")
     found, line = value_or_line(experiment.find_autoencoder, args)
     assert line or found.parent.parent.name in ("a", "b")
     args = train_vae.parse_args([f"--resume_dir={tmp_path / 'b'}"])
@@ -294,13 +318,15 @@ def test_runs_are_found_and_continued_whatever_the_date_in_their_description(sta
 
 
 def scale_in(folder, vae_sha256):
-    args = argparse.Namespace(task="TB", data_root=None, output_root="runs", latent_scale_factor=None)
+    args = argparse.Namespace(task="TB", data_root=None, output_root="runs",
+                              latent_scale_factor=None)
     return train_ldm.read_scale(args, folder / "ckpts/last.pt", vae_sha256)
 
 
 def test_a_damaged_latent_scale_is_one_line_and_never_another_factor(stages, tmp_path):
-    """One flipped bit cannot turn both the factor and the standard deviation beside it, of which it is the inverse."""
-    path, content = tmp_path / "latent_scale.json", (stages.out / "v/latent_scale.json").read_bytes()
+    """One flipped bit cannot turn both the factor and the standard deviation, its inverse."""
+    path = tmp_path / "latent_scale.json"
+    content = (stages.out / "v/latent_scale.json").read_bytes()
     path.write_bytes(content)
     sha = experiment.sha256_file(stages.vae_ckpt)
     factor = scale_in(tmp_path, sha)
@@ -312,8 +338,9 @@ def test_a_damaged_latent_scale_is_one_line_and_never_another_factor(stages, tmp
         assert value or "latent_scale.json" in line
 
 
-@pytest.mark.parametrize("wrong", [None, [], {}, "0.9", -0.9, 0.0, math.nan, math.inf, True, 1e308, 10**400],
-                         ids=lambda v: repr(v)[:5])
+@pytest.mark.parametrize(
+    "wrong", [None, [], {}, "0.9", -0.9, 0.0, math.nan, math.inf, True, 1e308, 10**400],
+    ids=lambda v: repr(v)[:5])
 def test_a_latent_scale_that_is_none_is_one_line(stages, tmp_path, wrong):
     stored = strict(stages.out / "v/latent_scale.json")
     for name in ("latent_scale_factor", "std"):
@@ -379,7 +406,8 @@ def test_damaged_json_through_the_command_line(workspace, quick):
     meta, scale = workspace.out / "l/run_meta.json", workspace.out / "v/latent_scale.json"
     index, = (workspace.out / "cache").glob("latents_*.json")
     whole = scale.read_bytes()
-    resume = ["train_ldm.py", *workspace.common, f"--ae_ckpt_path={workspace.vae_ckpt}", "--run_name=l"]
+    vae = f"--ae_ckpt_path={workspace.vae_ckpt}"
+    resume = ["train_ldm.py", *workspace.common, vae, "--run_name=l"]
     digits = whole.replace(b'factor": ', b'factor": 1', 1)  # of the factor, not of its inverse
     for path, content in ((scale, b"\xff" * 20), (scale, digits), (meta, NO_OBJECTS["deep"])):
         path.write_bytes(content)
@@ -387,11 +415,12 @@ def test_damaged_json_through_the_command_line(workspace, quick):
         assert result.code == 1 and path.name in only_error(result)
         scale.write_bytes(whole)
     index.write_bytes(NO_OBJECTS["no UTF-8"])
-    result = quick("find_latent_scale.py", *workspace.common, f"--ae_ckpt_path={workspace.vae_ckpt}")
-    assert result.code == 0 and "building it again" in result.out and scale.read_bytes() == whole
+    result = quick("find_latent_scale.py", *workspace.common, vae)
+    assert result.code == 0 and "building it again" in result.out
+    assert scale.read_bytes() == whole
 
 
-# --- damaged checkpoints -----------------------------------------------------------------------------------
+# --- damaged checkpoints ------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -403,9 +432,9 @@ def checkpoint(tmp_path_factory):
     optimizer = torch.optim.AdamW(layers.parameters())
     sum(p.square().sum() for p in layers.parameters()).backward()
     optimizer.step()
-    experiment.save_checkpoint(path, "ldm",
-                               {"model": layers.state_dict(), "optimizer": optimizer.state_dict(), "step": 7,
-                                             "ema": None, "args": {"lr": 1e-3, "ldm_ch_mults": (1, 2)}})
+    experiment.save_checkpoint(path, "ldm", {
+        "model": layers.state_dict(), "optimizer": optimizer.state_dict(), "step": 7,
+        "ema": None, "args": {"lr": 1e-3, "ldm_ch_mults": (1, 2)}})
     return experiment.load_checkpoint(path, "ldm"), path.read_bytes(), path
 
 
@@ -438,26 +467,45 @@ def test_a_checkpoint_that_was_cut_or_has_a_hole_is_refused_or_whole(checkpoint,
     assert_equal_or_refused(checkpoint, content[:start] + bytes(length) + content[start + length:])
 
 
-# --- random images -----------------------------------------------------------------------------------------
+# --- random images ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """({name: bytes} of small images in every format and mode that is read, a path to write damaged ones to)"""
+    """({name: bytes} of images in every format and mode that is read, a path for damaged ones)"""
     rng = np.random.default_rng(0)
-    grey = Image.fromarray(np.kron(rng.integers(0, 256, (6, 7), dtype=np.uint8), np.ones((4, 4), np.uint8)))
+    blocks = rng.integers(0, 256, (6, 7), dtype=np.uint8)
+    grey = Image.fromarray(np.kron(blocks, np.ones((4, 4), np.uint8)))
     wide = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
-    palette = grey.convert("P")
-    saved = {"grey.png": (grey, {}), "16.png": (wide, {}), "rgb.png": (grey.convert("RGB"), {}),
-             "rgba.png": (grey.convert("RGBA"), {}), "la.png": (grey.convert("LA"), {}), "bits.png": (grey.convert("1"), {}),
-             "palette.png": (palette, {"transparency": 3}), "key.png": (grey, {"transparency": 9}),
-             "text.png": (grey, {"dpi": (72, 72), "icc_profile": b"profile" * 20, "exif": b"Exif\0\0II*\0\x08\0\0\0\0\0"}),
-             "grey.jpg": (grey, {}), "rgb.jpg": (grey.convert("RGB"), {"progressive": True}), "cmyk.jpg": (grey.convert("CMYK"), {}),
-             "grey.tif": (grey, {}), "16.tif": (wide, {}), "lzw.tif": (grey.convert("RGB"), {"compression": "tiff_lzw"}),
-             "deflate.tif": (wide, {"compression": "tiff_adobe_deflate"}), "bits.tif": (grey.convert("1"), {"compression": "group4"}),
-             "palette.gif": (palette, {"transparency": 3}), "two.gif": (palette, {"save_all": True, "append_images": [palette]}),
-             "grey.bmp": (grey, {}), "rgb.bmp": (grey.convert("RGB"), {}), "bits.bmp": (grey.convert("1"), {}),
-             "rgb.webp": (grey.convert("RGB"), {}), "rgba.webp": (grey.convert("RGBA"), {"lossless": True}), "i.tif": (wide.convert("I"), {})}
+    bits, palette, rgb, rgba = (grey.convert(mode) for mode in ("1", "P", "RGB", "RGBA"))
+    exif = b"Exif\0\0II*\0\x08\0\0\0\0\0"
+    saved = {
+        "grey.png": (grey, {}),
+        "16.png": (wide, {}),
+        "rgb.png": (rgb, {}),
+        "rgba.png": (rgba, {}),
+        "la.png": (grey.convert("LA"), {}),
+        "bits.png": (bits, {}),
+        "palette.png": (palette, {"transparency": 3}),
+        "key.png": (grey, {"transparency": 9}),
+        "text.png": (grey, {"dpi": (72, 72), "icc_profile": b"profile" * 20, "exif": exif}),
+        "grey.jpg": (grey, {}),
+        "rgb.jpg": (rgb, {"progressive": True}),
+        "cmyk.jpg": (grey.convert("CMYK"), {}),
+        "grey.tif": (grey, {}),
+        "16.tif": (wide, {}),
+        "lzw.tif": (rgb, {"compression": "tiff_lzw"}),
+        "deflate.tif": (wide, {"compression": "tiff_adobe_deflate"}),
+        "bits.tif": (bits, {"compression": "group4"}),
+        "palette.gif": (palette, {"transparency": 3}),
+        "two.gif": (palette, {"save_all": True, "append_images": [palette]}),
+        "grey.bmp": (grey, {}),
+        "rgb.bmp": (rgb, {}),
+        "bits.bmp": (bits, {}),
+        "rgb.webp": (rgb, {}),
+        "rgba.webp": (rgba, {"lossless": True}),
+        "i.tif": (wide.convert("I"), {}),
+    }
     contents = {}
     for name, (image, options) in saved.items():
         file = io.BytesIO()
@@ -481,7 +529,10 @@ def with_checksums(png):
 
 
 def mutated(contents, name, rng):
-    """A damaged copy: bits flipped, bytes or lengths overwritten, pieces cut, doubled or taken from another file."""
+    """A damaged copy.
+
+    Bits flipped, bytes or lengths overwritten, pieces cut, doubled or taken from another file.
+    """
     out = bytearray(contents[name])
     for _ in range(rng.choice((1, 1, 2, 4, 16))):
         at = rng.randrange(min(len(out), 200) if rng.random() < 0.6 else len(out)) if out else 0
@@ -491,7 +542,8 @@ def mutated(contents, name, rng):
         elif kind == 1 and out:
             out[at] = rng.choice((0, 1, 127, 128, 255, rng.randrange(256)))
         elif kind == 2:
-            number = rng.choice((0, 1, 8, 100, 2**15, 2**16 - 1, 2**20, 2**31 - 1, 2**31, 2**32 - 1))
+            sizes = (0, 1, 8, 100, 2**15, 2**16 - 1, 2**20, 2**31 - 1, 2**31, 2**32 - 1)
+            number = rng.choice(sizes)
             out[at:at + 4] = number.to_bytes(4, rng.choice(("little", "big")))
         elif kind == 3:
             del out[at:at + rng.choice((1, 2, 4, 12, 50))]
@@ -541,19 +593,34 @@ def test_the_pictures_that_are_damaged_above_are_whole(pictures):
         assert data.decode(path, 16).std() > 1000
 
 
-# --- random settings ---------------------------------------------------------------------------------------
+# --- random settings ----------------------------------------------------------------------------
 
 PARSER = train_ldm.build_parser()
 NAMES = sorted(a.dest for a in PARSER._actions if a.dest not in ("help", "config"))
 numbers = st.one_of(st.integers(-3, 70), st.integers(), st.floats(),
                     st.sampled_from([10**400, 2**63, 2**64, -(10**30)]))
-literals = st.recursive(st.one_of(numbers, st.booleans(), st.none(), st.text(max_size=8), st.binary(max_size=4),
-                                  st.sampled_from(["flow", "eps", "auto", "overfit_8", "None", "1,2"])),
-                        lambda inner: st.one_of(st.lists(inner, max_size=4), st.lists(inner, max_size=4).map(tuple),
-                                                st.dictionaries(st.text(max_size=3), inner, max_size=2)), max_leaves=5)
-sources = st.one_of(literals.map(repr).map(lambda s: s.replace("inf", "1e999")),
-                    st.sampled_from(["0x" + "f" * 6000, "1" * 5000, "(" * 300, "[" * 90 + "]" * 90, "'", "int", "...", "lambda: 1",
-                                     "1j", "frozenset({1})", "range(3)", "float('nan')"]))
+words = st.sampled_from(["flow", "eps", "auto", "overfit_8", "None", "1,2"])
+scalars = st.one_of(numbers, st.booleans(), st.none(), st.text(max_size=8), st.binary(max_size=4),
+                    words)
+
+
+def containers(inner):
+    lists = st.lists(inner, max_size=4)
+    return st.one_of(lists, lists.map(tuple),
+                     st.dictionaries(st.text(max_size=3), inner, max_size=2))
+
+
+literals = st.recursive(scalars, containers, max_leaves=5)
+expressions = st.sampled_from([
+    "0x" + "f" * 6000, "1" * 5000, "(" * 300, "[" * 90 + "]" * 90, "'", "int", "...", "lambda: 1",
+    "1j", "frozenset({1})", "range(3)", "float('nan')"])
+sources = st.one_of(literals.map(repr).map(lambda s: s.replace("inf", "1e999")), expressions)
+config_names = st.one_of(st.sampled_from(NAMES),
+                         st.sampled_from(["epoch", "π", "_x", "config", "help"]))
+argument_names = st.sampled_from([n for n in NAMES if n not in ("run_name", "resume_dir")])
+argument_values = st.one_of(
+    st.text(max_size=8), numbers.map(str),
+    st.sampled_from(["", "9" * 400, "9" * 5000, "None", "1,,2", "-"]))
 
 
 @pytest.fixture(scope="module")
@@ -564,7 +631,9 @@ def config_path(tmp_path_factory):
 def read_config(path, content):
     path.write_bytes(content)
     values, line = value_or_line(command_line.read_config, str(path))
-    flags, line = (None, line) if line else value_or_line(command_line.as_flags, PARSER, values, str(path))
+    flags = None
+    if line is None:
+        flags, line = value_or_line(command_line.as_flags, PARSER, values, str(path))
     PARSER.source = ""  # where the call above ended the program
     if line is None:
         assert set(values) <= set(NAMES)
@@ -574,11 +643,10 @@ def read_config(path, content):
 
 
 @settings(repeatable, max_examples=700)
-@given(st.lists(st.tuples(st.one_of(st.sampled_from(NAMES), st.sampled_from(["epoch", "π", "_x", "config", "help"])),
-                          sources),
-                min_size=1, max_size=3))
+@given(st.lists(st.tuples(config_names, sources), min_size=1, max_size=3))
 def test_a_random_config_file_is_read_or_refused(config_path, lines):
-    read_config(config_path, "".join(f"{name} = {value}\n" for name, value in lines).encode("utf-8", "surrogatepass"))
+    text = "".join(f"{name} = {value}\n" for name, value in lines)
+    read_config(config_path, text.encode("utf-8", "surrogatepass"))
 
 
 @pytest.mark.filterwarnings("ignore")  # SyntaxWarning
@@ -589,19 +657,20 @@ def test_a_damaged_config_file_is_read_or_refused(config_path, stages, seed):
     rng, out = random.Random(seed), bytearray(stages.ldm_config.read_bytes())
     for _ in range(rng.randrange(1, 5)):
         at = rng.randrange(len(out))
-        piece = rng.choice((b"\0", b"\n", b" ", b"\t", b"[", b"]", b",", b"=", b"'", b'"', b"0", b"9" * 30, b"-",
-                            b".", b"e", b"#",
-                            b"\\", b"\xff", "é".encode(), b"_", b"\r", b":", b"{", b"\x0c", b"\xef\xbb\xbf"))
+        piece = rng.choice((
+            b"\0", b"\n", b" ", b"\t", b"[", b"]", b",", b"=", b"'", b'"', b"0", b"9" * 30, b"-",
+            b".", b"e", b"#", b"\\", b"\xff", "é".encode(), b"_", b"\r", b":", b"{", b"\x0c",
+            b"\xef\xbb\xbf"))
         out[at:at + rng.randrange(3)] = piece
     read_config(config_path, bytes(out))
 
 
 @settings(repeatable, max_examples=200)
-@given(st.lists(st.tuples(st.sampled_from([n for n in NAMES if n not in ("run_name", "resume_dir")]),
-                          st.one_of(st.text(max_size=8), numbers.map(str), st.sampled_from(["", "9" * 400, "9" * 5000, "None", "1,,2", "-"])),
-                          st.booleans()), max_size=4))
+@given(st.lists(st.tuples(argument_names, argument_values, st.booleans()), max_size=4))
 def test_random_arguments_are_taken_or_refused(given_arguments):
-    argv = [part for name, value, joined in given_arguments for part in ([f"--{name}={value}"] if joined else [f"--{name}", value])]
+    argv = []
+    for name, value, joined in given_arguments:
+        argv += [f"--{name}={value}"] if joined else [f"--{name}", value]
     argv = [a for a in argv if a not in ("-h", "--help")]
     err = io.StringIO()
     try:

@@ -1,4 +1,4 @@
-"""No run is lost: stops at awkward moments, several processes, NaN on one rank, two runs that build one cache."""
+"""No run is lost: stops at awkward moments, several processes, NaN on one rank, a shared cache."""
 import faulthandler
 import itertools
 import os
@@ -17,23 +17,26 @@ import experiment
 
 LIMIT_S = 150  # after which a process counts as hanging
 
-# --- commands ----------------------------------------------------------------------------------------------
+# --- commands -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def command(stages, tmp_path):
-    """command(stage, RUN_NAME, ...) -> argv of a short training run below tmp_path/runs, with no cache yet.
+    """command(stage, RUN_NAME, ...) -> argv of a short run below tmp_path/runs, with no cache yet.
 
-    Two steps per epoch; a log line each step (one that straddles a stop covers less), evaluations at steps 4, 8 and 12.
-    The pictures of an evaluation and the discriminator (from step 3) are thus caught half done by some stop.
+    Two steps per epoch; a log line each step (one that straddles a stop covers less), evaluations
+    at steps 4, 8 and 12. The pictures of an evaluation and the discriminator (from step 3) are
+    thus caught half done by some stop.
     """
-    settings = {"train_vae": [f"--config={stages.vae_config}", "--disc_start=3"],
-                "train_ldm": [f"--config={stages.ldm_config}", f"--ae_ckpt_path={stages.vae_ckpt}",
-                              "--sample_batch_size=2", "--num_sampling_steps=4"]}
+    settings = {
+        "train_vae": [f"--config={stages.vae_config}", "--disc_start=3"],
+        "train_ldm": [f"--config={stages.ldm_config}", f"--ae_ckpt_path={stages.vae_ckpt}",
+                      "--sample_batch_size=2", "--num_sampling_steps=4"]}
 
     def argv(stage, name, *more):
-        return [f"--data_root={stages.data}", f"--output_root={tmp_path / 'runs'}", *settings[stage], "--max_steps=12",
-                "--sample_every=2", "--log_every=1", f"--run_name={name}", *more]
+        return [f"--data_root={stages.data}", f"--output_root={tmp_path / 'runs'}",
+                *settings[stage], "--max_steps=12", "--sample_every=2", "--log_every=1",
+                f"--run_name={name}", *more]
     return argv
 
 
@@ -42,7 +45,8 @@ import hashlib, importlib, itertools, os, pathlib, signal, sys, time
 sys.path.insert(0, {root!r})
 
 def before(place, action):
-    # Call action(number of the call, *args) before each call of the function `place`, such as data.LatentSet._encode.
+    # Call action(number of the call, *args) before each call of the function `place`, such as
+    # data.LatentSet._encode.
     module, *path, name = place.split(".")
     owner = importlib.import_module(module)
     for part in path:
@@ -74,7 +78,7 @@ def _as_rank(env, *args):
 
 @pytest.fixture
 def together(fork_server, tmp_path):
-    """together([argv, ...], ranks=False) -> [(code, out, err), ...]: stages that run at the same time.
+    """together([argv, ...], ranks=False) -> [(code, out, err), ...]: stages run at the same time.
 
     ranks: they are the processes of one run, with the environment that torchrun gives them.
     """
@@ -84,11 +88,15 @@ def together(fork_server, tmp_path):
             port = probe.getsockname()[1]
         started = []
         for i, argv in enumerate(commands):
-            env = {"RANK": i, "LOCAL_RANK": i, "WORLD_SIZE": len(commands), "LOCAL_WORLD_SIZE": len(commands),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if ranks else {}
+            env = {}
+            if ranks:
+                env = {"RANK": i, "LOCAL_RANK": i,
+                       "WORLD_SIZE": len(commands), "LOCAL_WORLD_SIZE": len(commands),
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            env = {k: str(v) for k, v in env.items()}
             paths = [tmp_path / f"{name}_{i}" for name in ("out", "err")]
-            process = fork_server.Process(target=_as_rank, args=({k: str(v) for k, v in env.items()}, argv,
-                                                                 *map(str, paths), str(ROOT)))
+            process = fork_server.Process(
+                target=_as_rank, args=(env, argv, *map(str, paths), str(ROOT)))
             process.start()
             started.append((process, paths))
         deadline = time.monotonic() + LIMIT_S
@@ -110,7 +118,7 @@ def left_over(root):
     return [p.name for p in pathlib.Path(root).rglob(".*")]
 
 
-# --- one process, stopped at awkward moments ---------------------------------------------------------------
+# --- one process, stopped at awkward moments ----------------------------------------------------
 
 SEND = """
 def send(call, *args):
@@ -119,9 +127,10 @@ def send(call, *args):
 before({place!r}, send)
 """
 
-# (function, the call of it that the signal comes before, signal, step at which the run is saved). KILLED: the
-# handlers are not there yet, and the signal ends the process on the spot. FINISHES: all that is left is done before
-# the next look at the signal. Each line goes on where the last one left.
+# (function, the call of it that the signal comes before, signal, step at which the run is saved).
+# KILLED: the handlers are not there yet, and the signal ends the process on the spot. FINISHES:
+# all that is left is done before the next look at the signal. Each line goes on where the last
+# one left.
 KILLED, FINISHES = -1, -2
 MOMENTS = {
     "train_ldm": [
@@ -130,18 +139,21 @@ MOMENTS = {
         ("torch.save", 1, "SIGTERM", KILLED),  # while the first checkpoint is written
         ("os.replace", 2, "SIGUSR1", KILLED),  # checkpoint in place, run_meta.json not yet
         ("os.fsync", 4, "SIGTERM", 3),  # while the checkpoint of step 2 is written
-        ("torch.save", 1, "SIGUSR1", 4),  # while that of step 4 is written: before the evaluation there
+        # While that of step 4 is written: before the evaluation there.
+        ("torch.save", 1, "SIGUSR1", 4),
         ("experiment.clip_and_step", 3, "SIGUSR1", 7),  # in the middle of an epoch
         ("experiment.sample_latents", 1, "SIGTERM", 8),  # while images are sampled
         ("experiment.Run.log_images", 1, "SIGUSR1", 9),  # evaluation all but done
-        ("os.fsync", 6, "SIGTERM", FINISHES),  # while the second picture of the last evaluation is written
+        # While the second picture of the last evaluation is written.
+        ("os.fsync", 6, "SIGTERM", FINISHES),
     ],
     "train_vae": [
         ("data.decode", 20, "SIGTERM", KILLED),  # while validation images are decoded
         ("torch.save", 1, "SIGUSR1", KILLED),
         ("os.replace", 2, "SIGTERM", KILLED),
         ("os.fsync", 4, "SIGUSR1", 3),
-        ("experiment.clip_and_step", 3, "SIGTERM", 5),  # two calls a step: before the autoencoder's at step 5
+        # Two calls per step: before the autoencoder's at step 5.
+        ("experiment.clip_and_step", 3, "SIGTERM", 5),
         ("torch.save", 3, "SIGUSR1", 8),  # before the evaluation
         ("metrics.psnr", 1, "SIGUSR1", 9),  # in its only batch
         ("experiment.clip_and_step", 2, "SIGTERM", 10),  # before the discriminator's at step 10
@@ -159,7 +171,8 @@ def test_stops_at_awkward_moments_change_nothing(command, quick, tmp_path, stage
     folder = tmp_path / "runs/parts"
     for place, call, name, step in MOMENTS[stage]:
         script = hooked(tmp_path, stage, SEND.format(place=place, call=call, name=name))
-        often = place.startswith(("os.", "torch."))  # a checkpoint each step; else at stops and evaluations only
+        # A checkpoint each step; else at stops and evaluations only.
+        often = place.startswith(("os.", "torch."))
         result = quick(script, *args, f"--save_minutes={0 if often else 60}")
         if step == KILLED:
             assert result.code == -getattr(signal, name), (place, result.err)
@@ -175,20 +188,21 @@ def test_stops_at_awkward_moments_change_nothing(command, quick, tmp_path, stage
     result = quick(f"{stage}.py", *args)
     assert result.code == 0, result.err
     assert_same_run(tmp_path / "runs/whole", folder, stage[-3:])
-    # The two that were killed before the handlers were there could not tidy up; the others left nothing.
+    # The two killed before the handlers were there could not tidy up; the others left nothing.
     assert len(left_over(folder)) <= 2
     assert all(name.startswith((".last.pt.", ".run_meta.")) for name in left_over(folder))
 
 
-# --- two processes -----------------------------------------------------------------------------------------
+# --- two processes ------------------------------------------------------------------------------
 
 
 def workers(process):
     """Process ids of a torchrun's workers, by rank."""
-    ids = map(int, pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
     ranks = {}
-    for pid in ids:
-        env = dict(v.split("=", 1) for v in pathlib.Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in v)
+    for pid in map(int, children.split()):
+        variables = pathlib.Path(f"/proc/{pid}/environ").read_text().split("\0")
+        env = dict(v.split("=", 1) for v in variables if "=" in v)
         if "RANK" in env:
             ranks[int(env["RANK"])] = pid
     return [ranks[rank] for rank in sorted(ranks)]
@@ -205,19 +219,23 @@ def finished(process, limit_s=LIMIT_S):
 
 
 def stop_after(process, line, receiver, number):
-    """Send a signal once `line` is out: to 'torchrun' or to the worker of a rank. Returns the whole output."""
+    """Send a signal once `line` is out. Returns the whole output.
+
+    receiver: "torchrun", or the rank whose worker gets the signal.
+    """
     out = []
     for text in process.stdout:
         out.append(text)
         if line in text:
-            os.kill(process.pid if receiver == "torchrun" else workers(process)[receiver], number)
+            pid = process.pid if receiver == "torchrun" else workers(process)[receiver]
+            os.kill(pid, number)
             break
     return "".join(out) + finished(process)
 
 
 @pytest.mark.parametrize("stage", ["train_ldm", pytest.param("train_vae", marks=pytest.mark.slow)])
 def test_two_processes_that_were_stopped_end_like_two_that_were_not(command, tmp_path, stage):
-    """torchrun passes SIGTERM on to its workers; SIGUSR1 would end torchrun itself, so that goes to a worker."""
+    """torchrun passes SIGTERM on to its workers; SIGUSR1 would end it, so that goes to a worker."""
     run(f"{stage}.py", *command(stage, "whole", "--batch_per_device=4"), processes=2)
     folder = tmp_path / "runs/parts"
     args = [f"{stage}.py", *command(stage, "parts", "--batch_per_device=4")]
@@ -236,12 +254,13 @@ def test_two_processes_that_were_stopped_end_like_two_that_were_not(command, tmp
 
 @pytest.mark.slow
 def test_three_processes_in_two_parts_end_like_three_in_one(command, together, tmp_path):
-    """The sum of three gradients depends on their order, which must not depend on when a run was continued."""
+    """The sum of three gradients depends on their order, which a resume must not change."""
     def three(*argv):
         results = together([("train_ldm.py", *argv)] * 3, ranks=True)
         assert [r.code for r in results] == [0, 0, 0], results[0].err
     three(*command("train_ldm", "whole", "--batch_per_device=2"))
-    for steps in (6, 12):  # an epoch has three steps: both runs have a log line and an evaluation there
+    # An epoch has three steps: both runs have a log line and an evaluation there.
+    for steps in (6, 12):
         three(*command("train_ldm", "parts", "--batch_per_device=2"), f"--max_steps={steps}")
     assert_same_run(tmp_path / "runs/whole", tmp_path / "runs/parts", "ldm")
 
@@ -255,14 +274,20 @@ def report(*args):
 before("torch.distributed.destroy_process_group", report)
 """
 STOP = """
-before("experiment.batch_indices", lambda call, *args: call > 5 and os.kill(os.getpid(), signal.SIGUSR1))
+def stop(call, *args):
+    if call > 5:
+        os.kill(os.getpid(), signal.SIGUSR1)
+before("experiment.batch_indices", stop)
 """
 
 
-@pytest.mark.parametrize("stage, body, finishes", [("train_ldm", LEAVE, True), ("train_vae", LEAVE + STOP, False)])
-def test_nothing_holds_the_process_group_when_it_is_destroyed(command, tmp_path, stage, body, finishes):
+@pytest.mark.parametrize("stage, body, finishes", [
+    ("train_ldm", LEAVE, True), ("train_vae", LEAVE + STOP, False)])
+def test_nothing_holds_the_process_group_when_it_is_destroyed(
+        command, tmp_path, stage, body, finishes):
     """Else some runs of several processes would never end: experiment.leave_processes."""
-    process = start(hooked(tmp_path, stage, body), tmp_path / "held_", *command(stage, "run", "--batch_per_device=4"),
+    script = hooked(tmp_path, stage, body)
+    process = start(script, tmp_path / "held_", *command(stage, "run", "--batch_per_device=4"),
                     processes=2)
     out = finished(process, 90)
     assert (process.returncode == 0) == finishes, out
@@ -272,7 +297,7 @@ def test_nothing_holds_the_process_group_when_it_is_destroyed(command, tmp_path,
 ON_RANK_1 = """
 def send(call, *args):
     if call == 1 and os.environ["RANK"] == "1":
-        time.sleep(0.5)  # rank 0 is done with its share and waits
+        time.sleep(0.5)  # rank 0 is done with its part and waits
         os.kill(os.getpid(), signal.SIGUSR1)
 before("experiment.sample_latents", send)
 """
@@ -309,17 +334,19 @@ def test_a_run_goes_on_with_another_number_of_processes(command, quick, together
         new = experiment.load_checkpoint(folder / "ckpts/last.pt", "ldm")
         assert (old["step"], new["step"]) == (5, 9)
         assert strict(folder / "run_meta.json")["world_size"] == counts[1]
-        # 16 images by 4 a process: two steps an epoch for two processes, four for one
-        epochs = {r["step"]: r["epoch"] for r in read_jsonl(folder / "metrics.jsonl") if "train/loss" in r}
-        expected = [0, 0, 1, 1, 2, 1, 1, 1, 2] if counts == (2, 1) else [0, 0, 0, 0, 1, 2, 3, 3, 4]
+        # 16 images by 4 per process: two steps per epoch for two processes, four for one
+        records = read_jsonl(folder / "metrics.jsonl")
+        epochs = {r["step"]: r["epoch"] for r in records if "train/loss" in r}
+        fewer, more = [0, 0, 1, 1, 2, 1, 1, 1, 2], [0, 0, 0, 0, 1, 2, 3, 3, 4]
+        expected = fewer if counts == (2, 1) else more
         assert epochs == dict(enumerate(expected, 1))
         # the optimiser goes on, too
         moments = [s["optimizer"]["state"][0]["step"].item() for s in (old, new)]
         assert moments == [5, 9]
 
 
-# Poisons the latents of rank 1 at steps 2, 3 and from 7 on, and writes a line for each step: a digest of all
-# weights and optimiser states after it, and whether they are finite.
+# Poisons the latents of rank 1 at steps 2, 3 and from 7 on, and writes a line for each step: a
+# digest of all weights and optimiser states after it, and whether they are finite.
 POISON = """
 rank = os.environ["RANK"]
 log = open(sys.argv.pop(1) + rank, "w", buffering=1)
@@ -338,7 +365,8 @@ def spy(module, optimizer, clip):
     moments = optimizer.state_dict()["state"].values()
     tensors = [*module.state_dict().values(), *(v for m in moments for v in m.values())]
     digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors)).hexdigest()
-    print(now[-1], type(module).__name__, digest, all(t.isfinite().all() for t in tensors), result[1].item(), file=log)
+    finite = all(t.isfinite().all() for t in tensors)
+    print(now[-1], type(module).__name__, digest, finite, result[1].item(), file=log)
     return result
 experiment.clip_and_step = spy
 """
@@ -347,19 +375,23 @@ experiment.clip_and_step = spy
 @pytest.mark.parametrize("stage", ["train_ldm", "train_vae"])
 def test_a_nan_on_one_rank_is_skipped_by_both(command, together, tmp_path, stage):
     script = hooked(tmp_path, stage, POISON)
-    args = command(stage, "bad", "--batch_per_device=4", "--save_minutes=0", "--log_every=1", "--max_bad_steps=4",
-                   "--max_steps=20", "--sample_every=100", "--disc_start=1")
-    args = [a for a in args if stage == "train_vae" or not a.startswith("--disc_start")]
+    args = command(stage, "bad", "--batch_per_device=4", "--save_minutes=0", "--log_every=1",
+                   "--max_bad_steps=4", "--max_steps=20", "--sample_every=100", "--disc_start=1")
+    if stage == "train_ldm":
+        args = [a for a in args if not a.startswith("--disc_start")]
     results = together([(script, tmp_path / "steps_", *args)] * 2, ranks=True)
     assert [r.code for r in results] == [1, 1], results[0].err + results[1].err
     assert "--max_bad_steps" in results[0].err and "--resume_dir" in results[0].err
 
-    one, two = ([line.split() for line in (tmp_path / f"steps_{rank}").read_text().splitlines()] for rank in (0, 1))
+    logs = [(tmp_path / f"steps_{rank}").read_text() for rank in (0, 1)]
+    one, two = ([line.split() for line in log.splitlines()] for log in logs)
     assert one == two
     assert all(finite == "True" for *_, finite, _ in one)
     for module in {name for _, name, *_ in one}:
-        steps = [(int(step), digest, float(bad)) for step, name, digest, _, bad in one if name == module]
-        assert [s for s, _, bad in steps if bad] == [2, 3, 7, 8, 9, 10] and steps[-1][0] == 10
+        steps = [(int(step), digest, float(bad))
+                 for step, name, digest, _, bad in one if name == module]
+        assert [step for step, _, bad in steps if bad] == [2, 3, 7, 8, 9, 10]
+        assert steps[-1][0] == 10
         for (_, old, _), (_, new, bad) in itertools.pairwise(steps):
             assert (old == new) == bool(bad)  # a bad step changes nothing, a good one does
 
@@ -368,13 +400,14 @@ def test_a_nan_on_one_rank_is_skipped_by_both(command, together, tmp_path, stage
     assert (state["step"], state["bad_steps"].item()) == (10, 3)  # of the step before the last
     assert all(v.isfinite().all() for key in ("model", "ema") for v in state[key].values())
     assert strict(folder / "summary.json")["diverged"] is True
-    null = [r["step"] for r in read_jsonl(folder / "metrics.jsonl") if "train/loss" in r and r["train/loss"] is None]
+    records = read_jsonl(folder / "metrics.jsonl")
+    null = [r["step"] for r in records if "train/loss" in r and r["train/loss"] is None]
     assert null == [3, 4, 8, 9, 10, 11]
-    skipped = [r["step"] for r in read_jsonl(folder / "metrics.jsonl") if r.get("train/bad_steps")]
+    skipped = [r["step"] for r in records if r.get("train/bad_steps")]
     assert skipped == null and results[0].out.count("1 non-finite steps skipped") == 6
 
 
-# --- two runs that build the same caches -------------------------------------------------------------------
+# --- two runs that build the same caches --------------------------------------------------------
 
 MEET = """
 def meet(place):
@@ -409,14 +442,16 @@ def test_two_runs_that_build_the_same_caches_at_once(command, together, quick, t
     assert_same_run(tmp_path / "runs/a", tmp_path / "runs/c", "ldm")
 
 
-# --- killed at random moments ------------------------------------------------------------------------------
+# --- killed at random moments -------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage, kills", [("ldm", 50), ("vae", 15)])
 def test_a_storm_of_kills_changes_nothing(tmp_path, stage, kills):
-    out, _ = run("tests/robustness/kill_storm.py", f"--stage={stage}", f"--kills={kills}", f"--folder={tmp_path}")
+    out, _ = run("tests/robustness/kill_storm.py", f"--stage={stage}", f"--kills={kills}",
+                 f"--folder={tmp_path}")
     print(out)
-    counts = re.search(r"kills, (\d+) inside checkpoint writing, (\d+) inside cache building", out).groups()
+    pattern = r"kills, (\d+) inside checkpoint writing, (\d+) inside cache building"
+    counts = re.search(pattern, out).groups()
     assert f"{kills} kills" in out and "equal to the undisturbed run" in out
     assert all(int(count) > 0 for count in counts)
