@@ -51,8 +51,9 @@ def at_least(low, kind=int, high=math.inf):
 
 
 def int_list(text):
-    """argparse type: '1,2,4', '1:2:4' or '[1, 2, 4]' as a tuple of positive integers."""
-    parts = [part for part in re.split("[,:]", text.strip("[]() ")) if part.strip()]
+    """argparse type: '1,2,4', '1:2:4' or '[1, 2, 4]', quoted or not, as a tuple of positive
+    integers."""
+    parts = re.sub("[\\[\\]()'\",:]", " ", text).split()
     try:
         return tuple(at_least(1)(part) for part in parts)
     except argparse.ArgumentTypeError:
@@ -63,12 +64,26 @@ def int_list(text):
 def interval(text):
     """argparse type: 'LOW,HIGH' (or ':') as two floats with 0 <= LOW <= HIGH <= 1."""
     try:
-        low, high = (float(part) for part in re.split("[,:]", text.strip("()[] ")))
+        low, high = (float(part) for part in re.sub("[\\[\\]()'\",:]", " ", text).split())
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not two numbers such as 0.2,0.8") from None
     if not 0 <= low <= high <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not an interval within 0,1")
     return low, high
+
+
+def file_path(text):
+    """argparse type: a path, with ~ for the home folder; not empty, as of an unset variable."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path: is a variable unset?")
+    return os.path.expanduser(text)
+
+
+def folder_name(text):
+    """argparse type: the name of one folder; not that of the caches."""
+    if text in ("", ".", "..", "cache") or "/" in text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be a run's folder name")
+    return text
 
 
 class BooleanFlag(argparse.Action):
@@ -132,7 +147,8 @@ def make_parser(doc):
     """Parser of one stage with the flags that every stage has; doc: the stage's docstring."""
     parser = Parser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
     add = parser.add_argument_group("run").add_argument
-    add("--config", help="Python file of `name = value` lines; the command line wins over it")
+    add("--config", type=file_path,
+        help="Python file of `name = value` lines; the command line wins over it")
     add("--seed", type=at_least(0, int, 2**63 - 1), default=0, help="of weights, order and noise")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     return parser
@@ -141,7 +157,8 @@ def make_parser(doc):
 def add_data_arguments(parser, split="train", img_size=256):
     """What data.open_images takes; img_size None: that of the model in use."""
     add = parser.add_argument_group("data").add_argument
-    add("--data_root", help="folder of TASK/SPLIT/CLASS/*.png; None: the phantom set")
+    add("--data_root", type=file_path,
+        help="folder of TASK/SPLIT/CLASS/*.png; None: the phantom set")
     add("--task", default="TB", help="folder below data_root; ALL_CXR joins all tasks")
     add("--split", default=split, help="split to use")
     size = "side in pixels" if img_size else "side in pixels; None: that of the model in use"
@@ -149,7 +166,7 @@ def add_data_arguments(parser, split="train", img_size=256):
     add("--class_filter", type=at_least(-1), default=-1, help="index of the only class; -1: all")
     add("--skip_bad_images", action=BooleanFlag, default=False, help="leave out unreadable images")
     add("--num_workers", type=at_least(0), default=4, help="threads that decode images")
-    add("--output_root", default="runs", help="folder of run folders and caches")
+    add("--output_root", type=file_path, default="runs", help="folder of run folders and caches")
 
 
 def add_precision_arguments(parser):
@@ -171,9 +188,12 @@ def add_check_argument(parser):
 def add_training_arguments(parser, lr, epochs, batch_per_device):
     """What both trainers take, with the defaults that differ."""
     add = parser.add_argument_group("run folder").add_argument
-    add("--exp_name", help="first part of the run folder's name; None: from stage and task")
-    add("--run_name", help="whole name of the run folder; an existing run of this name goes on")
-    add("--resume_dir", help="run folder to continue, with its own settings where none are given")
+    add("--exp_name", type=folder_name,
+        help="first part of the run folder's name; None: from stage and task")
+    add("--run_name", type=folder_name,
+        help="whole name of the run folder; an existing run of this name goes on")
+    add("--resume_dir", type=file_path,
+        help="run folder to continue, with its own settings where none are given")
     add("--save_minutes", type=at_least(0, float), default=10.0, help="time between checkpoints")
     add_check_argument(parser)
     add = parser.add_argument_group("logging").add_argument
@@ -203,17 +223,18 @@ def add_training_arguments(parser, lr, epochs, batch_per_device):
 def add_autoencoder_arguments(parser):
     """Which trained autoencoder to use."""
     add = parser.add_argument_group("autoencoder").add_argument
-    add("--ae_ckpt_path",
+    add("--ae_ckpt_path", type=file_path,
         help="ckpts/last.pt of a train_vae.py run; None: of the newest run of the task")
-    add("--ae_config_path",
+    add("--ae_config_path", type=file_path,
         help="a run's run_meta.json: takes that run, or checks --ae_ckpt_path against it")
 
 
 def add_sampling_arguments(parser, samplers, sampler, num_sampling_steps, num_samples):
     """What is drawn from a trained model; samplers: the names there are, the rest are defaults."""
     add = parser.add_argument_group("sampling").add_argument
-    add("--ckpt", help="ckpts/last.pt of a train_ldm.py run")
-    add("--ae_ckpt_path", help="the autoencoder's checkpoint, if it is not where training had it")
+    add("--ckpt", type=file_path, help="ckpts/last.pt of a train_ldm.py run")
+    add("--ae_ckpt_path", type=file_path,
+        help="the autoencoder's checkpoint, if it is not where training had it")
     add("--classes", help="comma list of class names; None: all")
     add("--num_samples", type=at_least(1), default=num_samples, help="images per class")
     add("--sampler", choices=samplers, default=sampler,
@@ -226,7 +247,7 @@ def add_sampling_arguments(parser, samplers, sampler, num_sampling_steps, num_sa
         help="LOW,HIGH: guidance for t between them; None: as in training")
     add("--use_ema", action=BooleanFlag, help="averaged weights; None: if there are any")
     add("--batch_size", type=at_least(1), default=16, help="images sampled at once")
-    add("--out_dir", help="folder for the results; None: in the run folder")
+    add("--out_dir", type=file_path, help="folder for the results; None: in the run folder")
 
 
 # --- who wins -----------------------------------------------------------------------------------
@@ -260,9 +281,10 @@ def as_flags(parser, settings, source):
     for name, value in settings.items():
         if name not in actions:
             fail(f"{source}: unknown setting {name!r}{closest(name, actions)}")
-        takes_text = actions[name].type is None
+        takes_text = actions[name].type in (None, file_path, folder_name)
         unset = value is None and actions[name].default is None
-        if isinstance(value, str) != takes_text and not unset:
+        parts = value if isinstance(value, (list, tuple)) and value else [value]
+        if any(isinstance(part, str) != takes_text for part in parts) and not unset:
             fail(f"{source}: {name} is a {type(value).__name__}, expected "
                  f"{'text' if takes_text else 'no text'}")
         try:
@@ -300,6 +322,9 @@ def parse_settings(parser, argv=None, preset=None):
     argv: the command line without the program. preset: function from the settings as they would be
     without it to {name: new default}; raises ValueError where they contradict each other.
     """
+    for stream in (sys.stdout, sys.stderr):  # a file name may not fit the terminal's encoding
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     argv = sys.argv[1:] if argv is None else argv
     config_path = parser.parse(argv).config
     from_config = as_flags(parser, read_config(config_path), config_path) if config_path else []

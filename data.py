@@ -1,21 +1,29 @@
 """Chest radiographs from folders, decoded once into a cache; latents of an autoencoder in another.
 
-DATA_ROOT/TASK/SPLIT/CLASS/*.png, or names that begin with `TB.` beside others in one folder.
-Without a data root the phantom set of phantom.py stands in.
+DATA_ROOT/TASK/SPLIT/CLASS/**/*.png, with patient and study folders at any depth below a class, or
+all images of a split in one folder (see FLAT_RULE). Without a data root the phantom set of
+phantom.py stands in.
 """
+import collections
 import dataclasses
+import functools
 import hashlib
 import json
+import logging
 import os
 import pathlib
+import re
+import struct
 import time
+import unicodedata
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from PIL import Image, ImageOps, TiffImagePlugin
 
 import experiment
 import phantom
@@ -24,122 +32,472 @@ from experiment import fail, notice
 # For Pillow an image of up to 179 megapixels is only worth a warning.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
+DICOM = {".dcm", ".dicom"}
+EXTENSIONS = DICOM | {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".bmp", ".tif", ".tiff",
+                      ".webp", ".gif", ".pgm"}
+LITTER = {".ds_store", "thumbs.db", "desktop.ini"}  # of file browsers: nobody misses them
+
+# Grey TIFF files that Pillow does not know: (byte order, WhiteIsZero 0 or BlackIsZero 1, bits) and
+# how their values are stored. _deep_grey inverts WhiteIsZero.
+for _kind, _stored in (((b"II", 0, 12), ("I;16", "I;12")), ((b"MM", 0, 12), ("I;16", "I;12")),
+                       ((b"MM", 1, 12), ("I;16", "I;12")), ((b"MM", 0, 16), ("I;16B", "I;16B")),
+                       ((b"MM", 1, 32), ("I", "I;32B"))):
+    _order, _zero, _bits = _kind
+    TiffImagePlugin.OPEN_INFO.setdefault((_order, _zero, (1,), 1, (_bits,), ()), _stored)
+HIDDEN = (".", "@eaDir", "__MACOSX")  # of systems, with thumbnails in them
+MASKS = {"mask", "masks", "segmentation", "segmentations"}  # beside images, as COVID-19 sets have
+FLAT_RULE = ("in a folder without class folders, names that begin with `TB.` are class tb, "
+             "Montgomery's and Shenzhen's `..._1.png` are tb, and all others are normal")
 
 
 # --- folders ------------------------------------------------------------------------------------
 
 
+class ImageFile(NamedTuple):
+    """A file that should be an image. size -1: a link without a target."""
+
+    path: str  # below the data root
+    class_name: str
+    size: int
+    mtime_ns: int
+
+
 class Listing(NamedTuple):
-    """The image files of one split: paths below root, and a class index for each."""
+    """The images of one split."""
 
-    root: pathlib.Path
-    paths: list
-    labels: list
+    root: str
+    files: list
     class_names: list
+    flat: bool  # without class folders
 
 
-def _image_files(folder):
-    return sorted(p for p in folder.iterdir()
-                  if p.suffix.lower() in EXTENSIONS and p.is_file() and not p.name.startswith("."))
+def _entries(folder):
+    """os.DirEntry objects of a folder, by name."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as e:
+        fail(f"cannot read the folder {folder}: {e.strerror}")
+
+
+def _is_folder(entry):
+    # Without a stat for each file; entry.is_dir() would raise for a link to itself.
+    return entry.is_dir(follow_symlinks=False) or entry.is_symlink() and os.path.isdir(entry.path)
+
+
+def _is_broken_link(path):
+    return os.path.islink(path) and not os.path.exists(path)
+
+
+def _refuse_broken_link(path):
+    if _is_broken_link(path):
+        fail(f"{path} is a link without a target, {os.readlink(path)}: is the disk mounted? "
+             "Mend or remove it")
 
 
 def _subfolders(folder):
-    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    """Names of the folders in a folder, and of links without a target, that are not hidden."""
+    return [e.name for e in _entries(folder)
+            if (_is_folder(e) or _is_broken_link(e.path)) and not e.name.startswith(".")]
 
 
-def _split_files(folder):
-    """[(path, class name)] of one TASK/SPLIT folder, and its class names."""
-    class_folders = _subfolders(folder)
-    if class_folders:
-        files = [(path, c.name) for c in class_folders for path in _image_files(c)]
-        return files, [c.name for c in class_folders]
-    files = [(path, "tb" if path.name.startswith("TB.") else "normal")
-             for path in _image_files(folder)]
-    return files, sorted({name for _, name in files})
+def _shown(name):
+    """A file's name as text that can be printed and stored, and that no other file's name gives."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def scan(root, task, split, optional=False):
-    """Listing of DATA_ROOT/TASK/SPLIT; task ALL_CXR without such a folder joins all tasks.
+def class_name(folder_name):
+    """A class's name as it is shown and stored: valid text, in one Unicode form."""
+    return unicodedata.normalize("NFC", _shown(folder_name))
 
-    Ends the program, naming what is there, where root, task or split is missing; with `optional`, a
-    missing split is None.
+
+def _class_key(name):
+    """What two names of one class have in common, whatever their case and Unicode form."""
+    return class_name(name).casefold()
+
+
+def _walk(folder, above, left_out):
+    """Image entries below a folder at any depth, by path; the rest is counted in left_out.
+
+    above: real paths of the folders on the way here, which a link must not lead back to.
     """
-    root = pathlib.Path(root)
-    if not root.is_dir():
+    real = os.path.realpath(folder)
+    if real in above:
+        left_out["link back to a folder above it"] += 1
+        return []
+    found = []
+    for entry in _entries(folder):
+        suffix = _shown(os.path.splitext(entry.name)[1].lower())
+        if entry.name.lower() in LITTER:
+            continue
+        if entry.name.startswith(HIDDEN):
+            left_out["hidden"] += 1
+        elif _is_folder(entry) and entry.name.lower() in MASKS:
+            left_out[f"folder {entry.name}, taken for masks"] += 1
+        elif _is_folder(entry):
+            found += _walk(entry.path, {*above, real}, left_out)
+        elif suffix in EXTENSIONS or _is_broken_link(entry.path):
+            found.append(entry)
+        elif suffix and not suffix[1:].isdigit():  # DICOM files may be named by UID, 1.2.840.4
+            left_out[f"*{suffix}"] += 1
+        else:
+            left_out["without a suffix"] += 1
+    return found
+
+
+def _flat_class(name):
+    """Class of an image in a split without class folders; see FLAT_RULE."""
+    published = re.fullmatch(r"(?:MCUCXR|CHNCXR)_[0-9]+_([01])", os.path.splitext(name)[0])
+    is_tb = name.startswith("TB.") or (published and published[1] == "1")
+    return "tb" if is_tb else "normal"
+
+
+def _split_files(folder, left_out):
+    """([(entry, class name)], class names, whether it is flat) of one TASK/SPLIT folder."""
+    entries = [e for e in _entries(folder) if e.name.lower() not in LITTER]
+    class_folders = [e for e in entries if _is_folder(e) and not e.name.startswith(HIDDEN)]
+    if not class_folders:
+        found = _walk(folder, set(), left_out)
+        files = [(entry, _flat_class(entry.name)) for entry in found]
+        return files, sorted({name for _, name in files}), True
+    files = []
+    for entry in entries:
+        if entry in class_folders:
+            found = _walk(entry.path, {os.path.realpath(folder)}, left_out)
+            files += [(image, class_name(entry.name)) for image in found]
+        elif entry.name.startswith("."):
+            left_out["hidden"] += 1
+        else:
+            _refuse_broken_link(entry.path)  # it may have been a class
+            left_out["beside the class folders"] += 1
+    return files, [class_name(e.name) for e in class_folders], False
+
+
+def _image_file(entry, name, root):
+    try:
+        stat = entry.stat()
+        size, mtime_ns = stat.st_size, stat.st_mtime_ns
+    except OSError:
+        size, mtime_ns = -1, 0
+    return ImageFile(os.path.relpath(entry.path, root), name, size, mtime_ns)
+
+
+def find_members(root, task, split):
+    """Tasks whose SPLIT folders make up `split` of `task`, [] where there is no such split.
+
+    ALL_CXR without such a folder joins all tasks. Ends the program, naming what is there, where
+    root or task is missing.
+    """
+    if not os.path.isdir(root):
         fail(f"no folder --data_root={root}")
-    tasks = [p.name for p in _subfolders(root)]
-    if task in tasks:
-        members = [task]
-    elif task == "ALL_CXR" and tasks:
-        members = [t for t in tasks if (root / t / split).is_dir()]
-    else:
+    tasks = _subfolders(root)
+    if task != "ALL_CXR" and task not in tasks or not tasks:
         fail(f"no task {task!r} in {root}; there: {', '.join(tasks) or 'no folders at all'}")
-    if not members or not (root / members[0] / split).is_dir():
-        if optional:
-            return None
-        asked = tasks if task == "ALL_CXR" else [task]
-        splits = sorted({p.name for t in asked for p in _subfolders(root / t)})
-        fail(f"no split {split!r} for task {task} in {root}; there: {', '.join(splits) or 'none'}")
-    files, names = [], set()
+    asked = [task] if task in tasks else tasks
+    for member in asked:
+        _refuse_broken_link(os.path.join(root, member))
+        _refuse_broken_link(os.path.join(root, member, split))
+    members = [t for t in asked if os.path.isdir(os.path.join(root, t, split))]
+    if members and len(members) < len(asked):
+        notice(f"ALL_CXR: no split {split!r} in {', '.join(sorted(set(asked) - set(members)))}")
+    return members
+
+
+def scan(root, task, split, class_names=None):
+    """Listing of DATA_ROOT/TASK/SPLIT, None where there is no such split.
+
+    class_names: those of the training split, which every other split is read against by name,
+    whatever its case and Unicode form; None: this is the training split, and its folders are the
+    classes. What is not read is counted in one notice. One `stat` per file.
+    """
+    members = find_members(root, task, split)
+    if not members:
+        return None
+    where = os.path.join(root, task, split)
+    left_out, found, folders, flat = collections.Counter(), [], [], False
     for member in members:
-        member_files, member_names = _split_files(root / member / split)
-        files += member_files
-        names |= set(member_names)
-    class_names = sorted(names)
-    if not files:
+        files, names, is_flat = _split_files(os.path.join(root, member, split), left_out)
+        found += files
+        folders += names
+        flat = flat or is_flat
+    if left_out:
+        counts = ", ".join(f"{n} {reason}" for reason, n in sorted(left_out.items()))
+        notice(f"{where}: not read: {counts}")
+    if not found:
         looked_for = " ".join(sorted(EXTENSIONS))
-        fail(f"no images in {root}/{task}/{split} (looked for {looked_for})")
-    labels = [class_names.index(name) for _, name in files]
-    empty = [name for i, name in enumerate(class_names) if i not in labels]
+        fail(f"no images in {where} (looked for {looked_for})")
+    known = {_class_key(name): name for name in reversed(class_names or sorted(set(folders)))}
+    known |= {name: name for name in class_names or ()}
+    read_as = {name: known.get(name, known.get(_class_key(name))) for name in sorted(set(folders))}
+    for name, read_name in read_as.items():
+        if read_name is None:
+            rule = f" ({FLAT_RULE})" if flat else ""
+            fail(f"class {name!r} in {where}{rule} is not one of the training classes, "
+                 f"{', '.join(class_names)}: rename the folder, or move it away")
+        if name != read_name:
+            notice(f"{where}: {name!r} is read as class {read_name!r}")
+    files = [_image_file(entry, read_as[name], root) for entry, name in found]
+    names = class_names or sorted(set(read_as.values()))
+    empty = sorted(set(read_as.values()) - {f.class_name for f in files})
     if empty:
-        fail(f"no images of class {', '.join(empty)} in {root}/{task}/{split}")
-    return Listing(root, [path for path, _ in files], labels, class_names)
+        message = f"no images of class {', '.join(empty)} in {where}"
+        notice(message) if class_names else fail(message)
+    return Listing(str(root), files, names, flat)
 
 
 # --- decoding -----------------------------------------------------------------------------------
 
 
+class Grey(NamedTuple):
+    """A whole image: float32 [H, W], 0 black to 1 white, and the bits that a value has."""
+
+    pixels: np.ndarray
+    bits: int
+
+
 def decode(path, img_size):
     """One image file as uint16 [img_size, img_size], 0 black to 65535 white.
 
-    8-bit and 16-bit grey keep their full range, colour becomes luma, transparency becomes black.
-    The centre square is cut out and resized (box filter down, bicubic up), which keeps the aspect
-    ratio. Raises ValueError or OSError for what cannot be decoded, decompression bombs included.
+    What the file says about itself is followed (see read_grey). The centre square is cut out and
+    resized (box filter down, bicubic up), which keeps the aspect ratio. Raises ValueError or
+    OSError for what cannot be decoded, decompression bombs included.
     """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            if image.mode.startswith("I"):
-                grey = np.asarray(image).astype(np.float32)
-                if grey.min() < 0 or grey.max() > 65535:
-                    raise ValueError("32-bit values, not an 8-bit or 16-bit image")
-                grey /= 65535
-            elif image.mode == "F":
-                raise ValueError("floating-point image, its black and white are unknown")
-            else:
-                if image.has_transparency_data:
-                    image = image.convert("RGBA")
-                    black = Image.new("RGBA", image.size, (0, 0, 0, 255))
-                    image = Image.alpha_composite(black, image)
-                if image.mode != "L":
-                    image = image.convert("RGB").convert("L")
-                grey = np.asarray(image, dtype=np.float32) / 255
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
-        raise ValueError(f"too many pixels: {e}") from e
-    except (SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError, MemoryError,
-            ZeroDivisionError) as e:  # what Pillow's parsers raise on damaged files
-        raise ValueError(f"{type(e).__name__}: {e}") from e
+    return square(read_grey(path).pixels, img_size)
+
+
+def square(grey, img_size):
+    """Centre square of float32 [H, W] in [0, 1], resized, as uint16 [img_size, img_size].
+
+    ValueError under 8 pixels.
+    """
     height, width = grey.shape
     side = min(height, width)
     if side < 8:
         raise ValueError(f"{width}x{height} pixels are too few")
     top, left = (height - side) // 2, (width - side) // 2
-    square = Image.fromarray(grey[top:top + side, left:left + side])
+    image = Image.fromarray(grey[top:top + side, left:left + side])
     if side != img_size:
         method = Image.Resampling.BOX if side > img_size else Image.Resampling.BICUBIC
-        square = square.resize((img_size, img_size), method)
-    return (np.asarray(square).clip(0, 1) * 65535 + 0.5).astype(np.uint16)
+        image = image.resize((img_size, img_size), method)
+    return (np.asarray(image).clip(0, 1) * 65535 + 0.5).astype(np.uint16)
+
+
+def read_grey(path):
+    """Grey of an image file.
+
+    Orientation in EXIF and TIFF, WhiteIsZero, BitsPerSample and PNG's sBIT are followed; 8-bit and
+    16-bit grey keep their full range, colour becomes luma, transparency becomes black. ValueError
+    or OSError for what cannot be decoded.
+    """
+    try:
+        if os.path.splitext(path)[1].lower() in DICOM:
+            return read_dicom(path)
+        # By its name Pillow 13 would map a TIFF file, and garble orientations 5 to 8.
+        with open(path, "rb") as file, Image.open(file) as image:
+            _seek_full_size(image)
+            image.load()
+            turned = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I") or image.mode == "L" and _is_signed(image):
+                return _deep_grey(turned, image, path)
+            if image.mode == "F":
+                raise ValueError("floating-point image, its black and white are unknown")
+            if turned.has_transparency_data:
+                turned = turned.convert("RGBA")
+                black = Image.new("RGBA", turned.size, (0, 0, 0, 255))
+                turned = Image.alpha_composite(black, turned)
+            if turned.mode != "L":
+                turned = turned.convert("RGB").convert("L")
+            return Grey(np.asarray(turned, dtype=np.float32) / 255, 8)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+        raise ValueError(f"too many pixels: {e}") from e
+    except (SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError, MemoryError,
+            ZeroDivisionError, AttributeError, struct.error) as e:  # parsers on damaged files
+        raise ValueError(f"{type(e).__name__}: {e}") from e
+
+
+def _seek_full_size(image):
+    """Go to the first page of a TIFF file that is no reduced-size copy."""
+    if image.format != "TIFF":
+        return
+    for page in range(image.n_frames):
+        image.seek(page)
+        reduced = image.tag_v2.get(254, 0) & 1 or image.tag_v2.get(255) == 2  # new, old SubfileType
+        if not reduced:
+            return
+    image.seek(0)
+
+
+def _is_signed(image):
+    return image.format == "TIFF" and image.tag_v2.get(339, (1,))[0] == 2  # SampleFormat
+
+
+def _deep_grey(turned, image, path):
+    """Grey of an image of integers that are signed or have more than 8 bits; `turned`: upright."""
+    values, signed = np.asarray(turned), _is_signed(image)
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    bits = tags[258][0] if tags else 16
+    if bits == 8:
+        values = values.view(np.int8)  # Pillow takes them for unsigned
+    elif bits == 32 and not signed:
+        values = values.view(np.uint32)  # and these for signed
+    if values.min() < 0:
+        raise ValueError("negative values: which of them is black is unknown")
+    if bits == 32 and values.max() <= 65535:
+        full = 65535  # 16-bit values that numpy or a viewer wrote as 32-bit integers
+    else:
+        full = 2**(bits - signed) - 1
+    significant = _png_significant_bits(path) if image.format == "PNG" else None
+    if significant and values.max() < 2**significant and (values % 2 ** (16 - significant)).any():
+        full = 2**significant - 1  # written as they are; the standard has them scaled up to 16 bits
+    grey = values.astype(np.float32) / full
+    if tags.get(262) == 0:  # WhiteIsZero
+        grey = 1 - grey
+    return Grey(grey, bits)
+
+
+def _png_significant_bits(path):
+    """What a grey PNG's sBIT chunk says, None where there is none."""
+    with open(path, "rb") as f:
+        f.seek(8)
+        while len(head := f.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            if kind == b"sBIT":
+                return (f.read(1) or b"\0")[0] or None
+            if kind == b"IDAT":
+                return None
+            f.seek(length + 4, os.SEEK_CUR)
+    return None
+
+
+# --- DICOM --------------------------------------------------------------------------------------
+
+
+@functools.cache
+def import_pydicom():
+    """The optional pydicom, without the warnings in which it may quote a patient's tags."""
+    try:
+        import pydicom
+    except ImportError:
+        fail("DICOM files need the pydicom package: pip install pydicom, or export them as PNG")
+    warnings.filterwarnings("ignore", module="pydicom")
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
+    return pydicom
+
+
+def read_dicom(path):
+    """Grey of a DICOM file with one frame of one sample per pixel.
+
+    Modality LUT or rescaling, VOI LUT or window, presentation LUT, MONOCHROME1 and padding are
+    followed (DICOM PS3.3, C.7.6.3.1 and C.11). Without a VOI, the range is that of the stored bits.
+    Nothing else of the file is kept, and no message quotes its tags. Raises ValueError.
+    """
+    pydicom = import_pydicom()
+    try:
+        dataset = pydicom.dcmread(path)
+        if "PixelData" not in dataset:
+            raise ValueError("DICOM without an image: a report, a plan or an index")
+        frames = int(dataset.get("NumberOfFrames", 1) or 1)
+        photometric = dataset.PhotometricInterpretation
+        if frames > 1:
+            raise ValueError(f"DICOM of {frames} frames, not one image: export the frame you want")
+        samples = dataset.get("SamplesPerPixel", 1)
+        if samples != 1 or photometric not in ("MONOCHROME1", "MONOCHROME2"):
+            raise ValueError("DICOM in colour: export it as grey")
+        stored = _dicom_pixels(dataset)
+        grey = _present(dataset, _voi(dataset, *_modality(dataset, stored)))
+        if photometric == "MONOCHROME1" or dataset.get("PresentationLUTShape") == "INVERSE":
+            grey = 1 - grey
+        if dataset.get("PixelPaddingValue") is not None:
+            ends = (dataset.PixelPaddingValue,
+                    dataset.get("PixelPaddingRangeLimit", dataset.PixelPaddingValue))
+            grey[(stored >= min(ends)) & (stored <= max(ends))] = 0
+        return Grey(grey.astype(np.float32), dataset.BitsStored)
+    except pydicom.errors.InvalidDicomError as e:
+        raise ValueError("no DICOM file") from e
+    except ValueError as e:
+        if str(e).startswith("DICOM"):
+            raise
+        raise ValueError("damaged DICOM (ValueError)") from e
+    except AttributeError as e:  # of a dataset: a keyword of the standard that it lacks
+        raise ValueError(f"damaged DICOM (no {e.name})") from e
+    except OSError:
+        raise
+    except Exception as e:  # pydicom's own message may quote a tag
+        raise ValueError(f"damaged DICOM ({type(e).__name__})") from e
+
+
+def _dicom_pixels(dataset):
+    """Stored values [H, W]; ValueError, with what to install, where they are compressed."""
+    try:
+        return dataset.pixel_array
+    except Exception as e:
+        syntax = dataset.file_meta.TransferSyntaxUID
+        if not syntax.is_compressed:
+            raise
+        raise ValueError(f"DICOM compressed as {syntax.name} cannot be read: pip install pylibjpeg "
+                         "pylibjpeg-libjpeg pylibjpeg-openjpeg; if it stays, it is damaged") from e
+
+
+def _look_up(dataset, item, values):
+    """(Values through the LUT of a sequence item, the highest value that it could give).
+
+    DICOM PS3.3, C.11.1.1.1: what is below the first value mapped gets the first entry, what is
+    above the last one the last.
+    """
+    count, first, bits = item.LUTDescriptor
+    count = count or 65536
+    if first > 32767 and values.min() < 0:
+        first -= 65536  # negative, written as unsigned
+    word = "<u2" if dataset.file_meta.TransferSyntaxUID.is_little_endian else ">u2"
+    raw = item.LUTData
+    if not isinstance(raw, bytes):
+        raw = np.asarray(raw, word).tobytes()
+    table = np.frombuffer(raw, word if len(raw) >= 2 * count else np.uint8)[:count]
+    index = np.rint(values - float(first)).clip(0, len(table) - 1).astype(np.int64)
+    return table[index].astype(np.float64), 2**bits - 1
+
+
+def _modality(dataset, stored):
+    """(Stored values through the modality LUT or rescaled, the lowest and the highest that there
+    can be)."""
+    if dataset.get("ModalityLUTSequence"):
+        values, high = _look_up(dataset, dataset.ModalityLUTSequence[0], stored)
+        return values, 0, high
+    low = -(2 ** (dataset.BitsStored - 1)) if dataset.PixelRepresentation == 1 else 0
+    slope = float(dataset.get("RescaleSlope") or 1)
+    intercept = float(dataset.get("RescaleIntercept") or 0)
+    ends = sorted(slope * v + intercept for v in (low, low + 2**dataset.BitsStored - 1))
+    return slope * stored.astype(np.float64) + intercept, *ends
+
+
+def _voi(dataset, values, low, high):
+    """What _modality gave as grey in [0, 1]: by VOI LUT, first window, or whole range."""
+    if dataset.get("VOILUTSequence"):
+        looked_up, high = _look_up(dataset, dataset.VOILUTSequence[0], values)
+        return looked_up / high
+    centre, width = 0.0, 0.0
+    if dataset.get("WindowCenter") is not None and dataset.get("WindowWidth") is not None:
+        centre, width = (float(np.atleast_1d(dataset[name].value)[0])
+                         for name in ("WindowCenter", "WindowWidth"))
+    if width <= 0:  # no window
+        return (values - low) / (high - low)
+    function = dataset.get("VOILUTFunction", "LINEAR")
+    if function == "SIGMOID":
+        return (1 + np.tanh(2 * (values - centre) / width)) / 2  # 1 / (1 + exp(-4 x)), no overflow
+    if function == "LINEAR_EXACT":
+        return ((values - centre) / width + 0.5).clip(0, 1)
+    # LINEAR has its ends on pixel values: a width of 1 is a threshold.
+    return ((values - (centre - 0.5)) / max(width - 1, 1e-9) + 0.5).clip(0, 1)
+
+
+def _present(dataset, grey):
+    """Grey in [0, 1] after the presentation LUT, if there is one."""
+    if not dataset.get("PresentationLUTSequence"):
+        return grey
+    item = dataset.PresentationLUTSequence[0]
+    last = (item.LUTDescriptor[0] or 65536) - 1
+    looked_up, high = _look_up(dataset, item, grey * last)
+    return looked_up / high
 
 
 def to_float(rows):
@@ -219,8 +577,10 @@ class ImageSet:
     cache: CachedArray
     rows: np.ndarray  # which rows of the cache belong to it
     labels: np.ndarray  # class index of each
+    names: np.ndarray  # path of each below the data root
     class_names: list
     key: str  # fingerprint of files and image size
+    summary: list  # what describe_changes compares
 
     def __len__(self):
         return len(self.rows)
@@ -231,91 +591,165 @@ class ImageSet:
 
     def subset(self, indices):
         """ImageSet of some of them."""
-        return dataclasses.replace(self, rows=self.rows[indices], labels=self.labels[indices])
+        return dataclasses.replace(self, rows=self.rows[indices], labels=self.labels[indices],
+                                   names=self.names[indices])
 
 
-def open_images(args, procs, split, optional=False):
+def open_images(args, procs, split, optional=False, class_names=None, train=None):
     """ImageSet of a split, decoded on first use into OUTPUT_ROOT/cache.
 
-    args: the flags of args.add_data_arguments. With `optional`, a missing split is None. Ends the
-    program, naming all files that cannot be decoded, unless args.skip_bad_images. Rank 0 alone
-    looks at files, and of a cache that is there it reads no row.
+    args: the flags of args.add_data_arguments. With `optional`, a missing split is None.
+    class_names: the classes, where a model knows them; train: the training ImageSet, whose classes
+    are the classes and whose images are left out here. Ends the program, naming all files that
+    cannot be decoded, unless args.skip_bad_images. Rank 0 alone looks at files, and of a cache
+    that is there it reads no row.
     """
-    return experiment.on_main(procs, lambda: _open_images(args, procs, split, optional))
+    if train is not None:
+        class_names = train.class_names
+    return experiment.on_main(
+        procs, lambda: _open_images(args, procs, split, optional, class_names, train))
 
 
-def _open_images(args, procs, split, optional):
+def _open_images(args, procs, split, optional, class_names, train):
     root = args.data_root or phantom.phantom_root(args.output_root, args.img_size)
-    where = f"{root}/{args.task}/{split}"
-    listing = scan(root, args.task, split, optional)
+    where = os.path.join(root, args.task, split)
+    listing = scan(root, args.task, split, class_names)
     if listing is None:
-        notice(f"no split {split!r} for task {args.task} in {root}: validation is skipped")
+        tasks = _subfolders(root) if args.task == "ALL_CXR" else [args.task]
+        splits = sorted({s for t in tasks for s in _subfolders(os.path.join(root, t))})
+        message = (f"no split {split!r} for task {args.task} in {root}; there: "
+                   f"{', '.join(splits) or 'none'}")
+        if not optional:
+            fail(message)
+        notice(f"{message}. Validation is skipped")
         return None
     names = listing.class_names
     if args.class_filter >= len(names):
-        if optional:
-            notice(f"no class {args.class_filter} in {where}: validation is skipped")
-            return None
         there = ", ".join(f"{i} = {n}" for i, n in enumerate(names))
         fail(f"--class_filter={args.class_filter}, but the classes are {there}")
-    if len(names) == 1 and args.class_filter != 0 and not optional:
-        fail(f"only one class, {names[0]!r}, in {where}; the model needs two to tell apart. Check "
-             "the folders, or give --class_filter=0 to train on this class alone")
+    if len(names) == 1 and args.class_filter != 0:
+        rule = f" ({FLAT_RULE})" if listing.flat else ""
+        fail(f"only one class, {names[0]!r}, in {where}{rule}; the model needs two to tell apart. "
+             "Check the folders, or give --class_filter=0 to train on this class alone")
     key = fingerprint(listing, args.img_size)
-    shape = (len(listing.paths), args.img_size, args.img_size)
-    cache = cached_array(pathlib.Path(args.output_root, "cache"), f"images_{key[:16]}", shape,
-                         np.uint16, lambda meta: _decode_all(listing, args, procs, where, meta))
+    folder = pathlib.Path(args.output_root, "cache")
+    shape = (len(listing.files), args.img_size, args.img_size)
+    cache = cached_array(folder, f"images_{key[:16]}", shape, np.uint16,
+                         lambda meta: _decode_all(listing, args, procs, where, meta))
     bad = cache.meta.get("bad", [])
     if bad:
-        _refuse_or_notice(bad, len(listing.paths), args.skip_bad_images, where)
-    labels = np.array(listing.labels)
+        _refuse_or_notice(bad, len(listing.files), args.skip_bad_images, where)
+    if cache.meta.get("dark"):
+        notice(f"{where}: {cache.meta['dark']} of {len(listing.files)} images have no value over a "
+               "quarter of their range. 12-bit values in 16-bit files? Scale them up, or save them "
+               "with PNG's sBIT")
+    if cache.meta.get("flat"):
+        notice(f"{where}: {cache.meta['flat']} of {len(listing.files)} images have no contrast at "
+               "all: empty, or cut off by their window")
+    labels = np.array([names.index(file.class_name) for file in listing.files])
     keep = (labels == args.class_filter) | (args.class_filter < 0)
     keep[[position for position, _, _ in bad]] = False
     rows = np.flatnonzero(keep)
-    if len(rows) == 0:
+    images = ImageSet(cache, rows, labels[rows], np.array([f.path for f in listing.files])[rows],
+                      names, key, class_summary(listing))
+    if train is not None and len(images):
+        images = _without_copies(images, train, folder, procs, where)
+    if len(images) == 0:
+        if optional:
+            notice(f"no image of this class in {where}: validation is skipped")
+            return None
         fail(f"no image is left in {where}")
-    return ImageSet(cache, rows, labels[rows], names, key)
+    return images
 
 
 def fingerprint(listing, img_size):
     """Hex digest of what a cache of images depends on: their names, sizes and times, and how they
-    are decoded. One `stat` per file."""
-    digest = hashlib.sha256(f"decoder 2 {img_size}".encode())
-    for path in listing.paths:
-        stat = path.stat()
-        digest.update(os.fsencode(path.relative_to(listing.root)))
-        digest.update(f" {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    are decoded."""
+    digest = hashlib.sha256(f"decoder 3 {img_size}".encode())
+    for file in listing.files:
+        digest.update(os.fsencode(file.path) + f" {file.size} {file.mtime_ns}\n".encode())
     return digest.hexdigest()
 
 
-def _decode_all(listing, args, procs, where, meta):
-    """Blocks for cached_array: a row for each path, black where it cannot be decoded.
+def class_summary(listing):
+    """[[class name, number of files, digest of what is in them as far as names, sizes and times
+    tell]]: to see what has changed between two starts of a run."""
+    found = []
+    for name in listing.class_names:
+        members = [f for f in listing.files if f.class_name == name]
+        lines = sorted(f"{os.path.basename(f.path)} {f.size} {f.mtime_ns}" for f in members)
+        text = "\n".join(lines).encode("utf-8", "surrogateescape")
+        found.append([name, len(members), hashlib.sha256(text).hexdigest()[:16]])
+    return found
 
-    meta["bad"]: [position, name, reason] of those.
+
+def describe_changes(before, now):
+    """What is different between two class_summary lists: one line per class that is."""
+    old = {name: (count, digest) for name, count, digest in before}
+    by_digest = {digest: name for name, _, digest in before}
+    lines = []
+    for name, count, digest in now:
+        if name not in old:
+            lines.append(f"class {name} is new, with {count} images")
+        elif digest != old[name][1]:
+            same_as = by_digest.get(digest)
+            if same_as:
+                lines.append(f"class {name} now holds the images that were {same_as}")
+            elif count != old[name][0]:
+                lines.append(f"class {name} has {count} images, it had {old[name][0]}")
+            else:
+                lines.append(f"class {name} has other files, as many as before ({count})")
+    return lines + [f"class {name} is gone" for name in old if name not in {n for n, _, _ in now}]
+
+
+def notice_changes(before, images, folder):
+    """Say what has changed since the run in `folder` was started; before: ImageSet.summary then,
+    None where it is not known."""
+    changes = describe_changes(before, images.summary) if before else []
+    if changes:
+        notice(f"the training data have changed since {folder} was last started: "
+               f"{'; '.join(changes)}")
+
+
+def _decode_all(listing, args, procs, where, meta):
+    """Blocks for cached_array: a row for each file, black where it cannot be decoded.
+
+    meta["bad"]: [position, name, reason] of those; meta["dark"] and meta["flat"]: how many have no
+    value over a quarter of their range, or hardly two values.
     """
-    def decode_or_reason(path):
+    def decode_or_reason(file):
+        if file.size < 0:
+            return "a link without a target"
         try:
-            return decode(path, args.img_size)
+            grey = read_grey(os.path.join(listing.root, file.path))
+            return square(grey.pixels, args.img_size)
         except (OSError, ValueError) as e:
             return str(e) or type(e).__name__
 
     bad = meta["bad"] = []
-    count = len(listing.paths)
+    meta["dark"] = meta["flat"] = 0
+    count = len(listing.files)
     progress = experiment.Progress(procs, f"decoding {where}", count)
+    if any(os.path.splitext(file.path)[1].lower() in DICOM for file in listing.files):
+        import_pydicom()  # one error, not one per file
     with ThreadPoolExecutor(max(1, args.num_workers)) as pool:
         for start in range(0, count, 256):
-            paths = listing.paths[start:start + 256]
-            block = np.zeros((len(paths), args.img_size, args.img_size), np.uint16)
-            for i, image in enumerate(pool.map(decode_or_reason, paths)):
+            files = listing.files[start:start + 256]
+            block = np.zeros((len(files), args.img_size, args.img_size), np.uint16)
+            for i, image in enumerate(pool.map(decode_or_reason, files)):
                 if isinstance(image, str):
-                    name = os.fsencode(paths[i].relative_to(listing.root))
-                    bad.append([start + i, name.decode("utf-8", "replace"), image])
-                else:
-                    block[i] = image
+                    bad.append([start + i, _shown(files[i].path), image])
+                    continue
+                block[i] = image
+                lowest, highest = int(image.min()), int(image.max())
+                meta["dark"] += highest < 65535 // 4
+                meta["flat"] += highest - lowest < 655  # 1 % of the range
             yield block
-            progress.update(start + len(paths))
+            progress.update(start + len(files))
     progress.clear()
-    if bad and not args.skip_bad_images:  # nothing is stored: it may pass, as on a network disk
+    # Nothing is stored where it may pass: a network disk, a package that can be installed.
+    installable = any("pip install" in reason for _, _, reason in bad)
+    if bad and (installable or not args.skip_bad_images):
         _refuse_or_notice(bad, count, False, where)
 
 
@@ -326,6 +760,73 @@ def _refuse_or_notice(bad, count, skip, where):
         fail(f"{len(bad)} of {count} images in {where} cannot be decoded; repair or remove them, "
              f"or leave them out with --skip_bad_images:{names}")
     notice(f"{len(bad)} images that cannot be decoded are left out:{names}")
+
+
+# --- copies between splits ----------------------------------------------------------------------
+
+# Correlation of thumbnails. Of 920 images from two sites at 128 px, different ones reach at most
+# 0.970; copies of half the size, of JPEG quality 30, with noise of 3 % or another gamma at least
+# 0.995.
+COPY_CORRELATION = 0.99
+
+
+def thumbnails(x, size=32):
+    """[N, size^2] of images [N, 1, H, W]: averaged down, with mean 0 and length 1, so that the
+    product of two is their correlation and exposure does not count."""
+    rows = F.interpolate(x, (size, size), mode="area").flatten(1)
+    rows = rows - rows.mean(1, keepdim=True)
+    return F.normalize(rows, dim=1)
+
+
+def find_copies(images, train, procs, label):
+    """[[position in images, position in train]] of images that stand in `train` too, exactly or
+    nearly (rescaled, re-compressed)."""
+    def small(image_set):
+        parts = [np.arange(i, min(i + 256, len(image_set))) for i in range(0, len(image_set), 256)]
+        return torch.cat([thumbnails(image_set.images(part)) for part in parts])
+
+    mine, pairs = small(images), []
+    progress = experiment.Progress(procs, label, len(train))
+    best, where = torch.full((len(images),), -1.0), torch.zeros(len(images), dtype=torch.long)
+    for start in range(0, len(train), 4096):
+        part = train.subset(np.arange(start, min(start + 4096, len(train))))
+        values, nearest = (mine @ small(part).T).max(1)
+        better = values > best
+        best[better], where[better] = values[better], nearest[better] + start
+        progress.update(start + len(part))
+    progress.clear()
+    for i in (best > COPY_CORRELATION).nonzero()[:, 0].tolist():
+        pairs.append([i, int(where[i])])
+    return pairs
+
+
+def _without_copies(images, train, folder, procs, where):
+    """`images` without those that stand in the training set too, which one notice names.
+
+    They are looked for once: the answer is kept beside the caches.
+    """
+    key = hashlib.sha256(f"copies 1 {images.key} {train.key} {COPY_CORRELATION}".encode())
+    key.update(images.rows.tobytes() + train.rows.tobytes())
+    path = pathlib.Path(folder, f"copies_{key.hexdigest()[:16]}.json")
+    if path.exists():
+        pairs = experiment.read_json(path, "list of copies")["pairs"]
+    else:
+        pairs = find_copies(images, train, procs, f"looking for training images in {where}")
+        experiment.write_json(path, {"pairs": pairs})
+    if not pairs:
+        return images
+    lines = [f"\n  {_shown(images.names[i])} is {_shown(train.names[j])}" for i, j in pairs[:20]]
+    names = "".join(lines) + (f"\n  and {len(pairs) - 20} more" if len(pairs) > 20 else "")
+    notice(f"{len(pairs)} images of {where} stand in the training set too, exactly or nearly, and "
+           f"are left out:{names}")
+    copies = [i for i, _ in pairs]
+    return images.subset(np.setdiff1d(np.arange(len(images)), copies))
+
+
+def count_classes(images):
+    """'normal 53, tb 53' of an ImageSet."""
+    names, labels = images.class_names, images.labels
+    return ", ".join(f"{names[c]} {(labels == c).sum()}" for c in np.unique(labels))
 
 
 def overfit_indices(labels, k):
@@ -386,3 +887,7 @@ class LatentSet:
         else:
             return tuple(self._encode(self.images.images(indices)))
         return both[:, 0], both[:, 1]
+
+
+if __name__ == "__main__":
+    phantom.main()  # `python data.py --out=FOLDER` drew the phantom set in earlier versions

@@ -11,6 +11,7 @@ its feature space and its number of images.
 """
 import dataclasses
 import hashlib
+import math
 import pathlib
 import statistics
 import zipfile
@@ -28,7 +29,7 @@ import experiment
 import metrics
 import phantom
 from args import (add_data_arguments, add_precision_arguments, add_sampling_arguments, at_least,
-                  make_parser, parse_settings)
+                  file_path, make_parser, parse_settings)
 from experiment import fail, notice
 
 CLASSIFIER_SIZE = 64  # side in pixels of what the classifier sees
@@ -36,6 +37,8 @@ THUMBNAIL_SIZE = 32  # side in pixels of what copies are looked for in
 BASELINE_DRAWS = 8  # choices of training images that the baseline is the mean of
 BATCH = 64  # images measured at once, so that a data set need not fit into memory
 TSTR = "samples, tested on held-out images"
+NO_SAMPLES = {"manifest.json", "metrics.json", "grid.png", "evaluation.json",
+              "evaluation_pairs.png"}  # what sample.py and this program write beside samples
 
 
 # --- arguments ----------------------------------------------------------------------------------
@@ -49,7 +52,8 @@ def build_parser():
     add_sampling_arguments(parser, tuple(diffusion.SAMPLERS), sampler="dpmpp_sde",
                            num_sampling_steps=20, num_samples=64)
     add = parser.add_argument_group("evaluation").add_argument
-    add("--samples_dir", help="measure this folder: CLASS/*.png, CLASS_*.png, as of sample.py")
+    add("--samples_dir", type=file_path,
+        help="measure this folder: what its manifest.json lists, else CLASS/*.png, CLASS_*.png")
     add("--features", default="classifier",
         help="classifier (trained on the training split), vae, torchxrayvision, or the path of a "
         "TorchScript network")
@@ -112,35 +116,76 @@ def draw_samples(ldm, args, procs):
     return Samples(np.concatenate(rows), np.array([c for c, _ in wanted]))
 
 
+def listed_samples(folder):
+    """{path: class name} of what sample.py's manifest.json lists; ends the program where some of it
+    is missing."""
+    manifest = experiment.read_json(folder / "manifest.json", "manifest of samples")
+    try:
+        found = {folder / image["file"]: image["class"] for image in manifest["images"]}
+    except (KeyError, TypeError):
+        fail(f"{folder / 'manifest.json'} is not one of sample.py: move it away to measure all "
+             "images beside it")
+    missing = [path for path in found if not path.exists()]
+    if missing:
+        fail(f"{len(missing)} of the {len(found)} images that {folder / 'manifest.json'} lists are "
+             f"missing ({missing[0].name}): sampling was broken off, run the sample.py command "
+             "again")
+    return found
+
+
+def named_samples(folder, class_names):
+    """{path: class name or None} of the files in a folder, by CLASS/* and CLASS_*.
+
+    The longest class name that fits counts, since one may begin another.
+    """
+    found = {}
+    for path in folder.iterdir():
+        name = data.class_name(path.name)
+        if path.is_dir():
+            found |= dict.fromkeys(path.iterdir(), name)
+        else:
+            fits = [c for c in class_names if name.startswith(f"{c}_")]
+            found[path] = max(fits, key=len, default=None)
+    return {path: name for path, name in found.items()
+            if not path.name.startswith(".") and path.name not in NO_SAMPLES}
+
+
 def read_samples(folder, class_names, img_size):
     """Samples in a folder of images; img_size None: that of the first.
 
-    Ends the program where there are none, or where one cannot be decoded.
+    Ends the program where there are none, or where one cannot be decoded. Notices name the classes
+    without an image, and count the files that are left out.
     """
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         fail(f"no folder --samples_dir={folder}")
-    paths, labels = [], []
-    for c, name in enumerate(class_names):
-        longer = tuple(f"{other}_" for other in class_names if other.startswith(f"{name}_"))
-        members = [p for p in folder.iterdir()
-                   if p.name.startswith(f"{name}_") and not p.name.startswith(longer)]
-        if (folder / name).is_dir():
-            members += (folder / name).iterdir()
-        members = sorted(p for p in members if p.suffix.lower() in data.EXTENSIONS)
-        paths += members
-        labels += [c] * len(members)
-    if not paths:
+    found = named_samples(folder, class_names)
+    if (folder / "manifest.json").exists():
+        found = dict.fromkeys(found) | listed_samples(folder)
+    members, left_out = [], []
+    for path, name in found.items():
+        if name in class_names and path.suffix.lower() in data.EXTENSIONS:
+            members.append((class_names.index(name), path))
+        else:
+            left_out.append(path)
+    if not members:
         fail(f"no images in {folder}: they must be called CLASS_*.png or lie in folders CLASS, "
              f"with the classes of the data, {', '.join(class_names)}")
+    if left_out:
+        notice(f"{folder}: {len(left_out)} files are left out, since they are no images of a class "
+               f"of the data, or not in the manifest: {min(left_out).name}, ...")
+    members.sort()
+    labels = np.array([c for c, _ in members])
+    for c in np.setdiff1d(np.arange(len(class_names)), labels):
+        notice(f"{folder}: no samples of class {class_names[c]}")
     try:
         if img_size is None:
-            with Image.open(paths[0]) as image:
+            with Image.open(members[0][1]) as image:
                 img_size = min(image.size)
-        rows = np.stack([data.decode(path, img_size) for path in paths])
+        rows = np.stack([data.decode(path, img_size) for _, path in members])
     except (OSError, ValueError) as e:
         fail(f"an image in {folder} cannot be decoded: {e}")
-    return Samples(rows, np.array(labels))
+    return Samples(rows, labels)
 
 
 def batches(images):
@@ -371,7 +416,10 @@ def as_many(labels, like, seed):
 
 
 def distances(features, real_features):
-    """{name: number} of features [N, D] against those of held-out images [M, D]."""
+    """{name: number} of features [N, D] against those of held-out images [M, D]; none where N or M
+    is under 2."""
+    if min(len(features), len(real_features)) < 2:
+        return {}
     return {"fid": metrics.frechet_distance(features, real_features),
             "kid": metrics.kernel_distance(features, real_features),
             **metrics.manifold_metrics(features, real_features)}
@@ -388,46 +436,89 @@ def group_rows(samples, pool, held_out, seed):
 
     `baseline` is what as many images from the pool get as there are samples, since FID falls with
     their number: the mean of BASELINE_DRAWS random choices. `baseline_std` is the standard
-    deviation of these.
+    deviation of these. See `distances` for when there are none.
     """
     chosen = [as_many(pool.labels, samples.labels, [seed, i]) for i in range(BASELINE_DRAWS)]
     draws = [distances(pool.features[index], held_out.features) for index in chosen]
     values = {name: [draw[name] for draw in draws] for name in draws[0]}
-    return {
+    rows = {
         "samples": {**mean_looks(samples.looks), **distances(samples.features, held_out.features)},
         "baseline": {**mean_looks(pool.looks), "num": len(chosen[0]),
                      **{name: statistics.mean(v) for name, v in values.items()}},
-        "baseline_std": {name: statistics.stdev(v) for name, v in values.items()},
+        "baseline_std": {name: statistics.stdev(v) for name, v in values.items()
+                         if not math.isnan(sum(v))},
         "held_out": mean_looks(held_out.looks)}
+    return {name: row for name, row in rows.items() if row}
+
+
+def group_classes(labels, class_names):
+    """{group of rows in the report: its class indices}: `all`, and each class with two images among
+    the samples, the training images and the held-out images; notices name the other classes.
+
+    labels: {what they are: class indices [N]}, the samples' first.
+    """
+    groups = {"all": np.arange(len(class_names))}
+    for what, own in labels.items():
+        if len(own) < 2:
+            notice(f"under two images in {what}: no FID, KID, precision, recall")
+    for c in np.unique(next(iter(labels.values()))):
+        few = [what for what, own in labels.items() if (own == c).sum() < 2]
+        if few:
+            notice(f"class {class_names[c]} has under two images in {' and '.join(few)}, which "
+                   "distances need: it has no rows of its own")
+        else:
+            groups[class_names[c]] = [c]
+    return groups
+
+
+def every_class_is_there(labels, class_names):
+    """Whether AUROC can be had, which needs two classes and images of all of them in each set of
+    `labels`, as in group_classes; a notice says why not."""
+    if len(class_names) < 2:
+        notice("one class only: no classifier to judge the samples by")
+        return False
+    lacking = []
+    for what, own in labels.items():
+        missing = [name for c, name in enumerate(class_names) if c not in own]
+        if missing:
+            lacking.append(f"no image of class {', '.join(missing)} in {what}")
+    if lacking:
+        notice(f"{'; '.join(lacking)}: no AUROC")
+    return not lacking
 
 
 # --- report -------------------------------------------------------------------------------------
 
 
 def verdict(metric, value, bad, watch, meaning, advice):
-    """metrics.Verdict with the level that the two conditions say."""
-    level = "bad" if bad else "watch" if watch else "ok"
+    """metrics.Verdict with the level that the two conditions say; NaN is bad."""
+    level = "bad" if bad or math.isnan(value) else "watch" if watch else "ok"
     return metrics.Verdict(metric, level, f"{value:.3f}", meaning, advice)
 
 
 def verdicts(report):
     """The few things in a report that a reader should not miss, as metrics.Verdicts."""
-    rows, copies = report["groups"]["all"], report["memorisation"]
+    rows, found = report["groups"]["all"], []
     samples, baseline = rows["samples"], rows["baseline"]
-    low = copies["interval"][0]
-    found = [verdict(
-        "memorisation", copies["fraction"], low > 0.2, low > copies["expected"],
-        "Fraction of samples closer to a training image than held-out images are; by chance "
-        f"{copies['expected']:.2f}.",
-        "Look at the pairs. Train for fewer steps or on more images; publish no copies of "
-        "patients.")]
+    if "memorisation" in report:
+        copies = report["memorisation"]
+        low = copies["interval"][0]
+        found.append(verdict(
+            "memorisation", copies["fraction"], low > 0.2, low > copies["expected"],
+            "Fraction of samples closer to a training image than held-out images are; by chance "
+            f"{copies['expected']:.2f}.",
+            "Look at the pairs. Train for fewer steps or on more images; publish no copies of "
+            "patients."))
     for name, meaning, advice in (
             ("precision", "Fraction of samples that lie among the held-out images",
              "Samples do not look real: train longer; check the autoencoder's reconstructions."),
             ("recall", "Fraction of held-out images that lie among the samples",
              "Samples leave much out: lower --guidance_scale, then train longer.")):
+        if name not in samples or name not in baseline:
+            continue
         value, reference = samples[name], baseline[name]
-        found.append(verdict(name, value, value < 0.2 * reference, value < 0.6 * reference,
+        found.append(verdict(name, value, not value >= 0.2 * reference,
+                             not value >= 0.6 * reference,
                              f"{meaning}; the baseline has {reference:.2f}.", advice))
 
     real_detail = max(rows["held_out"]["detail"], 1e-6)
@@ -470,11 +561,12 @@ def print_report(report):
                 f" {values[key]:{width}.{decimals}f}" if key in values else " " * (width + 1)
                 for key, (_, width, decimals) in COLUMNS.items())
             print(f"{name:<12} {row:<12} {values.get('num', ''):>5}{cells}".rstrip())
-    copies = report["memorisation"]
-    low, high = copies["interval"]
-    print(f"memorisation: {100 * copies['fraction']:.1f} % of samples are closer to a training "
-          f"image than held-out images are (95 %: {100 * low:.1f} to {100 * high:.1f} %; by chance "
-          f"{100 * copies['expected']:.1f} %)")
+    if "memorisation" in report:
+        copies = report["memorisation"]
+        low, high = copies["interval"]
+        print(f"memorisation: {100 * copies['fraction']:.1f} % of samples are closer to a training "
+              f"image than held-out images are (95 %: {100 * low:.1f} to {100 * high:.1f} %; by "
+              f"chance {100 * copies['expected']:.1f} %)")
     for name, (value, low, high) in report.get("auroc", {}).items():
         note = "  TSTR" if name == TSTR else ""
         print(f"AUROC, trained on {name:<39} {value:.3f} ({low:.3f} to {high:.3f}){note}")
@@ -505,7 +597,7 @@ def main(argv=None):
                  "out")
         sampling = {name: getattr(args, name) for name in experiment.SAMPLING_SETTINGS}
         sampling["step"] = checkpoint["step"]
-        folder = pathlib.Path(args.out_dir or pathlib.Path(args.ckpt).parent.parent)
+        folder = pathlib.Path(args.out_dir or experiment.run_folder(args.ckpt))
     else:
         root = args.data_root or phantom.phantom_root(args.output_root, args.img_size)
         class_names = data.scan(root, args.task, "train").class_names
@@ -517,68 +609,72 @@ def main(argv=None):
     args.img_size = img_size
 
     # --- real images of that size: before sampling, since mistakes show here ---
-    real, train = data.open_images(args, procs, args.split), data.open_images(args, procs, "train")
-    if not real.class_names == train.class_names == class_names:
-        fail(f"the samples' classes are {', '.join(class_names)}, those of the data "
-             f"{', '.join(train.class_names)} (train) and {', '.join(real.class_names)} "
-             f"({args.split}): give the --task that belongs to them")
+    train = data.open_images(args, procs, "train", class_names=class_names)
+    real = train  # --split=train
+    if args.split != "train":
+        real = data.open_images(args, procs, args.split, train=train)
+    sample_labels = np.repeat(ldm.classes, args.num_samples) if args.ckpt else samples.labels
+    labels = {"the samples": sample_labels, "split train": train.labels,
+              f"split {args.split}": real.labels}
+    if not np.isin(train.labels, sample_labels).any():
+        fail("the training images have none of the samples' classes: nothing to compare with")
+    groups = group_classes(labels, class_names)
+    with_auroc = every_class_is_there(labels, class_names)
+    with_copies = args.split != "train" and len(real) > 1
+    if args.split == "train":
+        notice("--split=train are the images that the model was trained on: distances to them "
+               "flatter it, and copies cannot be told from other samples (no memorisation)")
+    elif not with_copies:
+        notice(f"one image in split {args.split}: no memorisation")
     experiment.make_folder(folder)
-    if args.ckpt:
-        samples = draw_samples(ldm, args, procs)
-    for name, images in (("the samples", samples), ("split train", train),
-                         (f"split {args.split}", real)):
-        for c in np.unique(samples.labels):
-            if (images.labels == c).sum() < 2:
-                fail(f"{name} has under two images of class {class_names[c]}, which distances "
-                     "need: give more, or leave this class out")
-    sample_group, train_group, real_group = (
-        reduce_images(images, procs) for images in (samples, train, real))
-
-    # --- distributions, by class and overall ---
+    train_group, real_group = (reduce_images(images, procs) for images in (train, real))
     num_classes, judge = len(class_names), None
-    if num_classes > 1:
+    if len(np.unique(train.labels)) > 1:
         judge = real_classifier(train_group, num_classes, args, procs)
     network, features_name = feature_network(args.features, vae, judge, procs)
+
+    # --- distributions, by class and overall ---
+    if args.ckpt:
+        samples = draw_samples(ldm, args, procs)
+    sample_group = reduce_images(samples, procs)
     pool = train.subset(as_many(train.labels, np.repeat(samples.labels, BASELINE_DRAWS), args.seed))
     sets = [FeatureGroup(images.labels, apply(network, batches(images), procs),
                          apply(looks, batches(images), procs)) for images in (samples, pool, real)]
     if vae is not None:  # what it leaves of real images is about the most that samples can have
         decoded = apply(lambda x: looks(vae.decode(vae.encode(x).mean).clamp(-1, 1)),
                         batches(real), procs)
-    groups = {}
-    for name, classes in [("all", range(num_classes)),
-                          *((class_names[c], [c]) for c in np.unique(samples.labels))]:
-        groups[name] = group_rows(*(group.of_classes(classes) for group in sets), args.seed)
-        if vae is not None:
-            groups[name]["decoded"] = mean_looks(decoded[np.isin(real.labels, classes)])
     report = {"features": features_name, "split": args.split, "seed": args.seed, **sampling,
-              "groups": groups}
+              "groups": {}}
+    for name, classes in groups.items():
+        rows = group_rows(*(group.of_classes(classes) for group in sets), args.seed)
+        if vae is not None:
+            rows["decoded"] = mean_looks(decoded[np.isin(real.labels, classes)])
+        report["groups"][name] = rows
 
     # --- copies of training images ---
-    copies = metrics.memorisation(
-        sample_group.thumbnails, train_group.thumbnails, real_group.thumbnails)
-    closest = copies.pop("ratio").argsort()[:10]
-    originals = copies.pop("nearest")[closest]
-    report["memorisation"] = {**copies, "pixels": THUMBNAIL_SIZE}
-    pairs_path = folder / "evaluation_pairs.png"
-    experiment.save_grid(
-        pairs_path, [samples.images(closest.numpy()), train.images(originals.numpy())],
-        ["the ten samples closest to a training image", "that training image"])
+    written = [folder / "evaluation.json"]
+    if with_copies:
+        copies = metrics.memorisation(
+            sample_group.thumbnails, train_group.thumbnails, real_group.thumbnails)
+        closest = copies.pop("ratio").argsort()[:10]
+        originals = copies.pop("nearest")[closest]
+        report["memorisation"] = {**copies, "pixels": THUMBNAIL_SIZE}
+        written.append(folder / "evaluation_pairs.png")
+        experiment.save_grid(
+            written[-1], [samples.images(closest.numpy()), train.images(originals.numpy())],
+            ["the ten samples closest to a training image", "that training image"])
 
     # --- TSTR: does a classifier learn from the samples? ---
-    if judge is not None and len(np.unique(samples.labels)) > 1:
+    if with_auroc:
         report["auroc"] = tstr(
             sample_group, train_group, real_group, judge, num_classes, args, procs)
-    else:
-        notice("one class only: no classifier to judge the samples by")
 
     # --- verdicts and report ---
     found = verdicts(report)
-    report_path = folder / "evaluation.json"
-    experiment.write_json(report_path, {**report, "verdicts": [v._asdict() for v in found]})
+    experiment.write_json(written[0], {**report, "verdicts": [v._asdict() for v in found]})
     print_report(report)
     print(metrics.format_verdicts(found))
-    print(f"written: {report_path}, {pairs_path}")
+    print(f"written: {', '.join(map(str, written))}")
 
 
 if __name__ == "__main__":

@@ -2,16 +2,20 @@
 import atexit
 import contextlib
 import datetime
+import fcntl
 import functools
 import gc
 import hashlib
+import itertools
 import json
 import math
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -59,8 +63,11 @@ def command_line(program, **flags):
 
 def data_flags(args):
     """Flags for command_line that point another stage at the same data and caches."""
-    output_root = None if args.output_root == "runs" else args.output_root
-    return {"data_root": args.data_root, "task": args.task, "output_root": output_root}
+    defaults = {"output_root": "runs", "split": "train", "class_filter": -1,
+                "skip_bad_images": False}
+    other = {name: value for name, value in vars(args).items()
+             if name in defaults and value != defaults[name]}
+    return {"data_root": args.data_root, "task": args.task, **other}
 
 
 # --- processes ----------------------------------------------------------------------------------
@@ -225,6 +232,12 @@ def steps_per_epoch(num_items, batch, world_size):
     return math.ceil(num_items / (batch * world_size))
 
 
+def count_steps(args, epoch_steps):
+    """Steps of a whole run: --epochs, but at most --max_steps."""
+    steps = args.epochs * epoch_steps
+    return min(steps, args.max_steps) if args.max_steps else steps
+
+
 def batch_indices(step, num_items, batch, seed, rank=0, world_size=1):
     """(positions of this rank's items in the data [batch], epoch) for optimiser step `step` from 0.
 
@@ -247,7 +260,8 @@ def epoch_order(num_items, seed, epoch):
 
 
 class StopSignal:
-    """SIGINT (Ctrl-C), SIGTERM and SIGUSR1 ask training to finish its step, save and leave.
+    """SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGHUP (a terminal that was closed; not under nohup)
+    ask training to finish its step, save and leave.
 
     `name` is that of the signal, None so far. A second Ctrl-C ends the program at once.
     """
@@ -255,8 +269,9 @@ class StopSignal:
     def __init__(self, procs):
         self.procs = procs
         self.name = None
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._handle)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._handle)
 
     def _handle(self, number, frame):
         if self.name == "SIGINT" and number == signal.SIGINT:
@@ -313,10 +328,10 @@ def clip_and_step(module, optimizer, grad_clip):
     return grad_norm.detach(), bad
 
 
-def set_learning_rate(optimizer, lr):
-    """Set the learning rate of all parameter groups."""
+def set_groups(optimizer, **settings):
+    """Set lr, weight_decay, ... of all parameter groups: load_state_dict brings the stored ones."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group.update(settings)
 
 
 # --- files --------------------------------------------------------------------------------------
@@ -343,7 +358,7 @@ def write_atomic(path, write):
             raise
         reason = getattr(e, "strerror", None) or getattr(e.__context__, "strerror", None)
         fail(f"cannot write {path}: {reason or first_line(e)}; free some space or choose another "
-             "--output_root")
+             "folder")
 
 
 def make_folder(path):
@@ -353,7 +368,7 @@ def make_folder(path):
         if not os.access(path, os.W_OK):
             raise PermissionError(13, "permission denied")
     except OSError as e:
-        fail(f"cannot write to {path}: {e.strerror}; choose another --output_root")
+        fail(f"cannot write to {path}: {e.strerror}; choose another folder")
     return pathlib.Path(path)
 
 
@@ -403,6 +418,10 @@ def sha256_file(path):
 # --- checkpoints and their loaders --------------------------------------------------------------
 
 MADE_BY = {"vae": "train_vae.py", "ldm": "train_ldm.py"}
+# What a later stage reads of a checkpoint, beside the settings in "args".
+NEEDED = {"vae": ("args", "ema"),
+          "ldm": ("args", "model", "ema", "step", "class_names", "trained_classes", "latent_shape",
+                  "latent_scale_factor", "vae_sha256", "ae_ckpt_path", "train_stats")}
 
 
 def save_checkpoint(path, kind, state):
@@ -417,7 +436,9 @@ def load_checkpoint(path, kind):
     damaged file ends the program with one line instead of training on with wrong weights.
     """
     if not os.path.isfile(path):
-        fail(f"no checkpoint at {path}")
+        inside = os.path.join(path, "ckpts", "last.pt")
+        hint = f", which is a run folder: give {inside}" if os.path.exists(inside) else ""
+        fail(f"no checkpoint at {path}{hint}")
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
@@ -434,6 +455,22 @@ def load_checkpoint(path, kind):
     return state
 
 
+def check_complete(checkpoint, path):
+    """End the program where a checkpoint of another version lacks what a later stage reads."""
+    missing = [name for name in NEEDED[checkpoint["kind"]] if name not in checkpoint]
+    if missing:
+        fail(f"{path} is of another version of this program: it lacks {', '.join(missing)}")
+
+
+def checkpoint_step(path):
+    """Step of a checkpoint, without reading its weights; ends the program where it is damaged."""
+    try:
+        return torch.load(path, mmap=True, weights_only=True)["step"]
+    except Exception as e:  # see load_checkpoint
+        fail(f"{path} is damaged or no checkpoint of this program "
+             f"({type(e).__name__}: {first_line(e)})")
+
+
 def load_weights(module, state, path):
     """load_state_dict, with one line where the architecture is another."""
     try:
@@ -443,26 +480,64 @@ def load_weights(module, state, path):
         fail(f"{path} does not fit the model's settings: {problem}")
 
 
+def run_folder(ckpt_path):
+    """Folder of the run that RUN/ckpts/last.pt belongs to, however the path was typed."""
+    return pathlib.Path(os.path.abspath(ckpt_path)).parent.parent
+
+
+def find_moved(ckpt_path, beside):
+    """ckpt_path, or where it is not there any more, that run beside the run folder `beside`: so a
+    folder of runs can be moved, or used from another working directory."""
+    path = pathlib.Path(ckpt_path)
+    moved = pathlib.Path(beside).parent / run_folder(path).name / "ckpts" / path.name
+    return moved if moved.exists() and not path.exists() else path
+
+
 def find_autoencoder(args):
     """Path of the autoencoder's checkpoint: --ae_ckpt_path, else the one beside --ae_config_path,
-    else that of the newest train_vae.py run of the task, by the date in its run_meta.json.
+    else that of the newest finished train_vae.py run of the task, which a notice names.
 
-    Ends the program where there is none.
+    Newest by the date in its run_meta.json. Ends the program where there is none.
     """
     if args.ae_ckpt_path:
-        return pathlib.Path(args.ae_ckpt_path)
+        resumed = getattr(args, "resume_dir", None)
+        return find_moved(args.ae_ckpt_path, resumed or ".")
     if args.ae_config_path:
         return pathlib.Path(args.ae_config_path).parent / "ckpts" / "last.pt"
     found = []
     for path in pathlib.Path(args.output_root).glob("*/run_meta.json"):
-        meta = read_meta(path.parent)
+        try:
+            meta = read_meta(path.parent)
+        except SystemExit as e:  # of a run that nobody asked for
+            notice(str(e).removeprefix("error: "))
+            continue
         if meta.get("kind") == "vae" and meta["args"].get("task") == args.task:
-            found.append((str(meta.get("created")), str(path.parent)))
+            finished = (path.parent / "summary.json").exists()
+            found.append((finished, seconds_since_1970(meta.get("created")), str(path.parent)))
     if not found:
         command = command_line("train_vae.py", **data_flags(args))
         fail(f"no autoencoder of task {args.task} in {args.output_root}: train one with "
              f"`{command}`, or name one with --ae_ckpt_path")
-    return pathlib.Path(max(found)[1]) / "ckpts" / "last.pt"
+    finished, _, folder = max(found)
+    kind = "newest finished" if finished else "newest (none has finished)"
+    notice(f"autoencoder: {folder}, the {kind} of {len(found)} runs of task {args.task}")
+    return pathlib.Path(folder) / "ckpts" / "last.pt"
+
+
+def seconds_since_1970(text):
+    """The instant that a run_meta.json's date names, whatever its time zone; 0 for no date."""
+    try:
+        return datetime.datetime.strptime(text, "%Y-%m-%dT%H:%M:%S%z").timestamp()
+    except (TypeError, ValueError):
+        return 0.0
+
+
+def check_class_names(names, path):
+    """End the program where a class name in a checkpoint is no plain file name: it becomes one, and
+    a stranger's `../x` would be written outside the folder."""
+    for name in names:
+        if not isinstance(name, str) or not name or name[0] == "." or "/" in name or "\0" in name:
+            fail(f"{path} has a class {name!r}, which is no file name: it is not loaded")
 
 
 def load_autoencoder(ckpt_path, procs, config_path=None):
@@ -471,6 +546,7 @@ def load_autoencoder(ckpt_path, procs, config_path=None):
     config_path: a run_meta.json that must describe the same architecture.
     """
     checkpoint = load_checkpoint(ckpt_path, "vae")
+    check_complete(checkpoint, ckpt_path)
     settings = checkpoint["args"]
     names = ("img_size", "z_channels", "base_ch", "ch_mults", "num_res_blocks", "attn_res")
     if config_path:
@@ -501,6 +577,8 @@ def load_ldm(ckpt_path, procs, ae_ckpt_path=None, use_ema=None):
     there are any. Ends the program if the model was trained with another autoencoder.
     """
     checkpoint = load_checkpoint(ckpt_path, "ldm")
+    check_complete(checkpoint, ckpt_path)
+    check_class_names(checkpoint["class_names"], ckpt_path)
     num_classes = len(checkpoint["class_names"])
     denoiser = build_denoiser(checkpoint["args"], checkpoint["latent_shape"], num_classes)
     if use_ema and checkpoint["ema"] is None:
@@ -509,7 +587,7 @@ def load_ldm(ckpt_path, procs, ae_ckpt_path=None, use_ema=None):
     load_weights(denoiser, checkpoint["ema" if averaged else "model"], ckpt_path)
     denoiser = denoiser.to(procs.device, memory_format=procs.memory_format)
     denoiser = denoiser.eval().requires_grad_(False)
-    path = ae_ckpt_path or checkpoint["ae_ckpt_path"]
+    path = ae_ckpt_path or find_moved(checkpoint["ae_ckpt_path"], run_folder(ckpt_path))
     if not ae_ckpt_path and not os.path.exists(path):
         fail(f"the autoencoder is not at {path} any more: give its checkpoint with --ae_ckpt_path")
     vae, _, vae_sha256 = load_autoencoder(path, procs)
@@ -593,6 +671,13 @@ SAMPLING_SETTINGS = ("seed", "sampler", "num_sampling_steps", "guidance_scale",
                      "guidance_interval", "use_ema")
 
 
+def split_names(text, known):
+    """Names of a list with commas or colons between them; a known name may itself hold some, and
+    the longest that fits counts."""
+    longest_first = "|".join(re.escape(name) for name in sorted(known, key=len, reverse=True))
+    return re.findall(rf"\s*({longest_first}|[^,:]*?)\s*[,:]", f"{text},")
+
+
 def prepare_sampling(args, procs):
     """TrainedModel from the flags of args.add_sampling_arguments; what is None there is set as in
     training. Ends the program where they ask for what the model cannot do."""
@@ -602,13 +687,15 @@ def prepare_sampling(args, procs):
     class_names, trained = checkpoint["class_names"], checkpoint["trained_classes"]
     names = [class_names[c] for c in trained]
     if args.classes:
-        names = [name.strip() for name in args.classes.replace(":", ",").split(",")]
+        names = split_names(args.classes, class_names)
     for name in names:
         if name not in class_names:
             fail(f"no class {name!r} in {args.ckpt}; it knows {', '.join(class_names)}")
         if class_names.index(name) not in trained:
             fail(f"{args.ckpt} saw no image of class {name!r} in training")
     settings = checkpoint["args"]
+    if args.use_ema is None:
+        args.use_ema = checkpoint["ema"] is not None
     for name in ("guidance_scale", "guidance_interval"):
         if getattr(args, name) is None:
             setattr(args, name, settings[name])
@@ -634,33 +721,96 @@ def git_commit():
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+def new_folder(args, default_name):
+    """Folder of a new run. Without --run_name it is made exclusively, so that two runs of the same
+    second get two."""
+    try:
+        if args.run_name:
+            folder = os.path.join(args.output_root, args.run_name)
+            os.makedirs(folder, exist_ok=True)
+            checkpoint = os.path.join(folder, "ckpts", "last.pt")
+            if os.path.exists(checkpoint) and checkpoint_step(checkpoint) > 0:
+                fail(f"{folder} has a checkpoint, but its run_meta.json is gone: restore it, or "
+                     "give another --run_name")
+            return folder
+        name = f"{args.exp_name or default_name}_{time.strftime('%Y%m%d-%H%M%S')}"
+        for number in itertools.count(1):
+            folder = os.path.join(args.output_root, name + (f"_{number}" if number > 1 else ""))
+            with contextlib.suppress(FileExistsError):
+                os.makedirs(folder)
+                return folder
+    except OSError as e:
+        fail(f"cannot write to {folder}: {e.strerror}; choose another --output_root")
+
+
+def lock_folder(folder):
+    """File whose lock says that a run folder is in use; to be kept open as long as it is.
+
+    The system gives the lock back when its process ends, however it ends, also on NFS, where that
+    may take a minute after a node died: so an owner on another machine is waited for.
+    """
+    try:
+        lock = open(os.path.join(folder, "lock"), "ab+", buffering=0)  # noqa: SIM115
+    except OSError as e:
+        fail(f"cannot write to {folder}: {e.strerror}; choose another --output_root")
+    here = socket.gethostname()
+    for second in itertools.count():
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except (BlockingIOError, PermissionError):
+            lock.seek(0)
+            owner = lock.read(200).decode("utf-8", "replace").strip()
+            if second >= (0 if owner.endswith(f" on {here}") else 120):
+                fail(f"{folder} is in use by {owner}: wait until it ends, stop it, or give another "
+                     "--run_name")
+            if second == 0:
+                notice(f"{folder} is in use by {owner}: waiting up to two minutes, it may be dead")
+            time.sleep(1)
+        except OSError as e:  # a disk without locks
+            notice(f"{folder} cannot be locked ({e.strerror}): start no second run in it")
+            break
+    with contextlib.suppress(OSError):  # the name is for the message alone: a full disk may be
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {here}\n".encode())
+    return lock
+
+
 class Run:
     """A training run's folder: checkpoints, metrics, description, W&B. Only rank 0 writes."""
 
     def __init__(self, args, procs, kind, default_name, facts):
-        """New folder OUTPUT_ROOT/NAME, or the one of args.resume_dir. facts: for run_meta.json."""
+        """New folder OUTPUT_ROOT/NAME, or the one of args.resume_dir. facts: for run_meta.json.
+
+        The folder is this process group's until it ends; another one is refused.
+        """
         self.procs = procs
         self.kind = kind
         self.wandb = None
-        name = args.run_name
-        if not name:
-            name = f"{args.exp_name or default_name}_{time.strftime('%Y%m%d-%H%M%S')}"
-        folder = args.resume_dir or os.path.join(args.output_root, name)
-        self.folder = pathlib.Path(on_main(procs, lambda: folder))
+        self.resumed = args.resume_dir is not None
+        self.lock = None
+
+        def claim():
+            folder = args.resume_dir or new_folder(args, default_name)
+            self.lock = lock_folder(folder)
+            return folder
+        self.folder = pathlib.Path(on_main(procs, claim))
         self.checkpoint_path = self.folder / "ckpts" / "last.pt"
         self.metrics_path = self.folder / "metrics.jsonl"
-        self.resumed = args.resume_dir is not None
         self.meta = {
-            "kind": kind, "args": vars(args), **facts,
+            "kind": kind, "folder": self.folder.name, "args": vars(args), **facts,
             "command": sys.argv, "git_commit": git_commit(), "world_size": procs.world_size,
             "device": str(procs.device), "dtype": str(procs.dtype).split(".")[-1],
             "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "wandb_id": args.wandb_id,
             "packages": {"python": sys.version.split()[0], "torch": torch.__version__,
                          "numpy": np.__version__, "pillow": PIL.__version__}}
+        self.before = {}  # the description of the run that is continued
         if self.resumed:
-            old = read_meta(self.folder)
+            old = self.before = read_meta(self.folder)
             self.meta["created"] = old.get("created")
-            self.meta["wandb_id"] = args.wandb_id or old.get("wandb_id")
+            self.meta["wandb_id"] = args.wandb_id
+            if old.get("folder") in (None, self.folder.name):  # else a copy of the folder
+                self.meta["wandb_id"] = args.wandb_id or old.get("wandb_id")
             if old.get("world_size") != procs.world_size:
                 notice(f"continuing on {procs.world_size} processes instead of "
                        f"{old.get('world_size')}: the step count goes on, but batches, epoch "
@@ -731,6 +881,13 @@ class Run:
                     values.append(math.nan if record[name] is None else record[name])
         return values
 
+    def check_steps(self, step, total_steps):
+        """End the program, and leave the run as it is, where settings end before its checkpoint."""
+        if step > total_steps:
+            fail(f"{self.folder} has done {step} steps, but with these settings it ends after "
+                 f"{total_steps}: give more --epochs or --max_steps, or fewer images per step. "
+                 "Nothing was changed")
+
     def resume_command(self, **flags):
         """The command that continues this run."""
         return command_line(MADE_BY[self.kind], resume_dir=self.folder, **flags)
@@ -768,6 +925,12 @@ class Run:
                  f"{self.resume_command(lr=lower)}")
 
 
+def tag_list(text):
+    """['a', 'b'] of 'a, b', or of "['a', 'b']" as a sweep writes a list."""
+    tags = [tag.strip(" '\"") for tag in text.strip("[]()").split(",")]
+    return [tag for tag in tags if tag]
+
+
 def start_wandb(args, run):
     """A W&B run, offline where there is no account or network; never a prompt. None if it fails."""
     try:
@@ -780,7 +943,7 @@ def start_wandb(args, run):
             mode = "offline"
         options = dict(
             project=args.wandb_project, entity=args.wandb_entity, name=run.folder.name,
-            dir=str(run.folder), tags=[t for t in args.wandb_tags.split(",") if t],
+            dir=str(run.folder), tags=tag_list(args.wandb_tags),
             id=run.meta["wandb_id"], resume="allow",
             config={**vars(args), "world_size": run.procs.world_size},
             settings=wandb.Settings(init_timeout=30, silent=True))
@@ -807,11 +970,8 @@ def report_run(args):
     folder = args.resume_dir
     if not folder and args.run_name:
         folder = os.path.join(args.output_root, args.run_name)
-    step = -1
-    if folder:
-        checkpoint = os.path.join(folder, "ckpts", "last.pt")
-        if os.path.exists(checkpoint):
-            step = torch.load(checkpoint, mmap=True, weights_only=True)["step"]
+    checkpoint = os.path.join(folder or "", "ckpts", "last.pt")
+    step = checkpoint_step(checkpoint) if folder and os.path.exists(checkpoint) else -1
     print(folder or "", step, sep="\n")
 
 

@@ -14,6 +14,7 @@ import torch
 
 import data
 import experiment
+import metrics
 import model
 from args import (add_autoencoder_arguments, add_check_argument, add_data_arguments, make_parser,
                   parse_settings)
@@ -110,13 +111,14 @@ def main(argv=None):
         "class_filter": args.class_filter, "img_size": args.img_size, "seed": args.seed}
     if not procs.main:
         return
-    path = ckpt_path.parent.parent / "latent_scale.json"
-    experiment.write_json(path, result)
     for name in ("latent_scale_factor", "std", "mean", "channel_mean", "channel_std",
                  "posterior_noise_share", "num_images"):
         value = result[name]
         text = [round(v, 4) for v in value] if isinstance(value, list) else f"{value:.6g}"
         print(f"{name:<22} {text}")
+    print(metrics.format_verdicts(metrics.health(result)))
+    path = experiment.run_folder(ckpt_path) / "latent_scale.json"
+    experiment.write_json(path, result)
     print(f"written to {path}")
     print("next: " + experiment.command_line("train_ldm.py", mode="full_train",
                                              ae_ckpt_path=ckpt_path, **experiment.data_flags(args)))

@@ -166,10 +166,10 @@ def latent_stats(z_unscaled, latent_scale_factor):
 # --- distributions ------------------------------------------------------------------------------
 
 
-def two_feature_sets(a, b):
-    """Both as float64 matrices; ValueError unless they are [N, D] and [M, D] with N, M >= 2."""
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise ValueError("features must be [N >= 2, D] and [M >= 2, D], "
+def two_feature_sets(a, b, least=2):
+    """Both as float64 matrices; ValueError unless they are [N, D] and [M, D] with N, M >= least."""
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < least:
+        raise ValueError(f"features must be [N >= {least}, D] and [M >= {least}, D], "
                          f"got {[*a.shape]} and {[*b.shape]}")
     return rows64(a), rows64(b)
 
@@ -221,9 +221,12 @@ def manifold_metrics(samples, real, k=5):
     fraction of samples inside any real ball; recall: fraction of real points inside any sample's
     ball (Kynkaanniemi et al. 2019, eq. 1-2). Density: real balls around a sample, over k; coverage:
     fraction of real balls with a sample inside (Naeem et al. 2020, eq. 4-5). k is lowered where a
-    set has fewer points. ValueError unless both sets have at least 2.
+    set has fewer points. ValueError unless both sets have at least 2; NaN if a feature is not
+    finite.
     """
     samples, real = two_feature_sets(samples, real)
+    if not (samples.isfinite().all() and real.isfinite().all()):
+        return dict.fromkeys(("precision", "recall", "density", "coverage"), math.nan)
     k = min(k, len(samples) - 1, len(real) - 1)
 
     def radii(x):
@@ -262,10 +265,10 @@ def memorisation(samples, train, held_out, alpha=0.05):
     close to everything, does not count as a copy. Under the threshold, a low quantile of the
     held-out images' ratios, fall `expected` = about alpha of images that know the training set no
     better than they do. dict with fraction, its interval, expected, and for each sample ratio and
-    nearest (index of the training image).
+    nearest (index of the training image). ValueError for fewer than two held-out images.
     """
-    samples, train = two_feature_sets(samples, train)
-    held_out, _ = two_feature_sets(held_out, train)
+    samples, train = two_feature_sets(samples, train, least=1)
+    held_out, _ = two_feature_sets(held_out, held_out)
     to_train, nearest = torch.cdist(samples, train).min(1)
     ratio = to_train / torch.cdist(samples, held_out).min(1).values.clamp_min(1e-12)
     among = torch.cdist(held_out, held_out).fill_diagonal_(math.inf).min(1).values
@@ -374,6 +377,7 @@ def always(value, context):
 
 
 LOSS, GRAD, BAD_STEPS = "train/loss", "train/grad_norm", "train/bad_steps"
+NOISE = "posterior_noise_share"
 NO_REFERENCE = "Finite, but there are no training latents to compare it with."
 
 # The first rule that matches a metric is its verdict.
@@ -439,6 +443,14 @@ TABLE = [
          "Even the two most different samples of a class are the same image: complete collapse.",
          "Lower --lr and --guidance_scale and train again from an earlier checkpoint."),
     Rule(MSE_MAX, "ok", always, "The most different samples of a class do differ.", ""),
+
+    Rule(NOISE, "bad", lambda v, c: v > 0.5,
+         "The latents are mostly noise: more than half of their variance is the posterior's.",
+         "Train the autoencoder again with a lower --kl_weight."),
+    Rule(NOISE, "watch", lambda v, c: v > 0.2,
+         "A good part of the latents' variance is the posterior's noise.",
+         "Lower --kl_weight, or train the autoencoder longer."),
+    Rule(NOISE, "ok", always, "The latents carry images, hardly any noise.", ""),
 
     Rule(Z_MEAN, "ok", lambda v, c: math.isnan(c.train_mean + c.target_std), NO_REFERENCE, ""),
     Rule(Z_MEAN, "bad", lambda v, c: abs(v - c.train_mean) > c.target_std,

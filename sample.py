@@ -37,19 +37,44 @@ def check_space(folder, count, img_size, num_samples):
              f"{free / 1e9:.1f} GB free: lower --num_samples={num_samples}")
 
 
-def write_report(folder, checkpoint, wanted, z, args):
-    """manifest.json, metrics.json and grid.png beside the images, and the verdicts on the console.
+def prepare_folder(folder, checkpoint, wanted, args):
+    """Make the folder and its manifest.json, which lists what is going to be drawn.
 
-    wanted: [(class index, number)] of the images in `folder`; z: their normalised latents.
+    wanted: [(class index, number)]. Images of the same settings that are there already stay listed;
+    the program ends where there are images of others, so that no folder mixes two.
+    """
+    class_names = checkpoint["class_names"]
+    settings = {name: getattr(args, name) for name in experiment.SAMPLING_SETTINGS}
+    for name in ("step", "vae_sha256", "latent_scale_factor"):
+        settings[name] = checkpoint[name]
+    settings["ckpt_sha256"] = experiment.sha256_file(args.ckpt)
+    settings = experiment.finite(settings)  # as they are read back
+    images = {}
+    for c, i in wanted:
+        file = file_name(class_names, c, i)
+        images[file] = {"file": file, "class": class_names[c], "number": i}
+    path = folder / "manifest.json"
+    advice = "give another --out_dir, or remove the folder"
+    if path.exists():
+        before = experiment.read_json(path, "manifest of samples")
+        for name, value in settings.items():
+            if before.get(name) != value:
+                fail(f"{folder} holds samples of other settings ({name} {before.get(name)}, now "
+                     f"{value}): {advice}")
+        images |= {image["file"]: image for image in before["images"]
+                   if (folder / image["file"]).exists()}
+    elif any(folder.glob("*.png")):
+        fail(f"{folder} holds images without a manifest.json: {advice}")
+    experiment.make_folder(folder)
+    experiment.write_json(path, {"ckpt": args.ckpt, **settings, "images": [*images.values()]})
+
+
+def write_report(folder, checkpoint, wanted, z, args):
+    """metrics.json and grid.png beside the images, and the verdicts on the console.
+
+    wanted: [(class index, number)] of the images; z: their normalised latents.
     """
     class_names, scale = checkpoint["class_names"], checkpoint["latent_scale_factor"]
-    files = [file_name(class_names, c, i) for c, i in wanted]
-    images = [{"file": file, "class": class_names[c], "number": i}
-              for file, (c, i) in zip(files, wanted, strict=True)]
-    how = {name: getattr(args, name) for name in ("ckpt", *experiment.SAMPLING_SETTINGS)}
-    experiment.write_json(folder / "manifest.json", how | {
-        "step": checkpoint["step"], "vae_sha256": checkpoint["vae_sha256"],
-        "latent_scale_factor": scale, "images": images})
 
     # --- numbers: of the first thousand per class, since pairs grow with the square ---
     first = [k for k, (_, i) in enumerate(wanted) if i < 1000]
@@ -65,13 +90,13 @@ def write_report(folder, checkpoint, wanted, z, args):
     # --- picture ---
     rows, labels = [], []
     for c in dict.fromkeys(c for c, _ in wanted):
-        shown = [file for file, (k, i) in zip(files, wanted, strict=True) if k == c and i < 8]
+        shown = [file_name(class_names, k, i) for k, i in wanted if k == c and i < 8]
         rows.append(torch.stack([experiment.load_image(folder / file) for file in shown]))
         labels.append(f"{class_names[c]}   {args.sampler} {args.num_sampling_steps} steps, "
                       f"guidance {args.guidance_scale:g}")
     experiment.save_grid(folder / "grid.png", rows, labels)
     print(metrics.format_verdicts(verdicts))
-    print(f"{len(files)} images in {folder}; sample grid: {folder / 'grid.png'}")
+    print(f"{len(wanted)} images in {folder}; sample grid: {folder / 'grid.png'}")
 
 
 def file_name(class_names, c, number):
@@ -84,12 +109,12 @@ def main(argv=None):
     procs = experiment.setup_processes(args)
     ldm = experiment.prepare_sampling(args, procs)
     checkpoint, class_names = ldm.checkpoint, ldm.checkpoint["class_names"]
-    run_folder = pathlib.Path(args.ckpt).parent.parent
+    run_folder = experiment.run_folder(args.ckpt)
     folder = pathlib.Path(args.out_dir or run_folder / f"samples_{args.sampler}_{args.seed}")
     count = len(ldm.classes) * args.num_samples
     check_space(folder, count, checkpoint["args"]["img_size"], args.num_samples)
     wanted = [(c, i) for c in ldm.classes for i in range(args.num_samples)]
-    experiment.on_main(procs, lambda: experiment.make_folder(folder))
+    experiment.on_main(procs, lambda: prepare_folder(folder, checkpoint, wanted, args))
 
     # --- every process draws its part, and writes it at once ---
     mine = wanted[procs.rank::procs.world_size]

@@ -99,7 +99,7 @@ def build_parser():
     add("--prob_uncond", type=at_least(0, float, 1), default=0.1,
         help="fraction of labels replaced by the null class")
     add("--use_ema", action=BooleanFlag, default=True, help="sample from averaged weights")
-    add("--ema_decay", type=at_least(0, float), default=0.999,
+    add("--ema_decay", type=at_least(0, float, 1), default=0.999,
         help="of the averaged weights, after a warm-up")
     add("--warmup_steps", type=at_least(0), default=500,
         help="steps over which the learning rate rises")
@@ -126,6 +126,8 @@ def parse_args(argv=None):
         args.noise_schedule = "flow" if args.prediction == "flow" else "cosine"
     if args.zero_terminal_snr is None:
         args.zero_terminal_snr = args.prediction != "eps"
+    if args.prob_uncond == 1:
+        fail("--prob_uncond=1 replaces every label, so that no class is learned: give 0.1")
     if args.guidance_scale != 1 and args.prob_uncond == 0:
         if not args.overfit_k:
             fail(f"--guidance_scale={args.guidance_scale:g} guides away from the null class, which "
@@ -139,7 +141,7 @@ def parse_args(argv=None):
 def read_scale(args, ckpt_path, vae_sha256):
     """The latent scale factor of the autoencoder. Ends the program, with the command that measures
     it, where it is missing, damaged or of another autoencoder."""
-    path = ckpt_path.parent.parent / "latent_scale.json"
+    path = experiment.run_folder(ckpt_path) / "latent_scale.json"
     command = experiment.command_line("find_latent_scale.py", ae_ckpt_path=ckpt_path,
                                       **experiment.data_flags(args))
     given = args.latent_scale_factor
@@ -289,6 +291,9 @@ def training_reference(latents, args, scale, vae, procs):
     values = metrics.latent_stats(z, scale)
     stats = {name.split("/")[1]: value for name, value in values.items()}
     pairs = metrics.sample_diversity(z * scale, labels[index], latents.images.class_names, None)
+    if not 0.9 < stats["std"] * scale < 1.1:
+        notice("the training latents times the scale factor have a standard deviation of "
+               f"{stats['std'] * scale:.2f}, not 1: was it measured on other images?")
     stats["real_pairwise_mse_mean"] = pairs.get("sample_diversity/pairwise_mse_mean")
     if not args.overfit_k:
         return Reference(stats)
@@ -393,14 +398,13 @@ def main(argv=None):
     epoch_len = len(images) * (args.repeat_len if args.overfit_one else 1)
     step_batch = args.batch_per_device * args.grad_accum
     epoch_steps = experiment.steps_per_epoch(epoch_len, step_batch, procs.world_size)
-    total_steps = args.epochs * epoch_steps
-    if args.max_steps:
-        total_steps = min(total_steps, args.max_steps)
+    total_steps = experiment.count_steps(args, epoch_steps)
 
     # --- run folder, or the run to go on with ---
     run = experiment.Run(args, procs, "ldm", f"ldm_{args.task.lower()}_{args.mode}", {
         "class_names": class_names, "img_size": args.img_size, "latent_shape": latent_shape,
-        "latent_scale_factor": scale, "vae_sha256": vae_sha256})
+        "latent_scale_factor": scale, "vae_sha256": vae_sha256, "data": images.summary})
+    data.notice_changes(run.before.get("data"), images, run.folder)
     step, train_metrics = 0, {}
     # Counted on the device: a look at each step would make the CPU wait for the GPU.
     bad_in_a_row = torch.zeros((), device=device)
@@ -411,8 +415,11 @@ def main(argv=None):
             averaged = checkpoint["ema"] or checkpoint["model"]
             experiment.load_weights(ema.module, averaged, run.checkpoint_path)
         optimizer.load_state_dict(checkpoint["optimizer"])
+        # The stored settings came along; those of the command line win.
+        experiment.set_groups(optimizer, weight_decay=args.weight_decay)
         step, train_metrics = checkpoint["step"], checkpoint["train_metrics"]
         bad_in_a_row = checkpoint["bad_steps"].to(device)
+        run.check_steps(step, total_steps)
 
     def state():
         return {"model": denoiser.state_dict(), "ema": ema.module.state_dict() if ema else None,
@@ -427,7 +434,7 @@ def main(argv=None):
         print_settings(args, build_parser(), {
             "run folder": run.folder, "continues at step": step, "autoencoder": ae_path,
             "latent scale factor": f"{scale:.6g}", "latent": "x".join(map(str, latent_shape)),
-            "images": len(images), "classes": ", ".join(class_names[c] for c in classes),
+            "images": len(images), "classes": data.count_classes(images),
             "parameters": f"{parameters / 1e6:.1f} M",
             "steps": f"{total_steps} ({epoch_steps} per epoch)",
             "global batch": step_batch * procs.world_size,
@@ -490,7 +497,7 @@ def main(argv=None):
         micro_batches = [(latents.posterior(part), labels[torch.from_numpy(part).to(device)])
                          for part in np.split(index, args.grad_accum)]
         warmup = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
-        experiment.set_learning_rate(optimizer, args.lr * warmup)
+        experiment.set_groups(optimizer, lr=args.lr * warmup)
         loss, t, grad_norm, bad = train_step(denoiser, ema, optimizer, loss_fn, micro_batches,
                                              scale, step, args, procs)
         means.add(loss, t, grad_norm, bad)

@@ -40,7 +40,7 @@ def build_parser():
         help="channels by level; each further level halves the size")
     add("--num_res_blocks", type=at_least(1), default=2, help="residual blocks per level")
     add("--attn_res", type=int_list, default=(), help="sizes with attention beside the middle")
-    add("--ema_decay", type=at_least(0, float), default=0.999,
+    add("--ema_decay", type=at_least(0, float, 1), default=0.999,
         help="decay of the averaged weights, which the later stages use")
     add = parser.add_argument_group("loss").add_argument
     add("--pixel_weight", type=at_least(0, float), default=1.0, help="of the mean absolute error")
@@ -241,21 +241,22 @@ def main(argv=None):
     train_set = data.open_images(args, procs, args.split)
     k = 1 if args.overfit_one else args.overfit_k
     # Memorising is judged by the images that were memorised.
-    val_set = None if k else data.open_images(args, procs, "val", optional=True)
+    val_set = None
+    if not k:
+        val_set = data.open_images(args, procs, "val", optional=True, train=train_set)
     if k:
         train_set = train_set.subset(data.overfit_indices(train_set.labels, k))
     if args.overfit_one:  # repeated, so that an epoch is more than one step
         train_set = train_set.subset([0] * args.repeat_len)
     batch, world_size = args.batch_per_device, procs.world_size
     epoch_steps = experiment.steps_per_epoch(len(train_set), batch, world_size)
-    total_steps = args.epochs * epoch_steps
-    if args.max_steps:
-        total_steps = min(total_steps, args.max_steps)
+    total_steps = experiment.count_steps(args, epoch_steps)
 
     # --- run folder, or the run to go on with ---
     run = experiment.Run(args, procs, "vae", f"ae_{args.task.lower()}_z{args.z_channels}", {
         "class_names": train_set.class_names, "img_size": args.img_size,
-        "latent_shape": models.vae.latent_shape})
+        "latent_shape": models.vae.latent_shape, "data": train_set.summary})
+    data.notice_changes(run.before.get("data"), train_set, run.folder)
     step, train_metrics = 0, {}
     # Counted on the device: a look at each step would make the CPU wait for the GPU.
     bad_in_a_row = torch.zeros((), device=device)
@@ -265,11 +266,12 @@ def main(argv=None):
         experiment.load_weights(models.disc, checkpoint["disc"], run.checkpoint_path)
         models.vae_optimizer.load_state_dict(checkpoint["vae_optimizer"])
         models.disc_optimizer.load_state_dict(checkpoint["disc_optimizer"])
-        # The stored learning rate came along; that of the command line wins.
-        experiment.set_learning_rate(models.vae_optimizer, args.lr)
-        experiment.set_learning_rate(models.disc_optimizer, args.lr)
+        # The stored settings came along; those of the command line win.
+        for optimizer in (models.vae_optimizer, models.disc_optimizer):
+            experiment.set_groups(optimizer, lr=args.lr, weight_decay=args.weight_decay)
         step, train_metrics = checkpoint["step"], checkpoint["train_metrics"]
         bad_in_a_row = checkpoint["bad_steps"].to(device)
+        run.check_steps(step, total_steps)
 
     def state():
         return {"model": models.vae.state_dict(), "ema": models.ema.module.state_dict(),
@@ -284,7 +286,7 @@ def main(argv=None):
         print_settings(args, build_parser(), {
             "run folder": run.folder, "continues at step": step, "images": len(train_set),
             "validation images": len(val_set) if val_set else 0,
-            "classes": ", ".join(train_set.class_names),
+            "classes": data.count_classes(train_set),
             "latent": "x".join(map(str, models.vae.latent_shape)),
             "parameters": f"{parameters / 1e6:.1f} M",
             "steps": f"{total_steps} ({epoch_steps} per epoch)",

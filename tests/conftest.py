@@ -164,10 +164,12 @@ def image_tree(tmp_path):
 
 
 def tree_hashes(root):
-    """{relative path: sha256} of all files below root; folders map to None."""
+    """{relative path: sha256} of all files below root, but for locks, which hold the number of the
+    last process; folders map to None."""
     def digest(path):
         return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-    return {str(p.relative_to(root)): digest(p) for p in sorted(pathlib.Path(root).rglob("*"))}
+    return {str(p.relative_to(root)): digest(p) for p in sorted(pathlib.Path(root).rglob("*"))
+            if p.name != "lock"}
 
 
 def read_jsonl(path):
@@ -222,10 +224,10 @@ def worker_id(request):
 
 @pytest.fixture
 def workspace(stages, tmp_path):
-    """A copy of the runs that a test may change; data and configs are shared."""
+    """A copy of the runs, without samples, that a test may change; data and configs are shared."""
     w = SimpleNamespace(**vars(stages))
     w.root, w.out = tmp_path, tmp_path / "runs"
-    shutil.copytree(stages.out, w.out)
+    shutil.copytree(stages.out, w.out, ignore=shutil.ignore_patterns("samples_*"))
     w.vae_ckpt, w.ldm_ckpt = w.out / "v/ckpts/last.pt", w.out / "l/ckpts/last.pt"
     w.common = [f"--data_root={w.data}", f"--output_root={w.out}"]
     return w

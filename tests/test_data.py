@@ -40,8 +40,7 @@ def message(function, *args, **kwargs):
 
 
 def names_of(listing):
-    return [(str(p.relative_to(listing.root)), listing.class_names[c])
-            for p, c in zip(listing.paths, listing.labels, strict=True)]
+    return [(file.path, file.class_name) for file in listing.files]
 
 
 def test_class_folders_sorted_by_name(image_tree):
@@ -73,7 +72,8 @@ def test_all_cxr_joins_the_tasks(image_tree):
                        "PNEUMONIA/train/pneumonia": 1, "OTHER/val/x": 1})
     listing = data.scan(root, "ALL_CXR", "train")
     assert listing.class_names == ["normal", "pneumonia", "tb"]
-    assert np.bincount(listing.labels).tolist() == [3, 1, 1]
+    names = [file.class_name for file in listing.files]
+    assert [names.count(name) for name in listing.class_names] == [3, 1, 1]
     image_tree({"ALL_CXR/train/a": 1, "ALL_CXR/train/b": 1})  # a folder of that name comes first
     assert data.scan(root, "ALL_CXR", "train").class_names == ["a", "b"]
 
@@ -83,25 +83,31 @@ def test_what_is_missing_is_answered_with_what_is_there(image_tree, tmp_path):
                        "EMPTY/train/a": 0})
     assert str(tmp_path / "nowhere") in message(data.scan, tmp_path / "nowhere", "TB", "train")
     assert "COVID, EMPTY, TB" in message(data.scan, root, "CT", "train")
-    assert "train, val" in message(data.scan, root, "TB", "test")
+    assert "train, val" in message(data.open_images, settings(root, tmp_path), ALONE, "test")
     assert "no images" in message(data.scan, root, "EMPTY", "train")
-    assert "no split" in message(data.scan, root, "ALL_CXR", "test")
+    joined = settings(root, tmp_path, task="ALL_CXR")
+    assert "train, val" in message(data.open_images, joined, ALONE, "test")
     image_tree({"TB/train/tb": 0})
     assert "class tb" in message(data.scan, root, "TB", "train")
-    assert data.scan(root, "COVID", "val", optional=True) is None
+    assert data.scan(root, "COVID", "val") is None
+    assert data.open_images(settings(root, tmp_path, task="COVID"), ALONE, "val", True) is None
 
 
 def test_a_missing_validation_split_is_skipped_with_a_notice(image_tree, tmp_path, capsys):
     root = image_tree({"TB/train/normal": 1, "TB/train/tb": 1})
     assert data.open_images(settings(root, tmp_path), ALONE, "val", optional=True) is None
-    assert "validation is skipped" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "there: train. Validation is skipped" in out
 
 
 def test_one_class_only_is_refused_unless_asked_for(image_tree, tmp_path):
-    root = image_tree({"TB/train/normal": 3, "TB/val/normal": 1})
+    root = image_tree({"TB/train/normal": 3, "TB/val/normal": 1, "TWO/train/normal": 1,
+                       "TWO/train/tb": 1, "TWO/val/normal": 2})
     assert "--class_filter=0" in message(data.open_images, settings(root, tmp_path), ALONE, "train")
     assert len(data.open_images(settings(root, tmp_path, class_filter=0), ALONE, "train")) == 3
-    assert len(data.open_images(settings(root, tmp_path), ALONE, "val", optional=True)) == 1
+    two = settings(root, tmp_path, task="TWO")  # of two classes, validation may hold one
+    images = data.open_images(two, ALONE, "val", class_names=["normal", "tb"])
+    assert images.labels.tolist() == [0, 0] and images.class_names == ["normal", "tb"]
 
 
 def test_class_filter_keeps_the_class_index(image_tree, tmp_path):
@@ -109,6 +115,8 @@ def test_class_filter_keeps_the_class_index(image_tree, tmp_path):
     whole = data.open_images(settings(root, tmp_path), ALONE, "train")
     tb = data.open_images(settings(root, tmp_path, class_filter=1), ALONE, "train")
     assert tb.labels.tolist() == [1, 1] and tb.class_names == ["normal", "tb"] and len(whole) == 5
+    assert tb.names.tolist() == ["TB/train/tb/0.png", "TB/train/tb/1.png"]
+    assert [(name, count) for name, count, _ in tb.summary] == [("normal", 3), ("tb", 2)]
     assert torch.equal(tb.images([0, 1]), whole.images([3, 4]))
     assert len(list((tmp_path / "cache").glob("*.npy"))) == 1  # shared
     beyond = settings(root, tmp_path, class_filter=2)
@@ -383,7 +391,7 @@ def test_a_start_reads_no_row_of_a_cache(image_tree, tmp_path, monkeypatch):
     root = marker_tree(image_tree)
     data.open_images(settings(root, tmp_path), ALONE, "train")
     monkeypatch.setattr(data.CachedArray, "rows", None)
-    monkeypatch.setattr(data, "decode", None)
+    monkeypatch.setattr(data, "read_grey", None)
     cache, = (tmp_path / "cache").glob("*.npy")
     cache.write_bytes(cache.read_bytes()[:-100] + bytes(100))  # the same shape and size
     assert len(data.open_images(settings(root, tmp_path), ALONE, "train")) == 4

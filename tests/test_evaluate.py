@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import write_png
+from conftest import error_of, write_png
 from PIL import Image
 
 import args as flags
@@ -177,11 +177,39 @@ def test_names_of_samples(tmp_path):
             evaluate.read_samples(wrong, ["normal", "tb"], None)
 
 
-def test_a_class_name_that_begins_another_takes_none_of_its_samples(tmp_path):
-    for name in ("tb_0.png", "tb_old_0.png", "tb_old_1.png"):
-        write_png(tmp_path / name, np.zeros((16, 16), np.uint8))
-    samples = evaluate.read_samples(tmp_path, ["tb", "tb_old"], None)
-    assert samples.labels.tolist() == [0, 1, 1]
+def test_samples_belong_to_the_longest_class_name_that_fits(tmp_path, capsys):
+    names = ["tb", "tb_old", "covid [PA]", "a, b", "x.y", "*", "none", "\u00f6"]
+    files = ["tb_0.png", "tb_old_0.png", "tb_old_1.png", "covid [PA]_0.png", "a, b_0.png",
+             "a, b/1.png", "x.y_0.png", "*_0.png", "\u00f6/1.png"]
+    files += ["o\u0308_0.png"]  # the other Unicode form of it
+    files += ["grid.png", "evaluation_pairs.png"]  # beside samples: no word about them
+    files += ["covid P_0.png", "tb.png", "old/tb_0.png"]
+    for file in files:
+        write_png(tmp_path / file, np.zeros((16, 16), np.uint8))
+    (tmp_path / "tb_notes.txt").write_text("")
+    samples = evaluate.read_samples(tmp_path, names, None)
+    assert np.bincount(samples.labels, minlength=8).tolist() == [1, 2, 1, 2, 1, 1, 0, 2]
+    out = capsys.readouterr().out
+    assert "no samples of class none" in out and out.count("no samples of class") == 1
+    assert "4 files are left out" in out and "covid P_0.png" in out
+
+
+def test_a_manifest_says_which_files_are_samples_of_which_class(tmp_path, capsys):
+    for i, file in enumerate(("a.png", "tb_0.png", "tb_1.png", "grid.png")):
+        write_png(tmp_path / file, np.full((16, 16), 10 * i, np.uint8))
+    listed = [{"file": "tb_0.png", "class": "tb"}, {"file": "a.png", "class": "normal"}]
+    experiment.write_json(tmp_path / "manifest.json", {"images": listed})
+    samples = evaluate.read_samples(tmp_path, ["normal", "tb"], None)
+    assert samples.labels.tolist() == [0, 1]
+    assert (samples.rows[:, 0, 0] // 257).tolist() == [0, 10]
+    assert "1 files are left out" in capsys.readouterr().out  # an earlier version left them
+    (tmp_path / "a.png").unlink()
+    message = error_of(capsys, evaluate.read_samples, tmp_path, ["normal", "tb"], None)
+    assert "1 of the 2 images" in message and "broken off" in message and "sample.py" in message
+    for other in ({"images": 3}, {"files": []}, {"images": [{"file": "tb_0.png"}]}):
+        experiment.write_json(tmp_path / "manifest.json", other)
+        message = error_of(capsys, evaluate.read_samples, tmp_path, ["normal", "tb"], None)
+        assert "move it away" in message
 
 
 # --- constructed generators: each must be caught by the metric that is meant for it ---
@@ -333,17 +361,113 @@ def test_bad_input_is_one_line(workspace, quick):
                           np.zeros((32, 32), np.uint8))
     ckpt = f"--ckpt={workspace.ldm_ckpt}"
     for argv, says in (
-            ([f"--data_root={workspace.root / 'other'}", ckpt], "a, b"),
+            ([f"--data_root={workspace.root / 'other'}", ckpt], "normal, tb"),
             ([], "--samples_dir"),
             ([ckpt, "--samples_dir=x"], "either"),
             (["--samples_dir=x"], "--img_size"),
             ([*workspace.common, ckpt, "--img_size=64"], "was trained at 32"),
-            ([*workspace.common, ckpt, "--num_samples=1"], "two images of class normal"),
             ([*workspace.common, ckpt, "--features=x"], "TorchScript")):
         result = quick("evaluate.py", f"--output_root={workspace.out}", "--num_samples=2",
                        "--num_sampling_steps=2", "--classifier_steps=1", *argv)
         lines = [line for line in result.err.splitlines() if line.strip()]
         assert result.code == 1 and len(lines) == 1 and says in lines[0], result.err
+
+
+@pytest.fixture
+def without(workspace):
+    """without(SPLIT, CLASS, KEEP) -> data root where only KEEP images of that class are left."""
+    def build(split, name, keep):
+        root = workspace.root / f"{split}_{name}_{keep}"
+        shutil.copytree(workspace.data, root)
+        for path in sorted((root / "TB" / split / name).iterdir())[keep:]:
+            path.unlink()
+        return root
+    return build
+
+
+# What cannot be computed: rows of a class, AUROC, memorisation, distances of `all`.
+FEW = {
+    "one training image": (("train", "tb", 1), [], {"tb"}),
+    "one held-out image": (("val", "tb", 1), [], {"tb"}),
+    "no held-out image": (("val", "tb", 0), [], {"tb", "auroc"}),
+    "one sample per class": (None, ["--num_samples=1"], {"normal", "tb"}),
+    "one class": (None, ["--classes=tb"], {"normal", "auroc"}),
+    "one sample": (None, ["--classes=tb", "--num_samples=1"], {"normal", "tb", "auroc", "fid"}),
+    "one held-out image in all": (
+        ("val", "tb", 1), ["--class_filter=1", "--classes=tb", "--features=vae"],
+        {"normal", "tb", "auroc", "fid", "memorisation"}),
+}
+
+
+@pytest.mark.parametrize("case", FEW)
+def test_what_cannot_be_computed_is_left_out(workspace, without, quick, case):
+    change, argv, lacks = FEW[case]
+    root = without(*change) if change else workspace.data
+    result = quick("evaluate.py", f"--data_root={root}", f"--output_root={workspace.out}",
+                   f"--ckpt={workspace.ldm_ckpt}", "--num_samples=3", "--num_sampling_steps=2",
+                   "--classifier_steps=2", *argv)
+    assert result.code == 0, result.err
+    report = json.loads((workspace.out / "l/evaluation.json").read_text())
+    assert set(report["groups"]) == {"all", "normal", "tb"} - lacks
+    assert ("auroc" in report) == ("auroc" not in lacks) == ("AUROC, trained" in result.out)
+    for row in ("samples", "baseline"):
+        assert ("fid" in report["groups"]["all"][row]) == ("fid" not in lacks)
+        assert report["groups"]["all"][row]["detail"] > 0
+    assert ("memorisation" in report) == ("memorisation" not in lacks)
+    assert all(value is not None for rows in report["groups"].values() for row in rows.values()
+               for value in row.values())
+    notices = [line for line in result.out.splitlines() if line.startswith("note: ")]
+    first = result.out.index("features:")
+    for name in lacks & {"tb", "normal"}:
+        assert any(name in line for line in notices)
+    for what in lacks & {"auroc", "fid", "memorisation"}:
+        assert any(f"no {what}" in line.lower() for line in notices)
+    assert all(result.out.index(line) < first for line in notices)
+
+
+def test_mistakes_show_before_anything_is_drawn(workspace, without, monkeypatch, capsys):
+    def draw(*_):
+        raise AssertionError("drawn")
+
+    monkeypatch.setattr(evaluate, "draw_samples", draw)
+    argv = [f"--ckpt={workspace.ldm_ckpt}", f"--output_root={workspace.out}", "--device=cpu",
+            "--classifier_steps=1"]
+    data_root = f"--data_root={workspace.data}"
+    assert "TorchScript" in error_of(capsys, evaluate.main, [*argv, data_root, "--features=x"])
+    with pytest.raises(AssertionError, match="drawn"):
+        evaluate.main([*argv, f"--data_root={without('val', 'tb', 0)}"])
+    out = capsys.readouterr().out
+    assert "no image of class tb in split val: no AUROC" in out
+    assert "class tb has under two images in split val" in out
+
+
+def test_the_training_images_as_held_out_ones_tell_no_copies(workspace, quick):
+    result = quick("evaluate.py", *workspace.common, f"--ckpt={workspace.ldm_ckpt}",
+                   "--split=train", "--num_samples=2", "--num_sampling_steps=2",
+                   "--classifier_steps=2")
+    assert result.code == 0, result.err
+    assert "note: --split=train are the images that the model was trained on" in result.out
+    report = json.loads((workspace.out / "l/evaluation.json").read_text())
+    assert "memorisation" not in report and "memorisation" not in {
+        v["metric"] for v in report["verdicts"]}
+    assert not (workspace.out / "l/evaluation_pairs.png").exists()
+    assert report["groups"]["all"]["held_out"]["num"] == 16
+
+
+def test_nan_is_never_ok():
+    for bad, watch in ((False, False), (False, True)):
+        assert evaluate.verdict("x", float("nan"), bad, watch, "", "").level == "bad"
+    looks = torch.full((6, 3), 0.5)
+    labels = np.arange(6) % 2
+    fine = evaluate.FeatureGroup(labels, torch.randn(6, 4), looks)
+    broken = evaluate.FeatureGroup(labels, torch.full((6, 4), float("nan")), looks)
+    for groups in ((broken, fine, fine), (fine, broken, fine), (broken, broken, broken)):
+        rows = evaluate.group_rows(*groups, seed=0)
+        levels = {v.metric: v.level for v in evaluate.verdicts({
+            "groups": {"all": rows}, "auroc": {"real images, tested on samples": (
+                float("nan"), float("nan"), float("nan"))}})}
+        assert levels == {"precision": "bad", "recall": "bad", "detail": "ok",
+                          "class fidelity": "bad"}
 
 
 def test_defaults_are_the_fast_sampler():

@@ -373,6 +373,8 @@ CASES = [
     ("train/grad_norm", 9e-7, "bad", {}), ("train/grad_norm", 1e-6, "ok", {}),
     ("train/bad_steps", 0.0, "ok", {}), ("train/bad_steps", 1.0, "watch", {}),
     ("train/bad_steps", 1.0, "bad", {"diverged": True}),
+    ("posterior_noise_share", 0.51, "bad", {}), ("posterior_noise_share", 0.5, "watch", {}),
+    ("posterior_noise_share", 0.21, "watch", {}), ("posterior_noise_share", 0.2, "ok", {}),
     (D + "pairwise_mse_mean", 0.0099, "bad", {}), (D + "pairwise_mse_mean", 0.01, "watch", {}),
     (D + "pairwise_mse_mean", 0.0999, "watch", {}), (D + "pairwise_mse_mean", 0.1, "ok", {}),
     (D + "ratio_to_real", 0.49, "watch", {}), (D + "ratio_to_real", 0.5, "ok", {}),

@@ -134,7 +134,7 @@ before({place!r}, send)
 KILLED, FINISHES = -1, -2
 MOMENTS = {
     "train_ldm": [
-        ("data.decode", 5, "SIGTERM", KILLED),  # while images are decoded
+        ("data.read_grey", 5, "SIGTERM", KILLED),  # while images are decoded
         ("data.LatentSet._encode", 1, "SIGUSR1", KILLED),  # while latents are encoded
         ("torch.save", 1, "SIGTERM", KILLED),  # while the first checkpoint is written
         ("os.replace", 2, "SIGUSR1", KILLED),  # checkpoint in place, run_meta.json not yet
@@ -148,7 +148,7 @@ MOMENTS = {
         ("os.fsync", 6, "SIGTERM", FINISHES),
     ],
     "train_vae": [
-        ("data.decode", 20, "SIGTERM", KILLED),  # while validation images are decoded
+        ("data.read_grey", 20, "SIGTERM", KILLED),  # while validation images are decoded
         ("torch.save", 1, "SIGUSR1", KILLED),
         ("os.replace", 2, "SIGTERM", KILLED),
         ("os.fsync", 4, "SIGUSR1", 3),
@@ -420,7 +420,7 @@ def meet(place):
                 time.sleep(0.05)
             sys.exit("the other never came to " + place)
     before(place, wait)
-meet("data.decode")
+meet("data.read_grey")
 meet("data.LatentSet._encode")
 """
 

@@ -1,0 +1,174 @@
+"""A folder of samples holds images of one set of settings, and its manifest.json says which."""
+import json
+import os
+
+import pytest
+import torch
+from conftest import error_of, run, tree_hashes, write_png
+
+import evaluate
+import experiment
+import sample
+
+FEW = ["--num_samples=2", "--num_sampling_steps=2", "--device=cpu"]
+
+
+def manifest(folder):
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def listed(folder):
+    return sorted(image["file"] for image in manifest(folder)["images"])
+
+
+def drawn(folder):
+    return {p.name: p.read_bytes() for p in folder.glob("*_0*.png")}
+
+
+@pytest.fixture
+def folder(workspace, quick):
+    """Two samples of each class of the run `l`, with --guidance_scale=7."""
+    path = workspace.root / "s"
+    result = quick("sample.py", f"--ckpt={workspace.ldm_ckpt}", *FEW, "--guidance_scale=7",
+                   f"--out_dir={path}")
+    assert result.code == 0, result.err
+    return path
+
+
+OTHER = {
+    "guidance": (["--guidance_scale=1"], "guidance_scale 7.0, now 1.0"),
+    "interval": (["--guidance_interval=0.1,0.2"], "guidance_interval [0.3, 0.7], now [0.1, 0.2]"),
+    "seed": (["--seed=1"], "seed 0, now 1"),
+    "steps": (["--num_sampling_steps=3"], "num_sampling_steps 2, now 3"),
+    "sampler": (["--sampler=ddim"], "sampler ancestral, now ddim"),
+    "weights": (["--no-use_ema"], "use_ema"),
+    "more of it": (["--num_samples=5", "--guidance_scale=0"], "guidance_scale 7.0, now 0.0"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER)
+def test_a_folder_never_mixes_two_settings(workspace, folder, capsys, case):
+    argv, says = OTHER[case]
+    before = tree_hashes(folder)
+    message = error_of(capsys, sample.main, [
+        f"--ckpt={workspace.ldm_ckpt}", *FEW, "--guidance_scale=7", f"--out_dir={folder}", *argv])
+    assert f"({says}" in message and "another --out_dir, or remove the folder" in message
+    assert tree_hashes(folder) == before
+
+
+@pytest.mark.parametrize("change", [{"step": 21}, {"extra": 1}])
+def test_another_state_of_the_checkpoint_is_another_setting(workspace, folder, capsys, change):
+    state = torch.load(workspace.ldm_ckpt, weights_only=True)
+    torch.save({**state, **change}, workspace.ldm_ckpt)
+    before = tree_hashes(folder)
+    message = error_of(capsys, sample.main, [
+        f"--ckpt={workspace.ldm_ckpt}", *FEW, "--guidance_scale=7", f"--out_dir={folder}"])
+    assert ("(step 20, now 21)" if "step" in change else "(ckpt_sha256 ") in message
+    assert tree_hashes(folder) == before
+
+
+def test_several_processes_refuse_with_one_line(workspace, folder):
+    before = tree_hashes(folder)
+    _, err = run("sample.py", f"--ckpt={workspace.ldm_ckpt}", *FEW, f"--out_dir={folder}",
+                 processes=2, code=1)
+    assert err.count("samples of other settings") == 1
+    assert tree_hashes(folder) == before
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]"])
+def test_images_without_a_manifest_are_not_added_to(workspace, capsys, content):
+    folder = workspace.root / "s"
+    write_png(folder / "tb_00000.png", torch.zeros(32, 32, dtype=torch.uint8).numpy())
+    if content:
+        (folder / "manifest.json").write_text(content)
+    before = tree_hashes(folder)
+    message = error_of(capsys, sample.main, [f"--ckpt={workspace.ldm_ckpt}", *FEW,
+                                             f"--out_dir={folder}"])
+    assert "manifest" in message and str(folder) in message
+    assert tree_hashes(folder) == before
+
+
+def test_more_and_fewer_of_the_same_settings_go_on(workspace, folder, quick):
+    first, settings = drawn(folder), manifest(folder)
+    argv = ["sample.py", f"--ckpt={workspace.ldm_ckpt}", *FEW, "--guidance_scale=7",
+            f"--out_dir={folder}"]
+    assert quick(*argv, "--num_samples=3", "--classes=tb").code == 0
+    more = drawn(folder)
+    assert sorted(more) == listed(folder) == sorted([*first, "tb_00002.png"])
+    assert all(more[name] == first[name] for name in first if name.startswith("normal"))
+    assert quick(*argv, "--num_samples=1").code == 0
+    assert sorted(drawn(folder)) == listed(folder) == sorted(more)
+    assert {**manifest(folder), "images": 0} == {**settings, "images": 0}
+    numbers = [(i["file"], i["class"], i["number"]) for i in manifest(folder)["images"]]
+    assert all(file == f"{name}_{number:05d}.png" for file, name, number in numbers)
+
+
+def test_a_run_that_was_broken_off_is_told_and_goes_on(workspace, monkeypatch, capsys):
+    folder, count = workspace.root / "s", 0
+    argv = [f"--ckpt={workspace.ldm_ckpt}", "--num_sampling_steps=2", f"--out_dir={folder}",
+            "--device=cpu"]
+    measure = [f"--samples_dir={folder}", *workspace.common, "--classifier_steps=1",
+               "--device=cpu"]
+    save_image = experiment.save_image
+
+    def three_times(path, x):
+        nonlocal count
+        count += 1
+        if count > 3:
+            raise KeyboardInterrupt
+        save_image(path, x)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(experiment, "save_image", three_times)
+        sample.main([*argv, "--num_samples=4"])
+    assert len(listed(folder)) == 8 and len(drawn(folder)) == 3
+    message = error_of(capsys, evaluate.main, measure)
+    assert "5 of the 8 images" in message and "run the sample.py command again" in message
+
+    sample.main([*argv, "--num_samples=1"])  # a smaller one is whole when it ends
+    assert sorted(drawn(folder)) == listed(folder)
+    assert listed(folder) == [*(f"normal_0000{i}.png" for i in range(3)), "tb_00000.png"]
+    sample.main([*argv, "--num_samples=4"])
+    assert sorted(drawn(folder)) == listed(folder) and len(listed(folder)) == 8
+    capsys.readouterr()
+    evaluate.main(measure)
+    assert "all          samples          8" in capsys.readouterr().out
+
+
+def test_a_checkpoint_typed_inside_its_folder(workspace, quick):
+    ckpts = workspace.ldm_ckpt.parent
+    for typed in ("last.pt", "./last.pt", "../ckpts/last.pt"):
+        result = quick("sample.py", f"--ckpt={typed}", *FEW, "--sampler=ddim", cwd=ckpts)
+        assert result.code == 0, result.err
+    assert len(listed(workspace.out / "l/samples_ddim_0")) == 4
+    result = quick("evaluate.py", *workspace.common, "--ckpt=last.pt", "--classifier_steps=1",
+                   *FEW, cwd=ckpts)
+    assert result.code == 0 and (workspace.out / "l/evaluation.json").exists(), result.err
+    assert os.listdir(ckpts) == ["last.pt"]
+
+
+@pytest.mark.parametrize("name", ["../outside", "a/b", "/a", ".", "..", ".hidden", "a\0b", ""])
+def test_a_class_name_that_is_no_file_name_is_not_loaded(workspace, capsys, name):
+    state = torch.load(workspace.ldm_ckpt, weights_only=True)
+    torch.save({**state, "class_names": [name, "tb"]}, workspace.ldm_ckpt)
+    before = tree_hashes(workspace.root)
+    message = error_of(capsys, sample.main, [f"--ckpt={workspace.ldm_ckpt}", *FEW,
+                                             f"--out_dir={workspace.root}/out/a"])
+    assert repr(name) in message and tree_hashes(workspace.root) == before
+
+
+@pytest.mark.parametrize("classes, drawn_classes", [
+    (None, ["a", "b, c: d"]), ("a", ["a"]), ("b, c: d", ["b, c: d"]), (" a , b, c: d ,", None),
+    ("a,b, c: d", ["a", "b, c: d"]), ("b, c: d:a", ["a", "b, c: d"]), ("b", None), ("a,", None),
+    ("b, c: d,b, c: d", ["b, c: d"])])
+def test_a_class_name_may_hold_commas_and_colons(workspace, capsys, classes, drawn_classes):
+    state = torch.load(workspace.ldm_ckpt, weights_only=True)
+    torch.save({**state, "class_names": ["a", "b, c: d"]}, workspace.ldm_ckpt)
+    argv = [f"--ckpt={workspace.ldm_ckpt}", "--num_samples=1", "--num_sampling_steps=1",
+            f"--out_dir={workspace.root / 's'}", "--device=cpu"]
+    argv += [f"--classes={classes}"] if classes else []
+    if drawn_classes is None:
+        assert "it knows a, b, c: d" in error_of(capsys, sample.main, argv)
+        return
+    sample.main(argv)
+    assert listed(workspace.root / "s") == [f"{name}_00000.png" for name in drawn_classes]
