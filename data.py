@@ -788,8 +788,8 @@ def find_copies(images, train, procs, label):
     mine, pairs = small(images), []
     progress = experiment.Progress(procs, label, len(train))
     best, where = torch.full((len(images),), -1.0), torch.zeros(len(images), dtype=torch.long)
-    for start in range(0, len(train), 4096):
-        part = train.subset(np.arange(start, min(start + 4096, len(train))))
+    for start in range(0, len(train), 256):
+        part = train.subset(np.arange(start, min(start + 256, len(train))))
         values, nearest = (mine @ small(part).T).max(1)
         better = values > best
         best[better], where[better] = values[better], nearest[better] + start
