@@ -316,6 +316,14 @@ def run_to_continue(args):
     return None
 
 
+def end_with_one_line(kind, value, traceback):
+    """sys.excepthook: Ctrl-C is no error of the program, and needs no traceback."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, value, traceback)
+
+
 def parse_settings(parser, argv=None, preset=None):
     """Settings: defaults < preset < the run being continued < --config < command line.
 
@@ -325,6 +333,7 @@ def parse_settings(parser, argv=None, preset=None):
     for stream in (sys.stdout, sys.stderr):  # a file name may not fit the terminal's encoding
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    sys.excepthook = end_with_one_line
     argv = sys.argv[1:] if argv is None else argv
     config_path = parser.parse(argv).config
     from_config = as_flags(parser, read_config(config_path), config_path) if config_path else []

@@ -138,8 +138,10 @@ def _walk(folder, above, left_out):
             found += _walk(entry.path, {*above, real}, left_out)
         elif suffix in EXTENSIONS or _is_broken_link(entry.path):
             found.append(entry)
-        elif suffix and not suffix[1:].isdigit():  # DICOM files may be named by UID, 1.2.840.4
+        elif suffix and not suffix[1:].isdigit():
             left_out[f"*{suffix}"] += 1
+        elif is_dicom(entry.path):  # as archives hand them out: IM0001, or by UID, 1.2.840.4
+            found.append(entry)
         else:
             left_out["without a suffix"] += 1
     return found
@@ -189,7 +191,8 @@ def find_members(root, task, split):
     root or task is missing.
     """
     if not os.path.isdir(root):
-        fail(f"no folder --data_root={root}")
+        here = "" if os.path.isabs(root) else f" in {os.getcwd()}"
+        fail(f"no folder --data_root={root}{here}")
     tasks = _subfolders(root)
     if task != "ALL_CXR" and task not in tasks or not tasks:
         fail(f"no task {task!r} in {root}; there: {', '.join(tasks) or 'no folders at all'}")
@@ -290,7 +293,7 @@ def read_grey(path):
     or OSError for what cannot be decoded.
     """
     try:
-        if os.path.splitext(path)[1].lower() in DICOM:
+        if is_dicom(path):
             return read_dicom(path)
         # By its name Pillow 13 would map a TIFF file, and garble orientations 5 to 8.
         with open(path, "rb") as file, Image.open(file) as image:
@@ -382,6 +385,18 @@ def import_pydicom():
     warnings.filterwarnings("ignore", module="pydicom")
     logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
     return pydicom
+
+
+def is_dicom(path):
+    """Whether a file is called DICOM, or has no suffix (or a number for one) and begins like it."""
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix in DICOM or (suffix and not suffix[1:].isdigit()):
+        return suffix in DICOM
+    try:
+        with open(path, "rb") as f:
+            return f.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
 
 
 def read_dicom(path):
@@ -595,6 +610,15 @@ class ImageSet:
                                    names=self.names[indices])
 
 
+def adopt_root(args, settings, what):
+    """Without --data_root, take that of a model's settings: what was trained on real images is not
+    measured on phantoms by mistake."""
+    root = settings.get("data_root")
+    if not args.data_root and root:
+        args.data_root = root
+        notice(f"no --data_root: using that of {what}, {root}")
+
+
 def open_images(args, procs, split, optional=False, class_names=None, train=None):
     """ImageSet of a split, decoded on first use into OUTPUT_ROOT/cache.
 
@@ -639,13 +663,11 @@ def _open_images(args, procs, split, optional, class_names, train):
     bad = cache.meta.get("bad", [])
     if bad:
         _refuse_or_notice(bad, len(listing.files), args.skip_bad_images, where)
-    if cache.meta.get("dark"):
-        notice(f"{where}: {cache.meta['dark']} of {len(listing.files)} images have no value over a "
-               "quarter of their range. 12-bit values in 16-bit files? Scale them up, or save them "
-               "with PNG's sBIT")
-    if cache.meta.get("flat"):
-        notice(f"{where}: {cache.meta['flat']} of {len(listing.files)} images have no contrast at "
-               "all: empty, or cut off by their window")
+    _notice_odd(listing, cache.meta.get("dark", []), where,
+                "have no value over a quarter of their range. 12-bit values in 16-bit files? Scale "
+                "them up, or save what says so (TIFF's BitsPerSample, PNG's sBIT)")
+    _notice_odd(listing, cache.meta.get("flat", []), where,
+                "have no contrast at all: empty, or cut off by their window")
     labels = np.array([names.index(file.class_name) for file in listing.files])
     keep = (labels == args.class_filter) | (args.class_filter < 0)
     keep[[position for position, _, _ in bad]] = False
@@ -656,7 +678,7 @@ def _open_images(args, procs, split, optional, class_names, train):
         images = _without_copies(images, train, folder, procs, where)
     if len(images) == 0:
         if optional:
-            notice(f"no image of this class in {where}: validation is skipped")
+            notice(f"no image is left in {where}: validation is skipped")
             return None
         fail(f"no image is left in {where}")
     return images
@@ -705,7 +727,10 @@ def describe_changes(before, now):
 def notice_changes(before, images, folder):
     """Say what has changed since the run in `folder` was started; before: ImageSet.summary then,
     None where it is not known."""
-    changes = describe_changes(before, images.summary) if before else []
+    try:
+        changes = describe_changes(before, images.summary) if before else []
+    except (TypeError, ValueError):  # damaged: there is nothing to compare with
+        changes = []
     if changes:
         notice(f"the training data have changed since {folder} was last started: "
                f"{'; '.join(changes)}")
@@ -714,8 +739,8 @@ def notice_changes(before, images, folder):
 def _decode_all(listing, args, procs, where, meta):
     """Blocks for cached_array: a row for each file, black where it cannot be decoded.
 
-    meta["bad"]: [position, name, reason] of those; meta["dark"] and meta["flat"]: how many have no
-    value over a quarter of their range, or hardly two values.
+    meta["bad"]: [position, name, reason] of those; meta["dark"] and meta["flat"]: positions of
+    images without a value over a quarter of their range, and with hardly two values.
     """
     def decode_or_reason(file):
         if file.size < 0:
@@ -727,10 +752,11 @@ def _decode_all(listing, args, procs, where, meta):
             return str(e) or type(e).__name__
 
     bad = meta["bad"] = []
-    meta["dark"] = meta["flat"] = 0
+    meta["dark"], meta["flat"] = [], []
     count = len(listing.files)
     progress = experiment.Progress(procs, f"decoding {where}", count)
-    if any(os.path.splitext(file.path)[1].lower() in DICOM for file in listing.files):
+    if any(file.size >= 0 and is_dicom(os.path.join(listing.root, file.path))
+           for file in listing.files):
         import_pydicom()  # one error, not one per file
     with ThreadPoolExecutor(max(1, args.num_workers)) as pool:
         for start in range(0, count, 256):
@@ -742,8 +768,10 @@ def _decode_all(listing, args, procs, where, meta):
                     continue
                 block[i] = image
                 lowest, highest = int(image.min()), int(image.max())
-                meta["dark"] += highest < 65535 // 4
-                meta["flat"] += highest - lowest < 655  # 1 % of the range
+                if highest < 65535 // 4:
+                    meta["dark"].append(start + i)
+                if highest - lowest < 655:  # 1 % of the range
+                    meta["flat"].append(start + i)
             yield block
             progress.update(start + len(files))
     progress.clear()
@@ -751,6 +779,16 @@ def _decode_all(listing, args, procs, where, meta):
     installable = any("pip install" in reason for _, _, reason in bad)
     if bad and (installable or not args.skip_bad_images):
         _refuse_or_notice(bad, count, False, where)
+
+
+def _notice_odd(listing, positions, where, what):
+    """One notice on the files at some positions, with their classes, or none."""
+    if positions:
+        odd = [listing.files[i] for i in positions]
+        counts = collections.Counter(file.class_name for file in odd)
+        classes = ", ".join(f"{n} {name}" for name, n in sorted(counts.items()))
+        notice(f"{where}: {len(odd)} of {len(listing.files)} images ({classes}), such as "
+               f"{_shown(odd[0].path)}, {what}")
 
 
 def _refuse_or_notice(bad, count, skip, where):

@@ -591,6 +591,7 @@ def main(argv=None):
     if args.ckpt:
         ldm = experiment.prepare_sampling(args, procs)
         vae, checkpoint = ldm.vae, ldm.checkpoint
+        data.adopt_root(args, checkpoint["args"], "the model")
         class_names, img_size = checkpoint["class_names"], checkpoint["args"]["img_size"]
         if args.img_size not in (None, img_size):
             fail(f"--img_size={args.img_size}, but {args.ckpt} was trained at {img_size}: leave it "

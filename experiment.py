@@ -354,6 +354,8 @@ def write_atomic(path, write):
     except BaseException as e:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if isinstance(e.__context__, KeyboardInterrupt):  # torch.save was in the middle of writing
+            raise KeyboardInterrupt from None
         if not isinstance(e, (OSError, RuntimeError)):  # the latter: torch.save on a full disk
             raise
         reason = getattr(e, "strerror", None) or getattr(e.__context__, "strerror", None)

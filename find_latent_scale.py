@@ -76,6 +76,7 @@ def main(argv=None):
         fail(f"--img_size={args.img_size}, but {ckpt_path} was trained at "
              f"{settings['img_size']}; leave it out")
     args.img_size = settings["img_size"]
+    data.adopt_root(args, settings, "the autoencoder")
     images = data.open_images(args, procs, args.split)
     cache = pathlib.Path(args.output_root, "cache")
     latents = data.LatentSet(images, vae, vae_sha256, cache, procs)
@@ -108,7 +109,8 @@ def main(argv=None):
         "channel_latent_scale_factor": [1 / s if s else None for s in channel_stds],
         "posterior_noise_share": noise_variance / len(images) / std**2, "num_images": len(images),
         "vae_sha256": vae_sha256, "task": args.task, "split": args.split,
-        "class_filter": args.class_filter, "img_size": args.img_size, "seed": args.seed}
+        "class_filter": args.class_filter, "img_size": args.img_size, "seed": args.seed,
+        "data": images.summary}
     if not procs.main:
         return
     for name in ("latent_scale_factor", "std", "mean", "channel_mean", "channel_std",

@@ -138,9 +138,17 @@ def parse_args(argv=None):
     return args
 
 
-def read_scale(args, ckpt_path, vae_sha256):
-    """The latent scale factor of the autoencoder. Ends the program, with the command that measures
-    it, where it is missing, damaged or of another autoencoder."""
+def read_scale(args, ckpt_path, vae_sha256, images):
+    """The latent scale factor of the autoencoder, with a notice where it was measured on other
+    images than the ImageSet `images`.
+
+    Ends the program, with the command that measures it, where it is missing, damaged or of another
+    autoencoder.
+    """
+    if args.resume_dir and args.latent_scale_factor is None:
+        own = experiment.read_meta(args.resume_dir).get("latent_scale_factor")
+        if isinstance(own, float):  # also where it was measured again since
+            return own
     path = experiment.run_folder(ckpt_path) / "latent_scale.json"
     command = experiment.command_line("find_latent_scale.py", ae_ckpt_path=ckpt_path,
                                       **experiment.data_flags(args))
@@ -159,6 +167,9 @@ def read_scale(args, ckpt_path, vae_sha256):
                  f"again with: {command}")
         return given
     if given is None:
+        if stored.get("data") and (stored.get("task"), stored.get("split")) == (
+                args.task, args.split):
+            data.notice_changes(stored["data"], images, path)
         return factor
     if abs(given / factor - 1) > 0.01:
         notice(f"--latent_scale_factor={given} is {100 * (given / factor - 1):+.0f} % off the "
@@ -381,8 +392,9 @@ def main(argv=None):
         fail(f"--img_size={args.img_size}, but the autoencoder {ae_path} works at "
              f"{ae_settings['img_size']}: leave it out, or train an autoencoder of that size")
     args.img_size, args.ae_ckpt_path = ae_settings["img_size"], str(ae_path)
-    scale = read_scale(args, ae_path, vae_sha256)
+    data.adopt_root(args, ae_settings, "the autoencoder")
     images = data.open_images(args, procs, args.split)
+    scale = read_scale(args, ae_path, vae_sha256, images)
     class_names, latent_shape = images.class_names, vae.latent_shape
     try:
         denoiser, ema, optimizer = build_models(args, procs, latent_shape, len(class_names))
@@ -440,13 +452,13 @@ def main(argv=None):
             "global batch": step_batch * procs.world_size,
             "device": f"{device} x {procs.world_size}, {procs.dtype}, "
                       f"compile {'on' if procs.compile else 'off'}"})
+    stop = experiment.StopSignal(procs)  # from here on there is something to lose
     run.start(args, checkpoint or state())
 
     # Only now, with the settings on the screen: compiling takes minutes.
     loss_fn = wrap(denoiser, latent_shape, args, procs)
     labels = torch.from_numpy(images.labels).to(device)
     means = LossMeans(procs)
-    stop = experiment.StopSignal(procs)
     progress = experiment.Progress(procs, "step", total_steps, step)
     diverged, sample_metrics, verdicts, status = False, {}, [], ""
     saved_step, save_time = step, time.perf_counter()

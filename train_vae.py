@@ -293,12 +293,12 @@ def main(argv=None):
             "global batch": batch * world_size,
             "device": f"{device} x {world_size}, {procs.dtype}, "
                       f"compile {'on' if procs.compile else 'off'}"})
+    stop = experiment.StopSignal(procs)  # from here on there is something to lose
     run.start(args, checkpoint or state())
 
     # Only now, with the settings on the screen: compiling takes minutes.
     vae_fn, disc_fn = wrap(models, args, procs)
     means = experiment.RunningMeans(procs, LOSSES)
-    stop = experiment.StopSignal(procs)
     progress = experiment.Progress(procs, "step", total_steps, step)
     diverged, val_metrics, status = False, {}, ""
     saved_step, save_time = step, time.perf_counter()

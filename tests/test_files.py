@@ -397,7 +397,8 @@ def test_one_notice_counts_the_images_that_are_dark(tmp_path, capsys, highest, k
         data.open_images(settings(tmp_path / "data", tmp_path), ALONE, "train")
         found = notes(capsys)
         assert len(found) == (dark > 0)
-        assert not dark or f"{dark} of 4 images have no value over a quarter" in found[0]
+        counts = f"{dark} of 4 images ({dark // 2} normal, {dark // 2} tb), such as TB/train/"
+        assert not dark or counts in found[0] and "no value over a quarter" in found[0]
 
 
 def test_images_without_contrast_are_counted(image_tree, tmp_path, capsys):
@@ -407,8 +408,8 @@ def test_images_without_contrast_are_counted(image_tree, tmp_path, capsys):
         write_png(root / f"TB/train/tb/flat{i}.png", picture)
     data.open_images(settings(root, tmp_path), ALONE, "train")
     dark, flat = notes(capsys)
-    assert "1 of 5 images have no value over a quarter" in dark
-    assert "2 of 5 images have no contrast" in flat
+    assert "1 of 5 images (1 tb), such as TB/train/tb/flat0.png, have no value over a" in dark
+    assert "2 of 5 images (2 tb), such as TB/train/tb/flat0.png, have no contrast" in flat
 
 
 @pytest.mark.parametrize("name", ["masks", "Mask", "segmentations", "@eaDir", "__MACOSX"])
@@ -478,6 +479,21 @@ def write_dicom(path, stored, bits=12, signed=False, **tags):
         setattr(dataset, name, value)
     dataset.save_as(path, enforce_file_format=True)
     return pydicom.dcmread(path)
+
+
+def test_dicom_without_a_suffix_or_named_by_uid_is_read(image_tree, tmp_path, capsys, pydicom):
+    root = image_tree({"TB/train/normal": 1, "TB/train/tb": 1})
+    stored = np.arange(256).reshape(16, 16) * 16
+    for name in ("IM0001", "1.2.840.7"):
+        write_dicom(root / "TB/train/tb" / name, stored)
+    (root / "TB/train/tb/NOTES").write_text("no image" * 40)
+    images = data.open_images(settings(root, tmp_path), ALONE, "train")
+    assert np.bincount(images.labels).tolist() == [1, 3]
+    position = images.names.tolist().index("TB/train/tb/IM0001")
+    expected = torch.from_numpy(stored / 4095 * 2 - 1).float()
+    assert torch.allclose(images.images([position])[0, 0], expected, atol=1e-3)
+    note, = notes(capsys)
+    assert note.strip().endswith("not read: 1 without a suffix")
 
 
 def values_of(bits, signed=False):

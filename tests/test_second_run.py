@@ -165,6 +165,40 @@ def test_data_that_changed_between_two_starts_are_said(workspace, quick, ldm, sc
     assert "have changed" not in quick(*argv, "--max_steps=4").out
 
 
+def test_a_scale_of_other_images_is_said_and_a_resumed_run_keeps_its_own(workspace, quick, ldm,
+                                                                         tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(workspace.data, root)
+    scale = ["find_latent_scale.py", *workspace.common, f"--data_root={root}",
+             f"--ae_ckpt_path={workspace.vae_ckpt}"]
+    assert quick(*scale).code == 0
+    argv = ldm("x", f"--data_root={root}")
+    first = quick(*argv, "--max_steps=1")
+    assert first.code == 0 and "have changed" not in first.out, first.err
+    for i in range(5):
+        (root / f"TB/train/tb/{i:05d}.png").unlink()
+    changed = quick(*ldm("y", f"--data_root={root}", "--max_steps=1"))
+    assert changed.code == 0 and "class tb has 3 images, it had 8" in changed.out
+    assert quick(*scale).code == 0
+    resumed = quick(*argv, "--max_steps=2")
+    assert resumed.code == 0, resumed.err
+    states = [torch.load(workspace.out / f"{name}/ckpts/last.pt", weights_only=True)
+              for name in ("x", "y")]
+    assert states[0]["latent_scale_factor"] == states[1]["latent_scale_factor"]  # the first one
+
+
+def test_without_a_data_root_a_model_of_real_images_is_not_measured_on_phantoms(workspace, quick):
+    before = json.loads((workspace.out / "v/latent_scale.json").read_text())
+    result = quick("find_latent_scale.py", f"--output_root={workspace.out}",
+                   f"--ae_ckpt_path={workspace.vae_ckpt}")
+    assert result.code == 0 and f"using that of the autoencoder, {workspace.data}" in result.out
+    after = json.loads((workspace.out / "v/latent_scale.json").read_text())
+    assert after["latent_scale_factor"] == before["latent_scale_factor"]
+    result = quick("evaluate.py", f"--ckpt={workspace.ldm_ckpt}", f"--output_root={workspace.out}",
+                   "--num_samples=2", "--num_sampling_steps=2", "--classifier_steps=2")
+    assert result.code == 0 and f"using that of the model, {workspace.data}" in result.out
+
+
 # --- which autoencoder ---
 
 

@@ -137,7 +137,8 @@ class Storm:
             experiment.load_image(path)
         if self.stage == "ldm":
             experiment.read_json(self.out / "v/latent_scale.json", "latent scale")
-        for index in [*self.out.glob("cache/images_*.json"), *self.out.glob("cache/latents_*.json")]:
+        caches = self.out / "cache"
+        for index in [*caches.glob("images_*.json"), *caches.glob("latents_*.json")]:
             stored = experiment.read_json(index, "cache")
             dtype = "uint16" if index.name.startswith("images") else "float32"
             data._open_cached(index.with_suffix(".npy"), tuple(stored["shape"]), dtype)

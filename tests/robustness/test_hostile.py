@@ -320,8 +320,9 @@ def test_runs_are_found_and_continued_whatever_the_date_in_their_description(
 
 def scale_in(folder, vae_sha256):
     args = argparse.Namespace(task="TB", data_root=None, output_root="runs",
-                              latent_scale_factor=None)
-    return train_ldm.read_scale(args, folder / "ckpts/last.pt", vae_sha256)
+                              latent_scale_factor=None, resume_dir=None, split="train")
+    images = argparse.Namespace(summary=[])
+    return train_ldm.read_scale(args, folder / "ckpts/last.pt", vae_sha256, images)
 
 
 def test_a_damaged_latent_scale_is_one_line_and_never_another_factor(stages, tmp_path):
@@ -408,11 +409,13 @@ def test_damaged_json_through_the_command_line(workspace, quick):
     index, = (workspace.out / "cache").glob("latents_*.json")
     whole = scale.read_bytes()
     vae = f"--ae_ckpt_path={workspace.vae_ckpt}"
-    resume = ["train_ldm.py", *workspace.common, vae, "--run_name=l"]
+    new = ["train_ldm.py", *workspace.common, vae]
+    resume = [*new, "--run_name=l"]  # which has a factor of its own
     digits = whole.replace(b'factor": ', b'factor": 1', 1)  # of the factor, not of its inverse
-    for path, content in ((scale, b"\xff" * 20), (scale, digits), (meta, NO_OBJECTS["deep"])):
+    for path, content, argv in ((scale, b"\xff" * 20, new), (scale, digits, new),
+                                (meta, NO_OBJECTS["deep"], resume)):
         path.write_bytes(content)
-        result = quick(*resume)
+        result = quick(*argv)
         assert result.code == 1 and path.name in only_error(result)
         scale.write_bytes(whole)
     index.write_bytes(NO_OBJECTS["no UTF-8"])

@@ -136,9 +136,9 @@ MOMENTS = {
     "train_ldm": [
         ("data.read_grey", 5, "SIGTERM", KILLED),  # while images are decoded
         ("data.LatentSet._encode", 1, "SIGUSR1", KILLED),  # while latents are encoded
-        ("torch.save", 1, "SIGTERM", KILLED),  # while the first checkpoint is written
-        ("os.replace", 2, "SIGUSR1", KILLED),  # checkpoint in place, run_meta.json not yet
-        ("os.fsync", 4, "SIGTERM", 3),  # while the checkpoint of step 2 is written
+        ("torch.save", 1, "SIGTERM", 0),  # while the first checkpoint is written
+        ("os.replace", 1, "SIGUSR1", 0),  # while run_meta.json is put in place
+        ("os.fsync", 3, "SIGTERM", 3),  # while the checkpoint of step 2 is written
         # While that of step 4 is written: before the evaluation there.
         ("torch.save", 1, "SIGUSR1", 4),
         ("experiment.clip_and_step", 3, "SIGUSR1", 7),  # in the middle of an epoch
@@ -149,9 +149,9 @@ MOMENTS = {
     ],
     "train_vae": [
         ("data.read_grey", 20, "SIGTERM", KILLED),  # while validation images are decoded
-        ("torch.save", 1, "SIGUSR1", KILLED),
-        ("os.replace", 2, "SIGTERM", KILLED),
-        ("os.fsync", 4, "SIGUSR1", 3),
+        ("torch.save", 1, "SIGUSR1", 0),
+        ("os.replace", 1, "SIGTERM", 0),
+        ("os.fsync", 3, "SIGUSR1", 3),
         # Two calls per step: before the autoencoder's at step 5.
         ("experiment.clip_and_step", 3, "SIGTERM", 5),
         ("torch.save", 3, "SIGUSR1", 8),  # before the evaluation
