@@ -483,8 +483,11 @@ def load_weights(module, state, path):
 
 
 def run_folder(ckpt_path):
-    """Folder of the run that RUN/ckpts/last.pt belongs to, however the path was typed."""
-    return pathlib.Path(os.path.abspath(ckpt_path)).parent.parent
+    """Folder of the run that RUN/ckpts/last.pt belongs to, also where a bare name was typed."""
+    path = pathlib.Path(ckpt_path)
+    if len(path.parts) < 3 or ".." in path.parts:
+        path = pathlib.Path(os.path.abspath(path))
+    return path.parent.parent
 
 
 def find_moved(ckpt_path, beside):
