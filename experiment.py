@@ -44,10 +44,18 @@ def fail(message):
     raise SystemExit(f"error{'' if rank == '0' else f' (rank {rank})'}: {message}")
 
 
+def say(text, end="\n"):
+    """print, whose reader may go: training does not end because `tee` did, at Ctrl-C."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def notice(message):
     """One line from rank 0 that the reader should not miss."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"note: {message}", flush=True)
+        say(f"note: {message}")
 
 
 def first_line(error):
@@ -1040,15 +1048,15 @@ class Progress:
         line = f"{self.label} {done}/{self.total} ({percent}%) {text} {time_text(seconds)} left"
         if self.tty:
             line = line[:shutil.get_terminal_size().columns - 1]
-            print("\r" + line.ljust(self.width), end="", flush=True)
+            say("\r" + line.ljust(self.width), end="")
             self.width = len(line)
         else:
-            print(line, flush=True)
+            say(line)
 
     def clear(self):
         """Wipe the line, so that normal output can follow."""
         if self.enabled and self.tty and self.width:
-            print("\r" + " " * self.width + "\r", end="", flush=True)
+            say("\r" + " " * self.width + "\r", end="")
             self.width = 0
 
 

@@ -24,7 +24,7 @@ import model
 from args import (BooleanFlag, add_autoencoder_arguments, add_data_arguments,
                   add_precision_arguments, add_training_arguments, at_least, int_list, interval,
                   make_parser, parse_settings, print_settings)
-from experiment import fail, notice
+from experiment import fail, notice, say
 
 # --- modes and arguments ------------------------------------------------------------------------
 
@@ -496,8 +496,8 @@ def main(argv=None):
                 sample_metrics = metrics.sweep_objective(sample_metrics, verdicts)
                 run.log(step, epoch, sample_metrics)
                 run.log_images(step, paths)
-                print(f"epoch {epoch}, step {step}: {', '.join(map(str, paths.values()))}")
-                print(metrics.format_verdicts(verdicts), flush=True)
+                say(f"epoch {epoch}, step {step}: {', '.join(map(str, paths.values()))}")
+                say(metrics.format_verdicts(verdicts))
             log_step, log_time = step, time.perf_counter()  # images/s are those of training
         if step >= total_steps:
             break
@@ -527,7 +527,7 @@ def main(argv=None):
             status = metrics.format_training(train_metrics)
             if procs.main:
                 progress.clear()
-                print(f"step {step} epoch {epoch} {status}", flush=True)
+                say(f"step {step} epoch {epoch} {status}")
             diverged = bad_in_a_row.item() >= args.max_bad_steps
             if diverged:
                 break
@@ -540,13 +540,13 @@ def main(argv=None):
     if procs.main and diverged:
         verdicts = metrics.health(train_metrics, run.history("train/loss"), diverged=True) + [
             v for v in verdicts if not v.metric.startswith("train/")]  # of the last evaluation
-        print(metrics.format_verdicts(verdicts))
+        say(metrics.format_verdicts(verdicts))
     if procs.main and args.overfit_k and not diverged:
-        print(metrics.format_overfit(sample_metrics))
+        say(metrics.format_overfit(sample_metrics))
     run.finish(step, {**train_metrics, **sample_metrics, "train_stats": reference.stats,
                       "verdicts": [v._asdict() for v in verdicts]}, diverged)
     if procs.main:
-        print("next: " + experiment.command_line("sample.py", ckpt=run.checkpoint_path))
+        say("next: " + experiment.command_line("sample.py", ckpt=run.checkpoint_path))
 
 
 if __name__ == "__main__":

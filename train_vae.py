@@ -19,7 +19,7 @@ import metrics
 import model
 from args import (add_data_arguments, add_precision_arguments, add_training_arguments, at_least,
                   int_list, make_parser, parse_settings, print_settings)
-from experiment import fail
+from experiment import fail, say
 
 LOSSES = ("train/loss", "train/rec", "train/kl", "train/g_loss", "train/d_loss", "train/grad_norm")
 
@@ -334,7 +334,7 @@ def main(argv=None):
                 run.log_images(step, {"recon": path})
                 progress.clear()
                 numbers = "".join(f"  {k} {v:.4f}" for k, v in val_metrics.items())
-                print(f"epoch {epoch}:{numbers}  {path}", flush=True)
+                say(f"epoch {epoch}:{numbers}  {path}")
             log_step, log_time = step, time.perf_counter()  # images/s are those of training
         if step >= total_steps:
             break
@@ -359,7 +359,7 @@ def main(argv=None):
             status = metrics.format_training(train_metrics)
             if procs.main:
                 progress.clear()
-                print(f"step {step} epoch {epoch} {status}", flush=True)
+                say(f"step {step} epoch {epoch} {status}")
             diverged = bad_in_a_row.item() >= args.max_bad_steps
             if diverged:
                 break
@@ -372,11 +372,11 @@ def main(argv=None):
     verdicts = []
     if procs.main:
         verdicts = metrics.health(train_metrics, run.history("train/loss"), diverged=diverged)
-        print(metrics.format_verdicts(verdicts))
+        say(metrics.format_verdicts(verdicts))
     run.finish(step, {**train_metrics, **val_metrics,
                       "verdicts": [v._asdict() for v in verdicts]}, diverged)
     if procs.main:
-        print("next: " + experiment.command_line(
+        say("next: " + experiment.command_line(
             "find_latent_scale.py", ae_ckpt_path=run.checkpoint_path,
             **experiment.data_flags(args)))
 

@@ -349,6 +349,19 @@ def test_a_terminal_that_was_closed_saves_the_run(workspace, ldm):
     assert torch.load(workspace.out / "x/ckpts/last.pt", weights_only=True)["step"] >= 3
 
 
+def test_a_reader_that_goes_does_not_end_training(workspace, ldm):
+    """`python train_ldm.py | head`, or `| tee log` at Ctrl-C."""
+    script, *argv = ldm("x", "--max_steps=12", "--log_every=1")
+    process = start(script, *argv)
+    for line in process.stdout:
+        if line.startswith("step 2 "):
+            break
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(60) == 0, err
+    assert json.loads((workspace.out / "x/summary.json").read_text())["step"] == 12
+
+
 def test_a_scale_of_other_images_is_noticed_before_training(workspace, quick, ldm):
     path = workspace.out / "v/latent_scale.json"
     scale = json.loads(path.read_text())
