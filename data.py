@@ -724,16 +724,14 @@ def describe_changes(before, now):
     return lines + [f"class {name} is gone" for name in old if name not in {n for n, _, _ in now}]
 
 
-def notice_changes(before, images, folder):
-    """Say what has changed since the run in `folder` was started; before: ImageSet.summary then,
-    None where it is not known."""
+def notice_changes(before, images, since):
+    """Say what has changed since `since`; before: ImageSet.summary then, None if not known."""
     try:
         changes = describe_changes(before, images.summary) if before else []
     except (TypeError, ValueError):  # damaged: there is nothing to compare with
         changes = []
     if changes:
-        notice(f"the training data have changed since {folder} was last started: "
-               f"{'; '.join(changes)}")
+        notice(f"the training data have changed since {since}: {'; '.join(changes)}")
 
 
 def _decode_all(listing, args, procs, where, meta):

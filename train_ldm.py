@@ -138,13 +138,9 @@ def parse_args(argv=None):
     return args
 
 
-def read_scale(args, ckpt_path, vae_sha256, images):
-    """The latent scale factor of the autoencoder, with a notice where it was measured on other
-    images than the ImageSet `images`.
-
-    Ends the program, with the command that measures it, where it is missing, damaged or of another
-    autoencoder.
-    """
+def read_scale(args, ckpt_path, vae_sha256):
+    """The latent scale factor of the autoencoder. Ends the program, with the command that measures
+    it, where it is missing, damaged or of another autoencoder."""
     if args.resume_dir and args.latent_scale_factor is None:
         own = experiment.read_meta(args.resume_dir).get("latent_scale_factor")
         if isinstance(own, float):  # also where it was measured again since
@@ -167,14 +163,21 @@ def read_scale(args, ckpt_path, vae_sha256, images):
                  f"again with: {command}")
         return given
     if given is None:
-        if stored.get("data") and (stored.get("task"), stored.get("split")) == (
-                args.task, args.split):
-            data.notice_changes(stored["data"], images, path)
         return factor
     if abs(given / factor - 1) > 0.01:
         notice(f"--latent_scale_factor={given} is {100 * (given / factor - 1):+.0f} % off the "
                f"measured {factor:.6g} in {path}")
     return given
+
+
+def notice_scale_of_others(args, ckpt_path, images):
+    """Say so where the scale factor was measured on other images than `images`, an ImageSet."""
+    path = experiment.run_folder(ckpt_path) / "latent_scale.json"
+    if not path.exists():
+        return
+    stored = experiment.read_json(path, "latent scale")
+    if (stored.get("task"), stored.get("split")) == (args.task, args.split):
+        data.notice_changes(stored.get("data"), images, f"{path} was measured")
 
 
 # --- model and step -----------------------------------------------------------------------------
@@ -385,7 +388,6 @@ def main(argv=None):
 
     # --- processes, autoencoder, data ---
     procs = experiment.setup_processes(args)
-    device = procs.device
     ae_path = experiment.find_autoencoder(args)
     vae, ae_settings, vae_sha256 = experiment.load_autoencoder(ae_path, procs, args.ae_config_path)
     if args.img_size not in (None, ae_settings["img_size"]):
@@ -393,8 +395,9 @@ def main(argv=None):
              f"{ae_settings['img_size']}: leave it out, or train an autoencoder of that size")
     args.img_size, args.ae_ckpt_path = ae_settings["img_size"], str(ae_path)
     data.adopt_root(args, ae_settings, "the autoencoder")
+    scale = read_scale(args, ae_path, vae_sha256)  # before hours of decoding
     images = data.open_images(args, procs, args.split)
-    scale = read_scale(args, ae_path, vae_sha256, images)
+    notice_scale_of_others(args, ae_path, images)
     class_names, latent_shape = images.class_names, vae.latent_shape
     try:
         denoiser, ema, optimizer = build_models(args, procs, latent_shape, len(class_names))
@@ -416,10 +419,10 @@ def main(argv=None):
     run = experiment.Run(args, procs, "ldm", f"ldm_{args.task.lower()}_{args.mode}", {
         "class_names": class_names, "img_size": args.img_size, "latent_shape": latent_shape,
         "latent_scale_factor": scale, "vae_sha256": vae_sha256, "data": images.summary})
-    data.notice_changes(run.before.get("data"), images, run.folder)
+    data.notice_changes(run.before.get("data"), images, f"{run.folder} was last started")
     step, train_metrics = 0, {}
     # Counted on the device: a look at each step would make the CPU wait for the GPU.
-    bad_in_a_row = torch.zeros((), device=device)
+    bad_in_a_row = torch.zeros((), device=procs.device)
     if checkpoint := run.load():
         check_resumed(checkpoint, run.folder, args, scale, vae_sha256, class_names)
         experiment.load_weights(denoiser, checkpoint["model"], run.checkpoint_path)
@@ -430,7 +433,7 @@ def main(argv=None):
         # The stored settings came along; those of the command line win.
         experiment.set_groups(optimizer, weight_decay=args.weight_decay)
         step, train_metrics = checkpoint["step"], checkpoint["train_metrics"]
-        bad_in_a_row = checkpoint["bad_steps"].to(device)
+        bad_in_a_row = checkpoint["bad_steps"].to(procs.device)
         run.check_steps(step, total_steps)
 
     def state():
@@ -450,14 +453,14 @@ def main(argv=None):
             "parameters": f"{parameters / 1e6:.1f} M",
             "steps": f"{total_steps} ({epoch_steps} per epoch)",
             "global batch": step_batch * procs.world_size,
-            "device": f"{device} x {procs.world_size}, {procs.dtype}, "
+            "device": f"{procs.device} x {procs.world_size}, {procs.dtype}, "
                       f"compile {'on' if procs.compile else 'off'}"})
     stop = experiment.StopSignal(procs)  # from here on there is something to lose
     run.start(args, checkpoint or state())
 
     # Only now, with the settings on the screen: compiling takes minutes.
     loss_fn = wrap(denoiser, latent_shape, args, procs)
-    labels = torch.from_numpy(images.labels).to(device)
+    labels = torch.from_numpy(images.labels).to(procs.device)
     means = LossMeans(procs)
     progress = experiment.Progress(procs, "step", total_steps, step)
     diverged, sample_metrics, verdicts, status = False, {}, [], ""
@@ -506,7 +509,7 @@ def main(argv=None):
         index, epoch = experiment.batch_indices(step, epoch_len, step_batch, args.seed, procs.rank,
                                                 procs.world_size)
         index = index % len(images)  # overfit_one repeats its image
-        micro_batches = [(latents.posterior(part), labels[torch.from_numpy(part).to(device)])
+        micro_batches = [(latents.posterior(part), labels[torch.from_numpy(part).to(procs.device)])
                          for part in np.split(index, args.grad_accum)]
         warmup = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
         experiment.set_groups(optimizer, lr=args.lr * warmup)

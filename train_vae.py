@@ -256,7 +256,7 @@ def main(argv=None):
     run = experiment.Run(args, procs, "vae", f"ae_{args.task.lower()}_z{args.z_channels}", {
         "class_names": train_set.class_names, "img_size": args.img_size,
         "latent_shape": models.vae.latent_shape, "data": train_set.summary})
-    data.notice_changes(run.before.get("data"), train_set, run.folder)
+    data.notice_changes(run.before.get("data"), train_set, f"{run.folder} was last started")
     step, train_metrics = 0, {}
     # Counted on the device: a look at each step would make the CPU wait for the GPU.
     bad_in_a_row = torch.zeros((), device=device)

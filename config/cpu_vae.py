@@ -1,4 +1,4 @@
-# An autoencoder that a laptop CPU trains in under an hour: 128 px radiographs to 4 x 16 x 16 latents.
+# An autoencoder that a laptop CPU trains in under an hour: 128 px images to 4 x 16 x 16 latents.
 img_size = 128
 z_channels = 4
 base_ch = 16

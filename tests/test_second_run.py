@@ -151,7 +151,7 @@ def test_data_that_changed_between_two_starts_are_said(workspace, quick, ldm, sc
                 f"--data_root={root}"]
     assert quick(*argv, "--max_steps=1").code == 0
     unchanged = quick(*argv, "--max_steps=2")
-    assert unchanged.code == 0 and "have changed" not in unchanged.out
+    assert unchanged.code == 0 and "last started" not in unchanged.out
     (root / "TB/train/tb/00003.png").unlink()
     train = root / "TB/train"
     (train / "normal").rename(train / "x")
@@ -159,10 +159,10 @@ def test_data_that_changed_between_two_starts_are_said(workspace, quick, ldm, sc
     (train / "x").rename(train / "tb")
     changed = quick(*argv, "--max_steps=3")
     assert changed.code == 0, changed.err
-    line, = (line for line in changed.out.splitlines() if "have changed" in line)
+    line, = (line for line in changed.out.splitlines() if "last started" in line)
     assert "class normal has 7 images, it had 8" in line
     assert "class tb now holds the images that were normal" in line
-    assert "have changed" not in quick(*argv, "--max_steps=4").out
+    assert "last started" not in quick(*argv, "--max_steps=4").out
 
 
 def test_a_scale_of_other_images_is_said_and_a_resumed_run_keeps_its_own(workspace, quick, ldm,

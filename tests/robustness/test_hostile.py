@@ -321,8 +321,7 @@ def test_runs_are_found_and_continued_whatever_the_date_in_their_description(
 def scale_in(folder, vae_sha256):
     args = argparse.Namespace(task="TB", data_root=None, output_root="runs",
                               latent_scale_factor=None, resume_dir=None, split="train")
-    images = argparse.Namespace(summary=[])
-    return train_ldm.read_scale(args, folder / "ckpts/last.pt", vae_sha256, images)
+    return train_ldm.read_scale(args, folder / "ckpts/last.pt", vae_sha256)
 
 
 def test_a_damaged_latent_scale_is_one_line_and_never_another_factor(stages, tmp_path):
