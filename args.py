@@ -14,7 +14,7 @@ import shutil
 import sys
 import types
 
-from experiment import fail, first_line, notice, read_meta
+from experiment import fail, first_line, named_folder, notice, read_meta
 
 # --- types --------------------------------------------------------------------------------------
 
@@ -306,9 +306,7 @@ def stored_flags(parser, folder):
 
 def run_to_continue(args):
     """Folder of the run that --resume_dir or --run_name names, None where there is none yet."""
-    folder = getattr(args, "resume_dir", None)
-    if not folder and getattr(args, "run_name", None):
-        folder = os.path.join(args.output_root, args.run_name)
+    folder = named_folder(args)
     if folder and os.path.exists(os.path.join(folder, "run_meta.json")):
         return folder
     if getattr(args, "resume_dir", None):

@@ -37,17 +37,20 @@ EXTENSIONS = DICOM | {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".bmp", 
                       ".webp", ".gif", ".pgm"}
 LITTER = {".ds_store", "thumbs.db", "desktop.ini"}  # of file browsers: nobody misses them
 
-# Grey TIFF files that Pillow does not know: (byte order, WhiteIsZero 0 or BlackIsZero 1, bits) and
-# how their values are stored. _deep_grey inverts WhiteIsZero.
-for _kind, _stored in (((b"II", 0, 12), ("I;16", "I;12")), ((b"MM", 0, 12), ("I;16", "I;12")),
-                       ((b"MM", 1, 12), ("I;16", "I;12")), ((b"MM", 0, 16), ("I;16B", "I;16B")),
-                       ((b"MM", 1, 32), ("I", "I;32B"))):
-    _order, _zero, _bits = _kind
-    TiffImagePlugin.OPEN_INFO.setdefault((_order, _zero, (1,), 1, (_bits,), ()), _stored)
 HIDDEN = (".", "@eaDir", "__MACOSX")  # of systems, with thumbnails in them
 MASKS = {"mask", "masks", "segmentation", "segmentations"}  # beside images, as COVID-19 sets have
 FLAT_RULE = ("in a folder without class folders, names that begin with `TB.` are class tb, "
              "Montgomery's and Shenzhen's `..._1.png` are tb, and all others are normal")
+BATCH = 64  # images that are worked on at once, so that a data set need not fit into memory
+
+# Grey TIFF files that Pillow does not know, by byte order, WhiteIsZero (0) or BlackIsZero (1) and
+# bits: how their values are stored. _deep_grey inverts WhiteIsZero.
+for _order, _zero, _bits, _stored in ((b"II", 0, 12, ("I;16", "I;12")),
+                                      (b"MM", 0, 12, ("I;16", "I;12")),
+                                      (b"MM", 1, 12, ("I;16", "I;12")),
+                                      (b"MM", 0, 16, ("I;16B", "I;16B")),
+                                      (b"MM", 1, 32, ("I", "I;32B"))):
+    TiffImagePlugin.OPEN_INFO.setdefault((_order, _zero, (1,), 1, (_bits,), ()), _stored)
 
 
 # --- folders ------------------------------------------------------------------------------------
@@ -72,10 +75,11 @@ class Listing(NamedTuple):
 
 
 def _entries(folder):
-    """os.DirEntry objects of a folder, by name."""
+    """os.DirEntry objects of a folder, by name, without LITTER."""
     try:
         with os.scandir(folder) as entries:
-            return sorted(entries, key=lambda entry: entry.name)
+            return sorted((e for e in entries if e.name.lower() not in LITTER),
+                          key=lambda entry: entry.name)
     except OSError as e:
         fail(f"cannot read the folder {folder}: {e.strerror}")
 
@@ -98,7 +102,7 @@ def _refuse_broken_link(path):
 def _subfolders(folder):
     """Names of the folders in a folder, and of links without a target, that are not hidden."""
     return [e.name for e in _entries(folder)
-            if (_is_folder(e) or _is_broken_link(e.path)) and not e.name.startswith(".")]
+            if (_is_folder(e) or _is_broken_link(e.path)) and not e.name.startswith(HIDDEN)]
 
 
 def _shown(name):
@@ -128,8 +132,6 @@ def _walk(folder, above, left_out):
     found = []
     for entry in _entries(folder):
         suffix = _shown(os.path.splitext(entry.name)[1].lower())
-        if entry.name.lower() in LITTER:
-            continue
         if entry.name.startswith(HIDDEN):
             left_out["hidden"] += 1
         elif _is_folder(entry) and entry.name.lower() in MASKS:
@@ -156,7 +158,7 @@ def _flat_class(name):
 
 def _split_files(folder, left_out):
     """([(entry, class name)], class names, whether it is flat) of one TASK/SPLIT folder."""
-    entries = [e for e in _entries(folder) if e.name.lower() not in LITTER]
+    entries = _entries(folder)
     class_folders = [e for e in entries if _is_folder(e) and not e.name.startswith(HIDDEN)]
     if not class_folders:
         found = _walk(folder, set(), left_out)
@@ -167,7 +169,7 @@ def _split_files(folder, left_out):
         if entry in class_folders:
             found = _walk(entry.path, {os.path.realpath(folder)}, left_out)
             files += [(image, class_name(entry.name)) for image in found]
-        elif entry.name.startswith("."):
+        elif entry.name.startswith(HIDDEN):
             left_out["hidden"] += 1
         else:
             _refuse_broken_link(entry.path)  # it may have been a class
@@ -610,6 +612,12 @@ class ImageSet:
                                    names=self.names[indices])
 
 
+def batches(images):
+    """All of an ImageSet, or of what is read like one, in order: float32 [B, 1, S, S]."""
+    for start in range(0, len(images), BATCH):
+        yield images.images(np.arange(start, min(start + BATCH, len(images))))
+
+
 def adopt_root(args, settings, what):
     """Without --data_root, take that of a model's settings: what was trained on real images is not
     measured on phantoms by mistake."""
@@ -789,9 +797,14 @@ def _notice_odd(listing, positions, where, what):
                f"{_shown(odd[0].path)}, {what}")
 
 
+def _first_lines(lines):
+    """The first twenty of some lines for the end of a message, and how many more there are."""
+    more = [f"and {len(lines) - 20} more"] if len(lines) > 20 else []
+    return "".join(f"\n  {line}" for line in lines[:20] + more)
+
+
 def _refuse_or_notice(bad, count, skip, where):
-    lines = [f"\n  {name}: {reason}" for _, name, reason in bad[:20]]
-    names = "".join(lines) + (f"\n  and {len(bad) - 20} more" if len(bad) > 20 else "")
+    names = _first_lines([f"{name}: {reason}" for _, name, reason in bad])
     if not skip:
         fail(f"{len(bad)} of {count} images in {where} cannot be decoded; repair or remove them, "
              f"or leave them out with --skip_bad_images:{names}")
@@ -804,36 +817,31 @@ def _refuse_or_notice(bad, count, skip, where):
 # 0.970; copies of half the size, of JPEG quality 30, with noise of 3 % or another gamma at least
 # 0.995.
 COPY_CORRELATION = 0.99
+THUMBNAIL_SIZE = 32  # side in pixels of what copies are looked for in
 
 
-def thumbnails(x, size=32):
-    """[N, size^2] of images [N, 1, H, W]: averaged down, with mean 0 and length 1, so that the
-    product of two is their correlation and exposure does not count."""
-    rows = F.interpolate(x, (size, size), mode="area").flatten(1)
+def thumbnails(x):
+    """[N, 1024] of images [N, 1, H, W]: averaged down to 32 x 32, with mean 0 and length 1, so that
+    the product of two is their correlation and exposure does not count."""
+    rows = F.interpolate(x, THUMBNAIL_SIZE, mode="area").flatten(1)
     rows = rows - rows.mean(1, keepdim=True)
-    return F.normalize(rows, dim=1)
+    return rows / rows.std(1, correction=0, keepdim=True).clamp_min(1e-6) / THUMBNAIL_SIZE
 
 
 def find_copies(images, train, procs, label):
     """[[position in images, position in train]] of images that stand in `train` too, exactly or
     nearly (rescaled, re-compressed)."""
-    def small(image_set):
-        parts = [np.arange(i, min(i + 256, len(image_set))) for i in range(0, len(image_set), 256)]
-        return torch.cat([thumbnails(image_set.images(part)) for part in parts])
-
-    mine, pairs = small(images), []
-    progress = experiment.Progress(procs, label, len(train))
+    mine = torch.cat([thumbnails(x) for x in batches(images)])
     best, where = torch.full((len(images),), -1.0), torch.zeros(len(images), dtype=torch.long)
-    for start in range(0, len(train), 256):
-        part = train.subset(np.arange(start, min(start + 256, len(train))))
-        values, nearest = (mine @ small(part).T).max(1)
+    progress, done = experiment.Progress(procs, label, len(train)), 0
+    for x in batches(train):
+        values, nearest = (mine @ thumbnails(x).T).max(1)
         better = values > best
-        best[better], where[better] = values[better], nearest[better] + start
-        progress.update(start + len(part))
+        best[better], where[better] = values[better], nearest[better] + done
+        done += len(x)
+        progress.update(done)
     progress.clear()
-    for i in (best > COPY_CORRELATION).nonzero()[:, 0].tolist():
-        pairs.append([i, int(where[i])])
-    return pairs
+    return [[i, int(where[i])] for i in (best > COPY_CORRELATION).nonzero()[:, 0].tolist()]
 
 
 def _without_copies(images, train, folder, procs, where):
@@ -851,8 +859,8 @@ def _without_copies(images, train, folder, procs, where):
         experiment.write_json(path, {"pairs": pairs})
     if not pairs:
         return images
-    lines = [f"\n  {_shown(images.names[i])} is {_shown(train.names[j])}" for i, j in pairs[:20]]
-    names = "".join(lines) + (f"\n  and {len(pairs) - 20} more" if len(pairs) > 20 else "")
+    names = _first_lines([f"{_shown(images.names[i])} is {_shown(train.names[j])}"
+                          for i, j in pairs])
     notice(f"{len(pairs)} images of {where} stand in the training set too, exactly or nearly, and "
            f"are left out:{names}")
     copies = [i for i, _ in pairs]

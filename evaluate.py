@@ -14,7 +14,6 @@ import hashlib
 import math
 import pathlib
 import statistics
-import zipfile
 from typing import NamedTuple
 
 import numpy as np
@@ -33,9 +32,7 @@ from args import (add_data_arguments, add_precision_arguments, add_sampling_argu
 from experiment import fail, notice
 
 CLASSIFIER_SIZE = 64  # side in pixels of what the classifier sees
-THUMBNAIL_SIZE = 32  # side in pixels of what copies are looked for in
 BASELINE_DRAWS = 8  # choices of training images that the baseline is the mean of
-BATCH = 64  # images measured at once, so that a data set need not fit into memory
 TSTR = "samples, tested on held-out images"
 NO_SAMPLES = {"manifest.json", "metrics.json", "grid.png", "evaluation.json",
               "evaluation_pairs.png"}  # what sample.py and this program write beside samples
@@ -188,12 +185,6 @@ def read_samples(folder, class_names, img_size):
     return Samples(rows, labels)
 
 
-def batches(images):
-    """All of a data.ImageSet or Samples in order, as float32 [B, 1, S, S] in [-1, 1]."""
-    for start in range(0, len(images), BATCH):
-        yield images.images(np.arange(start, min(start + BATCH, len(images))))
-
-
 @torch.no_grad()
 def apply(function, parts, procs):
     """function of each of the tensors [B, ...] on the device: float32 [N, ...] on the CPU."""
@@ -203,14 +194,6 @@ def apply(function, parts, procs):
 def view(x):
     """Images [N, 1, H, W] averaged down to the classifier's size, [N, 1, 64, 64]."""
     return F.interpolate(x, CLASSIFIER_SIZE, mode="area")
-
-
-def thumbnails(x):
-    """[N, 1024] of images [N, 1, H, W]: 32 x 32 pixels with mean 0 and variance 1 each, so that
-    exposure does not count."""
-    rows = F.interpolate(x, THUMBNAIL_SIZE, mode="area").flatten(1)
-    rows = rows - rows.mean(1, keepdim=True)
-    return rows / rows.std(1, correction=0, keepdim=True).clamp_min(1e-6)
 
 
 LOOKS = ("black_fraction", "percentile_1", "detail")
@@ -232,8 +215,8 @@ def looks(x):
 def reduce_images(images, procs):
     """ImageGroup of a data.ImageSet or Samples."""
     return ImageGroup(images, torch.from_numpy(images.labels),
-                      apply(view, batches(images), procs),
-                      apply(thumbnails, batches(images), procs))
+                      apply(view, data.batches(images), procs),
+                      apply(data.thumbnails, data.batches(images), procs))
 
 
 # --- classifier ---------------------------------------------------------------------------------
@@ -313,11 +296,8 @@ def real_classifier(train, num_classes, args, procs):
     path = pathlib.Path(args.output_root, "cache", f"classifier_{key[:16]}.pt")
     if path.exists():
         try:
-            with zipfile.ZipFile(path) as archive:  # torch.load checks no checksums
-                if archive.testzip():
-                    raise ValueError("a checksum does not match")
             net = Classifier(num_classes)
-            net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            net.load_state_dict(experiment.load_archive(path))
             return net.to(procs.device).eval().requires_grad_(False)
         except Exception as e:  # whatever a damaged file raises
             notice(f"{path} is damaged ({experiment.first_line(e)}): training the classifier again")
@@ -334,7 +314,7 @@ def tstr(samples, train, held_out, judge, num_classes, args, procs):
     third entry is TSTR (Esteban et al. 2017); the second is what real images get.
     """
     def tested_on(net, group):
-        scores = apply(net, group.views.split(BATCH), procs)
+        scores = apply(net, group.views.split(data.BATCH), procs)
         return metrics.auroc_interval(scores, group.labels)
 
     views = torch.cat([train.views, samples.views])
@@ -639,11 +619,13 @@ def main(argv=None):
         samples = draw_samples(ldm, args, procs)
     sample_group = reduce_images(samples, procs)
     pool = train.subset(as_many(train.labels, np.repeat(samples.labels, BASELINE_DRAWS), args.seed))
-    sets = [FeatureGroup(images.labels, apply(network, batches(images), procs),
-                         apply(looks, batches(images), procs)) for images in (samples, pool, real)]
+    sets = [FeatureGroup(images.labels,
+                         apply(network, data.batches(images), procs),
+                         apply(looks, data.batches(images), procs))
+            for images in (samples, pool, real)]
     if vae is not None:  # what it leaves of real images is about the most that samples can have
         decoded = apply(lambda x: looks(vae.decode(vae.encode(x).mean).clamp(-1, 1)),
-                        batches(real), procs)
+                        data.batches(real), procs)
     report = {"features": features_name, "split": args.split, "seed": args.seed, **sampling,
               "groups": {}}
     for name, classes in groups.items():
@@ -659,7 +641,7 @@ def main(argv=None):
             sample_group.thumbnails, train_group.thumbnails, real_group.thumbnails)
         closest = copies.pop("ratio").argsort()[:10]
         originals = copies.pop("nearest")[closest]
-        report["memorisation"] = {**copies, "pixels": THUMBNAIL_SIZE}
+        report["memorisation"] = {**copies, "pixels": data.THUMBNAIL_SIZE}
         written.append(folder / "evaluation_pairs.png")
         experiment.save_grid(
             written[-1], [samples.images(closest.numpy()), train.images(originals.numpy())],

@@ -428,7 +428,7 @@ def sha256_file(path):
 # --- checkpoints and their loaders --------------------------------------------------------------
 
 MADE_BY = {"vae": "train_vae.py", "ldm": "train_ldm.py"}
-# What a later stage reads of a checkpoint, beside the settings in "args".
+# What a later stage reads of a checkpoint.
 NEEDED = {"vae": ("args", "ema"),
           "ldm": ("args", "model", "ema", "step", "class_names", "trained_classes", "latent_shape",
                   "latent_scale_factor", "vae_sha256", "ae_ckpt_path", "train_stats")}
@@ -439,25 +439,36 @@ def save_checkpoint(path, kind, state):
     write_atomic(path, lambda f: torch.save({"kind": kind, **state}, f))
 
 
-def load_checkpoint(path, kind):
-    """The dict that save_checkpoint wrote, on the CPU.
+def load_archive(path):
+    """What torch.save wrote, on the CPU; an exception of some kind where the file is damaged.
 
-    Never runs code from the file (weights_only) and checks the archive's checksums, so that a
-    damaged file ends the program with one line instead of training on with wrong weights.
+    Never runs code from the file (weights_only), and checks the archive's checksums, which
+    torch.load does not.
     """
+    with zipfile.ZipFile(path) as archive:
+        broken = archive.testzip()
+    if broken:
+        raise ValueError(f"checksum of {broken} does not match")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def fail_damaged(path, error):
+    """End the program for what a hostile or damaged file raised: it is one thing to the user."""
+    fail(f"{path} is damaged or no checkpoint of this program "
+         f"({type(error).__name__}: {first_line(error)})")
+
+
+def load_checkpoint(path, kind):
+    """The dict that save_checkpoint wrote, on the CPU; a damaged file ends the program with one
+    line instead of training on with wrong weights."""
     if not os.path.isfile(path):
         inside = os.path.join(path, "ckpts", "last.pt")
         hint = f", which is a run folder: give {inside}" if os.path.exists(inside) else ""
         fail(f"no checkpoint at {path}{hint}")
     try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-        if broken:
-            raise ValueError(f"checksum of {broken} does not match")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # whatever a hostile or damaged file raises, it is one thing to the user
-        fail(f"{path} is damaged or no checkpoint of this program "
-             f"({type(e).__name__}: {first_line(e)})")
+        state = load_archive(path)
+    except Exception as e:
+        fail_damaged(path, e)
     found = state.get("kind") if isinstance(state, dict) else None
     if found != kind:
         by = f" but by {MADE_BY[found]}" if found in MADE_BY else ""
@@ -476,9 +487,8 @@ def checkpoint_step(path):
     """Step of a checkpoint, without reading its weights; ends the program where it is damaged."""
     try:
         return torch.load(path, mmap=True, weights_only=True)["step"]
-    except Exception as e:  # see load_checkpoint
-        fail(f"{path} is damaged or no checkpoint of this program "
-             f"({type(e).__name__}: {first_line(e)})")
+    except Exception as e:
+        fail_damaged(path, e)
 
 
 def load_weights(module, state, path):
@@ -734,12 +744,21 @@ def git_commit():
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+def named_folder(args):
+    """Run folder that --resume_dir or --run_name names, None where neither does, or the stage has
+    no such flag."""
+    if getattr(args, "resume_dir", None):
+        return args.resume_dir
+    name = getattr(args, "run_name", None)
+    return os.path.join(args.output_root, name) if name else None
+
+
 def new_folder(args, default_name):
     """Folder of a new run. Without --run_name it is made exclusively, so that two runs of the same
     second get two."""
     try:
         if args.run_name:
-            folder = os.path.join(args.output_root, args.run_name)
+            folder = named_folder(args)
             os.makedirs(folder, exist_ok=True)
             checkpoint = os.path.join(folder, "ckpts", "last.pt")
             if os.path.exists(checkpoint) and checkpoint_step(checkpoint) > 0:
@@ -821,9 +840,9 @@ class Run:
         if self.resumed:
             old = self.before = read_meta(self.folder)
             self.meta["created"] = old.get("created")
-            self.meta["wandb_id"] = args.wandb_id
-            if old.get("folder") in (None, self.folder.name):  # else a copy of the folder
-                self.meta["wandb_id"] = args.wandb_id or old.get("wandb_id")
+            is_copy = old.get("folder") not in (None, self.folder.name)  # of another run's folder
+            if not args.wandb_id and not is_copy:
+                self.meta["wandb_id"] = old.get("wandb_id")
             if old.get("world_size") != procs.world_size:
                 notice(f"continuing on {procs.world_size} processes instead of "
                        f"{old.get('world_size')}: the step count goes on, but batches, epoch "
@@ -980,9 +999,7 @@ def start_wandb(args, run):
 def report_run(args):
     """For --check, two lines: the folder that a run would write to (empty: named by its date), and
     the step of its checkpoint (-1: none)."""
-    folder = args.resume_dir
-    if not folder and args.run_name:
-        folder = os.path.join(args.output_root, args.run_name)
+    folder = named_folder(args)
     checkpoint = os.path.join(folder or "", "ckpts", "last.pt")
     step = checkpoint_step(checkpoint) if folder and os.path.exists(checkpoint) else -1
     print(folder or "", step, sep="\n")

@@ -11,6 +11,7 @@ from conftest import error_of, write_png
 from PIL import Image
 
 import args as flags
+import data
 import diffusion
 import evaluate
 import experiment
@@ -50,14 +51,14 @@ def test_vae_features_are_means_on_a_coarse_grid():
 
 def test_a_copy_is_found_whatever_its_exposure():
     x = torch.rand(5, 1, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    darker = evaluate.thumbnails(0.3 * x - 0.2)
-    torch.testing.assert_close(darker, evaluate.thumbnails(x), rtol=1e-3, atol=1e-3)
+    darker = 32 * data.thumbnails(0.3 * x - 0.2)  # of variance 1
+    torch.testing.assert_close(darker, 32 * data.thumbnails(x), rtol=1e-3, atol=1e-3)
 
 
 def test_a_last_batch_of_one_image_is_a_batch():
     rows = np.arange(65, dtype=np.uint16)[:, None, None].repeat(4, 1).repeat(4, 2)
     samples = evaluate.Samples(rows, np.zeros(65, int))
-    parts = list(evaluate.batches(samples))
+    parts = list(data.batches(samples))
     assert [len(part) for part in parts] == [64, 1]
     means = evaluate.apply(lambda x: x.mean((1, 2, 3)), parts, CPU)
     np.testing.assert_allclose((means.numpy() + 1) * 32767.5, np.arange(65), atol=0.01)

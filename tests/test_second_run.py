@@ -92,40 +92,38 @@ time.sleep(60)
 """
 
 
-def test_an_owner_on_another_machine_is_waited_for(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def holder(tmp_path):
+    """A process that holds the lock of tmp_path, as one on another machine would."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "lock",
+                                "process 7 on node9"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_an_owner_on_another_machine_is_waited_for(holder, tmp_path, monkeypatch, capsys):
     """A node that died gives its lock back only after a while."""
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "lock", "process 7 on node9"],
-                              stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout.readline() == "held\n"
-        waited = []
+    waited = []
 
-        def sleep(seconds):
-            waited.append(seconds)
-            if len(waited) == 5:
-                holder.kill()
-                holder.wait()
-        monkeypatch.setattr(experiment.time, "sleep", sleep)
-        lock = experiment.lock_folder(tmp_path)
-        lock.close()
-        assert len(waited) == 5 and "process 7 on node9" in capsys.readouterr().out
-    finally:
-        holder.kill()
-        holder.wait()
+    def sleep(seconds):
+        waited.append(seconds)
+        if len(waited) == 5:
+            holder.kill()
+            holder.wait()
+    monkeypatch.setattr(experiment.time, "sleep", sleep)
+    lock = experiment.lock_folder(tmp_path)
+    lock.close()
+    assert len(waited) == 5 and "process 7 on node9" in capsys.readouterr().out
 
 
-def test_an_owner_on_another_machine_is_not_waited_for_for_ever(tmp_path, monkeypatch, capsys):
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "lock", "process 7 on node9"],
-                              stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout.readline() == "held\n"
-        waited = []
-        monkeypatch.setattr(experiment.time, "sleep", waited.append)
-        assert "in use by process 7 on node9" in error_of(capsys, experiment.lock_folder, tmp_path)
-        assert sum(waited) == 120
-    finally:
-        holder.kill()
-        holder.wait()
+def test_an_owner_on_another_machine_is_not_waited_for_for_ever(holder, tmp_path, monkeypatch,
+                                                                capsys):
+    waited = []
+    monkeypatch.setattr(experiment.time, "sleep", waited.append)
+    assert "in use by process 7 on node9" in error_of(capsys, experiment.lock_folder, tmp_path)
+    assert sum(waited) == 120
 
 
 def test_a_run_whose_description_is_gone_keeps_its_checkpoint(workspace, quick, ldm):
