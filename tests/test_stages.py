@@ -498,6 +498,9 @@ try:
 except SystemExit as e:
     assert e.code == (1 if rank else "error: no such file")
 print(f"rank {rank} fine")
+# As the stages end: gloo's threads must not outlive the interpreter, nor DDP the group.
+del ddp
+experiment.leave_processes()
 """
 
 
