@@ -597,11 +597,11 @@ def cached_array(procs, folder, name, shape, dtype, label, prepare, check=None):
     """
     path = pathlib.Path(folder, f"{name}.npy")
     part = path.with_suffix(".part")
-    lock = None
+    lock, finished = None, {}  # on rank 0
 
     def begin():
         """(whole cache or None, pieces [(start, stop)] to be made)."""
-        nonlocal lock
+        nonlocal lock, finished
         if cache := _open_if_whole(path, shape, dtype, say=False):
             return cache, []
         experiment.make_folder(path.parent)
@@ -609,16 +609,21 @@ def cached_array(procs, folder, name, shape, dtype, label, prepare, check=None):
         if cache := _open_if_whole(path, shape, dtype):  # another run has made it meanwhile
             return cache, []
         _remove_leftovers(path.parent, part)
-        return None, _unfinished_pieces(path, part, shape, dtype)
+        _begin_part(path, part, shape, dtype)
+        finished = _finished_pieces(part)
+        pieces = [(start, min(start + PIECE, shape[0])) for start in range(0, shape[0], PIECE)]
+        return None, [piece for piece in pieces if piece not in finished]
 
     cache, pieces = experiment.on_main(procs, begin)
     if cache:
         return cache
-    _make_pieces(part, pieces[procs.rank::procs.world_size], shape, dtype, prepare(), procs, label)
-    experiment.barrier(procs)
+    made = _make_pieces(part, pieces[procs.rank::procs.world_size], shape, dtype, prepare(), procs,
+                        label)
+    # Not from the journals: a network disk may show those of other machines late.
+    for of_rank in experiment.gather_objects(procs, made):
+        finished |= of_rank
 
     def finish():
-        finished = _finished_pieces(part)
         notes = collections.defaultdict(list)
         for piece in sorted(finished):
             for what, values in finished[piece].items():
@@ -642,9 +647,10 @@ def cached_array(procs, folder, name, shape, dtype, label, prepare, check=None):
 
 
 def _make_pieces(part, pieces, shape, dtype, make, procs, label):
-    """Make the rows of some pieces, write them to the disk, and only then note that they are."""
+    """Make the rows of some pieces, write them to the disk, and only then note that they are:
+    {(start, stop): notes}."""
     progress = experiment.Progress(procs, label, sum(stop - start for start, stop in pieces))
-    done = 0
+    made, done = {}, 0
 
     def tick(count):
         nonlocal done
@@ -666,14 +672,16 @@ def _make_pieces(part, pieces, shape, dtype, make, procs, label):
                 os.fsync(rows_file.fileno())
                 journal_file.write(json.dumps([start, stop, notes]) + "\n")
                 journal_file.flush()
+                made[start, stop] = notes
     except OSError as e:
         fail(f"cannot write {part}: {e.strerror}; free some space or choose another --output_root. "
              "What is done stays")
     progress.clear()
+    return made
 
 
-def _unfinished_pieces(path, part, shape, dtype):
-    """[(start, stop)] of the rows that are still to be made in the folder `part`, which is made."""
+def _begin_part(path, part, shape, dtype):
+    """Make the folder `part` with a file for all rows, unless an earlier start has left it."""
     experiment.make_folder(part)
     rows = part / "rows.npy"
     if not rows.exists() and path.exists() and any(part.glob("*.jsonl")):
@@ -690,9 +698,6 @@ def _unfinished_pieces(path, part, shape, dtype):
             f.write(header.getvalue())
             f.truncate(size)
         experiment.write_atomic(rows, write)
-    finished = _finished_pieces(part)
-    pieces = [(start, min(start + PIECE, shape[0])) for start in range(0, shape[0], PIECE)]
-    return [piece for piece in pieces if piece not in finished]
 
 
 def _finished_pieces(part):

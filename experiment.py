@@ -179,10 +179,9 @@ def end_with_parent():
 
 
 def name_lost_ranks(procs):
-    """Have an exception that comes of another rank's death end in one line that says which died."""
+    """Have an exception that comes of another rank's end say in one line which rank that was."""
     here = socket.gethostname()
-    places = [None] * procs.world_size
-    dist.all_gather_object(places, (here, os.getpid()))
+    places = gather_objects(procs, (here, os.getpid()))
     show = sys.excepthook
 
     def hook(kind, value, traceback):
@@ -193,8 +192,9 @@ def name_lost_ranks(procs):
             time.sleep(2)  # another rank speaks; while it looks round, this one must not be lost
         else:
             names = ", ".join(f"rank {r} (process {places[r][1]} on {here})" for r in lost)
-            print(f"error: {names} died, killed or out of memory, and the others end too. The same "
-                  "command goes on from the last checkpoint", file=sys.stderr, flush=True)
+            print(f"error: {names} ended before the others: killed, out of memory, or by an error "
+                  "above. The same command goes on from the last checkpoint", file=sys.stderr,
+                  flush=True)
     sys.excepthook = hook
 
 
@@ -265,6 +265,15 @@ def average(procs, tensor):
         dist.all_reduce(tensor)
         tensor /= procs.world_size
     return tensor
+
+
+def gather_objects(procs, mine):
+    """[picklable object of each rank], on every rank, once all are here."""
+    parts = [mine]
+    if procs.world_size > 1:
+        parts *= procs.world_size
+        dist.all_gather_object(parts, mine, group=procs.waiting)
+    return parts
 
 
 def gather(procs, mine):
