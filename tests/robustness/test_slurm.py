@@ -20,6 +20,32 @@ import train_ldm
 
 STUB = ROOT.parent / "shared" / "wandb-stub"
 PARTITIONS = ("stampede", "bigbatch", "biggpu")
+# A cluster that declares GPUs and one that does not, say: their slurm.conf files, with ":" between.
+CLUSTERS = os.environ.get("SLURM_TEST_CONFS", os.environ.get("SLURM_CONF", "")).split(":")
+
+# In place of a trainer: does what --plan says for this start of the job (starts are separated by
+# commas, the ranks of one by slashes).
+FAKE = """
+import os, signal, sys, time
+if any(word.startswith("--check") for word in sys.argv):
+    print("runs/fake", -1, sep="\\n")
+    sys.exit()
+plan = next(word[7:] for word in sys.argv if word.startswith("--plan="))
+start = plan.split(",")[int(os.environ.get("SLURM_RESTART_COUNT", 0))].split("/")
+act = start[int(os.environ["RANK"]) % len(start)]
+if act == "wait":
+    time.sleep(600)
+if act == "hang":
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    time.sleep(600)
+if act == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+if act == "raise":
+    raise ValueError("a bug")
+print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"])
+sys.exit(int(act))
+"""
 
 
 def slurm_is_up():
@@ -31,8 +57,11 @@ def slurm_is_up():
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
+    return make_checkout(tmp_path_factory.mktemp("slurm") / "checkout")
+
+
+def make_checkout(root):
     """A copy of the code with tiny configs, and call(COMMAND...) to run something in it."""
-    root = tmp_path_factory.mktemp("slurm") / "checkout"
     shutil.copytree(ROOT / "slurm", root / "slurm")
     for path in (*ROOT.glob("*.py"), ROOT / "sweep.yaml"):
         shutil.copy(path, root)
@@ -40,6 +69,7 @@ def checkout(tmp_path_factory):
     (root / "ldm.py").write_text(TINY_LDM + "device = 'cpu'\nmax_steps = 2\n")
     bin_folder = shlex.quote(os.path.dirname(sys.executable))
     (root / "activate").write_text(f"export PATH={bin_folder}:$PATH\n")
+    (root / "train_fake.py").write_text(FAKE)
     hidden = {k for k in os.environ if k.startswith(("SBATCH_", "WANDB_"))}
     hidden |= {"DATA_ROOT", "PARTITION", "TASK", "OUTPUT_ROOT"}
     env = {k: v for k, v in os.environ.items() if k not in hidden}
@@ -71,6 +101,25 @@ def test_shellcheck():
     assert done.returncode == 0, done.stdout
 
 
+# A launcher without the check, which takes a second.
+LAUNCH = """set -euo pipefail
+exec 2>&1
+source slurm/common.sh
+parse_launch --dry-run "$@"
+submit name slurm/train.slurm train_vae.py
+"""
+
+
+@pytest.fixture
+def gres(checkout, tmp_path):
+    """gres(TEXT) -> PATH with a sinfo that answers TEXT: partitions and their GRES."""
+    def answer(text):
+        (tmp_path / "sinfo").write_text(f"#!/bin/sh\necho '{text}'\n")
+        (tmp_path / "sinfo").chmod(0o755)
+        return f"{tmp_path}:{checkout.env['PATH']}"
+    return answer
+
+
 def test_dry_run_prints_the_submission_and_hands_on_every_other_flag(checkout):
     out = checkout.call(
         "slurm/train_ldm.sh", "overfit_16", "--partition", "biggpu", "--nodes=2", "--gpus", "3",
@@ -88,9 +137,10 @@ def test_dry_run_prints_the_submission_and_hands_on_every_other_flag(checkout):
 
 @pytest.mark.parametrize(("flags", "scale_time", "ldm_time"),
                          [((), "2:00:00", None), (("--time=9:00:00",), "9:00:00", "9:00:00")])
-def test_pipeline_dry_run(checkout, flags, scale_time, ldm_time):
-    out = checkout.call("slurm/pipeline.sh", "TB", "4", "full_train", "--nodes=2", "--gpus=4",
-                        "--output_root=out", "--dry-run", *flags, "--ldm", "--lr=1e-4")
+def test_pipeline_dry_run(checkout, gres, flags, scale_time, ldm_time):
+    out = checkout.call("slurm/pipeline.sh", "TB", "4", "full_train", "--nodes=2", "--gpus=a100:4",
+                        "--output_root=out", "--dry-run", *flags, "--ldm", "--lr=1e-4",
+                        PATH=gres("all* gpu:a100:4"))
     jobs = []
     for line in out.splitlines():
         command = shlex.split(line)
@@ -104,7 +154,7 @@ def test_pipeline_dry_run(checkout, flags, scale_time, ldm_time):
     assert [s.get("dependency") for s in (vae_sbatch, scale_sbatch, ldm_sbatch)] == [
         None, "afterok:JOBID", "afterok:JOBID"]
     assert [(s["nodes"], s["gpus-per-node"]) for s in (vae_sbatch, scale_sbatch, ldm_sbatch)] == [
-        ("2", "4"), ("1", "1"), ("2", "4")]
+        ("2", "a100:4"), ("1", "a100:1"), ("2", "a100:4")]
     assert [scale_sbatch.get("time"), ldm_sbatch.get("time")] == [scale_time, ldm_time]
     checkpoint = f"out/{vae_flags['run_name']}/ckpts/last.pt"
     assert scale_flags["ae_ckpt_path"] == ldm_flags["ae_ckpt_path"] == checkpoint
@@ -121,6 +171,57 @@ def test_an_unknown_flag_is_refused_by_all_launchers(checkout):
         assert "--learning_rat" in out and "sbatch" not in out
 
 
+@pytest.mark.parametrize(("flags", "answer", "asked", "cpus", "noted"), [
+    ("", "p* gpu:4", "1", "4", False),
+    ("", "p* gpu:a100:4(S:0-1),shard:8", "1", "4", False),
+    ("--gpus=2", "p* (null)\np* shard:8,gpu:2", "2", "8", False),  # nodes that differ
+    ("--gpus a100:4", "p* gpu:a100:4", "a100:4", "16", False),
+    ("--gpus=0", "p* gpu:4", None, "4", False),
+    ("--partition=p", "p gpu:4", "1", "4", False),
+    ("", "p* (null)", None, "4", False),
+    ("--gpus=0", "p* (null)", None, "4", False),
+    ("--gpus=2", "p* (null)", None, "8", True),
+    ("--gpus=a100:2", "p* craynetwork:4", None, "8", True),
+    ("", "big gpu:4\np* (null)", None, "4", False),  # the default partition counts
+    ("", "big (null)\np* gpu:4", "1", "4", False),
+    ("--partition=typo", "", "1", "4", False)])  # for sbatch to refuse
+def test_gpus_are_asked_for_where_there_are_some(checkout, gres, flags, answer, asked, cpus, noted):
+    out = checkout.call("bash", "-c", LAUNCH, "launch", *flags.split(), PATH=gres(answer))
+    *notes, command = out.splitlines()
+    sbatch = dict(word[2:].partition("=")[::2] for word in shlex.split(command))
+    assert (sbatch.get("gpus-per-node"), sbatch["cpus-per-task"]) == (asked, cpus)
+    assert (len(notes), "declares no GPUs" in out) == (noted, noted)
+
+
+def test_gpus_that_are_asked_for_in_another_way_are_not_asked_for_twice(checkout, gres):
+    for answer in ("p* gpu:4", "p* (null)"):
+        for setting in ({"SBATCH_FLAGS": "--mem=8G --gres=gpu:a100:1"}, {"SBATCH_FLAGS": "-G 2"},
+                        {"SBATCH_GRES": "gpu:a100:1"}):
+            out = checkout.call("bash", "-c", LAUNCH, "launch", PATH=gres(answer), **setting)
+            assert "gpus-per-node" not in out and "note" not in out
+    out = checkout.call("bash", "-c", LAUNCH, "launch", PATH=gres("p* gpu:4"),
+                        SBATCH_FLAGS="--gres=license:1 --gpu-bind=closest")
+    assert "--gpus-per-node=1 " in out
+
+
+@pytest.mark.parametrize(("flags", "says"), [
+    ("--gpus=two", "such as 2 or a100:2"), ("--gpus=a100:", "such as 2"), ("--gpus=-1", "such as"),
+    ("--gpus", "--gpus needs a value"), ("--time --nodes=2", "--time needs a value"),
+    ("--after=", "--after needs a value"), ("--after=7,8", "such as 7 or 7:8"),
+    ("--after=job", "such as 7"), ("--job-name=", "--job-name needs a value"),
+    ("--job-name=a/b", "has a slash")])
+def test_launchers_refuse_in_one_line_what_would_fail(checkout, gres, flags, says):
+    out = checkout.call("bash", "-c", LAUNCH, "launch", *flags.split(), code=1,
+                        PATH=gres("p* gpu:4"))
+    assert out.count("\n") == 1 and out.startswith("error: ") and says in out
+
+
+def test_a_misspelt_flag_of_a_launcher_is_named_in_one_line(checkout):
+    out = checkout.call("slurm/train_vae.sh", "TB", "1", "--partitoin=x", "--dry-run", code=1)
+    assert "unknown argument --partitoin=x; did you mean --partition?" in out
+    assert out.count("\n") == 1
+
+
 def test_help_submits_nothing(checkout):
     out = checkout.call("slurm/train_vae.sh", "TB", "1", "--help", "--dry-run", code=1)
     assert "--z_channels" in out and "sbatch" not in out
@@ -133,6 +234,72 @@ def test_train_slurm_says_how_it_is_called(checkout):
     out = checkout.call("slurm/train.slurm", "--mode=overfit_16", code=1, **hidden,
                         SLURM_SUBMIT_DIR=str(checkout.root))
     assert "sbatch slurm/train.slurm PROGRAM [flags]" in out
+
+
+@pytest.mark.parametrize(("plan", "code", "says"), [
+    ("0", 0, ""), ("75", 75, ""), ("78/wait", 78, ""), ("wait/78", 78, ""), ("raise/78", 78, ""),
+    ("3/wait", 3, "rank 0 on node7 ended with exit code 3"),
+    ("wait/raise", 1, "rank 1 on node7 ended with exit code 1"),
+    ("wait/killed", 137, "rank 1 on node7 was killed by SIGKILL: out of memory?")])
+def test_launch_hands_on_how_its_processes_ended(checkout, plan, code, says, tmp_path):
+    # Two processes since the job finds two GPUs, where Slurm hands out none.
+    find_two = ("import runpy, sys, torch; torch.cuda.device_count = lambda: 2; del sys.argv[0];"
+                "runpy.run_path(sys.argv[0], run_name='__main__')")
+    out = checkout.call(
+        sys.executable, "-c", find_two,
+        "slurm/launch.py", "train_fake.py", f"--plan={plan}", code=code, SLURM_GPUS_ON_NODE="",
+        SLURM_NNODES="1", SLURM_NODEID="0", SLURMD_NODENAME="node7", MASTER_ADDR="localhost",
+        MASTER_PORT="29871", FINAL_MARK=str(tmp_path / "final"))
+    assert (tmp_path / "final").exists() == (code == 78)
+    assert [line for line in out.splitlines() if "rror: " in line and "ValueError" not in line] \
+        == [f"error: {says}"] * bool(says)
+    assert out.count("Traceback") == plan.count("raise") and "torch" not in out
+    assert code or sorted(out.splitlines()) == ["rank 0 of 2", "rank 1 of 2"]
+
+
+# requeue with another Slurm and another program; each argument is one end of the job: `stopped` is
+# not empty where it had been told to stop, and the step that its run had reached.
+REQUEUE = """set -euo pipefail
+source slurm/common.sh
+squeue() { echo RUNNING; }
+scontrol() { echo again; }
+check() { run_folder=runs/x run_step=$step; }
+mkdir -p slurm_logs
+rm -f slurm_logs/retries-7
+for end in "$@"; do
+    stopped=${end%:*} step=${end#*:}
+    (requeue train_vae.py)
+done
+"""
+
+
+@pytest.mark.parametrize(("ends", "again"), [
+    ([":5"] * 6, 3),
+    (["stopped:-1"] * 6, 6),
+    ([":5", "stopped:5", ":5", "stopped:5", ":5", "stopped:5", ":5"], 6),
+    ([":5", ":5", ":5", ":6", ":6", ":6", ":6"], 6)])
+def test_a_job_is_given_up_after_three_failures_without_a_step(checkout, ends, again):
+    code = 0 if again == len(ends) else 1
+    out = checkout.call("bash", "-c", REQUEUE, "job", *ends, code=code, SLURM_JOB_ID="7")
+    assert out.count("again\n") == again and ("giving up" in out) == (code == 1)
+
+
+def test_an_agent_does_not_try_a_run_again_that_failed_for_good(checkout, tmp_path):
+    run = checkout.root / "sweeps/sweep-7-abc"
+    run.mkdir(parents=True)
+    for name, script in {"srun": "echo srun; exit 78", "wandb": "echo wandb",
+                         "scontrol": "echo node1"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    (checkout.root / "activate_stubs").write_text(f"PATH={tmp_path}:$PATH\n")
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_PARTITION": "p", "SLURM_GPUS_ON_NODE": "1",
+           "SLURM_CPUS_ON_NODE": "4", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "node1",
+           "SLURM_SUBMIT_DIR": str(checkout.root), "OUTPUT_ROOT": "sweeps",
+           "ENV_ACTIVATE": "activate_stubs"}
+    starts = [checkout.call("slurm/ldm_sweep_agent.slurm", "me/p/abc", "p", **job)
+              for _ in range(2)]
+    assert ["srun" in out for out in starts] == [True, False]
+    assert not any("wandb" in out for out in starts)  # it counts as the one run to take
 
 
 @pytest.mark.parametrize("named", [False, True])
@@ -160,7 +327,8 @@ def test_a_mode_that_does_not_exist_is_refused(checkout):
 def test_swarm_dry_run(checkout):
     launch = ("slurm/launch_sweep_swarm.sh", "me/p/abc", "bigbatch")
     command = shlex.split(checkout.call(*launch, "8", "3", "2", "--dry-run"))
-    assert {"--array=1-3", "--partition=bigbatch", "--nodes=1"} <= set(command)
+    assert {"--array=1-3", "--partition=bigbatch", "--nodes=1",
+            "--output=slurm_logs/%x-%A_%a.out"} <= set(command)
     assert command[-5:] == ["slurm/ldm_sweep_agent.slurm", "me/p/abc", "bigbatch", "8", "2"]
     for bad in (("-1", "3", "2"), ("0", "none", "2"), ("0", "3", "0")):
         assert "sbatch" not in checkout.call(*launch, *bad, code=1)
