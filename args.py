@@ -128,6 +128,10 @@ class Parser(argparse.ArgumentParser):
             return None
         return super()._get_value(action, text)
 
+    def _check_value(self, action, value):
+        if value is not None:
+            super()._check_value(action, value)
+
     def parse(self, argv):
         """Namespace; ends the program on a flag that it does not know."""
         args, unknown = self.parse_known_args(argv)
@@ -183,8 +187,9 @@ def add_precision_arguments(parser):
 def add_check_argument(parser):
     """What the job scripts ask before they queue anything."""
     parser.add_argument(
-        "--check", action=BooleanFlag, default=False,
-        help="check the flags, print the run's folder and its step, and leave")
+        "--check", nargs="?", const="inputs", choices=("inputs", "flags"),
+        help="check the flags and that what they name is there, print the run's folder and its "
+             "step, and leave; =flags: another job will make the inputs")
 
 
 def add_training_arguments(parser, lr, epochs, batch_per_device):

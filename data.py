@@ -627,6 +627,18 @@ def adopt_root(args, settings, what):
         notice(f"no --data_root: using that of {what}, {root}")
 
 
+def _no_split(root, task, split):
+    tasks = _subfolders(root) if task == "ALL_CXR" else [task]
+    splits = sorted({s for t in tasks for s in _subfolders(os.path.join(root, t))})
+    return f"no split {split!r} for task {task} in {root}; there: {', '.join(splits) or 'none'}"
+
+
+def check_folders(args):
+    """End the program where --data_root has not got the split of the task."""
+    if args.data_root and not find_members(args.data_root, args.task, args.split):
+        fail(_no_split(args.data_root, args.task, args.split))
+
+
 def open_images(args, procs, split, optional=False, class_names=None, train=None):
     """ImageSet of a split, decoded on first use into OUTPUT_ROOT/cache.
 
@@ -647,10 +659,7 @@ def _open_images(args, procs, split, optional, class_names, train):
     where = os.path.join(root, args.task, split)
     listing = scan(root, args.task, split, class_names)
     if listing is None:
-        tasks = _subfolders(root) if args.task == "ALL_CXR" else [args.task]
-        splits = sorted({s for t in tasks for s in _subfolders(os.path.join(root, t))})
-        message = (f"no split {split!r} for task {args.task} in {root}; there: "
-                   f"{', '.join(splits) or 'none'}")
+        message = _no_split(root, args.task, split)
         if not optional:
             fail(message)
         notice(f"{message}. Validation is skipped")

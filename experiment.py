@@ -32,16 +32,21 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import diffusion
 import model
 
+# What the job scripts tell apart; any other code is one that the program did not choose.
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request, saved; the same command goes on from there
+EXIT_FAILED = 78  # EX_CONFIG: the same command would fail again
 
 
 # --- messages -----------------------------------------------------------------------------------
 
 
-def fail(message):
-    """End the program with one line on standard error and exit code 1."""
+def fail(message, code=EXIT_FAILED):
+    """End the program with one line on standard error."""
     rank = os.environ.get("RANK", "0")
-    raise SystemExit(f"error{'' if rank == '0' else f' (rank {rank})'}: {message}")
+    end = SystemExit(f"error{'' if rank == '0' else f' (rank {rank})'}: {message}")
+    print(end, file=sys.stderr, flush=True)
+    end.code = code  # its text stays the message
+    raise end
 
 
 def say(text, end="\n"):
@@ -183,7 +188,7 @@ def on_main(procs, function):
             box[1] = e.code
     dist.broadcast_object_list(box, device=torch.device("cpu"))
     if box[1] is not None:
-        raise SystemExit(box[1] if procs.main else 1)
+        raise SystemExit(box[1])
     return box[0]
 
 
@@ -397,17 +402,25 @@ def write_json(path, value):
     write_atomic(path, lambda f: f.write(text.encode()))
 
 
+def parse_json(path):
+    """A JSON object from a file; OSError where it cannot be read, ValueError where it is none."""
+    with open(path) as f:
+        try:
+            value = json.load(f)
+        except RecursionError as e:
+            raise ValueError(e) from e
+    if not isinstance(value, dict):
+        raise ValueError("no JSON object")
+    return value
+
+
 def read_json(path, what):
     """A JSON object from a file; ends the program, saying `what` it should have been."""
     try:
-        with open(path) as f:
-            value = json.load(f)
-        if not isinstance(value, dict):
-            raise ValueError("no JSON object")
-        return value
+        return parse_json(path)
     except FileNotFoundError:
         fail(f"no {what} at {path}")
-    except (OSError, ValueError, RecursionError) as e:
+    except (OSError, ValueError) as e:
         fail(f"{path} is no readable {what}: {e}")
 
 
@@ -530,11 +543,12 @@ def find_autoencoder(args):
     found = []
     for path in pathlib.Path(args.output_root).glob("*/run_meta.json"):
         try:
-            meta = read_meta(path.parent)
-        except SystemExit as e:  # of a run that nobody asked for
-            notice(str(e).removeprefix("error: "))
+            meta = parse_json(path)
+            task = meta["args"].get("task")
+        except (OSError, ValueError, KeyError, AttributeError) as e:
+            notice(f"{path} is no readable run description ({first_line(e)}): passed over")
             continue
-        if meta.get("kind") == "vae" and meta["args"].get("task") == args.task:
+        if meta.get("kind") == "vae" and task == args.task:
             finished = (path.parent / "summary.json").exists()
             found.append((finished, seconds_since_1970(meta.get("created")), str(path.parent)))
     if not found:
@@ -795,7 +809,7 @@ def lock_folder(folder):
             owner = lock.read(200).decode("utf-8", "replace").strip()
             if second >= (0 if owner.endswith(f" on {here}") else 120):
                 fail(f"{folder} is in use by {owner}: wait until it ends, stop it, or give another "
-                     "--run_name")
+                     "--run_name", EXIT_STOPPED)
             if second == 0:
                 notice(f"{folder} is in use by {owner}: waiting up to two minutes, it may be dead")
             time.sleep(1)
@@ -950,6 +964,8 @@ class Run:
             with contextlib.suppress(Exception):
                 self.wandb.summary.update(numbers)
         self._finish_wandb(int(diverged))
+        if diverged and not self.procs.main:
+            raise SystemExit(EXIT_FAILED)
         if diverged:
             lower = f"{self.meta['args']['lr'] / 3:.1e}"
             fail("too many steps in a row had a non-finite loss or gradient (--max_bad_steps); "

@@ -66,6 +66,9 @@ class Moments:
 def main(argv=None):
     args = parse_settings(build_parser(), argv)
     if args.check:
+        data.check_folders(args)
+        if args.check == "inputs":
+            experiment.load_checkpoint(experiment.find_autoencoder(args), "vae")
         return
 
     # --- autoencoder and latents ---

@@ -170,6 +170,15 @@ def read_scale(args, ckpt_path, vae_sha256):
     return given
 
 
+def check_inputs(args):
+    """End the program where what --check is to look for is missing."""
+    data.check_folders(args)
+    if args.check == "inputs":
+        ae_path = experiment.find_autoencoder(args)
+        experiment.load_checkpoint(ae_path, "vae")
+        read_scale(args, ae_path, experiment.sha256_file(ae_path))
+
+
 def notice_scale_of_others(args, ckpt_path, images):
     """Say so where the scale factor was measured on other images than `images`, an ImageSet."""
     path = experiment.run_folder(ckpt_path) / "latent_scale.json"
@@ -383,6 +392,7 @@ def check_resumed(checkpoint, folder, args, scale, vae_sha256, class_names):
 def main(argv=None):
     args = parse_args(argv)
     if args.check:
+        check_inputs(args)
         experiment.report_run(args)
         return
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 
 import data
@@ -101,6 +102,9 @@ def wrap(models, args, procs):
     x = torch.zeros(batch, 1, size, size, device=procs.device)
     x = x.contiguous(memory_format=procs.memory_format)
     noise = torch.zeros(batch, *vae.latent_shape, device=procs.device)
+    if args.disc_weight > 0:
+        # adaptive_weight goes back through the compiled autoencoder more than once.
+        torch._functorch.config.donated_buffer = False
     vae_fn = experiment.wrap_ddp(procs, torch.compile(vae) if procs.compile else vae, x, noise)
     if args.disc_weight == 0:
         return vae_fn, disc
@@ -227,6 +231,7 @@ def save_reconstructions(path, vae, images, procs, epoch):
 def main(argv=None):
     args = parse_args(argv)
     if args.check:
+        data.check_folders(args)
         experiment.report_run(args)
         return
 

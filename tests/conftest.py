@@ -18,6 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
+import experiment
+
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
 torch.set_num_threads(1)
@@ -132,12 +134,12 @@ def quick(fork_server, tmp_path_factory):
     return call
 
 
-def error_of(capsys, function, *args, **kwargs):
-    """The last line of the message that a call ends the program with."""
+def error_of(capsys, function, *args, code=experiment.EXIT_FAILED, **kwargs):
+    """The last line of the message that a call ends the program with, with exit code `code`."""
     with pytest.raises(SystemExit) as e:
         function(*args, **kwargs)
-    text = e.value.code if isinstance(e.value.code, str) else capsys.readouterr().err.strip()
-    assert e.value.code not in (0, None) and text
+    text = capsys.readouterr().err.strip()
+    assert e.value.code == code and text
     return text.splitlines()[-1]
 
 

@@ -135,7 +135,7 @@ def test_guidance_without_a_null_class_is_refused_and_allowed_at_1(capsys):
 def test_bad_config_files_are_refused_with_file_and_setting(capsys, tmp_path, text, says):
     with pytest.raises(SystemExit) as e:
         train_ldm.parse_args([config(tmp_path, text)])
-    message = str(e.value.code)
+    message = str(e.value)
     assert message.startswith("error: ")
     assert says in message and "settings.py" in message
     assert len(message.splitlines()) == 1

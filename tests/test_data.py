@@ -32,8 +32,8 @@ def settings(root, out, **changes):
 def message(function, *args, **kwargs):
     with pytest.raises(SystemExit) as e:
         function(*args, **kwargs)
-    assert e.value.code.startswith("error: ")
-    return e.value.code
+    assert str(e.value).startswith("error: ")
+    return str(e.value)
 
 
 # --- folders ---

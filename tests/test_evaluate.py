@@ -371,7 +371,8 @@ def test_bad_input_is_one_line(workspace, quick):
         result = quick("evaluate.py", f"--output_root={workspace.out}", "--num_samples=2",
                        "--num_sampling_steps=2", "--classifier_steps=1", *argv)
         lines = [line for line in result.err.splitlines() if line.strip()]
-        assert result.code == 1 and len(lines) == 1 and says in lines[0], result.err
+        assert result.code == experiment.EXIT_FAILED
+        assert len(lines) == 1 and says in lines[0], result.err
 
 
 @pytest.fixture

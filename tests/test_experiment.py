@@ -155,7 +155,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path, e
     with pytest.raises(expected) as e:
         experiment.write_atomic(path, write)
     if isinstance(e.value, SystemExit):
-        assert "last.pt" in e.value.code and len(e.value.code.splitlines()) == 1
+        assert "last.pt" in str(e.value) and len(str(e.value).splitlines()) == 1
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["last.pt"]
     experiment.write_atomic(path, lambda f: f.write(b"new"))
     assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["last.pt"]

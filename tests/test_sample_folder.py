@@ -70,7 +70,7 @@ def test_another_state_of_the_checkpoint_is_another_setting(workspace, folder, c
 def test_several_processes_refuse_with_one_line(workspace, folder):
     before = tree_hashes(folder)
     _, err = run("sample.py", f"--ckpt={workspace.ldm_ckpt}", *FEW, f"--out_dir={folder}",
-                 processes=2, code=1)
+                 processes=2, code=1)  # torchrun's own
     assert err.count("samples of other settings") == 1
     assert tree_hashes(folder) == before
 

@@ -43,10 +43,10 @@ def test_settings_that_end_before_the_checkpoint_change_nothing(workspace, quick
     assert quick(*ldm("x", "--epochs=4")).code == 0
     before = tree_hashes(workspace.out / "x")
     result = quick(*ldm("x", *more))
-    assert result.code == 1 and "has done 8 steps" in only_error(result)
+    assert result.code == experiment.EXIT_FAILED and "has done 8 steps" in only_error(result)
     assert tree_hashes(workspace.out / "x") == before
     result = quick("train_vae.py", f"--resume_dir={workspace.out / 'v'}", "--max_steps=10")
-    assert result.code == 1 and "has done 100 steps" in only_error(result)
+    assert result.code == experiment.EXIT_FAILED and "has done 100 steps" in only_error(result)
 
 
 # --- whose folder is it ---
@@ -70,9 +70,10 @@ def test_a_folder_in_use_is_refused_while_its_process_lives_and_only_then(worksp
         process.send_signal(signal.SIGSTOP)  # it holds the folder, and does nothing else
         result = quick(script, *argv)
         message = only_error(result)
-        assert result.code == 1 and f"in use by process {process.pid} on " in message
+        assert result.code == experiment.EXIT_STOPPED  # to be tried again
+        assert f"in use by process {process.pid} on " in message
         result = quick("train_ldm.py", f"--resume_dir={folder}", "--max_steps=3")
-        assert result.code == 1 and "in use by" in only_error(result)
+        assert result.code == experiment.EXIT_STOPPED and "in use by" in only_error(result)
     finally:
         process.kill()  # it cannot tidy up
         process.communicate()
@@ -122,7 +123,8 @@ def test_an_owner_on_another_machine_is_not_waited_for_for_ever(holder, tmp_path
                                                                 capsys):
     waited = []
     monkeypatch.setattr(experiment.time, "sleep", waited.append)
-    assert "in use by process 7 on node9" in error_of(capsys, experiment.lock_folder, tmp_path)
+    line = error_of(capsys, experiment.lock_folder, tmp_path, code=experiment.EXIT_STOPPED)
+    assert "in use by process 7 on node9" in line  # to be tried again
     assert sum(waited) == 120
 
 
@@ -131,7 +133,7 @@ def test_a_run_whose_description_is_gone_keeps_its_checkpoint(workspace, quick, 
     (workspace.out / "x/run_meta.json").unlink()
     before = (workspace.out / "x/ckpts/last.pt").read_bytes()
     result = quick(*ldm("x", "--max_steps=6"))
-    assert result.code == 1 and "run_meta.json is gone" in only_error(result)
+    assert result.code == experiment.EXIT_FAILED and "run_meta.json is gone" in only_error(result)
     assert (workspace.out / "x/ckpts/last.pt").read_bytes() == before
 
 
@@ -275,7 +277,7 @@ def test_a_class_that_is_no_file_name_is_not_loaded(workspace, quick, name):
     torch.save({**state, "class_names": [name, "tb"]}, path)
     before = tree_hashes(workspace.root)
     result = quick("sample.py", f"--ckpt={path}", "--num_samples=1", "--num_sampling_steps=2")
-    assert result.code == 1 and "no file name" in only_error(result)
+    assert result.code == experiment.EXIT_FAILED and "no file name" in only_error(result)
     assert tree_hashes(workspace.root) == before
 
 
@@ -294,7 +296,8 @@ def test_paths_know_the_home_folder_and_are_not_empty(capsys, monkeypatch):
 
 def test_a_run_folder_given_as_a_checkpoint_is_told_so(workspace, quick):
     result = quick("sample.py", f"--ckpt={workspace.out / 'l'}")
-    assert result.code == 1 and f"give {workspace.ldm_ckpt}" in only_error(result)
+    assert result.code == experiment.EXIT_FAILED
+    assert f"give {workspace.ldm_ckpt}" in only_error(result)
 
 
 def test_a_checkpoint_of_another_version_is_one_line(workspace, quick):
@@ -302,7 +305,8 @@ def test_a_checkpoint_of_another_version_is_one_line(workspace, quick):
     del state["trained_classes"]
     torch.save(state, workspace.ldm_ckpt)
     result = quick("sample.py", f"--ckpt={workspace.ldm_ckpt}")
-    assert result.code == 1 and "it lacks trained_classes" in only_error(result)
+    assert result.code == experiment.EXIT_FAILED
+    assert "it lacks trained_classes" in only_error(result)
 
 
 def test_a_broken_description_of_another_run_is_passed_over(workspace, quick):

@@ -320,7 +320,7 @@ def test_a_run_that_diverges_says_so_and_leaves_good_weights(workspace, quick):
     result = quick("train_ldm.py", *workspace.common, f"--config={workspace.ldm_config}",
                    f"--ae_ckpt_path={workspace.vae_ckpt}", "--run_name=bad", "--max_steps=40",
                    "--lr=1e30", "--warmup_steps=0", "--max_bad_steps=4")
-    assert result.code == 1
+    assert result.code == experiment.EXIT_FAILED
     assert error_lines(result)[0].startswith("error: ") and "--resume_dir" in result.err
     state = experiment.load_checkpoint(workspace.out / "bad/ckpts/last.pt", "ldm")
     assert all(v.isfinite().all() for v in state["model"].values())
@@ -434,11 +434,11 @@ def test_a_moved_autoencoder_is_accepted_by_its_hash(workspace, quick):
               "--num_sampling_steps=2"]
     before = tree_hashes(workspace.out)
     result = quick(*common)
-    assert result.code == 1 and "--ae_ckpt_path" in only_error(result)
+    assert result.code == experiment.EXIT_FAILED and "--ae_ckpt_path" in only_error(result)
     other = torch.load(workspace.vae_ckpt, weights_only=True)
     torch.save({**other, "step": 7}, workspace.root / "other.pt")
     result = quick(*common, f"--ae_ckpt_path={workspace.root / 'other.pt'}")
-    assert result.code == 1 and "hash" in only_error(result)
+    assert result.code == experiment.EXIT_FAILED and "hash" in only_error(result)
     assert tree_hashes(workspace.out) == before
     assert quick(*common, f"--ae_ckpt_path={workspace.vae_ckpt}").code == 0
 
@@ -496,7 +496,7 @@ assert called == [0] * (rank == 0)
 try:
     experiment.on_main(procs, lambda: experiment.fail("no such file"))
 except SystemExit as e:
-    assert e.code == (1 if rank else "error: no such file")
+    assert e.code == experiment.EXIT_FAILED
 print(f"rank {rank} fine")
 # As the stages end: gloo's threads must not outlive the interpreter, nor DDP the group.
 del ddp
@@ -520,7 +520,7 @@ import torch
 from torch._dynamo.utils import counters
 compile = torch.compile
 # What is traced, without generating code.
-torch.compile = lambda module: compile(module, backend="eager")
+torch.compile = lambda module: compile(module, backend="aot_eager")
 importlib.import_module(name).main()
 graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 open("graphs" + os.environ.get("RANK", "0"), "w").write(f"{graphs} graphs, {breaks} breaks")
@@ -578,6 +578,31 @@ def test_two_processes_end_with_the_same_weights(workspace, monkeypatch):
     first = read_jsonl(workspace.out / "l/metrics.jsonl")[0]
     # The same 8 images per step: 4 on each process.
     assert records[0]["epoch"] == first["epoch"]
+
+
+# --- --check ---
+
+
+def test_check_looks_at_the_inputs_and_writes_nothing(workspace, quick):
+    scale = workspace.out / "v/latent_scale.json"
+    ae = f"--ae_ckpt_path={workspace.vae_ckpt}"
+    before = tree_hashes(workspace.root)
+    for script in ("train_vae.py", "train_ldm.py", "find_latent_scale.py"):
+        argv = [script, *workspace.common] + [ae] * (script != "train_vae.py")
+        assert quick(*argv, "--check").code == 0
+        for flag in ("--check", "--check=flags"):
+            result = quick(*argv, "--task=CT", flag)
+            assert result.code == experiment.EXIT_FAILED and "there: TB" in only_error(result)
+    assert tree_hashes(workspace.root) == before
+    scale.unlink()
+    result = quick("train_ldm.py", *workspace.common, ae, "--check")
+    assert result.code == experiment.EXIT_FAILED and "find_latent_scale.py" in only_error(result)
+    assert quick("train_ldm.py", *workspace.common, ae, "--check=flags").code == 0
+    workspace.vae_ckpt.unlink()
+    for script in ("train_ldm.py", "find_latent_scale.py"):
+        result = quick(script, *workspace.common, ae, "--check")
+        assert result.code == experiment.EXIT_FAILED and "no checkpoint" in only_error(result)
+        assert quick(script, *workspace.common, ae, "--check=flags").code == 0
 
 
 # --- bad input ---
@@ -657,7 +682,7 @@ def test_bad_input_is_one_line_and_changes_nothing(stages, bad_tree, quick, name
     before = tree_hashes(bad_tree)
     root = [] if script == "sample.py" else [f"--output_root={out}"]
     result = quick(script, *root, *args)
-    assert result.code == 1, result.out
+    assert result.code == experiment.EXIT_FAILED, result.out
     assert says in only_error(result)
     assert tree_hashes(bad_tree) == before
 
@@ -675,14 +700,14 @@ def test_an_output_folder_that_cannot_be_is_one_line(stages, workspace, quick, s
              "sample.py": [f"--ckpt={workspace.ldm_ckpt}", f"--out_dir={target}"]}[script]
     before = tree_hashes(workspace.root)
     result = quick(script, *needs)
-    assert result.code == 1 and "cannot write" in only_error(result)
+    assert result.code == experiment.EXIT_FAILED and "cannot write" in only_error(result)
     assert tree_hashes(workspace.root) == before
 
 
 def test_images_too_small_for_the_discriminator_are_refused_at_the_start(workspace, quick):
     result = quick("train_vae.py", *workspace.common, f"--config={workspace.vae_config}",
                    "--img_size=16", "--run_name=s", "--max_steps=2", "--disc_start=1")
-    assert result.code == 1 and "img_size" in only_error(result)
+    assert result.code == experiment.EXIT_FAILED and "img_size" in only_error(result)
     assert not (workspace.out / "s").exists()
 
 
@@ -705,7 +730,7 @@ def test_no_latent_scale_names_the_command_that_makes_it(workspace, quick):
             "--run_name=n"]
     before = tree_hashes(workspace.out)
     result = quick(*args)
-    assert result.code == 1 and tree_hashes(workspace.out) == before
+    assert result.code == experiment.EXIT_FAILED and tree_hashes(workspace.out) == before
     command = re.search("python (find_latent_scale.py .*)$", only_error(result)).group(1)
     assert quick(*shlex.split(command), cwd=workspace.root).code == 0
     assert strict(path) == stored
@@ -719,9 +744,9 @@ def test_a_latent_scale_of_another_autoencoder_is_refused(workspace, quick):
             f"--ae_ckpt_path={workspace.vae_ckpt}"]
     before = tree_hashes(workspace.out)
     result = quick(*args)
-    assert result.code == 1 and "find_latent_scale.py" in only_error(result)
+    assert result.code == experiment.EXIT_FAILED and "find_latent_scale.py" in only_error(result)
     path.write_text("{}")
-    assert quick(*args).code == 1
+    assert quick(*args).code == experiment.EXIT_FAILED
     path.unlink()
     name = "v/latent_scale.json"
     assert {**tree_hashes(workspace.out), name: before[name]} == before

@@ -40,10 +40,10 @@ repeatable = settings(derandomize=True, deadline=None, database=None,
 
 def line_of(error):
     """The one line that SystemExit ends the program with."""
-    assert isinstance(error.code, str), error.code
-    assert error.code.startswith("error: "), error.code
-    assert len(error.code.splitlines()) == 1, error.code
-    return error.code
+    line = str(error)
+    assert error.code == experiment.EXIT_FAILED and line.startswith("error: "), line
+    assert len(line.splitlines()) == 1, line
+    return line
 
 
 # --- full disk ----------------------------------------------------------------------------------
@@ -88,9 +88,9 @@ def disk(tmp_path):
 
 
 def refused(result, what):
-    """The error of a stage that met a full disk: exit code 1 and one line that names the file."""
+    """The error of a stage that met a full disk: its exit code and one line that names the file."""
     line = only_error(result)
-    assert result.code == 1 and "cannot write" in line and what in line, line
+    assert result.code == experiment.EXIT_FAILED and "cannot write" in line and what in line, line
     return line
 
 
@@ -203,7 +203,8 @@ def test_samples_that_do_not_fit_are_one_line_and_whole_pictures(stages, disk, q
                "--num_sampling_steps=10", f"--out_dir={out}"]
     disk.leave(0)
     result = quick(*command)
-    assert result.code == 1 and "--num_samples" in only_error(result) and not out.exists()
+    assert result.code == experiment.EXIT_FAILED
+    assert "--num_samples" in only_error(result) and not out.exists()
     # The estimate is of the images' pixels, without the file system's overhead.
     disk.leave(4 * PAGE)
     refused(quick(*command), ".png")
@@ -415,7 +416,7 @@ def test_damaged_json_through_the_command_line(workspace, quick):
                                 (meta, NO_OBJECTS["deep"], resume)):
         path.write_bytes(content)
         result = quick(*argv)
-        assert result.code == 1 and path.name in only_error(result)
+        assert result.code == experiment.EXIT_FAILED and path.name in only_error(result)
         scale.write_bytes(whole)
     index.write_bytes(NO_OBJECTS["no UTF-8"])
     result = quick("find_latent_scale.py", *workspace.common, vae)
