@@ -58,7 +58,7 @@ check() {
 # Slurm cannot be asked, as on a laptop: yes.
 declares_gpus() {
     local gres
-    gres=$(sinfo --all --noheader ${1:+--partition="$1"} --format='%P %G' 2>/dev/null) || return 0
+    gres=$(sinfo --noheader ${1:+--partition="$1"} --format='%P %G' 2>/dev/null) || return 0
     [ -n "$1" ] || gres=$(grep '^[^ ]*[*] ' <<<"$gres")
     [ -z "$gres" ] || [[ $gres =~ [\ ,]gpu ]]
 }
@@ -159,11 +159,13 @@ train() {
 }
 
 # requeue PROGRAM ARGS...: put this job back into the queue and end, unless its run has not come a
-# step further in the last MAX_RETRIES requeues. A job that was told to stop has not failed.
+# step further in the last MAX_RETRIES requeues. One that was told to stop has not failed, unless it
+# was for lack of time, which there will be no more of next time.
 requeue() {
-    local file=slurm_logs/retries-$SLURM_JOB_ID state progress last='' retries=0
-    state=$(squeue --noheader --jobs="$job" --format=%T)
-    [ "$state" = RUNNING ] || die "not requeued: the job is $state" # cancelled, say
+    local file=slurm_logs/retries-$SLURM_JOB_ID state left progress last='' retries=0
+    read -r state left < <(squeue --noheader --jobs="$job" --format='%T %L')
+    # After scancel, say.
+    [ "$state" = RUNNING ] || die "not requeued: Slurm is ending the job ($state)"
     check --check=flags "$@"
     progress="step $run_step of ${run_folder:-no run}"
     if [ -f "$file" ]; then
@@ -171,7 +173,7 @@ requeue() {
     fi
     if [ "$progress" != "$last" ]; then
         retries=0
-    elif [ -z "$stopped" ]; then
+    elif [ -z "$stopped" ] || [[ $left =~ ^[0-3]:[0-9]+$ ]]; then
         retries=$((retries + 1))
     fi
     [ "$retries" -lt "$MAX_RETRIES" ] ||
@@ -237,11 +239,10 @@ check_after() {
 # ask_for_gpus: whether sbatch is to hear of --gpus: gpu_flag is --gpus-per-node or empty.
 ask_for_gpus() {
     gpu_flag=''
+    [ "$gpus" != 0 ] || return 0
     if [[ " $SBATCH_FLAGS" =~ \ (--gpus|-G|--gres[=\ ][^\ ]*gpu) ]] ||
         [ -n "${SBATCH_GRES:-}${SBATCH_GPUS:-}${SBATCH_GPUS_PER_NODE:-}" ]; then
-        [ -z "$gpus" ] || echo "note: SBATCH_ variables ask for GPUs: --gpus does not" >&2
-    elif [ "$gpus" = 0 ]; then
-        :
+        [ -z "$gpus" ] || echo "note: SBATCH_ variables ask for GPUs, so --gpus does not" >&2
     elif declares_gpus "$partition"; then
         gpu_flag=--gpus-per-node
     elif [ -n "$gpus" ]; then

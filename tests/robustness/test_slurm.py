@@ -120,19 +120,21 @@ def gres(checkout, tmp_path):
     return answer
 
 
-def test_dry_run_prints_the_submission_and_hands_on_every_other_flag(checkout):
+def test_dry_run_prints_the_submission_and_hands_on_every_other_flag(checkout, gres, image_tree):
+    data_root = str(image_tree({"TB/train/normal": 1}))
     out = checkout.call(
         "slurm/train_ldm.sh", "overfit_16", "--partition", "biggpu", "--nodes=2", "--gpus", "3",
         "--lr", "1e-4", "--exp_name=two words", "--time", "1:00:00", "--job-name=x", "--after", "7",
-        "--dry-run", DATA_ROOT="/images", SBATCH_FLAGS="--account=lab --exclude=n1,n2")
+        "--dry-run", DATA_ROOT=data_root, SBATCH_FLAGS="--account=lab --exclude=n1,n2",
+        PATH=gres("biggpu gpu:4"))
     command = shlex.split(out.strip())
     at = command.index("slurm/train.slurm")
     assert command[0] == "sbatch" and set(command[1:at]) == {
         "--parsable", "--job-name=x", "--nodes=2", "--gpus-per-node=3", "--cpus-per-task=12",
         "--partition=biggpu", "--time=1:00:00", "--dependency=afterok:7",
         "--kill-on-invalid-dep=yes", "--account=lab", "--exclude=n1,n2"}
-    assert command[at + 1:] == ["train_ldm.py", "--mode=overfit_16", "--data_root=/images", "--lr",
-                                "1e-4", "--exp_name=two words"]
+    assert command[at + 1:] == ["train_ldm.py", "--mode=overfit_16", f"--data_root={data_root}",
+                                "--lr", "1e-4", "--exp_name=two words"]
 
 
 @pytest.mark.parametrize(("flags", "scale_time", "ldm_time"),
@@ -257,11 +259,11 @@ def test_launch_hands_on_how_its_processes_ended(checkout, plan, code, says, tmp
     assert code or sorted(out.splitlines()) == ["rank 0 of 2", "rank 1 of 2"]
 
 
-# requeue with another Slurm and another program; each argument is one end of the job: `stopped` is
-# not empty where it had been told to stop, and the step that its run had reached.
+# requeue with another Slurm and another program. Each argument is one end of the job: whether it
+# had been told to stop, and the step that its run had reached.
 REQUEUE = """set -euo pipefail
 source slurm/common.sh
-squeue() { echo RUNNING; }
+squeue() { echo "RUNNING $time_left"; }
 scontrol() { echo again; }
 check() { run_folder=runs/x run_step=$step; }
 mkdir -p slurm_logs
@@ -273,14 +275,16 @@ done
 """
 
 
-@pytest.mark.parametrize(("ends", "again"), [
-    ([":5"] * 6, 3),
-    (["stopped:-1"] * 6, 6),
-    ([":5", "stopped:5", ":5", "stopped:5", ":5", "stopped:5", ":5"], 6),
-    ([":5", ":5", ":5", ":6", ":6", ":6", ":6"], 6)])
-def test_a_job_is_given_up_after_three_failures_without_a_step(checkout, ends, again):
+@pytest.mark.parametrize(("ends", "left", "again"), [
+    ([":5"] * 4, "9:00:00", 3),
+    ([":5", ":5", ":5", ":6", ":6", ":6", ":6"], "9:00:00", 6),
+    (["stopped:-1"] * 5, "9:00:00", 5),
+    ([":5", "stopped:5", ":5", "stopped:5", ":5", "stopped:5", ":5"], "9:00:00", 6),
+    (["stopped:-1"] * 4, "1:58", 3)])  # its time is too short for a step
+def test_a_job_is_given_up_after_three_failures_without_a_step(checkout, ends, left, again):
     code = 0 if again == len(ends) else 1
-    out = checkout.call("bash", "-c", REQUEUE, "job", *ends, code=code, SLURM_JOB_ID="7")
+    out = checkout.call("bash", "-c", REQUEUE, "job", *ends, code=code, SLURM_JOB_ID="7",
+                        time_left=left)
     assert out.count("again\n") == again and ("giving up" in out) == (code == 1)
 
 
@@ -429,19 +433,45 @@ def assert_same_state(a, b):
             assert torch.equal(value, b["optimizer"]["state"][i][name])
 
 
-@pytest.fixture(scope="module")
-def cluster(checkout):
-    """The checkout with the result of pipeline.sh: an autoencoder with its scale, and an LDM.
+@pytest.fixture(scope="module", params=CLUSTERS)
+def cluster(request, tmp_path_factory):
+    """On each cluster: a checkout with the result of pipeline.sh, an autoencoder with its scale,
+    and an LDM; .gpus: does the cluster declare GPUs?
 
     Skips where there is no Slurm; fails instead where REQUIRE_SLURM=1 says that there is one.
     """
-    if not slurm_is_up():
-        lacking = pytest.fail if os.environ.get("REQUIRE_SLURM") == "1" else pytest.skip
-        lacking("no Slurm here: sbatch, SLURM_CONF and an answering sinfo")
-    # Takes long, beside the others: see test_a_job_that_makes_no_progress.
-    out = checkout.call("slurm/train_ldm.sh", "overfit_8", "--ae_ckpt_path=missing.pt")
-    checkout.hopeless, = job_ids(out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", request.param)
+        if not slurm_is_up():
+            lacking = pytest.fail if os.environ.get("REQUIRE_SLURM") == "1" else pytest.skip
+            lacking("no Slurm here: sbatch, SLURM_CONF and an answering sinfo")
+        yield from with_pipeline(make_checkout(tmp_path_factory.mktemp("slurm") / "checkout"))
+
+
+def with_pipeline(checkout):
+    gres = subprocess.run(["sinfo", "-h", "-o", "%G"], text=True, capture_output=True, check=True)
+    checkout.gpus = "gpu" in gres.stdout
+    # A node whose peer ended waits five seconds, not ten minutes.
+    checkout.fakes = checkout.root / "fakes"
+    shutil.copytree(checkout.root / "slurm", checkout.fakes / "slurm")
+    shutil.copy(checkout.root / "train_fake.py", checkout.fakes)
+    common = checkout.fakes / "slurm" / "common.sh"
+    assert common.read_text().count(" --wait=600 ") == 1
+    common.write_text(common.read_text().replace(" --wait=600 ", " --wait=5 "))
+    (checkout.fakes / "slurm_logs").mkdir()
+
+    def fake(plan, *flags):
+        """Id of a job of train_fake.py."""
+        done = subprocess.run(
+            ["sbatch", *flags, "slurm/train.slurm", "train_fake.py", f"--plan={plan}"], text=True,
+            cwd=checkout.fakes, env=checkout.env, capture_output=True, timeout=60, check=True)
+        return job_ids(done.stdout)[0]
     try:
+        # Take long, beside the others.
+        checkout.hopeless = fake("1,killed,raise,1")
+        checkout.hanging = fake("hang", "--time=1", "--signal=B:USR1@1")
+        checkout.final = fake("78")
+        checkout.final_on_one_node = fake("78/hang", "--nodes=2")
         jobs = job_ids(checkout.call(
             "slurm/pipeline.sh", "TB", "2", "overfit_8", "--partition=bigbatch",
             "--vae", "--config=vae.py", "--ldm", "--config=ldm.py"))
@@ -454,13 +484,15 @@ def cluster(checkout):
                               check=True).stdout
         for line in jobs.splitlines():
             job, folder = line.split(maxsplit=1)
-            if folder == str(checkout.root):
+            if folder in (str(checkout.root), str(checkout.fakes)):
                 subprocess.run(["scancel", job], check=False)
 
 
 def test_pipeline_chains_three_jobs(cluster):
     vae, scale, ldm = cluster.pipeline
     assert [job["Partition"] for job in cluster.pipeline] == ["bigbatch"] * 3
+    gpus = "gres:gpu:1" if cluster.gpus else None
+    assert [job.get("TresPerNode") for job in cluster.pipeline] == [gpus] * 3
     # ISO dates: in the order of time.
     assert vae["EndTime"] <= scale["StartTime"] and scale["EndTime"] <= ldm["StartTime"]
     assert meta(cluster.ae)["args"]["z_channels"] == 2
@@ -477,21 +509,25 @@ def test_every_launcher_on_every_partition(cluster):
     submitted = []
     for partition, gpus in zip(PARTITIONS, (1, 2, 1), strict=True):
         flags = (f"--partition={partition}", f"--gpus={gpus}")
+        sbatch_flags = [f"--gpus-per-node={gpus}"] if cluster.gpus and gpus > 1 else []
         commands = {
             "vae": ("slurm/train_vae.sh", "TB", "1", *flags, "--config=vae.py",
                     "--output_root=other"),
             "ldm": ("slurm/train_ldm.sh", "overfit_4", *flags, "--config=ldm.py", ae),
-            "sbatch": ("sbatch", f"--partition={partition}", f"--gpus-per-node={gpus}",
-                       "slurm/train.slurm", "train_ldm.py", "--config=ldm.py", ae,
-                       "--wandb_tags=two words")}
+            "sbatch": ("sbatch", f"--partition={partition}", *sbatch_flags, "slurm/train.slurm",
+                       "train_ldm.py", "--config=ldm.py", ae, "--wandb_tags=two words")}
         for kind, command in commands.items():
             submitted.append((kind, partition, gpus, *job_ids(cluster.call(*command))))
     for kind, partition, gpus, job in submitted:
         info = ended(job, cluster.root)
         assert (info["Partition"], info["Restarts"]) == (partition, "0")
         run = cluster.root / ("other" if kind == "vae" else "runs") / f"{info['JobName']}-{job}"
-        assert meta(run)["world_size"] == gpus
+        assert meta(run)["world_size"] == (gpus if cluster.gpus else 1)
         assert json.loads((run / "summary.json").read_text())["step"] == 2
+        asked = kind != "sbatch" or gpus > 1
+        assert info.get("TresPerNode") == (f"gres:gpu:{gpus}" if cluster.gpus and asked else None)
+        log = pathlib.Path(info["StdOut"]).read_text()
+        assert ("this job has no GPU" in log) == (cluster.gpus and not asked)
         assert info["StdOut"] == f"{cluster.root}/slurm_logs/{info['JobName']}-{job}.out"
         if kind == "vae":
             assert meta(run)["args"]["z_channels"] == 1
@@ -590,19 +626,65 @@ def test_a_cancelled_job_stays_cancelled_and_so_does_the_one_after_it(cluster):
     job, = job_ids(cluster.call(
         "slurm/train_ldm.sh", "overfit_8", "--config=ldm.py", "--max_steps=100000",
         f"--ae_ckpt_path={cluster.ae}/ckpts/last.pt", "--run_name=cancelled"))
-    after, = job_ids(cluster.call("slurm/train_ldm.sh", "overfit_8", f"--after={job}"))
+    after, = job_ids(cluster.call("slurm/train_ldm.sh", "overfit_8", "--ae_ckpt_path=later.pt",
+                                  f"--after={cluster.pipeline[0]['JobId']}:{job}"))
     until(lambda: last_step(cluster.runs / "cancelled") >= 5, "first steps")
     subprocess.run(["scancel", job], check=True)
-    assert ended(job, cluster.root, "CANCELLED")["Restarts"] == "0"
+    info = ended(job, cluster.root, "CANCELLED")
+    assert info["Restarts"] == "0"
+    log = pathlib.Path(info["StdOut"]).read_text()
+    assert "time ran out" not in log and "Traceback" not in log
     ended(after, cluster.root, "CANCELLED")
     assert not list(cluster.runs.glob(f"*-{after}"))
 
 
-def test_a_job_that_makes_no_progress_stops_after_three_requeues(cluster):
-    info = ended(cluster.hopeless, cluster.root, "FAILED")
-    assert info["Restarts"] == "3"
+def errors(info):
+    """Our own lines about how a job ended."""
     log = pathlib.Path(info["StdOut"]).read_text()
-    assert log.count("no checkpoint at missing.pt") == 4 and "giving up" in log
+    return [line for line in log.splitlines() if line.startswith("error: ")]
+
+
+def test_a_job_that_makes_no_progress_stops_after_three_requeues(cluster):
+    info = ended(cluster.hopeless, cluster.fakes, "FAILED")
+    assert info["Restarts"] == "3"
+    ends = [re.sub(r"node\d", "NODE", line) for line in errors(info)]
+    assert ends == ["error: rank 0 on NODE ended with exit code 1",
+                    "error: rank 0 on NODE was killed by SIGKILL: out of memory?",
+                    "error: rank 0 on NODE ended with exit code 1",
+                    "error: rank 0 on NODE ended with exit code 1",
+                    "error: still at step -1 of runs/fake after 3 requeues: giving up"]
+    assert pathlib.Path(info["StdOut"]).read_text().count("Traceback") == 1  # the program's own
+
+
+def test_an_error_that_would_come_again_ends_the_job(cluster):
+    for job in (cluster.final, cluster.final_on_one_node):
+        info = ended(job, cluster.fakes, "FAILED")
+        assert (info["Restarts"], info["ExitCode"]) == ("0", "78:0")
+        assert errors(info)[-1] == "error: not requeued, since the same command would fail again"
+        assert len(errors(info)) == 1
+    assert not list(cluster.fakes.glob("slurm_logs/final-*"))
+
+
+@pytest.mark.slow
+def test_a_job_says_that_its_program_did_not_stop_in_time(cluster):
+    info = ended(cluster.hanging, cluster.fakes, "TIMEOUT")
+    assert info["Restarts"] == "0"
+    assert "time ran out before the program stopped" in errors(info)[0]
+    assert errors(info)[0].endswith("submit again with --run_name=fake")
+
+
+def test_a_job_after_one_that_is_not_there_or_failed_is_refused(cluster):
+    ended(cluster.final, cluster.fakes, "FAILED")
+    done = cluster.pipeline[0]["JobId"]
+    for after, says in ((f"{done}:999999", "knows no job 999999"),
+                        (f"{done}:{cluster.final}", f"job {cluster.final} is FAILED")):
+        out = cluster.call("slurm/train_vae.sh", "TB", "1", f"--after={after}", code=1)
+        assert says in out and out.count("\n") == 1
+
+
+def test_what_is_not_there_is_not_queued(cluster):
+    out = cluster.call("slurm/train_ldm.sh", "overfit_8", "--ae_ckpt_path=missing.pt", code=1)
+    assert "missing.pt" in out and out.count("\n") == 1
 
 
 # --- sweeps, through wandb's own clients --------------------------------------------------------
@@ -674,11 +756,16 @@ def assert_arguments_arrived(command, run):
 
 def test_a_swarm_runs_a_whole_sweep(cluster, server):
     sweep_id = server.sweep(run_cap=5, max_steps=10)
-    job, = job_ids(cluster.call("slurm/launch_sweep_swarm.sh", sweep_id, "bigbatch", "6", "3", "2",
-                                **server.env))
+    out = cluster.call("slurm/launch_sweep_swarm.sh", sweep_id, "bigbatch", "6", "3", "2",
+                       **server.env)
+    job, = job_ids(out)
+    assert out.endswith(f"job {job}, log slurm_logs/sweep-{job}_[1-3].out\n")
     until(lambda: len(array_tasks(job)) == 3, "three array tasks")
     tasks = [ended(f"{job}_{task['ArrayTaskId']}", cluster.root) for task in array_tasks(job)]
     assert [task["Partition"] for task in tasks] == ["bigbatch"] * 3
+    assert len(list(cluster.root.glob(f"slurm_logs/sweep-{job}_[1-3].out"))) == 3
+    gpus = "gres:gpu:1" if cluster.gpus else None
+    assert [task.get("TresPerNode") for task in tasks] == [gpus] * 3
     recorded, runs = server.info(sweep_id)
     assert len(recorded["runs"]) == len(runs) == 5 and recorded["state"] == "FINISHED"
     taken = [list(cluster.runs.glob(f"sweep-{task['JobId']}-*")) for task in tasks]
@@ -704,6 +791,7 @@ def test_an_agent_finds_its_partition_and_goes_on_with_the_run_it_was_stopped_in
     log = (cluster.root / f"slurm_logs/lost-{wrong}.out").read_text()
     job = job_ids(log)[0]
     assert (job_info(job)["Partition"], job_info(job)["TimeLimit"]) == ("biggpu", "00:50:00")
+    assert job_info(job).get("TresPerNode") == ("gres:gpu:1" if cluster.gpus else None)
     run = until(lambda: next(cluster.runs.glob(f"sweep-{job}-*"), None), lambda: f"a run\n{log}")
     until(lambda: last_step(run) >= 20, "first steps")
     subprocess.run(["scancel", "--batch", "--signal=USR1", job], check=True)
@@ -719,10 +807,16 @@ def test_an_agent_finds_its_partition_and_goes_on_with_the_run_it_was_stopped_in
     assert json.loads((run / "summary.json").read_text())["step"] == 400
 
 
-def test_an_agent_started_by_hand_submits_itself(cluster, server):
-    sweep_id = server.sweep(run_cap=1, max_steps=2)
-    job, = job_ids(cluster.call("slurm/ldm_sweep_agent.slurm", sweep_id, "bigbatch", "2", "3",
-                                **server.env))
-    assert ended(job, cluster.root)["Partition"] == "bigbatch"
-    run, = cluster.runs.glob(f"sweep-{job}-*")
-    assert meta(run)["args"]["overfit_k"] == 2 and (run / "summary.json").exists()
+def test_an_agent_without_a_gpu_or_without_sbatch_submits_itself(cluster, server):
+    agent = ("slurm/ldm_sweep_agent.slurm", server.sweep(run_cap=2, max_steps=2), "bigbatch", "2")
+    by_hand, = job_ids(cluster.call(*agent, **server.env))
+    job, = job_ids(cluster.call("sbatch", "--partition=bigbatch", *agent, **server.env))
+    if cluster.gpus:  # of which sbatch was asked for none
+        ended(job, cluster.root)
+        job, = job_ids((cluster.root / f"slurm_logs/sweep-{job}.out").read_text())
+    for agent in (by_hand, job):
+        info = ended(agent, cluster.root)
+        assert info["Partition"] == "bigbatch"
+        assert info.get("TresPerNode") == ("gres:gpu:1" if cluster.gpus else None)
+        run, = cluster.runs.glob(f"sweep-{agent}-*")
+        assert meta(run)["args"]["overfit_k"] == 2 and (run / "summary.json").exists()
