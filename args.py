@@ -14,7 +14,7 @@ import shutil
 import sys
 import types
 
-from experiment import fail, first_line, named_folder, notice, read_meta
+from experiment import fail, first_line, named_folder, notice, read_run
 
 # --- types --------------------------------------------------------------------------------------
 
@@ -171,7 +171,8 @@ def add_data_arguments(parser, split="train", img_size=256):
     add("--img_size", type=at_least(1), default=img_size, help=size)
     add("--class_filter", type=at_least(-1), default=-1, help="index of the only class; -1: all")
     add("--skip_bad_images", action=BooleanFlag, default=False, help="leave out unreadable images")
-    add("--num_workers", type=at_least(0), default=4, help="threads that decode images")
+    add("--num_workers", type=at_least(0), default=0,
+        help="threads of each process that decode images; 0: one per core")
     add("--output_root", type=file_path, default="runs", help="folder of run folders and caches")
 
 
@@ -307,14 +308,18 @@ def as_flags(parser, settings, source):
 def stored_flags(parser, folder):
     """Flags of the run in `folder`, without those that this version does not know any more."""
     known = {a.dest for a in parser._actions} - {*NOT_STORED, "config"}
-    settings = {k: v for k, v in read_meta(folder)["args"].items() if k in known}
+    meta = read_run(folder)
+    if "created" not in meta:
+        notice(f"{folder}/run_meta.json is gone or damaged: the settings are the checkpoint's")
+    settings = {k: v for k, v in meta["args"].items() if k in known}
     return as_flags(parser, settings, os.path.join(folder, "run_meta.json"))
 
 
 def run_to_continue(args):
     """Folder of the run that --resume_dir or --run_name names, None where there is none yet."""
     folder = named_folder(args)
-    if folder and os.path.exists(os.path.join(folder, "run_meta.json")):
+    signs = ("run_meta.json", "ckpts/last.pt")
+    if folder and any(os.path.exists(os.path.join(folder, sign)) for sign in signs):
         return folder
     if getattr(args, "resume_dir", None):
         fail(f"--resume_dir={folder} is no run folder (no run_meta.json in it)")

@@ -5,18 +5,24 @@ all images of a split in one folder (see FLAT_RULE). Without a data root the pha
 phantom.py stands in.
 """
 import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import logging
+import math
 import os
 import pathlib
 import re
+import shutil
+import socket
 import struct
 import time
 import unicodedata
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -524,6 +530,9 @@ def to_float(rows):
 
 # --- caches -------------------------------------------------------------------------------------
 
+PIECE = 128  # rows that are made, written and counted at once: what a kill can cost a process
+DAY = 86400  # seconds after which nobody will come back to an unfinished cache
+
 
 class CachedArray(NamedTuple):
     """Rows in a .npy file. They are read through a map that lives for one call, so that memory
@@ -531,57 +540,191 @@ class CachedArray(NamedTuple):
 
     path: str
     shape: tuple
-    meta: dict
+    notes: dict  # {what: [JSON values]} that came up when the rows were made
 
     def rows(self, indices):
         """Copy of some rows."""
         return np.asarray(np.lib.format.open_memmap(self.path, "r")[indices])
 
 
+def cached_notes(folder, name):
+    """The notes of cache NAME, without a look at its rows; None where there is none."""
+    try:
+        stored = experiment.parse_json(pathlib.Path(folder, f"{name}.json"))["notes"]
+        return {what: list(values) for what, values in stored.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
 def _open_cached(path, shape, dtype):
-    """CachedArray at `path`, without reading its rows; ValueError and others if it is not whole."""
-    stored = json.loads(path.with_suffix(".json").read_text())
+    """CachedArray at `path`, without reading its rows; ValueError or OSError if it is not whole."""
+    notes = cached_notes(path.parent, path.stem)
+    if notes is None:
+        raise ValueError("its .json is missing or damaged")
     array = np.lib.format.open_memmap(path, mode="r")
-    if not array.shape == tuple(stored["shape"]) == shape or array.dtype != dtype:
+    if array.shape != shape or array.dtype != dtype:
         raise ValueError(f"holds {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}")
     if array.offset + array.nbytes != path.stat().st_size:
         raise ValueError("has another size than its header says")
-    return CachedArray(str(path), shape, dict(stored["meta"]))
+    return CachedArray(str(path), shape, notes)
 
 
-def cached_array(folder, name, shape, dtype, blocks):
-    """CachedArray `name` of this shape and dtype in `folder`, built where it is missing or damaged.
+def _open_if_whole(path, shape, dtype, say=True):
+    """What _open_cached gives; None where it is damaged, which a notice says, or not there."""
+    if not path.with_suffix(".json").exists():
+        return None
+    try:
+        return _open_cached(path, shape, dtype)
+    except (OSError, ValueError) as e:
+        if say:
+            notice(f"cache {path} is damaged ({experiment.first_line(e)}): building it again")
+        return None
 
-    blocks(meta) yields arrays [n, ...] that add up to shape[0] rows, and may fill the dict `meta`
-    with JSON values. The file NAME.json is put in place last: where it is, NAME.npy is whole,
-    whoever was killed and however many build at once.
+
+def cached_array(procs, folder, name, shape, dtype, label, prepare, check=None):
+    """CachedArray `name` of this shape and dtype in `folder`, made by all ranks together where it
+    is missing or damaged.
+
+    prepare() is called on every rank once it is clear that rows must be made. It returns
+    make(start, stop, tick), which gives rows start to stop and {what: [JSON values]} to note about
+    them, and calls tick(n) when n more are done. check(notes) may end the program before the cache
+    is put in place. label: of the progress line.
+
+    The rows grow in the folder NAME.part, and its *.jsonl say which are there: what a killed start
+    has made the next one keeps. NAME.lock lets one run build, while others wait. NAME.json is put
+    in place last: where it is, NAME.npy is whole.
     """
     path = pathlib.Path(folder, f"{name}.npy")
-    if path.with_suffix(".json").exists():
+    part = path.with_suffix(".part")
+    lock = None
+
+    def begin():
+        """(whole cache or None, pieces [(start, stop)] to be made)."""
+        nonlocal lock
+        if cache := _open_if_whole(path, shape, dtype, say=False):
+            return cache, []
+        experiment.make_folder(path.parent)
+        lock = experiment.take_lock(path.with_suffix(".lock"), part, wait=True)
+        if cache := _open_if_whole(path, shape, dtype):  # another run has made it meanwhile
+            return cache, []
+        _remove_leftovers(path.parent, part)
+        return None, _unfinished_pieces(path, part, shape, dtype)
+
+    cache, pieces = experiment.on_main(procs, begin)
+    if cache:
+        return cache
+    _make_pieces(part, pieces[procs.rank::procs.world_size], shape, dtype, prepare(), procs, label)
+    experiment.barrier(procs)
+
+    def finish():
+        finished = _finished_pieces(part)
+        notes = collections.defaultdict(list)
+        for piece in sorted(finished):
+            for what, values in finished[piece].items():
+                notes[what] += values
         try:
-            return _open_cached(path, shape, dtype)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-            notice(f"cache {path} is damaged ({experiment.first_line(e)}): building it again")
-    experiment.make_folder(folder)
-    for stale in path.parent.glob(f".{name}*.tmp"):
-        if time.time() - stale.stat().st_mtime > 86400:  # left by a process that was killed
-            stale.unlink(missing_ok=True)
-    meta = {}
+            if check:
+                check(notes)
+        except SystemExit:
+            clean = {piece: of for piece, of in finished.items() if not of.get("bad")}
+            _keep_pieces(part, clean)
+            raise
+        os.replace(part / "rows.npy", path)
+        try:
+            experiment.write_json(path.with_suffix(".json"), {"notes": notes})
+        except BaseException:
+            os.replace(path, part / "rows.npy")  # a full disk: nothing is left in the way
+            raise
+        shutil.rmtree(part, ignore_errors=True)
+        return _open_cached(path, shape, dtype)
+    return experiment.on_main(procs, finish)
 
-    def write(f):
-        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False,
-                  "shape": shape}
-        np.lib.format.write_array_header_1_0(f, header)
-        for block in blocks(meta):
-            f.write(np.ascontiguousarray(block, dtype).data)
 
-    experiment.write_atomic(path, write)
+def _make_pieces(part, pieces, shape, dtype, make, procs, label):
+    """Make the rows of some pieces, write them to the disk, and only then note that they are."""
+    progress = experiment.Progress(procs, label, sum(stop - start for start, stop in pieces))
+    done = 0
+
+    def tick(count):
+        nonlocal done
+        done += count
+        progress.update(done, f"on each of {procs.world_size} processes"
+                        if procs.world_size > 1 else "")
+
+    row_bytes = np.dtype(dtype).itemsize * math.prod(shape[1:])
+    journal = f"{socket.gethostname()}-{os.getpid()}.jsonl"
     try:
-        experiment.write_json(path.with_suffix(".json"), {"shape": shape, "meta": meta})
-    except BaseException:
-        path.unlink(missing_ok=True)  # on a full disk it would be in the way
-        raise
-    return _open_cached(path, shape, dtype)
+        with open(part / "rows.npy", "r+b") as rows_file, open(part / journal, "a") as journal_file:
+            first = os.fstat(rows_file.fileno()).st_size - shape[0] * row_bytes
+            journal_file.write("\n")  # after a line that a process of this number left torn
+            for start, stop in pieces:
+                rows, notes = make(start, stop, tick)
+                rows_file.seek(first + start * row_bytes)
+                rows_file.write(np.ascontiguousarray(rows, dtype).data)
+                rows_file.flush()
+                os.fsync(rows_file.fileno())
+                journal_file.write(json.dumps([start, stop, notes]) + "\n")
+                journal_file.flush()
+    except OSError as e:
+        fail(f"cannot write {part}: {e.strerror}; free some space or choose another --output_root. "
+             "What is done stays")
+    progress.clear()
+
+
+def _unfinished_pieces(path, part, shape, dtype):
+    """[(start, stop)] of the rows that are still to be made in the folder `part`, which is made."""
+    experiment.make_folder(part)
+    rows = part / "rows.npy"
+    if not rows.exists() and path.exists() and any(part.glob("*.jsonl")):
+        os.replace(path, rows)  # it was killed when all but the .json was in place
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {
+        "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False,
+        "shape": shape})
+    size = len(header.getvalue()) + np.dtype(dtype).itemsize * math.prod(shape)
+    if not rows.exists() or rows.stat().st_size != size:
+        _keep_pieces(part, {})
+
+        def write(f):
+            f.write(header.getvalue())
+            f.truncate(size)
+        experiment.write_atomic(rows, write)
+    finished = _finished_pieces(part)
+    pieces = [(start, min(start + PIECE, shape[0])) for start in range(0, shape[0], PIECE)]
+    return [piece for piece in pieces if piece not in finished]
+
+
+def _finished_pieces(part):
+    """{(start, stop): notes} of the rows that are on the disk."""
+    finished = {}
+    for journal in part.glob("*.jsonl"):
+        for line in journal.read_bytes().splitlines():
+            with contextlib.suppress(ValueError, TypeError):  # torn, when its process was killed
+                start, stop, notes = json.loads(line)
+                finished[start, stop] = dict(notes)
+    return finished
+
+
+def _keep_pieces(part, finished):
+    """Forget all pieces but these {(start, stop): notes}."""
+    for journal in part.glob("*.jsonl"):
+        journal.unlink()
+    if finished:
+        lines = [json.dumps([*piece, notes]) + "\n" for piece, notes in finished.items()]
+        (part / "kept.jsonl").write_text("".join(lines))
+
+
+def _remove_leftovers(cache_folder, part):
+    """Remove what builds that nobody went on with for a day have left; `part` is ours."""
+    experiment.sweep(cache_folder, DAY)
+    for rows in [*cache_folder.glob("*.npy"), *cache_folder.glob("*.part/rows.npy")]:
+        unfinished = rows.parent.suffix == ".part"
+        ours = part in (rows.parent, rows.with_suffix(".part"))
+        old = time.time() - rows.stat().st_mtime > DAY
+        if not old or ours or (not unfinished and rows.with_suffix(".json").exists()):
+            continue
+        notice(f"removing {rows}, which was never finished")
+        shutil.rmtree(rows.parent) if unfinished else rows.unlink(missing_ok=True)
 
 
 # --- images -------------------------------------------------------------------------------------
@@ -591,13 +734,15 @@ def cached_array(folder, name, shape, dtype, blocks):
 class ImageSet:
     """Decoded images of one split."""
 
-    cache: CachedArray
+    cache: CachedArray  # None: not opened, since all that is known of the images is enough
     rows: np.ndarray  # which rows of the cache belong to it
     labels: np.ndarray  # class index of each
-    names: np.ndarray  # path of each below the data root
+    names: np.ndarray  # path of each below the data root, as bytes
     class_names: list
     key: str  # fingerprint of files and image size
     summary: list  # what describe_changes compares
+    num_files: int  # rows of the cache
+    decode: Callable = None  # opens the cache, or makes it; where that is still to be done
 
     def __len__(self):
         return len(self.rows)
@@ -605,6 +750,14 @@ class ImageSet:
     def images(self, indices):
         """float32 [B, 1, S, S] in [-1, 1]."""
         return to_float(self.cache.rows(self.rows[indices]))
+
+    def name(self, index):
+        """Path of one of them below the data root, as text that can be printed."""
+        return _shown(os.fsdecode(self.names[index]))
+
+    def decoded(self):
+        """ImageSet with its pixels at hand. All ranks must call it."""
+        return self if self.cache else dataclasses.replace(self, cache=self.decode(), decode=None)
 
     def subset(self, indices):
         """ImageSet of some of them."""
@@ -639,24 +792,66 @@ def check_folders(args):
         fail(_no_split(args.data_root, args.task, args.split))
 
 
-def open_images(args, procs, split, optional=False, class_names=None, train=None):
-    """ImageSet of a split, decoded on first use into OUTPUT_ROOT/cache.
+def open_images(args, procs, split, optional=False, class_names=None, train=None, pixels=True):
+    """ImageSet of a split, decoded on first use into OUTPUT_ROOT/cache by all ranks.
 
     args: the flags of args.add_data_arguments. With `optional`, a missing split is None.
     class_names: the classes, where a model knows them; train: the training ImageSet, whose classes
-    are the classes and whose images are left out here. Ends the program, naming all files that
-    cannot be decoded, unless args.skip_bad_images. Rank 0 alone looks at files, and of a cache
-    that is there it reads no row.
+    are the classes and whose images are left out here. pixels=False: if they were decoded once, the
+    cache is not opened (see ImageSet.decoded). Ends the program, naming all files that cannot be
+    decoded, unless args.skip_bad_images. Rank 0 alone looks at the folders, and of a cache that is
+    there it reads no row.
     """
     if train is not None:
         class_names = train.class_names
-    return experiment.on_main(
-        procs, lambda: _open_images(args, procs, split, optional, class_names, train))
+    folder = pathlib.Path(args.output_root, "cache")
+    listing = None  # on rank 0 alone: the others need no list of a hundred thousand files
+
+    def look():
+        nonlocal listing
+        root = args.data_root or phantom.phantom_root(args.output_root, args.img_size)
+        listing = _list_split(args, root, split, optional, class_names)
+        return listing and (len(listing.files), fingerprint(listing, args.img_size),
+                            os.path.join(root, args.task, split))
+
+    found = experiment.on_main(procs, look)
+    if found is None:
+        return None
+    num_files, key, where = found
+    name = f"images_{key[:16]}"
+
+    def decode():
+        return cached_array(
+            procs, folder, name, (num_files, args.img_size, args.img_size), np.uint16,
+            f"decoding {where}", lambda: _decoder(listing, args, procs),
+            lambda notes: _refuse_bad(notes.get("bad", []), num_files, args, where))
+
+    cache, notes = None, None
+    if not pixels:
+        notes = experiment.on_main(procs, lambda: cached_notes(folder, name))
+    if notes is None:
+        cache = decode()
+        notes = cache.notes
+
+    def select():
+        images = _image_set(listing, notes, args, where, key)
+        if train is not None and len(images):
+            images = dataclasses.replace(images, cache=cache)
+            images = _without_copies(images, train, folder, procs, where)
+        if len(images) == 0 and not optional:
+            fail(f"no image is left in {where}")
+        if len(images) == 0:
+            notice(f"no image is left in {where}: validation is skipped")
+        return images
+
+    images = experiment.on_main(procs, select)
+    if len(images) == 0:
+        return None
+    return dataclasses.replace(images, cache=cache, decode=None if cache else decode)
 
 
-def _open_images(args, procs, split, optional, class_names, train):
-    root = args.data_root or phantom.phantom_root(args.output_root, args.img_size)
-    where = os.path.join(root, args.task, split)
+def _list_split(args, root, split, optional, class_names):
+    """Listing of a split, once its classes are fit for training; None where it may be missing."""
     listing = scan(root, args.task, split, class_names)
     if listing is None:
         message = _no_split(root, args.task, split)
@@ -669,36 +864,32 @@ def _open_images(args, procs, split, optional, class_names, train):
         there = ", ".join(f"{i} = {n}" for i, n in enumerate(names))
         fail(f"--class_filter={args.class_filter}, but the classes are {there}")
     if len(names) == 1 and args.class_filter != 0:
+        where = os.path.join(root, args.task, split)
         rule = f" ({FLAT_RULE})" if listing.flat else ""
         fail(f"only one class, {names[0]!r}, in {where}{rule}; the model needs two to tell apart. "
              "Check the folders, or give --class_filter=0 to train on this class alone")
-    key = fingerprint(listing, args.img_size)
-    folder = pathlib.Path(args.output_root, "cache")
-    shape = (len(listing.files), args.img_size, args.img_size)
-    cache = cached_array(folder, f"images_{key[:16]}", shape, np.uint16,
-                         lambda meta: _decode_all(listing, args, procs, where, meta))
-    bad = cache.meta.get("bad", [])
+    return listing
+
+
+def _image_set(listing, notes, args, where, key):
+    """ImageSet, without its cache, of the files that could be decoded and are of the asked class;
+    says what is odd about them. notes: of the cache."""
+    bad = notes.get("bad", [])
     if bad:
         _refuse_or_notice(bad, len(listing.files), args.skip_bad_images, where)
-    _notice_odd(listing, cache.meta.get("dark", []), where,
+    _notice_odd(listing, notes.get("dark", []), where,
                 "have no value over a quarter of their range. 12-bit values in 16-bit files? Scale "
                 "them up, or save what says so (TIFF's BitsPerSample, PNG's sBIT)")
-    _notice_odd(listing, cache.meta.get("flat", []), where,
+    _notice_odd(listing, notes.get("flat", []), where,
                 "have no contrast at all: empty, or cut off by their window")
-    labels = np.array([names.index(file.class_name) for file in listing.files])
+    number = {name: i for i, name in enumerate(listing.class_names)}
+    labels = np.array([number[file.class_name] for file in listing.files])
     keep = (labels == args.class_filter) | (args.class_filter < 0)
     keep[[position for position, _, _ in bad]] = False
     rows = np.flatnonzero(keep)
-    images = ImageSet(cache, rows, labels[rows], np.array([f.path for f in listing.files])[rows],
-                      names, key, class_summary(listing))
-    if train is not None and len(images):
-        images = _without_copies(images, train, folder, procs, where)
-    if len(images) == 0:
-        if optional:
-            notice(f"no image is left in {where}: validation is skipped")
-            return None
-        fail(f"no image is left in {where}")
-    return images
+    names = np.array([os.fsencode(listing.files[i].path) for i in rows])
+    return ImageSet(None, rows, labels[rows], names, listing.class_names, key,
+                    class_summary(listing), len(listing.files))
 
 
 def fingerprint(listing, img_size):
@@ -751,46 +942,52 @@ def notice_changes(before, images, since):
         notice(f"the training data have changed since {since}: {'; '.join(changes)}")
 
 
-def _decode_all(listing, args, procs, where, meta):
-    """Blocks for cached_array: a row for each file, black where it cannot be decoded.
+def _decoder(listing, args, procs):
+    """make(start, stop, tick) for cached_array: a row for each file, black where it cannot be
+    decoded. listing: on rank 0, which hands the list on.
 
-    meta["bad"]: [position, name, reason] of those; meta["dark"] and meta["flat"]: positions of
-    images without a value over a quarter of their range, and with hardly two values.
+    Its notes: "bad", [position, name, reason] of those; "dark" and "flat", positions of images
+    without a value over a quarter of their range, and with hardly two values.
     """
-    def decode_or_reason(file):
-        if file.size < 0:
+    def look():
+        files = [(file.path, file.size >= 0) for file in listing.files]
+        if any(there and is_dicom(os.path.join(listing.root, path)) for path, there in files):
+            import_pydicom()  # one error, not one per file
+        return listing.root, files
+
+    root, files = experiment.on_main(procs, look)
+    pool = ThreadPoolExecutor(args.num_workers or experiment.own_cores())
+
+    def decode_or_reason(path, there):
+        if not there:
             return "a link without a target"
         try:
-            grey = read_grey(os.path.join(listing.root, file.path))
-            return square(grey.pixels, args.img_size)
+            return decode(os.path.join(root, path), args.img_size)
         except (OSError, ValueError) as e:
             return str(e) or type(e).__name__
 
-    bad = meta["bad"] = []
-    meta["dark"], meta["flat"] = [], []
-    count = len(listing.files)
-    progress = experiment.Progress(procs, f"decoding {where}", count)
-    if any(file.size >= 0 and is_dicom(os.path.join(listing.root, file.path))
-           for file in listing.files):
-        import_pydicom()  # one error, not one per file
-    with ThreadPoolExecutor(max(1, args.num_workers)) as pool:
-        for start in range(0, count, 256):
-            files = listing.files[start:start + 256]
-            block = np.zeros((len(files), args.img_size, args.img_size), np.uint16)
-            for i, image in enumerate(pool.map(decode_or_reason, files)):
-                if isinstance(image, str):
-                    bad.append([start + i, _shown(files[i].path), image])
-                    continue
-                block[i] = image
-                lowest, highest = int(image.min()), int(image.max())
-                if highest < 65535 // 4:
-                    meta["dark"].append(start + i)
-                if highest - lowest < 655:  # 1 % of the range
-                    meta["flat"].append(start + i)
-            yield block
-            progress.update(start + len(files))
-    progress.clear()
-    # Nothing is stored where it may pass: a network disk, a package that can be installed.
+    def make(start, stop, tick):
+        rows = np.zeros((stop - start, args.img_size, args.img_size), np.uint16)
+        bad, dark, flat = [], [], []
+        decoded = pool.map(decode_or_reason, *zip(*files[start:stop], strict=True))
+        for position, image in enumerate(decoded, start):
+            tick(1)
+            if isinstance(image, str):
+                bad.append([position, _shown(files[position][0]), image])
+                continue
+            rows[position - start] = image
+            lowest, highest = int(image.min()), int(image.max())
+            if highest < 65535 // 4:
+                dark.append(position)
+            if highest - lowest < 655:  # 1 % of the range
+                flat.append(position)
+        return rows, {"bad": bad, "dark": dark, "flat": flat}
+    return make
+
+
+def _refuse_bad(bad, count, args, where):
+    """End the program for files that cannot be decoded, so that nothing is stored of what may pass:
+    a network disk, a package that can be installed."""
     installable = any("pip install" in reason for _, _, reason in bad)
     if bad and (installable or not args.skip_bad_images):
         _refuse_or_notice(bad, count, False, where)
@@ -868,8 +1065,7 @@ def _without_copies(images, train, folder, procs, where):
         experiment.write_json(path, {"pairs": pairs})
     if not pairs:
         return images
-    names = _first_lines([f"{_shown(images.names[i])} is {_shown(train.names[j])}"
-                          for i, j in pairs])
+    names = _first_lines([f"{images.name(i)} is {train.name(j)}" for i, j in pairs])
     notice(f"{len(pairs)} images of {where} stand in the training set too, exactly or nearly, and "
            f"are left out:{names}")
     copies = [i for i, _ in pairs]
@@ -899,28 +1095,31 @@ class LatentSet:
     """Posterior means and log-variances of an ImageSet, from the cache or encoded on the fly."""
 
     def __init__(self, images, vae, vae_sha256, folder, procs, use_cache=True, batch_size=16):
-        """vae: AutoencoderKL on procs.device. The cache is keyed by VAE, data and image size, and
-        shared by all runs below `folder`."""
+        """vae: AutoencoderKL on procs.device. The cache is keyed by VAE, data and image size,
+        shared by all runs below `folder`, and made by all ranks."""
         self.images, self.vae, self.device = images, vae, procs.device
         self.cache = self.resident = None
         if not use_cache:
             return
         key = hashlib.sha256(f"{vae_sha256} {images.key}".encode()).hexdigest()
-        total = images.cache.shape[0]  # all rows: a subset or one class shares the cache
-
-        def blocks(meta):
-            progress = experiment.Progress(procs, "encoding latents", total)
-            whole = dataclasses.replace(images, rows=np.arange(total))
-            for start in range(0, total, batch_size):
-                index = np.arange(start, min(start + batch_size, total))
-                posterior = self._encode(whole.images(index))
-                yield torch.stack(posterior, 1).cpu().numpy()  # [B, 2, C, h, w]
-                progress.update(index[-1] + 1)
-            progress.clear()
-
+        total = images.num_files  # all rows: a subset or one class shares the cache
         shape = (total, 2, *vae.latent_shape)
-        self.cache = experiment.on_main(procs, lambda: cached_array(
-            folder, f"latents_{key[:16]}", shape, np.float32, blocks))
+
+        def encoder():
+            decoded = dataclasses.replace(images.decoded(), rows=np.arange(total))
+
+            def make(start, stop, tick):
+                rows = []
+                for first in range(start, stop, batch_size):
+                    index = np.arange(first, min(first + batch_size, stop))
+                    posterior = self._encode(decoded.images(index))
+                    rows.append(torch.stack(posterior, 1).cpu().numpy())  # [B, 2, C, h, w]
+                    tick(len(index))
+                return np.concatenate(rows), {}
+            return make
+
+        self.cache = cached_array(procs, folder, f"latents_{key[:16]}", shape, np.float32,
+                                  "encoding latents", encoder)
         if procs.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(procs.device)
             if len(images) * 4 * np.prod(shape[1:]) < 0.1 * free:

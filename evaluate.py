@@ -119,7 +119,9 @@ def listed_samples(folder):
     manifest = experiment.read_json(folder / "manifest.json", "manifest of samples")
     try:
         found = {folder / image["file"]: image["class"] for image in manifest["images"]}
-    except (KeyError, TypeError):
+        if any(path.parent != folder for path in found):  # a stranger's ../../private.png
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
         fail(f"{folder / 'manifest.json'} is not one of sample.py: move it away to measure all "
              "images beside it")
     missing = [path for path in found if not path.exists()]

@@ -1,6 +1,8 @@
 """What stages share about a run: processes, random numbers, checkpoints, run folder, logging."""
 import atexit
+import concurrent.futures
 import contextlib
+import ctypes
 import datetime
 import fcntl
 import functools
@@ -12,6 +14,7 @@ import math
 import os
 import pathlib
 import re
+import secrets
 import shlex
 import shutil
 import signal
@@ -94,6 +97,7 @@ class Processes(NamedTuple):
     device: torch.device
     dtype: torch.dtype  # of autocast; float32 means off
     compile: bool
+    waiting: dist.ProcessGroup = None  # of several: on the CPU, and it waits as long as it takes
 
     @property
     def main(self):
@@ -136,22 +140,83 @@ def setup_processes(args):
         fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
         # torchrun gives each process one thread: share the cores instead.
-        cores = os.cpu_count()
-        if hasattr(os, "sched_getaffinity"):
-            cores = len(os.sched_getaffinity(0))
         if "OMP_NUM_THREADS" not in os.environ or world_size > 1:
-            torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+            torch.set_num_threads(own_cores())
         cpu = torch.cpu.get_capabilities()  # emulated bf16 is far slower than float32
         fast_bf16 = bool(cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
     dtype, compiled = getattr(args, "dtype", "fp32"), getattr(args, "compile", "off")
     bf16 = dtype == "bf16" or (dtype == "auto" and fast_bf16)
     compiled = compiled == "on" or (compiled == "auto" and device.type == "cuda")
+    procs = Processes(rank, world_size, device, torch.bfloat16 if bf16 else torch.float32, compiled)
     if world_size > 1:
+        end_with_parent()
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        # Rank 0 alone builds caches, which can take long; the others wait.
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
         atexit.register(leave_processes)
-    return Processes(rank, world_size, device, torch.bfloat16 if bf16 else torch.float32, compiled)
+        name_lost_ranks(procs)
+        # One rank may wait for hours while another still decodes its films.
+        waiting = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
+        procs = procs._replace(waiting=waiting)
+    return procs
+
+
+def own_cores():
+    """CPU cores for this process: its share where several run on this machine."""
+    cores = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def end_with_parent():
+    """Have Linux send this process SIGTERM when torchrun is gone, which was killed and could not
+    end it: a process that goes on training would be a second writer beside the next start."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def name_lost_ranks(procs):
+    """Have an exception that comes of another rank's death end in one line that says which died."""
+    here = socket.gethostname()
+    places = [None] * procs.world_size
+    dist.all_gather_object(places, (here, os.getpid()))
+    show = sys.excepthook
+
+    def hook(kind, value, traceback):
+        lost = lost_ranks(places, here) if issubclass(kind, RuntimeError) else []
+        if not lost:
+            show(kind, value, traceback)
+        elif any(places[r][0] == here and r not in lost for r in range(procs.rank)):
+            time.sleep(2)  # another rank speaks; while it looks round, this one must not be lost
+        else:
+            names = ", ".join(f"rank {r} (process {places[r][1]} on {here})" for r in lost)
+            print(f"error: {names} died, killed or out of memory, and the others end too. The same "
+                  "command goes on from the last checkpoint", file=sys.stderr, flush=True)
+    sys.excepthook = hook
+
+
+def lost_ranks(places, here):
+    """Ranks of this machine that are no more; places: (host, process number) by rank. Looks for a
+    second: a connection is lost a moment before its process is gone."""
+    for _ in range(50):
+        lost = [r for r, (host, pid) in enumerate(places) if host == here and not is_alive(pid)]
+        if lost:
+            break
+        time.sleep(0.02)
+    return lost
+
+
+def is_alive(pid):
+    """Whether a process of this machine runs: it is there, and no zombie."""
+    try:
+        os.kill(pid, 0)
+        stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
+        return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
+    except ProcessLookupError:
+        return False
+    except OSError:  # no /proc, or another user's
+        return True
 
 
 def leave_processes():
@@ -169,7 +234,7 @@ def leave_processes():
 def barrier(procs):
     """Wait until all ranks are here. On the CPU, so that it does not wait for the GPU."""
     if procs.world_size > 1:
-        dist.all_reduce(torch.zeros(1))
+        dist.all_reduce(torch.zeros(1), group=procs.waiting)
 
 
 def on_main(procs, function):
@@ -186,7 +251,7 @@ def on_main(procs, function):
             box[0] = function()
         except SystemExit as e:
             box[1] = e.code
-    dist.broadcast_object_list(box, device=torch.device("cpu"))
+    dist.broadcast_object_list(box, group=procs.waiting, device=torch.device("cpu"))
     if box[1] is not None:
         raise SystemExit(box[1])
     return box[0]
@@ -238,6 +303,23 @@ def generator(device, *key):
     """Random generator on `device` that depends on the key alone, as (seed, 'ldm', step, rank)."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def step_batch(settings):
+    """Images per optimiser step of one process, from a dict of settings."""
+    return settings["batch_per_device"] * settings.get("grad_accum", 1)
+
+
+def draw(procs, batch, shape, *key):
+    """(numbers [batch, *shape] of this rank on the device, generator) from a normal distribution.
+
+    Every rank draws those of all ranks and takes its own: an image's noise depends on its place in
+    the global batch, not on how many processes share that. The generator goes on, alike on all
+    ranks.
+    """
+    rng = generator(procs.device, *key)
+    numbers = torch.randn(procs.world_size * batch, *shape, device=procs.device, generator=rng)
+    return numbers.narrow(0, procs.rank * batch, batch), rng
 
 
 def steps_per_epoch(num_items, batch, world_size):
@@ -295,7 +377,7 @@ class StopSignal:
         """(stop, save), the same on all ranks: did any get a signal, does rank 0 want to save?"""
         flags = torch.tensor([float(self.name is not None), float(save_due and self.procs.main)])
         if self.procs.world_size > 1:
-            dist.all_reduce(flags)  # on the CPU, so that it does not wait for the GPU
+            dist.all_reduce(flags, group=self.procs.waiting)  # not for the GPU
         stop, save = flags.tolist()
         return stop > 0, save > 0
 
@@ -357,13 +439,17 @@ def write_atomic(path, write):
     and the program ends with one line.
     """
     path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Random, since process numbers repeat on other machines, and a name that can be guessed can be
+    # planted; O_EXCL and O_NOFOLLOW, so that nothing that stands there is written to.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "wb") as f:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        with open(os.open(temporary, flags, 0o666), "wb") as f:
             write(f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+        flush_folder(path.parent)
     except BaseException as e:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -374,6 +460,24 @@ def write_atomic(path, write):
         reason = getattr(e, "strerror", None) or getattr(e.__context__, "strerror", None)
         fail(f"cannot write {path}: {reason or first_line(e)}; free some space or choose another "
              "folder")
+
+
+def flush_folder(folder):
+    """Put the names in a folder on the disk: after a power cut the new file must be found, too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network disks cannot
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sweep(folder, seconds=0.0):
+    """Remove what write_atomic left in a folder when its process was killed, if it is this old."""
+    for stale in pathlib.Path(folder).glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - stale.stat().st_mtime >= seconds:
+                stale.unlink()
 
 
 def make_folder(path):
@@ -432,6 +536,28 @@ def read_meta(folder):
     return meta
 
 
+def read_run(folder):
+    """read_meta of a run to go on with. Where the file is gone or damaged, what the checkpoint
+    knows, without `created`: a run must not begin anew, over its own weights."""
+    try:
+        meta = parse_json(os.path.join(folder, "run_meta.json"))
+        if isinstance(meta.get("args"), dict):
+            return meta
+        reason = "holds no args"
+    except (OSError, ValueError) as e:
+        reason = getattr(e, "strerror", None) or first_line(e)
+    checkpoint = os.path.join(folder, "ckpts", "last.pt")
+    if not os.path.isfile(checkpoint):
+        fail(f"{folder}/run_meta.json is no run description ({reason}), and there is no "
+             "ckpts/last.pt to read the settings from")
+    try:
+        stored = torch.load(checkpoint, mmap=True, weights_only=True)
+        return {"kind": stored["kind"], "args": dict(stored["args"]),
+                "latent_scale_factor": stored.get("latent_scale_factor")}
+    except Exception as e:
+        fail_damaged(checkpoint, e)
+
+
 def sha256_file(path):
     """Hex digest of a file."""
     with open(path, "rb") as f:
@@ -476,7 +602,9 @@ def load_checkpoint(path, kind):
     line instead of training on with wrong weights."""
     if not os.path.isfile(path):
         inside = os.path.join(path, "ckpts", "last.pt")
-        hint = f", which is a run folder: give {inside}" if os.path.exists(inside) else ""
+        hint = ", which is a folder" if os.path.isdir(path) else ""
+        if os.path.exists(inside):
+            hint = f", which is a run folder: give {inside}"
         fail(f"no checkpoint at {path}{hint}")
     try:
         state = load_archive(path)
@@ -774,10 +902,6 @@ def new_folder(args, default_name):
         if args.run_name:
             folder = named_folder(args)
             os.makedirs(folder, exist_ok=True)
-            checkpoint = os.path.join(folder, "ckpts", "last.pt")
-            if os.path.exists(checkpoint) and checkpoint_step(checkpoint) > 0:
-                fail(f"{folder} has a checkpoint, but its run_meta.json is gone: restore it, or "
-                     "give another --run_name")
             return folder
         name = f"{args.exp_name or default_name}_{time.strftime('%Y%m%d-%H%M%S')}"
         for number in itertools.count(1):
@@ -789,16 +913,17 @@ def new_folder(args, default_name):
         fail(f"cannot write to {folder}: {e.strerror}; choose another --output_root")
 
 
-def lock_folder(folder):
-    """File whose lock says that a run folder is in use; to be kept open as long as it is.
+def take_lock(path, what, wait=False):
+    """File at `path` whose lock says that `what` is in use; to be kept open as long as it is.
 
     The system gives the lock back when its process ends, however it ends, also on NFS, where that
-    may take a minute after a node died: so an owner on another machine is waited for.
+    may take a minute after a node died: so an owner on another machine is waited for. wait: so is
+    any other, as long as it takes. Ends the program where `what` is not free in the end.
     """
     try:
-        lock = open(os.path.join(folder, "lock"), "ab+", buffering=0)  # noqa: SIM115
+        lock = open(path, "ab+", buffering=0)  # noqa: SIM115
     except OSError as e:
-        fail(f"cannot write to {folder}: {e.strerror}; choose another --output_root")
+        fail(f"cannot write {path}: {e.strerror}; choose another --output_root")
     here = socket.gethostname()
     for second in itertools.count():
         try:
@@ -806,20 +931,42 @@ def lock_folder(folder):
             break
         except (BlockingIOError, PermissionError):
             lock.seek(0)
-            owner = lock.read(200).decode("utf-8", "replace").strip()
-            if second >= (0 if owner.endswith(f" on {here}") else 120):
-                fail(f"{folder} is in use by {owner}: wait until it ends, stop it, or give another "
+            owner = lock.read(200).decode("utf-8", "replace").strip() or "another process"
+            patience = math.inf if wait else 0 if owner.endswith(f" on {here}") else 120
+            if second >= patience:
+                fail(f"{what} is in use by {owner}: wait until it ends, stop it, or give another "
                      "--run_name", EXIT_STOPPED)
             if second == 0:
-                notice(f"{folder} is in use by {owner}: waiting up to two minutes, it may be dead")
+                how_long = "until it ends" if wait else "up to two minutes, it may be dead"
+                notice(f"{what} is in use by {owner}: waiting {how_long}")
             time.sleep(1)
         except OSError as e:  # a disk without locks
-            notice(f"{folder} cannot be locked ({e.strerror}): start no second run in it")
+            notice(f"{what} cannot be locked ({e.strerror}): start no second run in it")
             break
     with contextlib.suppress(OSError):  # the name is for the message alone: a full disk may be
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {here}\n".encode())
     return lock
+
+
+def parse_record(line):
+    """The dict in a line of metrics.jsonl, {} where it is damaged."""
+    try:
+        record = json.loads(line)
+    except ValueError:  # UnicodeDecodeError is one
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def on_cpu(value):
+    """A copy of nested dictionaries, lists and tuples with all tensors on the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {k: on_cpu(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(on_cpu(v) for v in value)
+    return value
 
 
 class Run:
@@ -835,10 +982,12 @@ class Run:
         self.wandb = None
         self.resumed = args.resume_dir is not None
         self.lock = None
+        self.writer = concurrent.futures.ThreadPoolExecutor(1)  # of checkpoints
+        self.writing = None
 
         def claim():
             folder = args.resume_dir or new_folder(args, default_name)
-            self.lock = lock_folder(folder)
+            self.lock = take_lock(os.path.join(folder, "lock"), folder)
             return folder
         self.folder = pathlib.Path(on_main(procs, claim))
         self.checkpoint_path = self.folder / "ckpts" / "last.pt"
@@ -852,15 +1001,30 @@ class Run:
                          "numpy": np.__version__, "pillow": PIL.__version__}}
         self.before = {}  # the description of the run that is continued
         if self.resumed:
-            old = self.before = read_meta(self.folder)
+            old = self.before = on_main(procs, lambda: read_run(self.folder))
             self.meta["created"] = old.get("created")
             is_copy = old.get("folder") not in (None, self.folder.name)  # of another run's folder
             if not args.wandb_id and not is_copy:
                 self.meta["wandb_id"] = old.get("wandb_id")
-            if old.get("world_size") != procs.world_size:
-                notice(f"continuing on {procs.world_size} processes instead of "
-                       f"{old.get('world_size')}: the step count goes on, but batches, epoch "
-                       "length and noise are those of the new number")
+            if old.get("world_size") not in (None, procs.world_size):
+                self._notice_processes(old)
+
+    def _notice_processes(self, old):
+        """Say what another number of processes changes: with as many images per step, nothing."""
+        processes = self.procs.world_size
+        message = f"continuing on {processes} processes instead of {old['world_size']}"
+        now = step_batch(self.meta["args"]) * processes
+        try:
+            before = step_batch(old["args"]) * old["world_size"]
+            same, left = divmod(before * self.meta["args"]["batch_per_device"], now)
+        except (KeyError, TypeError):  # a damaged description
+            before, same, left = "an unknown number", 0, 1
+        if before == now:
+            notice(f"{message}, with the same {now} images per step: only rounding changes")
+            return
+        advice = f"; --batch_per_device={same} would change nothing" if same and not left else ""
+        notice(f"{message}, with {now} images per step instead of {before}: the step count goes "
+               f"on, but epochs have another length{advice}")
 
     def load(self):
         """The checkpoint of a run that is continued, else None."""
@@ -872,29 +1036,65 @@ class Run:
             return
         for sub in ("ckpts", "samples"):
             make_folder(self.folder / sub)
+            sweep(self.folder / sub)
+        sweep(self.folder)
         if self.resumed:
-            for stale in self.checkpoint_path.parent.glob(".*.tmp"):  # of a process that was killed
-                stale.unlink(missing_ok=True)
-            size = state["metrics_bytes"]
-            if self.metrics_path.exists() and self.metrics_path.stat().st_size > size:
-                os.truncate(self.metrics_path, size)
+            self._mend_log(state["metrics_bytes"])
         else:
             self.metrics_path.touch()
             self.save(state)  # a folder with run_meta.json always has a checkpoint
+            self.wait_for_checkpoint()
         if args.wandb:
             self.wandb = start_wandb(args, self)
         write_json(self.folder / "run_meta.json", self.meta)
 
+    def _mend_log(self, size):
+        """Cut metrics.jsonl back to the `size` that it had at the checkpoint, or further, to its
+        last whole line, where a power cut took the end away."""
+        try:
+            self.metrics_path.touch()
+            os.truncate(self.metrics_path, min(size, self.metrics_path.stat().st_size))
+            end = start = 0
+            with open(self.metrics_path, "rb") as f:
+                for line in f:
+                    start += len(line)
+                    if line.endswith(b"\n") and parse_record(line):
+                        end = start
+            os.truncate(self.metrics_path, end)
+        except OSError as e:
+            fail(f"cannot write {self.metrics_path}: {e.strerror}")
+        if end < size:
+            notice(f"the last {size - end} bytes of {self.metrics_path} are gone or damaged, after "
+                   "a power cut perhaps: cut back to its last whole line; the run itself lost "
+                   "nothing")
+
     def save(self, state):
-        """Write ckpts/last.pt; the other ranks do not wait."""
+        """Write ckpts/last.pt in the background: training goes on once the weights are copied. The
+        other ranks do not wait."""
         if self.procs.main:
+            self.wait_for_checkpoint()
             size = self.metrics_path.stat().st_size
-            save_checkpoint(self.checkpoint_path, self.kind, {**state, "metrics_bytes": size})
+            state = on_cpu({**state, "metrics_bytes": size})
+            self.writing = self.writer.submit(self._write, state)
+
+    def _write(self, state):
+        with open(self.metrics_path, "rb") as f:
+            os.fsync(f.fileno())  # the checkpoint counts its bytes
+        save_checkpoint(self.checkpoint_path, self.kind, state)
+
+    def wait_for_checkpoint(self):
+        """Until the last checkpoint is on the disk; ends the program where it could not be
+        written."""
+        if self.writing is not None:
+            self.writing.result()
+            self.writing = None
 
     def log(self, step, epoch, metrics):
         """Append one line to metrics.jsonl and hand it to W&B. Non-finite numbers become null."""
         if not self.procs.main:
             return
+        if self.writing is not None and self.writing.done():
+            self.wait_for_checkpoint()
         try:
             with open(self.metrics_path, "a") as f:
                 f.write(json.dumps(finite({"step": step, "epoch": epoch, **metrics})) + "\n")
@@ -920,9 +1120,9 @@ class Run:
     def history(self, name):
         """All logged values of a metric in order; null reads as NaN."""
         values = []
-        with open(self.metrics_path) as f:
+        with open(self.metrics_path, "rb") as f:
             for line in f:
-                record = json.loads(line)
+                record = parse_record(line)
                 if name in record:
                     values.append(math.nan if record[name] is None else record[name])
         return values
@@ -948,6 +1148,7 @@ class Run:
 
         signal_name: None where another rank got the signal.
         """
+        self.wait_for_checkpoint()
         self._finish_wandb(EXIT_STOPPED)
         by = signal_name or "on another rank"
         notice(f"stopped ({by}) at step {step}, which is saved; go on with: "
@@ -956,6 +1157,7 @@ class Run:
 
     def finish(self, step, summary, diverged):
         """Write summary.json and close W&B; diverged: end the program, saying how to go on."""
+        self.wait_for_checkpoint()
         if self.procs.main:
             summary = {"step": step, "diverged": diverged, **summary}
             write_json(self.folder / "summary.json", summary)

@@ -80,7 +80,7 @@ def main(argv=None):
              f"{settings['img_size']}; leave it out")
     args.img_size = settings["img_size"]
     data.adopt_root(args, settings, "the autoencoder")
-    images = data.open_images(args, procs, args.split)
+    images = data.open_images(args, procs, args.split, pixels=False)
     cache = pathlib.Path(args.output_root, "cache")
     latents = data.LatentSet(images, vae, vae_sha256, cache, procs)
 

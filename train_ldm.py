@@ -142,7 +142,7 @@ def read_scale(args, ckpt_path, vae_sha256):
     """The latent scale factor of the autoencoder. Ends the program, with the command that measures
     it, where it is missing, damaged or of another autoencoder."""
     if args.resume_dir and args.latent_scale_factor is None:
-        own = experiment.read_meta(args.resume_dir).get("latent_scale_factor")
+        own = experiment.read_run(args.resume_dir).get("latent_scale_factor")
         if isinstance(own, float):  # also where it was measured again since
             return own
     path = experiment.run_folder(ckpt_path) / "latent_scale.json"
@@ -217,25 +217,37 @@ def wrap(denoiser, latent_shape, args, procs):
     are read from the plain module, so that no checkpoint knows of them."""
     mean = torch.zeros(args.batch_per_device, *latent_shape, device=procs.device)
     y = torch.zeros(len(mean), dtype=torch.long, device=procs.device)
-    rng = experiment.generator(procs.device, "example")
-    example = sample_inputs((mean, mean), y, 1.0, args.prob_uncond, denoiser, rng, procs)
+    draws = [d[:len(y)] for d in draw_inputs(latent_shape, "example", args, procs)]
+    example = sample_inputs((mean, mean), y, 1.0, draws, denoiser, procs)
     loss_fn = torch.compile(denoiser) if procs.compile else denoiser
     return experiment.wrap_ddp(procs, loss_fn, *example)
 
 
-def sample_inputs(posterior, y, scale, prob_uncond, denoiser, rng, procs):
-    """(x0, t, noise, y) of a batch, as Denoiser.forward takes them: all random numbers from rng.
+def draw_inputs(latent_shape, step, args, procs):
+    """The random numbers of this rank's images in a step: noise of the posterior and noise of the
+    diffusion [B, C, h, w], t [B], and whether the label is dropped [B], B for all micro-batches.
 
-    posterior: (mean, logvar) of unscaled latents, each [B, C, h, w]; y [B]: class indices, of which
-    the fraction prob_uncond becomes the null class.
+    They depend on the seed, the step and an image's place in the global batch: a run that was
+    stopped, or goes on with other processes, draws the same.
     """
-    mean, logvar = posterior
-    posterior_noise, noise = torch.randn(2, *mean.shape, device=mean.device, generator=rng)
-    x0 = model.Posterior(mean, logvar).sample(posterior_noise) * scale
+    batch = experiment.step_batch(vars(args))
+    noise, rng = experiment.draw(procs, batch, (2, *latent_shape), args.seed, "ldm", step)
+    total = procs.world_size * batch
+    mine = slice(procs.rank * batch, (procs.rank + 1) * batch)
     # Times spread evenly from one random start have less variance (Kingma et al. 2021, I.1).
-    t = torch.arange(len(mean), device=mean.device) / len(mean)
-    t = (t + torch.rand(1, device=mean.device, generator=rng)) % 1
-    dropped = torch.rand(len(mean), device=mean.device, generator=rng) < prob_uncond
+    t = torch.arange(total, device=procs.device)[mine] / total
+    t = (t + torch.rand(1, device=procs.device, generator=rng)) % 1
+    dropped = torch.rand(total, device=procs.device, generator=rng)[mine] < args.prob_uncond
+    return noise[:, 0].contiguous(), noise[:, 1].contiguous(), t, dropped
+
+
+def sample_inputs(posterior, y, scale, draws, denoiser, procs):
+    """(x0, t, noise, y) of a batch, as Denoiser.forward takes them; draws: of draw_inputs.
+
+    posterior: (mean, logvar) of unscaled latents, each [B, C, h, w]; y [B]: class indices.
+    """
+    posterior_noise, noise, t, dropped = draws
+    x0 = model.Posterior(*posterior).sample(posterior_noise) * scale
     y = torch.where(dropped, denoiser.unet.null_class, y)
     return x0.contiguous(memory_format=procs.memory_format), t, noise, y
 
@@ -246,11 +258,11 @@ def train_step(denoiser, ema, optimizer, loss_fn, micro_batches, scale, step, ar
     Returns (loss of each image [B], its t [B], gradient norm, 1.0 if the step was skipped else
     0.0), tensors on the device. bench.py times this function.
     """
-    # All random numbers come from (seed, step, rank): a run that was stopped draws the same.
-    rng = experiment.generator(procs.device, args.seed, "ldm", step, procs.rank)
+    draws = draw_inputs(micro_batches[0][0][0].shape[1:], step, args, procs)
     losses, times = [], []
     for i, (posterior, y) in enumerate(micro_batches):
-        x0, t, noise, y = sample_inputs(posterior, y, scale, args.prob_uncond, denoiser, rng, procs)
+        part = [d[i * len(y):(i + 1) * len(y)] for d in draws]
+        x0, t, noise, y = sample_inputs(posterior, y, scale, part, denoiser, procs)
         last = i == len(micro_batches) - 1
         # DDP adds the gradients of the ranks up once per step, in the last micro-batch.
         alone = procs.world_size == 1 or last
@@ -406,7 +418,7 @@ def main(argv=None):
     args.img_size, args.ae_ckpt_path = ae_settings["img_size"], str(ae_path)
     data.adopt_root(args, ae_settings, "the autoencoder")
     scale = read_scale(args, ae_path, vae_sha256)  # before hours of decoding
-    images = data.open_images(args, procs, args.split)
+    images = data.open_images(args, procs, args.split, pixels=not args.cache_latents)
     notice_scale_of_others(args, ae_path, images)
     class_names, latent_shape = images.class_names, vae.latent_shape
     try:
@@ -421,7 +433,7 @@ def main(argv=None):
     reference = training_reference(latents, args, scale, vae, procs)
     classes = sorted(set(images.labels.tolist()))
     epoch_len = len(images) * (args.repeat_len if args.overfit_one else 1)
-    step_batch = args.batch_per_device * args.grad_accum
+    step_batch = experiment.step_batch(vars(args))  # images of this rank
     epoch_steps = experiment.steps_per_epoch(epoch_len, step_batch, procs.world_size)
     total_steps = experiment.count_steps(args, epoch_steps)
 
@@ -547,6 +559,7 @@ def main(argv=None):
         progress.update(step, status)
 
     # --- end: the first rank to leave takes the others along, so wait for the checkpoint ---
+    run.wait_for_checkpoint()
     experiment.barrier(procs)
     if stopping:
         run.stop(step, stop.name)

@@ -155,9 +155,7 @@ def train_step(models, vae_fn, disc_fn, perceptual, x, step, args, procs):
     """One step on images x [B, 1, S, S] of this rank: (the numbers of LOSSES, 1.0 if it was skipped
     else 0.0), tensors on the device. bench.py times this function."""
     x = x.to(procs.device, memory_format=procs.memory_format)
-    # Noise from (seed, step, rank), so that a run which was stopped draws the same.
-    rng = experiment.generator(procs.device, args.seed, "vae", step, procs.rank)
-    noise = torch.randn(len(x), *models.vae.latent_shape, device=procs.device, generator=rng)
+    noise, _ = experiment.draw(procs, len(x), models.vae.latent_shape, args.seed, "vae", step)
     use_disc = args.disc_weight > 0 and step >= args.disc_start
     g_loss = d_loss = torch.zeros((), device=procs.device)
 
@@ -371,6 +369,7 @@ def main(argv=None):
         progress.update(step, status)
 
     # --- end: the first rank to leave takes the others along, so wait for the checkpoint ---
+    run.wait_for_checkpoint()
     experiment.barrier(procs)
     if stopping:
         run.stop(step, stop.name)

@@ -74,11 +74,11 @@ def start(*argv, processes=1, cwd=ROOT):
         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def run(*argv, code=0, **kwargs):
+def run(*argv, code=0, timeout=300, **kwargs):
     """(stdout, stderr) of a stage in a process of its own; its exit code must be `code`."""
     process = start(*argv, **kwargs)
     try:
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         process.kill()
         raise

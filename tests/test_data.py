@@ -115,7 +115,7 @@ def test_class_filter_keeps_the_class_index(image_tree, tmp_path):
     whole = data.open_images(settings(root, tmp_path), ALONE, "train")
     tb = data.open_images(settings(root, tmp_path, class_filter=1), ALONE, "train")
     assert tb.labels.tolist() == [1, 1] and tb.class_names == ["normal", "tb"] and len(whole) == 5
-    assert tb.names.tolist() == ["TB/train/tb/0.png", "TB/train/tb/1.png"]
+    assert tb.names.tolist() == [b"TB/train/tb/0.png", b"TB/train/tb/1.png"]
     assert [(name, count) for name, count, _ in tb.summary] == [("normal", 3), ("tb", 2)]
     assert torch.equal(tb.images([0, 1]), whole.images([3, 4]))
     assert len(list((tmp_path / "cache").glob("*.npy"))) == 1  # shared
@@ -359,32 +359,108 @@ def test_a_damaged_cache_is_noticed_and_built_again(image_tree, tmp_path, capsys
     assert "building it again" not in capsys.readouterr().out
 
 
-def test_a_failed_build_leaves_no_cache(tmp_path):
-    def blocks(meta):
-        yield np.zeros((2, 3), np.uint16)
-        raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt):
-        data.cached_array(tmp_path, "a", (4, 3), np.uint16, blocks)
-    assert list(tmp_path.iterdir()) == []
+def build(folder, rows, make=None, check=None):
+    """CachedArray of `rows`; make: what gives some of them, else plain slices."""
+    make = make or (lambda start, stop, tick: (rows[start:stop], {}))
+    return data.cached_array(ALONE, folder, "a", rows.shape, rows.dtype, "x", lambda: make, check)
 
 
-def test_a_build_with_too_few_rows_is_no_cache(tmp_path):
-    with pytest.raises(ValueError):
-        data.cached_array(tmp_path, "a", (4, 3), np.uint16, lambda meta: [np.zeros((3, 3))])
+def test_cache_rows_across_pieces(tmp_path):
+    rows = np.arange(2 * data.PIECE + 10, dtype=np.float32).reshape(-1, 2)
 
-
-def test_cache_rows_across_blocks(tmp_path):
-    def blocks(meta):
-        meta["n"] = 5
-        yield np.arange(6, dtype=np.float32).reshape(3, 2)
-        yield np.arange(6, 10, dtype=np.float32).reshape(2, 2)
+    def make(start, stop, tick):
+        return rows[start:stop], {"first": [start], "none": []}
     for _ in range(2):
-        array = data.cached_array(tmp_path, "a", (5, 2), np.float32, blocks)
-        assert array.shape == (5, 2) and array.meta == {"n": 5}
-        assert array.rows(np.array([4, 0, 4])).tolist() == [[8, 9], [0, 1], [8, 9]]
-    assert np.load(tmp_path / "a.npy").dtype == np.float32  # a file that numpy opens
-    wider = data.cached_array(tmp_path, "a", (5, 1), np.float32, lambda meta: [np.ones((5, 1))])
-    assert wider.rows([0]).tolist() == [[1]]
+        array = build(tmp_path, rows, make)
+        assert array.shape == rows.shape
+        assert array.notes == {"first": [0, data.PIECE], "none": []}
+        wanted = np.array([data.PIECE + 4, 0, data.PIECE + 4])
+        assert np.array_equal(array.rows(wanted), rows[wanted])
+        make = None  # it is there
+    assert np.array_equal(np.load(tmp_path / "a.npy"), rows)  # a file that numpy opens
+    assert {p.name for p in tmp_path.iterdir()} == {"a.npy", "a.json", "a.lock"}
+    wider = np.ones((5, 1), np.float32)
+    assert np.array_equal(build(tmp_path, wider).rows(range(5)), wider)
+
+
+def test_a_build_that_was_killed_goes_on_where_it_was(tmp_path):
+    rows, made = np.arange(10 * data.PIECE, dtype=np.uint16).reshape(-1, 2), []
+
+    def make(start, stop, tick):
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append(start // data.PIECE)
+        return rows[start:stop], {"start": [start]}
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, rows, make)
+    assert not (tmp_path / "a.npy").exists() and not (tmp_path / "a.json").exists()
+    journal, = (tmp_path / "a.part").glob("*.jsonl")
+    with open(journal, "a") as f:
+        f.write('[384, 512, {"sta')  # torn
+    made.append("killed")
+    array = build(tmp_path, rows, make)
+    assert made == [0, 1, 2, "killed", 3, 4]
+    assert np.array_equal(array.rows(range(len(rows))), rows)
+    assert array.notes == {"start": list(range(0, len(rows), data.PIECE))}
+    assert not (tmp_path / "a.part").exists()
+
+
+def test_a_kill_between_the_two_files_of_a_cache_costs_nothing(tmp_path, monkeypatch):
+    rows = np.arange(300, dtype=np.uint16).reshape(-1, 1)
+    write_json = experiment.write_json
+    monkeypatch.setattr(experiment, "write_json", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        build(tmp_path, rows)
+    monkeypatch.setattr(experiment, "write_json", write_json)
+    array = build(tmp_path, rows, lambda start, stop, tick: pytest.fail("all rows are there"))
+    assert np.array_equal(array.rows(range(300)), rows)
+
+
+def test_what_could_not_be_decoded_is_tried_again_and_nothing_else(tmp_path):
+    rows, made = np.arange(3 * data.PIECE, dtype=np.uint16).reshape(-1, 1), []
+
+    def make(start, stop, tick):
+        made.append(start)
+        return rows[start:stop], {"bad": [start] if start == data.PIECE and len(made) < 4 else []}
+
+    def check(notes):
+        if notes["bad"]:
+            experiment.fail("bad")
+    with pytest.raises(SystemExit):
+        build(tmp_path, rows, make, check)
+    assert made == [0, data.PIECE, 2 * data.PIECE] and not (tmp_path / "a.json").exists()
+    assert build(tmp_path, rows, make, check).notes == {"bad": []}
+    assert made[3:] == [data.PIECE]
+
+
+def test_copies_that_nobody_finished_are_removed_after_a_day(tmp_path):
+    rows = np.zeros((4, 2), np.uint16)
+    for age, name in ((0, "new"), (2, "old")):
+        (tmp_path / f"{name}.part").mkdir()
+        for path in (tmp_path / f"{name}.part/rows.npy", tmp_path / f"{name}.npy",
+                     tmp_path / f"kept_{name}.npy", tmp_path / f".{name}.npy.0.tmp"):
+            path.write_bytes(b"rows")
+            when = path.stat().st_mtime - age * 86400
+            os.utime(path, (when, when))
+        (tmp_path / f"kept_{name}.json").write_text("{}")
+    build(tmp_path, rows)
+    left = {p.name for p in tmp_path.iterdir()} - {"a.npy", "a.json", "a.lock"}
+    assert left == {"new.part", "new.npy", ".new.npy.0.tmp", "kept_new.npy", "kept_new.json",
+                    "kept_old.npy", "kept_old.json"}
+
+
+def test_known_images_need_no_pixels(image_tree, tmp_path):
+    """Not even where the cache of pixels was removed to save space."""
+    root = marker_tree(image_tree)
+    first = data.open_images(settings(root, tmp_path), ALONE, "train")
+    cache, = (tmp_path / "cache").glob("*.npy")
+    cache.unlink()
+    known = data.open_images(settings(root, tmp_path), ALONE, "train", pixels=False)
+    assert known.cache is None and not cache.exists()
+    assert known.labels.tolist() == first.labels.tolist()
+    assert (known.names == first.names).all()
+    decoded = known.decoded()
+    assert cache.exists() and decoded.images(range(4)).shape == (4, 1, 16, 16)
 
 
 def test_a_start_reads_no_row_of_a_cache(image_tree, tmp_path, monkeypatch):
@@ -414,7 +490,7 @@ def test_two_processes_can_build_the_cache_at_once(image_tree, tmp_path, fork_se
         process.join(180)
     assert [process.exitcode for process in both] == [0, 0]
     names = sorted(p.suffix for p in (tmp_path / "cache").iterdir())
-    assert names == [".json", ".npy"]  # one copy, nothing temporary
+    assert names == [".json", ".lock", ".npy"]  # one copy, nothing temporary
 
 
 def test_no_data_root_means_the_phantom_set(tmp_path, capsys):

@@ -207,7 +207,9 @@ def test_a_manifest_says_which_files_are_samples_of_which_class(tmp_path, capsys
     (tmp_path / "a.png").unlink()
     message = error_of(capsys, evaluate.read_samples, tmp_path, ["normal", "tb"], None)
     assert "1 of the 2 images" in message and "broken off" in message and "sample.py" in message
-    for other in ({"images": 3}, {"files": []}, {"images": [{"file": "tb_0.png"}]}):
+    outside = [{"images": [{"file": f"{where}/tb_0.png", "class": "tb"}]}
+               for where in (tmp_path.parent, "..")]
+    for other in ({"images": 3}, {"files": []}, {"images": [{"file": "tb_0.png"}]}, *outside):
         experiment.write_json(tmp_path / "manifest.json", other)
         message = error_of(capsys, evaluate.read_samples, tmp_path, ["normal", "tb"], None)
         assert "move it away" in message

@@ -7,6 +7,7 @@ import pickle
 import shlex
 import subprocess
 import sys
+import threading
 import zipfile
 
 import numpy as np
@@ -161,6 +162,26 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path, e
     assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["last.pt"]
 
 
+def test_a_temporary_file_is_no_door_to_another_file(tmp_path, monkeypatch):
+    """Even where somebody planted a link at its name."""
+    monkeypatch.setattr(experiment.secrets, "token_hex", lambda size: "guessed")
+    secret, path = tmp_path / "secret", tmp_path / "last.pt"
+    secret.write_bytes(b"of another user")
+    (tmp_path / ".last.pt.guessed.tmp").symlink_to(secret)
+    with pytest.raises(SystemExit, match="File exists"):
+        experiment.write_atomic(path, lambda f: f.write(b"new"))
+    assert secret.read_bytes() == b"of another user" and not path.exists()
+
+
+def test_what_was_written_can_be_read_by_others(tmp_path):
+    old = os.umask(0o027)
+    try:
+        experiment.write_atomic(tmp_path / "last.pt", lambda f: f.write(b"new"))
+    finally:
+        os.umask(old)
+    assert (tmp_path / "last.pt").stat().st_mode & 0o777 == 0o640
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
     path = tmp_path / "last.pt"
@@ -231,6 +252,41 @@ def test_non_finite_numbers_are_null_in_json_files(tmp_path, alone):
     for name in ("metrics.jsonl", "summary.json"):
         stored = json.loads((run.folder / name).read_text(), parse_constant=refuse)
         assert stored["train/loss"] is None
+
+
+def test_a_checkpoint_is_written_while_training_goes_on(tmp_path, alone, monkeypatch):
+    args = train_ldm.parse_args([f"--output_root={tmp_path}", "--run_name=a", "--no-wandb"])
+    run, go, weights = experiment.Run(args, alone, "ldm", "x", {}), threading.Event(), torch.ones(3)
+    run.start(args, {"step": 0})
+    save = experiment.save_checkpoint
+    flushed, fsync = [], os.fsync
+
+    def spy(descriptor):
+        flushed.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+    monkeypatch.setattr(os, "fsync", spy)
+    monkeypatch.setattr(experiment, "save_checkpoint", lambda *a: (go.wait(60), save(*a)))
+    run.log(1, 0, {"train/loss": 1.0})
+    size = run.metrics_path.stat().st_size
+    run.save({"step": 1, "model": [{"w": weights}]})  # would block
+    weights += 1
+    run.log(2, 0, {"train/loss": 1.0})
+    assert torch.load(run.checkpoint_path, weights_only=True)["step"] == 0
+    go.set()
+    run.wait_for_checkpoint()
+    state = torch.load(run.checkpoint_path, weights_only=True)
+    assert state["step"] == 1 and state["metrics_bytes"] == size
+    assert state["model"][0]["w"].tolist() == [1, 1, 1]  # of the step at which it was saved
+    # On the disk: first the lines that the checkpoint counts, then it, then its name.
+    order = [flushed.index(str(path)) for path in (run.metrics_path, run.checkpoint_path.parent)]
+    assert order == sorted(order)
+
+    def full(*a):
+        experiment.fail("the disk is full")
+    monkeypatch.setattr(experiment, "save_checkpoint", full)
+    run.save({"step": 2})
+    with pytest.raises(SystemExit, match="full"):
+        run.wait_for_checkpoint()
 
 
 @pytest.mark.parametrize("values", [

@@ -63,7 +63,8 @@ def test_samples_are_those_of_the_cpu_within_rounding(gpu):
     images = {}
     for device in ("cuda", "cpu"):
         gpu("sample.py", f"--ckpt={gpu.runs / 'l/ckpts/last.pt'}", "--num_samples=4",
-            "--num_sampling_steps=20", f"--device={device}", "--dtype=fp32", f"--out_dir={gpu.root / device}")
+            "--num_sampling_steps=20", f"--device={device}", "--dtype=fp32",
+            f"--out_dir={gpu.root / device}")
         paths = sorted((gpu.root / device).glob("*_0*.png"))
         images[device] = torch.stack([experiment.load_image(path) for path in paths])
     difference = (images["cuda"] - images["cpu"]).abs()

@@ -114,7 +114,7 @@ def test_an_owner_on_another_machine_is_waited_for(holder, tmp_path, monkeypatch
             holder.kill()
             holder.wait()
     monkeypatch.setattr(experiment.time, "sleep", sleep)
-    lock = experiment.lock_folder(tmp_path)
+    lock = experiment.take_lock(tmp_path / "lock", tmp_path)
     lock.close()
     assert len(waited) == 5 and "process 7 on node9" in capsys.readouterr().out
 
@@ -123,18 +123,103 @@ def test_an_owner_on_another_machine_is_not_waited_for_for_ever(holder, tmp_path
                                                                 capsys):
     waited = []
     monkeypatch.setattr(experiment.time, "sleep", waited.append)
-    line = error_of(capsys, experiment.lock_folder, tmp_path, code=experiment.EXIT_STOPPED)
+    line = error_of(capsys, experiment.take_lock, tmp_path / "lock", tmp_path,
+                    code=experiment.EXIT_STOPPED)
     assert "in use by process 7 on node9" in line  # to be tried again
     assert sum(waited) == 120
 
 
-def test_a_run_whose_description_is_gone_keeps_its_checkpoint(workspace, quick, ldm):
+@pytest.mark.parametrize("content", [None, b"", bytes(300), b"{}"])
+def test_a_run_without_its_description_goes_on_from_its_checkpoint(
+        workspace, quick, ldm, content):
+    """It must not begin anew, over its own weights."""
     assert quick(*ldm("x", "--max_steps=4")).code == 0
-    (workspace.out / "x/run_meta.json").unlink()
-    before = (workspace.out / "x/ckpts/last.pt").read_bytes()
-    result = quick(*ldm("x", "--max_steps=6"))
-    assert result.code == experiment.EXIT_FAILED and "run_meta.json is gone" in only_error(result)
-    assert (workspace.out / "x/ckpts/last.pt").read_bytes() == before
+    description = workspace.out / "x/run_meta.json"
+    before = experiment.read_meta(description.parent)
+    description.unlink()
+    if content is not None:
+        description.write_bytes(content)
+    script, *argv = ldm("x", "--max_steps=6")
+    result = quick(script, *argv)
+    assert result.code == 0 and "run_meta.json is gone or damaged" in result.out, result.err
+    assert "continues at step     4" in result.out
+    after = experiment.read_meta(description.parent)
+    assert after["args"] == before["args"] | {"max_steps": 6, "resume_dir": str(description.parent)}
+    (workspace.out / "x/ckpts/last.pt").unlink()
+    if content is not None:
+        description.write_bytes(content)
+        result = quick(script, *argv)
+        assert result.code == experiment.EXIT_FAILED
+        assert "no ckpts/last.pt to read the settings from" in only_error(result)
+
+
+def counted_by(folder):
+    """Bytes of metrics.jsonl that the checkpoint of a run counts: all but the last evaluation."""
+    return experiment.load_checkpoint(folder / "ckpts/last.pt", "ldm")["metrics_bytes"]
+
+
+def cut(text):
+    return text[:-60]
+
+
+def zeroed(text):
+    return text[:-60] + bytes(60)
+
+
+def torn(text):
+    return text[:-60] + b"\xff\xfe" + text[-58:-1] + b"{"
+
+
+@pytest.mark.parametrize("damage", [cut, zeroed, torn, lambda text: b"", lambda text: None])
+def test_a_power_cut_that_took_the_end_of_the_log_does_not_end_the_run(
+        workspace, quick, ldm, damage):
+    """The checkpoint was on the disk, the lines of metrics.jsonl that it counts were not."""
+    log = workspace.out / "x/metrics.jsonl"
+    assert quick(*ldm("x", "--max_steps=8")).code == 0
+    whole = log.read_bytes()[:counted_by(workspace.out / "x")]
+    damaged = damage(whole)
+    log.unlink()
+    if damaged is not None:
+        log.write_bytes(damaged)
+    result = quick(*ldm("x", "--max_steps=12"))
+    assert result.code == 0, result.err
+    assert "cut back to its last whole line" in result.out
+    assert "continues at step     8" in result.out
+    lines = log.read_bytes().splitlines(keepends=True)
+    kept = [line for line in whole.splitlines(keepends=True) if line in lines]
+    assert lines[:len(kept)] == kept
+    assert len(kept) == (len(whole.splitlines()) - 1 if damaged else 0)
+    steps = [json.loads(line)["step"] for line in lines[len(kept):]]
+    assert min(steps) > 8 and max(steps) == 12
+    assert quick(*ldm("x", "--max_steps=12")).out.count("cut back") == 0
+
+
+def test_an_unreadable_line_of_the_log_is_passed_over(workspace, quick, ldm):
+    log = workspace.out / "x/metrics.jsonl"
+    assert quick(*ldm("x", "--max_steps=8")).code == 0
+    lines = log.read_bytes()[:counted_by(log.parent)].splitlines(keepends=True)
+    lines[0] = bytes(len(lines[0]) - 1) + b"\n"
+    log.write_bytes(b"".join(lines))
+    result = quick(*ldm("x", "--max_steps=12"))
+    assert result.code == 0, result.err
+    assert log.read_bytes().startswith(b"".join(lines)) and "cut back" not in result.out
+
+
+@pytest.mark.parametrize("name, says", [
+    ("metrics.jsonl", "Is a directory"), ("ckpts/last.pt", "last.pt, which is a folder"),
+    ("lock", "Is a directory"), ("samples", "samples")])
+def test_a_folder_where_a_file_belongs_is_one_line(workspace, quick, ldm, name, says):
+    assert quick(*ldm("x", "--max_steps=4")).code == 0
+    path = workspace.out / "x" / name
+    if path.is_dir():
+        shutil.rmtree(path)
+        path.write_text("")  # and the other way round
+    else:
+        path.unlink()
+        path.mkdir()
+    result = quick(*ldm("x", "--max_steps=8"))
+    assert result.code == experiment.EXIT_FAILED and says in only_error(result)
+    assert str(path) in only_error(result)
 
 
 # --- data that changed ---

@@ -527,7 +527,7 @@ open("graphs" + os.environ.get("RANK", "0"), "w").write(f"{graphs} graphs, {brea
 """
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name, networks", [("train_ldm", 1), ("train_vae", 2)])
 def test_a_run_compiles_each_network_once(workspace, name, networks, processes):
     """Also under DDP, whose first pass is thrown away: its inputs have the strides of training."""

@@ -1,27 +1,35 @@
 """Kill a training run with SIGKILL again and again; compare its end with that of a run left alone.
 
     python tests/robustness/kill_storm.py --stage=ldm --kills=50 --seed=0
+    python tests/robustness/kill_storm.py --stage=ldm --kills=15 --processes=2
 
-About half of the kills come at a random moment of a start. The others wait for a temporary file:
+About half of the kills come at a random moment of a start. The others wait for an unfinished file:
 of a checkpoint, or of a cache after the caches were removed. After each kill every file of the run
 must be absent or readable, and the checkpoint at least as far as before; then the same command is
-started again. Exit code 1 where that fails.
+started again. Exit code 1 where that fails. With several processes a kill hits torchrun or one of
+them, by chance; the others must then end by themselves.
 """
 import argparse
 import json
 import multiprocessing
+import os
 import pathlib
 import random
 import shutil
+import signal
+import subprocess
 import sys
 import tempfile
 import time
+
+import numpy as np
 
 TESTS = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
 from conftest import ROOT, TINY_LDM, TINY_VAE, _as_main  # noqa: E402
 from test_stages import assert_same_run  # noqa: E402
+from test_survival import workers  # noqa: E402
 
 import data  # noqa: E402
 import experiment  # noqa: E402
@@ -30,11 +38,50 @@ from args import at_least  # noqa: E402
 MAX_STEPS = {"ldm": 120, "vae": 40}
 
 
+class Torchrun:
+    """A stage on several processes, with the methods of a multiprocessing.Process."""
+
+    def __init__(self, argv, out, err, processes, rng):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                   f"--nproc_per_node={processes}", str(ROOT / argv[0]), *argv[1:]]
+        with open(out, "w") as out_file, open(err, "w") as err_file:
+            self.process = subprocess.Popen(command, stdout=out_file, stderr=err_file,
+                                            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+        self.processes, self.rng = processes, rng
+        self.victim, self.ranks = None, []
+
+    def is_alive(self):
+        return self.process.poll() is None
+
+    def kill(self):
+        """SIGKILL to torchrun or one of its processes; torchrun ends the others, or they do."""
+        self.ranks = workers(self.process) if self.is_alive() else []
+        choice = self.rng.randrange(self.processes + 1)
+        self.victim = self.ranks[choice] if choice < len(self.ranks) else self.process.pid
+        try:
+            os.kill(self.victim, signal.SIGKILL)
+        except ProcessLookupError:
+            self.victim = None  # too late
+
+    def join(self):
+        self.process.wait(120)
+        deadline = time.monotonic() + 60
+        while any(map(experiment.is_alive, self.ranks)):
+            assert time.monotonic() < deadline, "processes go on after torchrun's end"
+            time.sleep(0.02)
+
+    @property
+    def exitcode(self):
+        code = self.process.returncode
+        return -signal.SIGKILL if code and self.victim else code
+
+
 class Storm:
     """The folder of a storm, and the fork server that starts stages without the time of imports."""
 
-    def __init__(self, folder, stage):
+    def __init__(self, folder, stage, processes, rng):
         self.folder, self.stage, self.script = folder, stage, f"train_{stage}.py"
+        self.processes, self.rng = processes, rng
         self.out = folder / "runs"
         self.run = self.out / "storm"
         self.caches = ("images", "latents") if stage == "ldm" else ("images",)
@@ -46,6 +93,8 @@ class Storm:
 
     def start(self, *argv):
         out, err = str(self.folder / "out"), str(self.folder / "err")
+        if self.processes > 1 and argv[0] == self.script and "--run_name=v" not in argv:
+            return Torchrun(argv, out, err, self.processes, self.rng)
         process = self.server.Process(target=_as_main, args=(argv, out, err, str(ROOT)))
         process.start()
         return process
@@ -61,7 +110,8 @@ class Storm:
         argv = [self.script, f"--data_root={self.folder}/phantom", f"--output_root={self.out}",
                 f"--run_name={name}", f"--config={self.folder}/{self.stage}.py",
                 f"--max_steps={MAX_STEPS[self.stage]}", "--save_minutes=0",
-                "--log_every=1", "--sample_every=4"]
+                "--log_every=1", "--sample_every=4",
+                f"--batch_per_device={8 // self.processes}"]
         if self.stage == "vae":
             return [*argv, "--disc_start=8"]
         return [*argv, f"--ae_ckpt_path={self.out}/v/ckpts/last.pt",
@@ -78,10 +128,11 @@ class Storm:
             self.finish("find_latent_scale.py", *common,
                         f"--ae_ckpt_path={self.out}/v/ckpts/last.pt")
 
-    def unfinished(self, kind, pid):
-        """Whether process pid has a temporary file of a checkpoint or of a cache."""
-        folder = self.run / "ckpts" if kind == "checkpoint" else self.out / "cache"
-        return any(folder.glob(f".*.{pid}.tmp"))
+    def unfinished(self, kind):
+        """Whether there is an unfinished checkpoint or cache."""
+        if kind == "checkpoint":
+            return any((self.run / "ckpts").glob(".*.tmp"))
+        return any((self.out / "cache").glob("*.part"))
 
     def kill(self, aim, moment, skip):
         """Start the run and kill it; returns what it was doing.
@@ -93,7 +144,7 @@ class Storm:
         deadline = time.monotonic() + moment
         was_open = False
         while process.is_alive() and time.monotonic() < deadline:
-            is_open = aim is not None and self.unfinished(aim, process.pid)
+            is_open = aim is not None and self.unfinished(aim)
             if is_open and skip == 0:
                 break
             skip -= was_open and not is_open
@@ -107,7 +158,7 @@ class Storm:
             error = (self.folder / "err").read_text()
             raise AssertionError(f"a start after a kill failed\n{error}")
         for kind in ("checkpoint", "cache"):
-            if self.unfinished(kind, process.pid):
+            if self.unfinished(kind):
                 return kind
         return "other"
 
@@ -139,15 +190,15 @@ class Storm:
             experiment.read_json(self.out / "v/latent_scale.json", "latent scale")
         caches = self.out / "cache"
         for index in [*caches.glob("images_*.json"), *caches.glob("latents_*.json")]:
-            stored = experiment.read_json(index, "cache")
-            dtype = "uint16" if index.name.startswith("images") else "float32"
-            data._open_cached(index.with_suffix(".npy"), tuple(stored["shape"]), dtype)
+            rows = np.load(index.with_suffix(".npy"), mmap_mode="r")
+            data._open_cached(index.with_suffix(".npy"), rows.shape, rows.dtype)
         return step
 
 
-def storm(folder, stage, kills, seed):
+def storm(folder, stage, kills, seed, processes):
     """The summary line; AssertionError or SystemExit where a file is broken or the runs differ."""
-    s = Storm(folder, stage)
+    rng = random.Random(seed)
+    s = Storm(folder, stage, processes, rng)
     s.prepare()
     shutil.rmtree(s.out / "cache", ignore_errors=True)
     times = []
@@ -159,7 +210,6 @@ def storm(folder, stage, kills, seed):
     horizon = times[1] + 5 * (times[0] - times[1]) / MAX_STEPS[stage]
     shutil.rmtree(s.out / "cache")
 
-    rng = random.Random(seed)
     counts = dict.fromkeys(("checkpoint", "cache", "other", "finished"), 0)
     step = 0
     for number in range(kills):
@@ -177,11 +227,12 @@ def storm(folder, stage, kills, seed):
     s.finish(*s.command("storm"))
     s.check(MAX_STEPS[stage])
     assert_same_run(s.out / "whole", s.run, stage)
-    stray = len(list(s.out.rglob(".*.tmp")))
-    return (f"kill storm {stage}, seed {seed}: {kills} kills, "
+    stray = [*s.out.rglob(".*.tmp"), *s.out.rglob("*.part")]
+    assert not stray, stray
+    return (f"kill storm {stage}, {processes} processes, seed {seed}: {kills} kills, "
             f"{counts['checkpoint']} inside checkpoint writing, "
             f"{counts['cache']} inside cache building, {counts['finished']} too late; "
-            f"{kills + 1} starts; step {step} before the last; {stray} temporary files left; "
+            f"{kills + 1} starts; step {step} before the last; no temporary file left; "
             "equal to the undisturbed run")
 
 
@@ -190,16 +241,17 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=at_least(1), default=50)
     parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--processes", type=at_least(1), default=1)
     parser.add_argument("--stage", choices=tuple(MAX_STEPS), default="ldm")
     parser.add_argument(
         "--folder", help="empty folder to work in; none: a temporary one, removed at the end")
     args = parser.parse_args()
     if args.folder:
         folder = experiment.make_folder(args.folder).resolve()
-        print(storm(folder, args.stage, args.kills, args.seed))
+        print(storm(folder, args.stage, args.kills, args.seed, args.processes))
     else:
         with tempfile.TemporaryDirectory() as folder:
-            print(storm(pathlib.Path(folder), args.stage, args.kills, args.seed))
+            print(storm(pathlib.Path(folder), args.stage, args.kills, args.seed, args.processes))
 
 
 if __name__ == "__main__":

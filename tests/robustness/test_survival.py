@@ -10,6 +10,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, _as_main, read_jsonl, run, start, tree_hashes
 from test_stages import assert_same_run, strict
 
@@ -138,23 +139,23 @@ MOMENTS = {
         ("data.LatentSet._encode", 1, "SIGUSR1", KILLED),  # while latents are encoded
         ("torch.save", 1, "SIGTERM", 0),  # while the first checkpoint is written
         ("os.replace", 1, "SIGUSR1", 0),  # while run_meta.json is put in place
-        ("os.fsync", 3, "SIGTERM", 3),  # while the checkpoint of step 2 is written
-        # While that of step 4 is written: before the evaluation there.
-        ("torch.save", 1, "SIGUSR1", 4),
+        ("experiment.Run.save", 2, "SIGTERM", 3),  # before the checkpoint of step 2 is copied
+        # Before that of step 4 is: before the evaluation there.
+        ("experiment.Run.save", 1, "SIGUSR1", 4),
         ("experiment.clip_and_step", 3, "SIGUSR1", 7),  # in the middle of an epoch
         ("experiment.sample_latents", 1, "SIGTERM", 8),  # while images are sampled
         ("experiment.Run.log_images", 1, "SIGUSR1", 9),  # evaluation all but done
         # While the second picture of the last evaluation is written.
-        ("os.fsync", 6, "SIGTERM", FINISHES),
+        ("experiment.save_grid", 2, "SIGTERM", FINISHES),
     ],
     "train_vae": [
         ("data.read_grey", 20, "SIGTERM", KILLED),  # while validation images are decoded
         ("torch.save", 1, "SIGUSR1", 0),
         ("os.replace", 1, "SIGTERM", 0),
-        ("os.fsync", 3, "SIGUSR1", 3),
+        ("experiment.Run.save", 2, "SIGUSR1", 3),
         # Two calls per step: before the autoencoder's at step 5.
         ("experiment.clip_and_step", 3, "SIGTERM", 5),
-        ("torch.save", 3, "SIGUSR1", 8),  # before the evaluation
+        ("experiment.Run.save", 3, "SIGUSR1", 8),  # before the evaluation
         ("metrics.psnr", 1, "SIGUSR1", 9),  # in its only batch
         ("experiment.clip_and_step", 2, "SIGTERM", 10),  # before the discriminator's at step 10
         ("experiment.Run.log_images", 1, "SIGTERM", FINISHES),
@@ -172,7 +173,7 @@ def test_stops_at_awkward_moments_change_nothing(command, quick, tmp_path, stage
     for place, call, name, step in MOMENTS[stage]:
         script = hooked(tmp_path, stage, SEND.format(place=place, call=call, name=name))
         # A checkpoint each step; else at stops and evaluations only.
-        often = place.startswith(("os.", "torch."))
+        often = place == "experiment.Run.save"
         result = quick(script, *args, f"--save_minutes={0 if often else 60}")
         if step == KILLED:
             assert result.code == -getattr(signal, name), (place, result.err)
@@ -345,6 +346,81 @@ def test_a_run_goes_on_with_another_number_of_processes(command, quick, together
         assert moments == [5, 9]
 
 
+def weights(folder, kind):
+    state = experiment.load_checkpoint(folder / "ckpts/last.pt", kind)["model"]
+    return torch.cat([v.flatten() for v in state.values()])
+
+
+@pytest.mark.parametrize("stage", ["train_ldm", pytest.param("train_vae", marks=pytest.mark.slow)])
+def test_processes_that_share_a_batch_do_what_one_does(command, together, tmp_path, stage):
+    """The same images in the same order with the same noise: what differs is rounding."""
+    def train(name, processes, *more):
+        argv = [f"{stage}.py", *command(stage, name, f"--batch_per_device={8 // processes}",
+                                        "--dtype=fp32", *more)]
+        results = together([argv] * processes, ranks=processes > 1)
+        assert [r.code for r in results] == [0] * processes, results[0].err
+        return results[0].out
+
+    kind = stage[-3:]
+    train("start", 1, "--max_steps=1")
+    for name, processes in (("one", 1), ("two", 2), ("four", 4)):
+        train(name, processes, "--max_steps=6")
+    train("mixed", 4, "--max_steps=3")
+    out = train("mixed", 1, "--max_steps=6")
+    assert "with the same 8 images per step: only rounding changes" in out
+    train("other", 1, "--max_steps=6", "--seed=1")
+    start, one, other = (weights(tmp_path / "runs" / n, kind) for n in ("start", "one", "other"))
+    way = (one - start).norm()
+    for name in ("two", "four", "mixed"):
+        assert (weights(tmp_path / "runs" / name, kind) - one).norm() < 0.02 * way, name
+        losses = [[r["train/loss"] for r in read_jsonl(tmp_path / f"runs/{n}/metrics.jsonl")
+                   if "train/loss" in r] for n in ("one", name)]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-3), name
+    assert (other - one).norm() > way  # what another seed would make of it
+
+
+def test_ranks_end_when_torchrun_was_killed(command, tmp_path):
+    """Else they would train on beside the next start."""
+    folder = tmp_path / "runs/orphans"
+    argv = ["train_ldm.py", *command("train_ldm", "orphans", "--batch_per_device=4"),
+            "--max_steps=100000", "--sample_every=100000"]
+    process = start(*argv, processes=2)
+    for line in process.stdout:
+        if line.startswith("step 3 "):
+            break
+    ranks = workers(process)
+    process.kill()
+    deadline = time.monotonic() + 60
+    while any(map(experiment.is_alive, ranks)):
+        assert time.monotonic() < deadline, "they train on"
+        time.sleep(0.1)
+    out = "".join(process.communicate())
+    step = experiment.load_checkpoint(folder / "ckpts/last.pt", "ldm")["step"]
+    assert step >= 3 and f"stopped (SIGTERM) at step {step}, " in out
+    out, _ = run(*argv[:-2], f"--max_steps={step + 2}", "--sample_every=100000", processes=2)
+    assert re.search(rf"continues at step\s+{step}\n", out)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_is_named_in_one_line(command, tmp_path, victim):
+    argv = command("train_ldm", "killed", "--batch_per_device=4")
+    process = start("train_ldm.py", *argv, "--max_steps=100000", "--sample_every=100000",
+                    processes=2)
+    for line in process.stdout:
+        if line.startswith("step 3 "):
+            break
+    pid = workers(process)[victim]
+    os.kill(pid, signal.SIGKILL)
+    _, err = process.communicate(timeout=LIMIT_S)
+    lines = err.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("error: "))
+    assert f"rank {victim} (process {pid} on " in lines[first] and "killed" in lines[first]
+    # Of Python's tracebacks there is torchrun's alone, and it comes after the line.
+    assert err.count("Traceback (most recent call last)") == 1
+    assert first < lines.index("Traceback (most recent call last):")
+    assert process.returncode == 1
+
+
 # Poisons the latents of rank 1 at steps 2, 3 and from 7 on, and writes a line for each step: a
 # digest of all weights and optimiser states after it, and whether they are finite.
 POISON = """
@@ -411,33 +487,31 @@ def test_a_nan_on_one_rank_is_skipped_by_both(command, together, tmp_path, stage
 
 # --- two runs that build the same caches --------------------------------------------------------
 
-MEET = """
-def meet(place):
-    def wait(call, *args):
+BUILD = """
+def slowly(place):
+    def note(call, *args):
         if call == 1:
             pathlib.Path({folder!r}, place + "." + str(os.getpid())).touch()
-            for _ in range(600):
-                if len(list(pathlib.Path({folder!r}).glob(place + ".*"))) == 2:
-                    return
-                time.sleep(0.05)
-            sys.exit("the other never came to " + place)
-    before(place, wait)
-meet("data.read_grey")
-meet("data.LatentSet._encode")
+            time.sleep(3)  # the other one comes to the lock
+    before(place, note)
+slowly("data.read_grey")
+slowly("data.LatentSet._encode")
 """
 
 
-def test_two_runs_that_build_the_same_caches_at_once(command, together, quick, tmp_path):
-    """Both are in the middle of decoding, then in the middle of encoding, at the same time."""
-    script = hooked(tmp_path, "train_ldm", MEET.format(folder=str(tmp_path)))
+def test_two_runs_that_want_the_same_caches_build_them_once(command, together, quick, tmp_path):
+    script = hooked(tmp_path, "train_ldm", BUILD.format(folder=str(tmp_path)))
     results = together([(script, *command("train_ldm", name)) for name in ("a", "b")])
     assert [r.code for r in results] == [0, 0], results[0].err + results[1].err
+    assert sum("waiting until it ends" in r.out for r in results) >= 1
+    for place in ("data.read_grey", "data.LatentSet._encode"):
+        assert len(list(tmp_path.glob(f"{place}.*"))) == 1, "made twice"
     assert_same_run(tmp_path / "runs/a", tmp_path / "runs/b", "ldm")
     cache = tmp_path / "runs/cache"
-    indices = sorted(cache.glob("*.json"))
-    assert [p.name.split("_")[0] for p in indices] == ["images", "latents"]
-    # Each builder put the same file in place: nothing stays behind unused.
-    assert len(list(cache.iterdir())) == 4 and not left_over(tmp_path / "runs")
+    names = sorted(p.name.split("_")[0] + p.suffix for p in cache.iterdir())
+    assert names == [f"{kind}{suffix}" for kind in ("images", "latents")
+                     for suffix in (".json", ".lock", ".npy")]
+    assert not left_over(tmp_path / "runs")
     before = tree_hashes(cache)
     assert quick("train_ldm.py", *command("train_ldm", "c")).code == 0
     assert tree_hashes(cache) == before
@@ -448,10 +522,12 @@ def test_two_runs_that_build_the_same_caches_at_once(command, together, quick, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage, kills", [("ldm", 50), ("vae", 15)])
-def test_a_storm_of_kills_changes_nothing(tmp_path, stage, kills):
+@pytest.mark.parametrize("stage, kills, processes", [
+    ("ldm", 50, 1), ("vae", 15, 1), ("ldm", 15, 2), ("vae", 10, 2)])
+def test_a_storm_of_kills_changes_nothing(tmp_path, stage, kills, processes):
+    """On two processes torchrun itself is among the victims."""
     out, _ = run("tests/robustness/kill_storm.py", f"--stage={stage}", f"--kills={kills}",
-                 f"--folder={tmp_path}")
+                 f"--processes={processes}", f"--folder={tmp_path}", timeout=900)
     print(out)
     pattern = r"kills, (\d+) inside checkpoint writing, (\d+) inside cache building"
     counts = re.search(pattern, out).groups()

@@ -1,0 +1,110 @@
+"""A start with 20,000 and 200,000 images, on one process and on two: what it opens, and its memory.
+
+    python -m pytest tests/robustness/test_scale.py -s     # prints the cost per image, too
+"""
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, TINY_LDM, TINY_VAE, run
+from PIL import Image
+
+pytestmark = pytest.mark.slow
+
+SIDE, SMALL, LARGE = 16, 20_000, 200_000
+FILES = 100  # that all names are links to
+
+# Runs a stage and writes what it opened below the data root and in the cache, and its peak memory.
+WATCHED = """
+import atexit, json, os, re, runpy, sys
+root, out = sys.argv[1:3]
+sys.argv = sys.argv[3:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+opened = {"images": 0, "pixels": 0, "latents": 0}
+def watch(event, args):
+    if event == "open" and isinstance(args[0], str):
+        opened["images"] += args[0].startswith(root) and args[0].endswith(".png")
+        opened["pixels"] += "/cache/images_" in args[0] and args[0].endswith(".npy")
+        opened["latents"] += "/cache/latents_" in args[0] and args[0].endswith(".npy")
+sys.addaudithook(watch)
+runpy.run_path(sys.argv[0], run_name="__main__")
+peak = re.search("VmHWM:\\\\s*(\\\\d+) kB", open("/proc/self/status").read()).group(1)
+with open(out + os.environ.get("RANK", "0"), "w") as f:
+    json.dump(opened | {"peak_mb": int(peak) / 1024}, f)
+"""
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory):
+    """Data roots of SMALL and of LARGE images in two classes, and a run `v` of an autoencoder."""
+    root = tmp_path_factory.mktemp("big")
+    rng = np.random.default_rng(0)
+    (root / "files").mkdir()
+    for i in range(FILES):
+        pixels = rng.integers(0, 256, (SIDE, SIDE), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"files/{i}.png")
+    for count in (SMALL, LARGE):
+        for name in ("normal", "tb"):
+            folder = root / str(count) / "TB/train" / name
+            folder.mkdir(parents=True)
+            for i in range(count // 2):
+                os.link(root / f"files/{i % FILES}.png", folder / f"{i:06d}.png")
+    (root / "watched.py").write_text(WATCHED)
+    (root / "vae.py").write_text(
+        TINY_VAE.replace("img_size = 32", f"img_size = {SIDE}") + "disc_weight = 0.0\n")
+    (root / "ldm.py").write_text(TINY_LDM)
+    common = [f"--output_root={root / 'runs'}", f"--data_root={root / str(SMALL)}"]
+    run("train_vae.py", *common, f"--config={root / 'vae.py'}", "--run_name=v", "--max_steps=2")
+    (root / "runs/v/latent_scale.json").unlink(missing_ok=True)
+    return root
+
+
+def start(big, out, count, processes, name):
+    """(seconds, [what each rank opened, and its peak memory])"""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone",
+                     f"--nproc_per_node={processes}"]
+    data_root = big / str(count)
+    begin = time.monotonic()
+    done = subprocess.run(
+        [*launcher, str(big / "watched.py"), str(data_root), str(out / name),
+         str(ROOT / "train_ldm.py"), f"--data_root={data_root}", f"--output_root={out}",
+         f"--config={big / 'ldm.py'}", f"--ae_ckpt_path={big / 'runs/v/ckpts/last.pt'}",
+         "--latent_scale_factor=1.0", "--max_steps=1", "--sample_batch_size=2",
+         "--num_sampling_steps=1", "--device=cpu"],
+        cwd=out, text=True, capture_output=True, timeout=1500, check=False,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert re.search(rf"images\s+{count}\n", done.stdout)
+    seconds = time.monotonic() - begin
+    return seconds, [json.loads((out / f"{name}{rank}").read_text()) for rank in range(processes)]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_start_costs_little_per_image(big, tmp_path, processes):
+    peaks, text = {}, [f"\n{processes} processes, {SIDE} px"]
+    for count in (SMALL, LARGE):
+        out = tmp_path / str(count)
+        out.mkdir()
+        first, built = start(big, out, count, processes, "first")
+        second, found = start(big, out, count, processes, "second")
+        # All are decoded once, by all processes together; the second start opens none of them, nor
+        # the decoded pixels: the latents are there.
+        assert sum(rank["images"] for rank in built) == count
+        assert min(rank["images"] for rank in built) > 0.4 * count / processes
+        assert all(rank["images"] == rank["pixels"] == 0 for rank in found)
+        assert all(rank["latents"] > 0 for rank in found)
+        peaks[count] = [max(rank["peak_mb"] for rank in ranks) for ranks in (built, found)]
+        text.append(f"{count} images: first start {first:.1f} s ({1e6 * first / count:.0f} us per "
+                    f"image), second {second:.1f} s ({1e6 * second / count:.0f} us per image), "
+                    f"peak memory {peaks[count][0]:.0f} and {peaks[count][1]:.0f} MB")
+    print("\n".join(text))
+    # What grows is the list of names, whatever the size of the images.
+    for small, large in zip(peaks[SMALL], peaks[LARGE], strict=True):
+        assert large - small < 1000 * (LARGE - SMALL) / 2**20
