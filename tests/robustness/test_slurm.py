@@ -663,6 +663,14 @@ def test_an_error_that_would_come_again_ends_the_job(cluster):
         assert errors(info)[-1] == "error: not requeued, since the same command would fail again"
         assert len(errors(info)) == 1
     assert not list(cluster.fakes.glob("slurm_logs/final-*"))
+    # A real one, past the launchers, which would have seen it.
+    job, = job_ids(cluster.call("sbatch", "slurm/train.slurm", "train_ldm.py", "--config=ldm.py",
+                                "--ae_ckpt_path=missing.pt"))
+    info = ended(job, cluster.root, "FAILED")
+    assert (info["Restarts"], info["ExitCode"]) == ("0", "78:0")
+    said, not_requeued = errors(info)
+    assert "missing.pt" in said and "not requeued" in not_requeued
+    assert "Traceback" not in pathlib.Path(info["StdOut"]).read_text()
 
 
 @pytest.mark.slow
