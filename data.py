@@ -144,14 +144,10 @@ def _walk(folder, above, left_out):
             left_out[f"folder {entry.name}, taken for masks"] += 1
         elif _is_folder(entry):
             found += _walk(entry.path, {*above, real}, left_out)
-        elif suffix in EXTENSIONS or _is_broken_link(entry.path):
-            found.append(entry)
-        elif suffix and not suffix[1:].isdigit():
-            left_out[f"*{suffix}"] += 1
-        elif is_dicom(entry.path):  # as archives hand them out: IM0001, or by UID, 1.2.840.4
-            found.append(entry)
+        elif suffix in EXTENSIONS or _may_be_dicom(suffix) or _is_broken_link(entry.path):
+            found.append(entry)  # decoding looks into what may be DICOM, once
         else:
-            left_out["without a suffix"] += 1
+            left_out[f"*{suffix}"] += 1
     return found
 
 
@@ -395,10 +391,15 @@ def import_pydicom():
     return pydicom
 
 
+def _may_be_dicom(suffix):
+    """Whether archives hand out DICOM files that end so: IM0001, or by UID, 1.2.840.4."""
+    return not suffix or suffix[1:].isdigit()
+
+
 def is_dicom(path):
     """Whether a file is called DICOM, or has no suffix (or a number for one) and begins like it."""
     suffix = os.path.splitext(path)[1].lower()
-    if suffix in DICOM or (suffix and not suffix[1:].isdigit()):
+    if not _may_be_dicom(suffix):
         return suffix in DICOM
     try:
         with open(path, "rb") as f:
@@ -882,11 +883,16 @@ def _image_set(listing, notes, args, where, key):
                 "them up, or save what says so (TIFF's BitsPerSample, PNG's sBIT)")
     _notice_odd(listing, notes.get("flat", []), where,
                 "have no contrast at all: empty, or cut off by their window")
+    if other := notes.get("other", []):
+        notice(f"{where}: not read: {len(other)} without a suffix")
     number = {name: i for i, name in enumerate(listing.class_names)}
     labels = np.array([number[file.class_name] for file in listing.files])
     keep = (labels == args.class_filter) | (args.class_filter < 0)
-    keep[[position for position, _, _ in bad]] = False
+    lost = set(labels[keep])
+    keep[[*other, *(position for position, _, _ in bad)]] = False
     rows = np.flatnonzero(keep)
+    for label in sorted(lost - set(labels[rows])):
+        notice(f"no image of class {listing.class_names[label]} is left in {where}")
     names = np.array([os.fsencode(listing.files[i].path) for i in rows])
     return ImageSet(None, rows, labels[rows], names, listing.class_names, key,
                     class_summary(listing), len(listing.files))
@@ -946,8 +952,9 @@ def _decoder(listing, args, procs):
     """make(start, stop, tick) for cached_array: a row for each file, black where it cannot be
     decoded. listing: on rank 0, which hands the list on.
 
-    Its notes: "bad", [position, name, reason] of those; "dark" and "flat", positions of images
-    without a value over a quarter of their range, and with hardly two values.
+    Its notes: "bad", [position, name, reason] of those; positions of "other", files without a
+    suffix that are no DICOM, "dark", images without a value over a quarter of their range, and
+    "flat", with hardly two values.
     """
     def look():
         files = [(file.path, file.size >= 0) for file in listing.files]
@@ -958,20 +965,26 @@ def _decoder(listing, args, procs):
     root, files = experiment.on_main(procs, look)
     pool = ThreadPoolExecutor(args.num_workers or experiment.own_cores())
 
-    def decode_or_reason(path, there):
+    def decode_or_reason(name, there):
         if not there:
             return "a link without a target"
+        path = os.path.join(root, name)
+        if _may_be_dicom(os.path.splitext(name)[1]) and not is_dicom(path):
+            return None
         try:
-            return decode(os.path.join(root, path), args.img_size)
+            return decode(path, args.img_size)
         except (OSError, ValueError) as e:
             return str(e) or type(e).__name__
 
     def make(start, stop, tick):
         rows = np.zeros((stop - start, args.img_size, args.img_size), np.uint16)
-        bad, dark, flat = [], [], []
+        bad, other, dark, flat = [], [], [], []
         decoded = pool.map(decode_or_reason, *zip(*files[start:stop], strict=True))
         for position, image in enumerate(decoded, start):
             tick(1)
+            if image is None:
+                other.append(position)
+                continue
             if isinstance(image, str):
                 bad.append([position, _shown(files[position][0]), image])
                 continue
@@ -981,7 +994,7 @@ def _decoder(listing, args, procs):
                 dark.append(position)
             if highest - lowest < 655:  # 1 % of the range
                 flat.append(position)
-        return rows, {"bad": bad, "dark": dark, "flat": flat}
+        return rows, {"bad": bad, "other": other, "dark": dark, "flat": flat}
     return make
 
 

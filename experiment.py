@@ -136,7 +136,9 @@ def setup_processes(args):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
+        # Else each start picks other algorithms, some of which add up in no fixed order, and no two
+        # runs end with the same weights (seen on an H100).
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
         fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
         # torchrun gives each process one thread: share the cores instead.

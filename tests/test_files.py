@@ -62,11 +62,13 @@ def test_one_notice_counts_by_reason_what_is_not_read(image_tree, capsys):
     link(".#lock", split / ".#lock")  # an editor's, without a target
     link("..", split / "tb/loop")
     listing = data.scan(root, "TB", "train")
-    assert len(listing.files) == 3 and listing.class_names == ["normal", "tb"]
+    assert listing.class_names == ["normal", "tb"]
+    names = sorted(os.path.basename(file.path) for file in listing.files)
+    assert names == ["0.png", "0.png", "0.png", "1.2.840.7", "IM0001"]  # the two: DICOM, perhaps
     note, = notes(capsys)
     assert note.strip().split("not read: ")[1] == (
         "1 *.gz, 2 *.txt, 2 beside the class folders, 5 hidden, "
-        "1 link back to a folder above it, 2 without a suffix")
+        "1 link back to a folder above it")
 
 
 def test_suffixes_that_cannot_be_printed_are_counted_too(image_tree, capsys):
@@ -481,7 +483,8 @@ def write_dicom(path, stored, bits=12, signed=False, **tags):
     return pydicom.dcmread(path)
 
 
-def test_dicom_without_a_suffix_or_named_by_uid_is_read(image_tree, tmp_path, capsys, pydicom):
+def test_dicom_without_a_suffix_or_named_by_uid_is_read(
+        image_tree, tmp_path, capsys, pydicom, monkeypatch):
     root = image_tree({"TB/train/normal": 1, "TB/train/tb": 1})
     stored = np.arange(256).reshape(16, 16) * 16
     for name in ("IM0001", "1.2.840.7"):
@@ -494,6 +497,10 @@ def test_dicom_without_a_suffix_or_named_by_uid_is_read(image_tree, tmp_path, ca
     assert torch.allclose(images.images([position])[0, 0], expected, atol=1e-3)
     note, = notes(capsys)
     assert note.strip().endswith("not read: 1 without a suffix")
+    opened = []
+    monkeypatch.setattr(data, "is_dicom", opened.append)
+    again = data.open_images(settings(root, tmp_path), ALONE, "train")
+    assert len(again) == 4 and not opened  # once is enough
 
 
 def values_of(bits, signed=False):
