@@ -137,7 +137,9 @@ class Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(argv)
         if unknown:
             flag = unknown[0].split("=")[0]
-            self.error(f"unknown argument {unknown[0]}{closest(flag, self._option_string_actions)}")
+            launcher = os.environ.get("LAUNCHER_FLAGS", "").split()  # what slurm/ takes besides
+            known = [*self._option_string_actions, *launcher]
+            self.error(f"unknown argument {unknown[0]}{closest(flag, known)}")
         return args
 
 

@@ -13,8 +13,8 @@ for number in "$4" "$5"; do
         die "NODES and RUNS_PER_NODE are numbers of at least 1, not $number"
 done
 [[ $3 =~ ^[0-9]+$ ]] || die "K=$3 is not a number of images (0: all)"
-parse_launch "${@:6}"
+parse_launch "${@:6}" --partition="$2"
 [ "${#program_args[@]}" = 0 ] ||
     die "unknown flag ${program_args[0]}; settings of the runs are in slurm/sweep.py"
-partition=$2
-submit sweep --array="1-$4" slurm/ldm_sweep_agent.slurm "$1" "$2" "$3" "$5"
+array=1-$4
+submit sweep slurm/ldm_sweep_agent.slurm "$1" "$2" "$3" "$5"

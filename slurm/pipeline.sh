@@ -27,14 +27,15 @@ ldm_name=ldm_${task,,}_${mode}_$stamp
 shared=(--task="$task" "${data_root[@]}" "${program_args[@]}")
 vae=("${shared[@]}" --z_channels="$z_channels" "${vae[@]}" --run_name="$ae_name")
 check_args train_vae.py "${vae[@]}"
+# The inputs of the other two come from the jobs before them.
 scale=("${shared[@]}" --ae_ckpt_path="$run_folder/ckpts/last.pt")
-check_args find_latent_scale.py "${scale[@]}"
+after=earlier check_args find_latent_scale.py "${scale[@]}"
 ldm=(--mode="$mode" "${scale[@]}" "${ldm[@]}" --run_name="$ldm_name")
-check_args train_ldm.py "${ldm[@]}"
+after=earlier check_args train_ldm.py "${ldm[@]}"
 
 submit "$ae_name" slurm/train.slurm train_vae.py "${vae[@]}"
 after=$job_id
-# One process measures the scale, and a short job gets its turn earlier.
-nodes=1 gpus=1 time=${time:-2:00:00} \
+# One process measures the scale, on one GPU of the same type; a short job gets its turn earlier.
+nodes=1 gpus=${gpus%"${gpus##*:}"}1 time=${time:-2:00:00} \
     submit "scale_$ae_name" slurm/train.slurm find_latent_scale.py "${scale[@]}"
 after=$job_id submit "$ldm_name" slurm/train.slurm train_ldm.py "${ldm[@]}"

@@ -20,6 +20,32 @@ import train_ldm
 
 STUB = ROOT.parent / "shared" / "wandb-stub"
 PARTITIONS = ("stampede", "bigbatch", "biggpu")
+# A cluster that declares GPUs and one that does not, say: their slurm.conf files, with ":" between.
+CLUSTERS = os.environ.get("SLURM_TEST_CONFS", os.environ.get("SLURM_CONF", "")).split(":")
+
+# In place of a trainer: does what --plan says for this start of the job (starts are separated by
+# commas, the ranks of one by slashes).
+FAKE = """
+import os, signal, sys, time
+if any(word.startswith("--check") for word in sys.argv):
+    print("runs/fake", -1, sep="\\n")
+    sys.exit()
+plan = next(word[7:] for word in sys.argv if word.startswith("--plan="))
+start = plan.split(",")[int(os.environ.get("SLURM_RESTART_COUNT", 0))].split("/")
+act = start[int(os.environ["RANK"]) % len(start)]
+if act == "wait":
+    time.sleep(600)
+if act == "hang":
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    time.sleep(600)
+if act == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+if act == "raise":
+    raise ValueError("a bug")
+print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"])
+sys.exit(int(act))
+"""
 
 
 def slurm_is_up():
@@ -31,8 +57,11 @@ def slurm_is_up():
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
+    return make_checkout(tmp_path_factory.mktemp("slurm") / "checkout")
+
+
+def make_checkout(root):
     """A copy of the code with tiny configs, and call(COMMAND...) to run something in it."""
-    root = tmp_path_factory.mktemp("slurm") / "checkout"
     shutil.copytree(ROOT / "slurm", root / "slurm")
     for path in (*ROOT.glob("*.py"), ROOT / "sweep.yaml"):
         shutil.copy(path, root)
@@ -40,6 +69,7 @@ def checkout(tmp_path_factory):
     (root / "ldm.py").write_text(TINY_LDM + "device = 'cpu'\nmax_steps = 2\n")
     bin_folder = shlex.quote(os.path.dirname(sys.executable))
     (root / "activate").write_text(f"export PATH={bin_folder}:$PATH\n")
+    (root / "train_fake.py").write_text(FAKE)
     hidden = {k for k in os.environ if k.startswith(("SBATCH_", "WANDB_"))}
     hidden |= {"DATA_ROOT", "PARTITION", "TASK", "OUTPUT_ROOT"}
     env = {k: v for k, v in os.environ.items() if k not in hidden}
@@ -71,26 +101,48 @@ def test_shellcheck():
     assert done.returncode == 0, done.stdout
 
 
-def test_dry_run_prints_the_submission_and_hands_on_every_other_flag(checkout):
+# A launcher without the check, which takes a second.
+LAUNCH = """set -euo pipefail
+exec 2>&1
+source slurm/common.sh
+parse_launch --dry-run "$@"
+submit name slurm/train.slurm train_vae.py
+"""
+
+
+@pytest.fixture
+def gres(checkout, tmp_path):
+    """gres(TEXT) -> PATH with a sinfo that answers TEXT: partitions and their GRES."""
+    def answer(text):
+        (tmp_path / "sinfo").write_text(f"#!/bin/sh\necho '{text}'\n")
+        (tmp_path / "sinfo").chmod(0o755)
+        return f"{tmp_path}:{checkout.env['PATH']}"
+    return answer
+
+
+def test_dry_run_prints_the_submission_and_hands_on_every_other_flag(checkout, gres, image_tree):
+    data_root = str(image_tree({"TB/train/normal": 1}))
     out = checkout.call(
         "slurm/train_ldm.sh", "overfit_16", "--partition", "biggpu", "--nodes=2", "--gpus", "3",
         "--lr", "1e-4", "--exp_name=two words", "--time", "1:00:00", "--job-name=x", "--after", "7",
-        "--dry-run", DATA_ROOT="/images", SBATCH_FLAGS="--account=lab --exclude=n1,n2")
+        "--dry-run", DATA_ROOT=data_root, SBATCH_FLAGS="--account=lab --exclude=n1,n2",
+        PATH=gres("biggpu gpu:4"))
     command = shlex.split(out.strip())
     at = command.index("slurm/train.slurm")
     assert command[0] == "sbatch" and set(command[1:at]) == {
         "--parsable", "--job-name=x", "--nodes=2", "--gpus-per-node=3", "--cpus-per-task=12",
         "--partition=biggpu", "--time=1:00:00", "--dependency=afterok:7",
         "--kill-on-invalid-dep=yes", "--account=lab", "--exclude=n1,n2"}
-    assert command[at + 1:] == ["train_ldm.py", "--mode=overfit_16", "--data_root=/images", "--lr",
-                                "1e-4", "--exp_name=two words"]
+    assert command[at + 1:] == ["train_ldm.py", "--mode=overfit_16", f"--data_root={data_root}",
+                                "--lr", "1e-4", "--exp_name=two words"]
 
 
 @pytest.mark.parametrize(("flags", "scale_time", "ldm_time"),
                          [((), "2:00:00", None), (("--time=9:00:00",), "9:00:00", "9:00:00")])
-def test_pipeline_dry_run(checkout, flags, scale_time, ldm_time):
-    out = checkout.call("slurm/pipeline.sh", "TB", "4", "full_train", "--nodes=2", "--gpus=4",
-                        "--output_root=out", "--dry-run", *flags, "--ldm", "--lr=1e-4")
+def test_pipeline_dry_run(checkout, gres, flags, scale_time, ldm_time):
+    out = checkout.call("slurm/pipeline.sh", "TB", "4", "full_train", "--nodes=2", "--gpus=a100:4",
+                        "--output_root=out", "--dry-run", *flags, "--ldm", "--lr=1e-4",
+                        PATH=gres("all* gpu:a100:4"))
     jobs = []
     for line in out.splitlines():
         command = shlex.split(line)
@@ -104,7 +156,7 @@ def test_pipeline_dry_run(checkout, flags, scale_time, ldm_time):
     assert [s.get("dependency") for s in (vae_sbatch, scale_sbatch, ldm_sbatch)] == [
         None, "afterok:JOBID", "afterok:JOBID"]
     assert [(s["nodes"], s["gpus-per-node"]) for s in (vae_sbatch, scale_sbatch, ldm_sbatch)] == [
-        ("2", "4"), ("1", "1"), ("2", "4")]
+        ("2", "a100:4"), ("1", "a100:1"), ("2", "a100:4")]
     assert [scale_sbatch.get("time"), ldm_sbatch.get("time")] == [scale_time, ldm_time]
     checkpoint = f"out/{vae_flags['run_name']}/ckpts/last.pt"
     assert scale_flags["ae_ckpt_path"] == ldm_flags["ae_ckpt_path"] == checkpoint
@@ -121,6 +173,57 @@ def test_an_unknown_flag_is_refused_by_all_launchers(checkout):
         assert "--learning_rat" in out and "sbatch" not in out
 
 
+@pytest.mark.parametrize(("flags", "answer", "asked", "cpus", "noted"), [
+    ("", "p* gpu:4", "1", "4", False),
+    ("", "p* gpu:a100:4(S:0-1),shard:8", "1", "4", False),
+    ("--gpus=2", "p* (null)\np* shard:8,gpu:2", "2", "8", False),  # nodes that differ
+    ("--gpus a100:4", "p* gpu:a100:4", "a100:4", "16", False),
+    ("--gpus=0", "p* gpu:4", None, "4", False),
+    ("--partition=p", "p gpu:4", "1", "4", False),
+    ("", "p* (null)", None, "4", False),
+    ("--gpus=0", "p* (null)", None, "4", False),
+    ("--gpus=2", "p* (null)", None, "8", True),
+    ("--gpus=a100:2", "p* craynetwork:4", None, "8", True),
+    ("", "big gpu:4\np* (null)", None, "4", False),  # the default partition counts
+    ("", "big (null)\np* gpu:4", "1", "4", False),
+    ("--partition=typo", "", "1", "4", False)])  # for sbatch to refuse
+def test_gpus_are_asked_for_where_there_are_some(checkout, gres, flags, answer, asked, cpus, noted):
+    out = checkout.call("bash", "-c", LAUNCH, "launch", *flags.split(), PATH=gres(answer))
+    *notes, command = out.splitlines()
+    sbatch = dict(word[2:].partition("=")[::2] for word in shlex.split(command))
+    assert (sbatch.get("gpus-per-node"), sbatch["cpus-per-task"]) == (asked, cpus)
+    assert (len(notes), "declares no GPUs" in out) == (noted, noted)
+
+
+def test_gpus_that_are_asked_for_in_another_way_are_not_asked_for_twice(checkout, gres):
+    for answer in ("p* gpu:4", "p* (null)"):
+        for setting in ({"SBATCH_FLAGS": "--mem=8G --gres=gpu:a100:1"}, {"SBATCH_FLAGS": "-G 2"},
+                        {"SBATCH_GRES": "gpu:a100:1"}):
+            out = checkout.call("bash", "-c", LAUNCH, "launch", PATH=gres(answer), **setting)
+            assert "gpus-per-node" not in out and "note" not in out
+    out = checkout.call("bash", "-c", LAUNCH, "launch", PATH=gres("p* gpu:4"),
+                        SBATCH_FLAGS="--gres=license:1 --gpu-bind=closest")
+    assert "--gpus-per-node=1 " in out
+
+
+@pytest.mark.parametrize(("flags", "says"), [
+    ("--gpus=two", "such as 2 or a100:2"), ("--gpus=a100:", "such as 2"), ("--gpus=-1", "such as"),
+    ("--gpus", "--gpus needs a value"), ("--time --nodes=2", "--time needs a value"),
+    ("--after=", "--after needs a value"), ("--after=7,8", "such as 7 or 7:8"),
+    ("--after=job", "such as 7"), ("--job-name=", "--job-name needs a value"),
+    ("--job-name=a/b", "has a slash")])
+def test_launchers_refuse_in_one_line_what_would_fail(checkout, gres, flags, says):
+    out = checkout.call("bash", "-c", LAUNCH, "launch", *flags.split(), code=1,
+                        PATH=gres("p* gpu:4"))
+    assert out.count("\n") == 1 and out.startswith("error: ") and says in out
+
+
+def test_a_misspelt_flag_of_a_launcher_is_named_in_one_line(checkout):
+    out = checkout.call("slurm/train_vae.sh", "TB", "1", "--partitoin=x", "--dry-run", code=1)
+    assert "unknown argument --partitoin=x; did you mean --partition?" in out
+    assert out.count("\n") == 1
+
+
 def test_help_submits_nothing(checkout):
     out = checkout.call("slurm/train_vae.sh", "TB", "1", "--help", "--dry-run", code=1)
     assert "--z_channels" in out and "sbatch" not in out
@@ -133,6 +236,74 @@ def test_train_slurm_says_how_it_is_called(checkout):
     out = checkout.call("slurm/train.slurm", "--mode=overfit_16", code=1, **hidden,
                         SLURM_SUBMIT_DIR=str(checkout.root))
     assert "sbatch slurm/train.slurm PROGRAM [flags]" in out
+
+
+@pytest.mark.parametrize(("plan", "code", "says"), [
+    ("0", 0, ""), ("75", 75, ""), ("78/wait", 78, ""), ("wait/78", 78, ""), ("raise/78", 78, ""),
+    ("3/wait", 3, "rank 0 on node7 ended with exit code 3"),
+    ("wait/raise", 1, "rank 1 on node7 ended with exit code 1"),
+    ("wait/killed", 137, "rank 1 on node7 was killed by SIGKILL: out of memory?")])
+def test_launch_hands_on_how_its_processes_ended(checkout, plan, code, says, tmp_path):
+    # Two processes since the job finds two GPUs, where Slurm hands out none.
+    find_two = ("import runpy, sys, torch; torch.cuda.device_count = lambda: 2; del sys.argv[0];"
+                "runpy.run_path(sys.argv[0], run_name='__main__')")
+    out = checkout.call(
+        sys.executable, "-c", find_two,
+        "slurm/launch.py", "train_fake.py", f"--plan={plan}", code=code, SLURM_GPUS_ON_NODE="",
+        SLURM_NNODES="1", SLURM_NODEID="0", SLURMD_NODENAME="node7", MASTER_ADDR="localhost",
+        MASTER_PORT="29871", FINAL_MARK=str(tmp_path / "final"))
+    assert (tmp_path / "final").exists() == (code == 78)
+    assert [line for line in out.splitlines() if "rror: " in line and "ValueError" not in line] \
+        == [f"error: {says}"] * bool(says)
+    assert out.count("Traceback") == plan.count("raise") and "torch" not in out
+    assert code or sorted(out.splitlines()) == ["rank 0 of 2", "rank 1 of 2"]
+
+
+# requeue with another Slurm and another program. Each argument is one end of the job: whether it
+# had been told to stop, and the step that its run had reached.
+REQUEUE = """set -euo pipefail
+source slurm/common.sh
+squeue() { echo "RUNNING $time_left"; }
+scontrol() { echo again; }
+check() { run_folder=runs/x run_step=$step; }
+mkdir -p slurm_logs
+rm -f slurm_logs/retries-7
+for end in "$@"; do
+    stopped=${end%:*} step=${end#*:}
+    (requeue train_vae.py)
+done
+"""
+
+
+@pytest.mark.parametrize(("ends", "left", "again"), [
+    ([":5"] * 4, "9:00:00", 3),
+    ([":5", ":5", ":5", ":6", ":6", ":6", ":6"], "9:00:00", 6),
+    (["stopped:-1"] * 5, "9:00:00", 5),
+    ([":5", "stopped:5", ":5", "stopped:5", ":5", "stopped:5", ":5"], "9:00:00", 6),
+    (["stopped:-1"] * 4, "1:58", 3)])  # its time is too short for a step
+def test_a_job_is_given_up_after_three_failures_without_a_step(checkout, ends, left, again):
+    code = 0 if again == len(ends) else 1
+    out = checkout.call("bash", "-c", REQUEUE, "job", *ends, code=code, SLURM_JOB_ID="7",
+                        time_left=left)
+    assert out.count("again\n") == again and ("giving up" in out) == (code == 1)
+
+
+def test_an_agent_does_not_try_a_run_again_that_failed_for_good(checkout, tmp_path):
+    run = checkout.root / "sweeps/sweep-7-abc"
+    run.mkdir(parents=True)
+    for name, script in {"srun": "echo srun; exit 78", "wandb": "echo wandb",
+                         "scontrol": "echo node1"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    (checkout.root / "activate_stubs").write_text(f"PATH={tmp_path}:$PATH\n")
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_PARTITION": "p", "SLURM_GPUS_ON_NODE": "1",
+           "SLURM_CPUS_ON_NODE": "4", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "node1",
+           "SLURM_SUBMIT_DIR": str(checkout.root), "OUTPUT_ROOT": "sweeps",
+           "ENV_ACTIVATE": "activate_stubs"}
+    starts = [checkout.call("slurm/ldm_sweep_agent.slurm", "me/p/abc", "p", **job)
+              for _ in range(2)]
+    assert ["srun" in out for out in starts] == [True, False]
+    assert not any("wandb" in out for out in starts)  # it counts as the one run to take
 
 
 @pytest.mark.parametrize("named", [False, True])
@@ -160,7 +331,8 @@ def test_a_mode_that_does_not_exist_is_refused(checkout):
 def test_swarm_dry_run(checkout):
     launch = ("slurm/launch_sweep_swarm.sh", "me/p/abc", "bigbatch")
     command = shlex.split(checkout.call(*launch, "8", "3", "2", "--dry-run"))
-    assert {"--array=1-3", "--partition=bigbatch", "--nodes=1"} <= set(command)
+    assert {"--array=1-3", "--partition=bigbatch", "--nodes=1",
+            "--output=slurm_logs/%x-%A_%a.out"} <= set(command)
     assert command[-5:] == ["slurm/ldm_sweep_agent.slurm", "me/p/abc", "bigbatch", "8", "2"]
     for bad in (("-1", "3", "2"), ("0", "none", "2"), ("0", "3", "0")):
         assert "sbatch" not in checkout.call(*launch, *bad, code=1)
@@ -261,19 +433,45 @@ def assert_same_state(a, b):
             assert torch.equal(value, b["optimizer"]["state"][i][name])
 
 
-@pytest.fixture(scope="module")
-def cluster(checkout):
-    """The checkout with the result of pipeline.sh: an autoencoder with its scale, and an LDM.
+@pytest.fixture(scope="module", params=CLUSTERS)
+def cluster(request, tmp_path_factory):
+    """On each cluster: a checkout with the result of pipeline.sh, an autoencoder with its scale,
+    and an LDM; .gpus: does the cluster declare GPUs?
 
     Skips where there is no Slurm; fails instead where REQUIRE_SLURM=1 says that there is one.
     """
-    if not slurm_is_up():
-        lacking = pytest.fail if os.environ.get("REQUIRE_SLURM") == "1" else pytest.skip
-        lacking("no Slurm here: sbatch, SLURM_CONF and an answering sinfo")
-    # Takes long, beside the others: see test_a_job_that_makes_no_progress.
-    out = checkout.call("slurm/train_ldm.sh", "overfit_8", "--ae_ckpt_path=missing.pt")
-    checkout.hopeless, = job_ids(out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", request.param)
+        if not slurm_is_up():
+            lacking = pytest.fail if os.environ.get("REQUIRE_SLURM") == "1" else pytest.skip
+            lacking("no Slurm here: sbatch, SLURM_CONF and an answering sinfo")
+        yield from with_pipeline(make_checkout(tmp_path_factory.mktemp("slurm") / "checkout"))
+
+
+def with_pipeline(checkout):
+    gres = subprocess.run(["sinfo", "-h", "-o", "%G"], text=True, capture_output=True, check=True)
+    checkout.gpus = "gpu" in gres.stdout
+    # A node whose peer ended waits five seconds, not ten minutes.
+    checkout.fakes = checkout.root / "fakes"
+    shutil.copytree(checkout.root / "slurm", checkout.fakes / "slurm")
+    shutil.copy(checkout.root / "train_fake.py", checkout.fakes)
+    common = checkout.fakes / "slurm" / "common.sh"
+    assert common.read_text().count(" --wait=600 ") == 1
+    common.write_text(common.read_text().replace(" --wait=600 ", " --wait=5 "))
+    (checkout.fakes / "slurm_logs").mkdir()
+
+    def fake(plan, *flags):
+        """Id of a job of train_fake.py."""
+        done = subprocess.run(
+            ["sbatch", *flags, "slurm/train.slurm", "train_fake.py", f"--plan={plan}"], text=True,
+            cwd=checkout.fakes, env=checkout.env, capture_output=True, timeout=60, check=True)
+        return job_ids(done.stdout)[0]
     try:
+        # Take long, beside the others.
+        checkout.hopeless = fake("1,killed,raise,1")
+        checkout.hanging = fake("hang", "--time=1", "--signal=B:USR1@1")
+        checkout.final = fake("78")
+        checkout.final_on_one_node = fake("78/hang", "--nodes=2")
         jobs = job_ids(checkout.call(
             "slurm/pipeline.sh", "TB", "2", "overfit_8", "--partition=bigbatch",
             "--vae", "--config=vae.py", "--ldm", "--config=ldm.py"))
@@ -286,13 +484,15 @@ def cluster(checkout):
                               check=True).stdout
         for line in jobs.splitlines():
             job, folder = line.split(maxsplit=1)
-            if folder == str(checkout.root):
+            if folder in (str(checkout.root), str(checkout.fakes)):
                 subprocess.run(["scancel", job], check=False)
 
 
 def test_pipeline_chains_three_jobs(cluster):
     vae, scale, ldm = cluster.pipeline
     assert [job["Partition"] for job in cluster.pipeline] == ["bigbatch"] * 3
+    gpus = "gres:gpu:1" if cluster.gpus else None
+    assert [job.get("TresPerNode") for job in cluster.pipeline] == [gpus] * 3
     # ISO dates: in the order of time.
     assert vae["EndTime"] <= scale["StartTime"] and scale["EndTime"] <= ldm["StartTime"]
     assert meta(cluster.ae)["args"]["z_channels"] == 2
@@ -309,21 +509,25 @@ def test_every_launcher_on_every_partition(cluster):
     submitted = []
     for partition, gpus in zip(PARTITIONS, (1, 2, 1), strict=True):
         flags = (f"--partition={partition}", f"--gpus={gpus}")
+        sbatch_flags = [f"--gpus-per-node={gpus}"] if cluster.gpus and gpus > 1 else []
         commands = {
             "vae": ("slurm/train_vae.sh", "TB", "1", *flags, "--config=vae.py",
                     "--output_root=other"),
             "ldm": ("slurm/train_ldm.sh", "overfit_4", *flags, "--config=ldm.py", ae),
-            "sbatch": ("sbatch", f"--partition={partition}", f"--gpus-per-node={gpus}",
-                       "slurm/train.slurm", "train_ldm.py", "--config=ldm.py", ae,
-                       "--wandb_tags=two words")}
+            "sbatch": ("sbatch", f"--partition={partition}", *sbatch_flags, "slurm/train.slurm",
+                       "train_ldm.py", "--config=ldm.py", ae, "--wandb_tags=two words")}
         for kind, command in commands.items():
             submitted.append((kind, partition, gpus, *job_ids(cluster.call(*command))))
     for kind, partition, gpus, job in submitted:
         info = ended(job, cluster.root)
         assert (info["Partition"], info["Restarts"]) == (partition, "0")
         run = cluster.root / ("other" if kind == "vae" else "runs") / f"{info['JobName']}-{job}"
-        assert meta(run)["world_size"] == gpus
+        assert meta(run)["world_size"] == (gpus if cluster.gpus else 1)
         assert json.loads((run / "summary.json").read_text())["step"] == 2
+        asked = kind != "sbatch" or gpus > 1
+        assert info.get("TresPerNode") == (f"gres:gpu:{gpus}" if cluster.gpus and asked else None)
+        log = pathlib.Path(info["StdOut"]).read_text()
+        assert ("this job has no GPU" in log) == (cluster.gpus and not asked)
         assert info["StdOut"] == f"{cluster.root}/slurm_logs/{info['JobName']}-{job}.out"
         if kind == "vae":
             assert meta(run)["args"]["z_channels"] == 1
@@ -422,19 +626,73 @@ def test_a_cancelled_job_stays_cancelled_and_so_does_the_one_after_it(cluster):
     job, = job_ids(cluster.call(
         "slurm/train_ldm.sh", "overfit_8", "--config=ldm.py", "--max_steps=100000",
         f"--ae_ckpt_path={cluster.ae}/ckpts/last.pt", "--run_name=cancelled"))
-    after, = job_ids(cluster.call("slurm/train_ldm.sh", "overfit_8", f"--after={job}"))
+    after, = job_ids(cluster.call("slurm/train_ldm.sh", "overfit_8", "--ae_ckpt_path=later.pt",
+                                  f"--after={cluster.pipeline[0]['JobId']}:{job}"))
     until(lambda: last_step(cluster.runs / "cancelled") >= 5, "first steps")
     subprocess.run(["scancel", job], check=True)
-    assert ended(job, cluster.root, "CANCELLED")["Restarts"] == "0"
+    info = ended(job, cluster.root, "CANCELLED")
+    assert info["Restarts"] == "0"
+    log = pathlib.Path(info["StdOut"]).read_text()
+    assert "time ran out" not in log and "Traceback" not in log
     ended(after, cluster.root, "CANCELLED")
     assert not list(cluster.runs.glob(f"*-{after}"))
 
 
-def test_a_job_that_makes_no_progress_stops_after_three_requeues(cluster):
-    info = ended(cluster.hopeless, cluster.root, "FAILED")
-    assert info["Restarts"] == "3"
+def errors(info):
+    """Our own lines about how a job ended."""
     log = pathlib.Path(info["StdOut"]).read_text()
-    assert log.count("no checkpoint at missing.pt") == 4 and "giving up" in log
+    return [line for line in log.splitlines() if line.startswith("error: ")]
+
+
+def test_a_job_that_makes_no_progress_stops_after_three_requeues(cluster):
+    info = ended(cluster.hopeless, cluster.fakes, "FAILED")
+    assert info["Restarts"] == "3"
+    ends = [re.sub(r"node\d", "NODE", line) for line in errors(info)]
+    assert ends == ["error: rank 0 on NODE ended with exit code 1",
+                    "error: rank 0 on NODE was killed by SIGKILL: out of memory?",
+                    "error: rank 0 on NODE ended with exit code 1",
+                    "error: rank 0 on NODE ended with exit code 1",
+                    "error: still at step -1 of runs/fake after 3 requeues: giving up"]
+    assert pathlib.Path(info["StdOut"]).read_text().count("Traceback") == 1  # the program's own
+
+
+def test_an_error_that_would_come_again_ends_the_job(cluster):
+    for job in (cluster.final, cluster.final_on_one_node):
+        info = ended(job, cluster.fakes, "FAILED")
+        assert (info["Restarts"], info["ExitCode"]) == ("0", "78:0")
+        assert errors(info)[-1] == "error: not requeued, since the same command would fail again"
+        assert len(errors(info)) == 1
+    assert not list(cluster.fakes.glob("slurm_logs/final-*"))
+    # A real one, past the launchers, which would have seen it.
+    job, = job_ids(cluster.call("sbatch", "slurm/train.slurm", "train_ldm.py", "--config=ldm.py",
+                                "--ae_ckpt_path=missing.pt"))
+    info = ended(job, cluster.root, "FAILED")
+    assert (info["Restarts"], info["ExitCode"]) == ("0", "78:0")
+    said, not_requeued = errors(info)
+    assert "missing.pt" in said and "not requeued" in not_requeued
+    assert "Traceback" not in pathlib.Path(info["StdOut"]).read_text()
+
+
+@pytest.mark.slow
+def test_a_job_says_that_its_program_did_not_stop_in_time(cluster):
+    info = ended(cluster.hanging, cluster.fakes, "TIMEOUT")
+    assert info["Restarts"] == "0"
+    assert "time ran out before the program stopped" in errors(info)[0]
+    assert errors(info)[0].endswith("submit again with --run_name=fake")
+
+
+def test_a_job_after_one_that_is_not_there_or_failed_is_refused(cluster):
+    ended(cluster.final, cluster.fakes, "FAILED")
+    done = cluster.pipeline[0]["JobId"]
+    for after, says in ((f"{done}:999999", "knows no job 999999"),
+                        (f"{done}:{cluster.final}", f"job {cluster.final} is FAILED")):
+        out = cluster.call("slurm/train_vae.sh", "TB", "1", f"--after={after}", code=1)
+        assert says in out and out.count("\n") == 1
+
+
+def test_what_is_not_there_is_not_queued(cluster):
+    out = cluster.call("slurm/train_ldm.sh", "overfit_8", "--ae_ckpt_path=missing.pt", code=1)
+    assert "missing.pt" in out and out.count("\n") == 1
 
 
 # --- sweeps, through wandb's own clients --------------------------------------------------------
@@ -506,11 +764,16 @@ def assert_arguments_arrived(command, run):
 
 def test_a_swarm_runs_a_whole_sweep(cluster, server):
     sweep_id = server.sweep(run_cap=5, max_steps=10)
-    job, = job_ids(cluster.call("slurm/launch_sweep_swarm.sh", sweep_id, "bigbatch", "6", "3", "2",
-                                **server.env))
+    out = cluster.call("slurm/launch_sweep_swarm.sh", sweep_id, "bigbatch", "6", "3", "2",
+                       **server.env)
+    job, = job_ids(out)
+    assert out.endswith(f"job {job}, log slurm_logs/sweep-{job}_[1-3].out\n")
     until(lambda: len(array_tasks(job)) == 3, "three array tasks")
     tasks = [ended(f"{job}_{task['ArrayTaskId']}", cluster.root) for task in array_tasks(job)]
     assert [task["Partition"] for task in tasks] == ["bigbatch"] * 3
+    assert len(list(cluster.root.glob(f"slurm_logs/sweep-{job}_[1-3].out"))) == 3
+    gpus = "gres:gpu:1" if cluster.gpus else None
+    assert [task.get("TresPerNode") for task in tasks] == [gpus] * 3
     recorded, runs = server.info(sweep_id)
     assert len(recorded["runs"]) == len(runs) == 5 and recorded["state"] == "FINISHED"
     taken = [list(cluster.runs.glob(f"sweep-{task['JobId']}-*")) for task in tasks]
@@ -536,6 +799,7 @@ def test_an_agent_finds_its_partition_and_goes_on_with_the_run_it_was_stopped_in
     log = (cluster.root / f"slurm_logs/lost-{wrong}.out").read_text()
     job = job_ids(log)[0]
     assert (job_info(job)["Partition"], job_info(job)["TimeLimit"]) == ("biggpu", "00:50:00")
+    assert job_info(job).get("TresPerNode") == ("gres:gpu:1" if cluster.gpus else None)
     run = until(lambda: next(cluster.runs.glob(f"sweep-{job}-*"), None), lambda: f"a run\n{log}")
     until(lambda: last_step(run) >= 20, "first steps")
     subprocess.run(["scancel", "--batch", "--signal=USR1", job], check=True)
@@ -551,10 +815,16 @@ def test_an_agent_finds_its_partition_and_goes_on_with_the_run_it_was_stopped_in
     assert json.loads((run / "summary.json").read_text())["step"] == 400
 
 
-def test_an_agent_started_by_hand_submits_itself(cluster, server):
-    sweep_id = server.sweep(run_cap=1, max_steps=2)
-    job, = job_ids(cluster.call("slurm/ldm_sweep_agent.slurm", sweep_id, "bigbatch", "2", "3",
-                                **server.env))
-    assert ended(job, cluster.root)["Partition"] == "bigbatch"
-    run, = cluster.runs.glob(f"sweep-{job}-*")
-    assert meta(run)["args"]["overfit_k"] == 2 and (run / "summary.json").exists()
+def test_an_agent_without_a_gpu_or_without_sbatch_submits_itself(cluster, server):
+    agent = ("slurm/ldm_sweep_agent.slurm", server.sweep(run_cap=2, max_steps=2), "bigbatch", "2")
+    by_hand, = job_ids(cluster.call(*agent, **server.env))
+    job, = job_ids(cluster.call("sbatch", "--partition=bigbatch", *agent, **server.env))
+    if cluster.gpus:  # of which sbatch was asked for none
+        ended(job, cluster.root)
+        job, = job_ids((cluster.root / f"slurm_logs/sweep-{job}.out").read_text())
+    for agent in (by_hand, job):
+        info = ended(agent, cluster.root)
+        assert info["Partition"] == "bigbatch"
+        assert info.get("TresPerNode") == ("gres:gpu:1" if cluster.gpus else None)
+        run, = cluster.runs.glob(f"sweep-{agent}-*")
+        assert meta(run)["args"]["overfit_k"] == 2 and (run / "summary.json").exists()
