@@ -129,10 +129,13 @@ class Storm:
                         f"--ae_ckpt_path={self.out}/v/ckpts/last.pt")
 
     def unfinished(self, kind):
-        """Whether there is an unfinished checkpoint or cache."""
-        if kind == "checkpoint":
-            return any((self.run / "ckpts").glob(".*.tmp"))
-        return any((self.out / "cache").glob("*.part"))
+        """Whether this start has begun a checkpoint or cache and not finished it."""
+        return not self.open_files(kind) <= self.left[kind]
+
+    def open_files(self, kind):
+        """Files that are there only while something is made, or was when a start was killed."""
+        pattern = "storm/ckpts/.*.tmp" if kind == "checkpoint" else "cache/*.part/*.jsonl"
+        return set(self.out.glob(pattern))
 
     def kill(self, aim, moment, skip):
         """Start the run and kill it; returns what it was doing.
@@ -140,6 +143,7 @@ class Storm:
         That is 'checkpoint', 'cache', 'other', or 'finished'. The kill comes `moment` seconds after
         the start, or earlier inside a file of the kind `aim`, after `skip` such files.
         """
+        self.left = {kind: self.open_files(kind) for kind in ("checkpoint", "cache")}
         process = self.start(*self.command("storm"))
         deadline = time.monotonic() + moment
         was_open = False
