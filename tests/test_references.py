@@ -200,7 +200,8 @@ def test_samplers_take_the_steps_of_diffusers(sampler, kind, how, name, zero_ter
     theirs, times = on_our_grid(kind, schedule, 12, prediction_type="sample", **how)
     rounds = kind is diffusers.DPMSolverMultistepScheduler  # x to float32, and draws such noise
     denoise, start = gaussian(schedule, 0.7, 0.5), quantiles(50)[:, None]
-    x, their_rng, our_rng = start, *(torch.Generator().manual_seed(0) for _ in range(2))
+    their_rng, our_rng = (torch.Generator().manual_seed(0) for _ in range(2))
+    x = start
     for t, timestep in zip(times, theirs.timesteps, strict=True):
         x = theirs.step(denoise(x, t), timestep, x, generator=their_rng).prev_sample
 
@@ -235,10 +236,10 @@ def test_guided_samples_are_those_of_diffusers(prediction, theirs, name, zero_te
 
 
 def test_samples_in_bf16_are_those_in_float32():
-    """A network whose time is rounded to bf16 as well loses another 14 dB."""
+    """Measured: 58 dB; 44 dB if the time is rounded to bf16 as well."""
     torch.manual_seed(0)
-    denoiser = diffusion.Denoiser(
-        tiny_unet(seed=1), diffusion.NoiseSchedule("cosine", True), "v")
+    schedule = diffusion.NoiseSchedule("cosine", True)
+    denoiser = diffusion.Denoiser(tiny_unet(seed=1), schedule, "v")
     args = SimpleNamespace(seed=0, sampler="dpmpp", num_sampling_steps=5, guidance_scale=1.0,
                            guidance_interval=(0.0, 1.0))
     exact, rounded = (
