@@ -6,8 +6,8 @@
 compares samples of a model, or a folder of images, with held-out images (--split=val): distances of
 the distributions, copies of training images, and whether a classifier learns from the samples what
 holds on real images (TSTR: train on synthetic, test on real). Beside every distance stands the
-real-data baseline, what as many training images get. A distance means something only together with
-its feature space and its number of images.
+real-data baseline, what as many training images get, and how much chance moves the difference. A
+distance means something only together with its feature space and its number of images.
 """
 import dataclasses
 import hashlib
@@ -33,7 +33,13 @@ from experiment import fail, notice
 
 CLASSIFIER_SIZE = 64  # side in pixels of what the classifier sees
 BASELINE_DRAWS = 8  # choices of training images that the baseline is the mean of
+BOOTSTRAPS = 50  # choices of images that the spread of a distance is taken from
+FEWEST_FOR_MANIFOLDS = 100  # images; with 18 held-out ones uniform noise has a precision of 0.85
+TRAININGS = 3  # of each classifier for AUROC: their spread is part of its interval
+ON_SAMPLES = "real images, tested on samples"
+ON_HELD_OUT = "real images, tested on held-out images"
 TSTR = "samples, tested on held-out images"
+BOTH = "both, tested on held-out images"
 NO_SAMPLES = {"manifest.json", "metrics.json", "grid.png", "evaluation.json",
               "evaluation_pairs.png"}  # what sample.py and this program write beside samples
 
@@ -51,9 +57,9 @@ def build_parser():
     add = parser.add_argument_group("evaluation").add_argument
     add("--samples_dir", type=file_path,
         help="measure this folder: what its manifest.json lists, else CLASS/*.png, CLASS_*.png")
-    add("--features", default="classifier",
-        help="classifier (trained on the training split), vae, torchxrayvision, or the path of a "
-        "TorchScript network")
+    add("--features",
+        help="comma list of classifier (trained on the training split), vae, torchxrayvision, or "
+        "paths of TorchScript networks; None: classifier and vae, where they can be had")
     add("--classifier_steps", type=at_least(1), default=600,
         help="training of each classifier, 32 images per step")
     return parser
@@ -91,12 +97,11 @@ class FeatureGroup(NamedTuple):
 
     labels: np.ndarray  # [N] class indices
     features: torch.Tensor  # [N, D]
-    looks: torch.Tensor  # [N, 3], see `looks`
 
     def of_classes(self, classes):
         """The part whose class index is among `classes`."""
         keep = np.flatnonzero(np.isin(self.labels, classes))
-        return FeatureGroup(self.labels[keep], self.features[keep], self.looks[keep])
+        return FeatureGroup(self.labels[keep], self.features[keep])
 
 
 def draw_samples(ldm, args, procs):
@@ -261,14 +266,14 @@ def augment(x, rng):
     return x * contrast[:, None, None, None] + brightness[:, None, None, None]
 
 
-def train_classifier(x, labels, num_classes, args, procs, label):
+def train_classifier(x, labels, num_classes, seed, args, procs, label):
     """Classifier of images [N, 1, S, S] with labels [N]; as many images of each class in a batch.
 
     label: what the images are, for the progress line.
     """
-    torch.manual_seed(args.seed)
+    torch.manual_seed(seed)
     net = Classifier(num_classes).to(procs.device)
-    rng = torch.Generator().manual_seed(args.seed)
+    rng = torch.Generator().manual_seed(seed)
     members = [(labels == c).nonzero()[:, 0] for c in range(num_classes)]
     members = [m for m in members if len(m)]
     count = 32 // len(members) or 1  # of each class
@@ -288,13 +293,11 @@ def train_classifier(x, labels, num_classes, args, procs, label):
     return net.eval().requires_grad_(False)
 
 
-def real_classifier(train, num_classes, args, procs):
-    """Classifier trained on the real training images; its weights are kept in the cache folder.
-
-    train: ImageGroup of a data.ImageSet.
-    """
-    settings = (train.images.key, train.labels.tolist(), args.seed, args.classifier_steps)
-    key = hashlib.sha256(f"classifier 1 {settings}".encode()).hexdigest()
+def real_classifier(train, num_classes, seed, args, procs, mirrored=False):
+    """Classifier of the real training images, an ImageGroup of a data.ImageSet; its weights are
+    kept in the cache folder. mirrored: it tells them (0) from their mirror images (1)."""
+    settings = (train.images.key, train.labels.tolist(), seed, args.classifier_steps, mirrored)
+    key = hashlib.sha256(f"classifier 2 {settings}".encode()).hexdigest()
     path = pathlib.Path(args.output_root, "cache", f"classifier_{key[:16]}.pt")
     if path.exists():
         try:
@@ -303,40 +306,76 @@ def real_classifier(train, num_classes, args, procs):
             return net.to(procs.device).eval().requires_grad_(False)
         except Exception as e:  # whatever a damaged file raises
             notice(f"{path} is damaged ({experiment.first_line(e)}): training the classifier again")
-    net = train_classifier(train.views, train.labels, num_classes, args, procs, "real images")
+    x, labels, what = train.views, train.labels, "real images"
+    if mirrored:
+        x, what = torch.cat([x, x.flip(3)]), "real images and their mirror images"
+        labels = torch.arange(len(x)) // len(train.views)
+    net = train_classifier(x, labels, num_classes, seed, args, procs, what)
     experiment.make_folder(path.parent)
     experiment.write_atomic(path, lambda f: torch.save(net.state_dict(), f))
     return net
 
 
-def tstr(samples, train, held_out, judge, num_classes, args, procs):
-    """AUROC with 95 % interval, (value, low, high), by what was trained on and tested on.
+def scores(net, group, procs):
+    """[N, num_classes] of an ImageGroup."""
+    return apply(net, group.views.split(data.BATCH), procs)
 
-    samples, train, held_out: ImageGroup. judge: Classifier trained on the training images. The
-    third entry is TSTR (Esteban et al. 2017); the second is what real images get.
+
+def tstr(samples, train, held_out, num_classes, args, procs):
+    """AUROC with 95 % interval, (value, low, high), by what was trained on and tested on; and the
+    gain from samples as additional training images.
+
+    samples, train, held_out: ImageGroup. The third entry is TSTR (Esteban et al. 2017); the second
+    is what real images get. Each is the mean of TRAININGS trainings.
     """
-    def tested_on(net, group):
-        scores = apply(net, group.views.split(data.BATCH), procs)
-        return metrics.auroc_interval(scores, group.labels)
-
     views = torch.cat([train.views, samples.views])
     labels = torch.cat([train.labels, samples.labels])
-    synthetic = train_classifier(samples.views, samples.labels, num_classes, args, procs, "samples")
-    both = train_classifier(views, labels, num_classes, args, procs, "real images and samples")
-    return {"real images, tested on samples": tested_on(judge, samples),
-            "real images, tested on held-out images": tested_on(judge, held_out),
-            TSTR: tested_on(synthetic, held_out),
-            "both, tested on held-out images": tested_on(both, held_out)}
+    tested = {name: [] for name in (ON_SAMPLES, ON_HELD_OUT, TSTR, BOTH)}
+    for seed in range(args.seed, args.seed + TRAININGS):
+        judge = real_classifier(train, num_classes, seed, args, procs)
+        synthetic = train_classifier(samples.views, samples.labels, num_classes, seed, args, procs,
+                                     "samples")
+        both = train_classifier(views, labels, num_classes, seed, args, procs,
+                                "real images and samples")
+        tested[ON_SAMPLES].append(scores(judge, samples, procs))
+        for name, net in ((ON_HELD_OUT, judge), (TSTR, synthetic), (BOTH, both)):
+            tested[name].append(scores(net, held_out, procs))
+    found = {name: metrics.mean_auroc(of_name, samples.labels if name == ON_SAMPLES
+                                      else held_out.labels)
+             for name, of_name in tested.items()}
+    gain = metrics.auroc_gain(tested[BOTH], tested[ON_HELD_OUT], held_out.labels, args.seed)
+    return found, gain
+
+
+def mirrored_shares(samples, train, held_out, args, procs):
+    """{what: (share taken for mirror images, low, high)} of samples and held-out images: neither
+    feature space sees that a heart is on the wrong side."""
+    net = real_classifier(train, 2, args.seed, args, procs, mirrored=True)
+    found = {}
+    for name, group in (("samples", samples), ("held_out", held_out)):
+        count = int((scores(net, group, procs).argmax(1) == 1).sum())
+        share = count / len(group.views)
+        found[name] = (share, *metrics.binomial_interval(count, len(group.views)))
+    return found
 
 
 # --- feature spaces -----------------------------------------------------------------------------
 
 
-def feature_network(name, vae, classifier, procs):
-    """(function from images [B, 1, H, W] in [-1, 1] to features [B, D], its name in the report).
+def feature_networks(names, vae, classifier, procs):
+    """{name: (function from images [B, 1, H, W] in [-1, 1] to features [B, D], what it is)} of a
+    comma list; None: of those that can be had. vae, classifier: None where there is none."""
+    if names is None:
+        found = {"classifier": classifier, "vae": vae}
+        names = ",".join(name for name, net in found.items() if net is not None)
+        if not names:
+            fail("no features to compare by: give --ae_ckpt_path, or --features")
+    return {name: feature_network(name, vae, classifier, procs)
+            for name in (part.strip() for part in names.split(",")) if name}
 
-    vae, classifier: None where there is none. Ends the program where `name` cannot be had.
-    """
+
+def feature_network(name, vae, classifier, procs):
+    """One of feature_networks. Ends the program where `name` cannot be had."""
     if name == "classifier":
         if classifier is None:
             fail("--features=classifier needs two classes to tell apart: give --features=vae")
@@ -399,17 +438,36 @@ def as_many(labels, like, seed):
 
 def distances(features, real_features):
     """{name: number} of features [N, D] against those of held-out images [M, D]; none where N or M
-    is under 2."""
-    if min(len(features), len(real_features)) < 2:
+    is under 2, and no precision, recall, density and coverage under FEWEST_FOR_MANIFOLDS."""
+    fewest = min(len(features), len(real_features))
+    if fewest < 2:
         return {}
-    return {"fid": metrics.frechet_distance(features, real_features),
-            "kid": metrics.kernel_distance(features, real_features),
-            **metrics.manifold_metrics(features, real_features)}
+    found = {"fid": metrics.frechet_distance(features, real_features),
+             "kid": metrics.kernel_distance(features, real_features)}
+    if fewest >= FEWEST_FOR_MANIFOLDS:
+        found |= metrics.manifold_metrics(features, real_features)
+    return found
 
 
-def mean_looks(rows):
-    """Row of the report on looks [N, 3]."""
-    return {"num": len(rows), **dict(zip(LOOKS, rows.mean(0).tolist(), strict=True))}
+def spread(samples, pool, held_out, seed):
+    """{name: standard deviation} of the difference that chance alone makes between FID, and KID, of
+    two sets of training images with as many of each class as the samples: over BOOTSTRAPS choices,
+    with replacement, of both sets and of the held-out images. All are FeatureGroups."""
+    gaps = {"fid": [], "kid": []}
+    for i in range(BOOTSTRAPS):
+        rng = np.random.default_rng([seed, 1, i])
+
+        def again(group, like, rng=rng):
+            """Features of as many images of each class as `like` has."""
+            index = [rng.choice(np.flatnonzero(group.labels == c), (like == c).sum())
+                     for c in np.unique(like)]
+            return group.features[np.concatenate(index)]
+
+        real = again(held_out, held_out.labels)
+        one, other = again(pool, samples.labels), again(pool, samples.labels)
+        for name, distance in (("fid", metrics.frechet_distance), ("kid", metrics.kernel_distance)):
+            gaps[name].append(distance(one, real) - distance(other, real))
+    return {name: float(np.std(values, ddof=1)) for name, values in gaps.items()}
 
 
 def group_rows(samples, pool, held_out, seed):
@@ -417,20 +475,24 @@ def group_rows(samples, pool, held_out, seed):
     training images; all are FeatureGroups.
 
     `baseline` is what as many images from the pool get as there are samples, since FID falls with
-    their number: the mean of BASELINE_DRAWS random choices. `baseline_std` is the standard
-    deviation of these. See `distances` for when there are none.
+    their number: the mean of BASELINE_DRAWS random choices. `spread` is how far two such sets are
+    apart by chance. See `distances` for when there are none.
     """
     chosen = [as_many(pool.labels, samples.labels, [seed, i]) for i in range(BASELINE_DRAWS)]
     draws = [distances(pool.features[index], held_out.features) for index in chosen]
-    values = {name: [draw[name] for draw in draws] for name in draws[0]}
-    rows = {
-        "samples": {**mean_looks(samples.looks), **distances(samples.features, held_out.features)},
-        "baseline": {**mean_looks(pool.looks), "num": len(chosen[0]),
-                     **{name: statistics.mean(v) for name, v in values.items()}},
-        "baseline_std": {name: statistics.stdev(v) for name, v in values.items()
-                         if not math.isnan(sum(v))},
-        "held_out": mean_looks(held_out.looks)}
-    return {name: row for name, row in rows.items() if row}
+    ours = distances(samples.features, held_out.features)
+    rows = {"samples": {"num": len(samples.labels), **ours}}
+    if draws[0]:
+        rows["baseline"] = {"num": len(chosen[0]), **{
+            name: statistics.mean(draw[name] for draw in draws) for name in draws[0]}}
+    if draws[0] and ours:
+        rows["spread"] = spread(samples, pool, held_out, seed)
+    return rows
+
+
+def mean_looks(rows):
+    """Row of the report on looks [N, 3]."""
+    return {"num": len(rows), **dict(zip(LOOKS, rows.mean(0).tolist(), strict=True))}
 
 
 def group_classes(labels, class_names):
@@ -480,75 +542,132 @@ def verdict(metric, value, bad, watch, meaning, advice):
 
 def verdicts(report):
     """The few things in a report that a reader should not miss, as metrics.Verdicts."""
-    rows, found = report["groups"]["all"], []
-    samples, baseline = rows["samples"], rows["baseline"]
-    if "memorisation" in report:
-        copies = report["memorisation"]
-        low = copies["interval"][0]
+    found = []
+    if "copies" in report:
+        copies = report["copies"]
+        above = copies["probability"] < 0.025
         found.append(verdict(
-            "memorisation", copies["fraction"], low > 0.2, low > copies["expected"],
-            "Fraction of samples closer to a training image than held-out images are; by chance "
-            f"{copies['expected']:.2f}.",
+            "copies/share", copies["share"], above and copies["share"] > 0.2, above,
+            "Share of samples as close to one training image as hardly any training image is to "
+            f"another; by chance {copies['expected']:.3f}, and as much or more with a probability "
+            f"of {copies['probability']:.2g}.",
             "Look at the pairs. Train for fewer steps or on more images; publish no copies of "
             "patients."))
+    for space, groups in report["groups"].items():
+        found += distance_verdicts(space, groups["all"])
+
+    rows = report["looks"]["all"]
+    possible, text = rows["held_out"], "held-out images"
+    if "decoded" in rows:
+        possible, text = rows["decoded"], "held-out images through the autoencoder"
+    detail = rows["samples"]["detail"] / max(possible["detail"], 1e-6)
+    real = rows["samples"]["detail"] / max(rows["held_out"]["detail"], 1e-6)
+    found.append(verdict(
+        "detail", detail, not 0.4 < detail < 2.5, not 0.7 < detail < 1.5,
+        f"Detail of the samples, relative to {text}; relative to held-out images {real:.2f}.",
+        "Train longer, for too little as for too much, which is noise. What the autoencoder takes "
+        "away, only a better one gives back: train it longer, or with its discriminator."))
+
+    if "mirrored" in report:
+        share, low, _ = report["mirrored"]["samples"]
+        _, _, real_high = report["mirrored"]["held_out"]
+        found.append(verdict(
+            "mirrored", share, low > 0.5, low > real_high,
+            "Share of samples that a classifier takes for mirror images; of held-out images "
+            f"{report['mirrored']['held_out'][0]:.2f}.",
+            "A heart on the right: some training images are mirrored, or an augmentation flips."))
+
+    if "auroc" in report:
+        value, low, high = report["auroc"][ON_SAMPLES]
+        real_value, _, real_high = report["auroc"][ON_HELD_OUT]
+        caricature = low > real_high
+        advice = "Below 0.5 the labels are swapped. Near it: train longer, raise --guidance_scale."
+        if caricature:
+            advice = "Clearer cases than real ones are caricatures: lower --guidance_scale."
+        found.append(verdict(
+            "class fidelity", value, high < 0.5, low <= 0.5 or caricature,
+            "AUROC on samples of a classifier that was trained on real images; on held-out images "
+            f"{real_value:.2f}.", advice))
+    if "gain" in report:
+        value, low, high = report["gain"]
+        meaning = "the interval holds 0, so they are of no proven use"
+        if low > 0:
+            meaning = "they are of use"
+        elif high < 0:
+            meaning = "they do harm"
+        found.append(verdict(
+            "gain", value, False, high < 0,
+            f"AUROC gained with samples as additional training images ({low:.3f} to {high:.3f}): "
+            f"{meaning}.",
+            "Do not train on them: look at class fidelity and at the distances."))
+    return found
+
+
+def distance_verdicts(space, rows):
+    """Verdicts on the distances in one feature space."""
+    samples, baseline, found = rows["samples"], rows.get("baseline", {}), []
+    for name in ("fid", "kid"):
+        if name not in samples or "spread" not in rows:
+            continue
+        spreads = (samples[name] - baseline[name]) / max(rows["spread"][name], 1e-12)
+        found.append(verdict(
+            f"{name} ({space})", samples[name], not spreads < 10, not spreads < 3,
+            f"{name.upper()} to held-out images; {spreads:.1f} spreads above the baseline's "
+            f"{baseline[name]:.3f}.",
+            "Samples are not distributed like real images: compare black and detail, look at the "
+            "grid; lower --guidance_scale, train longer."))
     for name, meaning, advice in (
             ("precision", "Fraction of samples that lie among the held-out images",
              "Samples do not look real: train longer; check the autoencoder's reconstructions."),
             ("recall", "Fraction of held-out images that lie among the samples",
+             "Samples leave much out: lower --guidance_scale, then train longer."),
+            ("coverage", "Fraction of held-out images with a sample nearby",
              "Samples leave much out: lower --guidance_scale, then train longer.")):
         if name not in samples or name not in baseline:
             continue
         value, reference = samples[name], baseline[name]
-        found.append(verdict(name, value, not value >= 0.2 * reference,
+        found.append(verdict(f"{name} ({space})", value, not value >= 0.2 * reference,
                              not value >= 0.6 * reference,
                              f"{meaning}; the baseline has {reference:.2f}.", advice))
-
-    real_detail = max(rows["held_out"]["detail"], 1e-6)
-    detail = samples["detail"] / real_detail
-    meaning = "Detail of the samples, relative to held-out images"
-    if "decoded" in rows:
-        meaning += f"; the autoencoder leaves {rows['decoded']['detail'] / real_detail:.2f} of it"
-    found.append(verdict(
-        "detail", detail, not 0.4 < detail < 2.5, not 0.7 < detail < 1.5, f"{meaning}.",
-        "Too little: train the autoencoder longer or with its discriminator. Too much is noise: "
-        "train longer."))
-
-    if "auroc" in report:
-        value, low, high = report["auroc"]["real images, tested on samples"]
-        found.append(verdict(
-            "class fidelity", value, high < 0.5, low <= 0.5,
-            "AUROC on samples of a classifier that was trained on real images.",
-            "Below 0.5 the labels are swapped. Near it: train longer, raise --guidance_scale."))
     return found
 
 
 # Heading, width and decimals of the columns of numbers.
 COLUMNS = {
     "fid": ("FID", 9, 3), "kid": ("KID", 9, 4), "precision": ("precision", 10, 3),
-    "recall": ("recall", 7, 3), "density": ("density", 8, 3), "coverage": ("coverage", 9, 3),
+    "recall": ("recall", 7, 3), "density": ("density", 8, 3), "coverage": ("coverage", 9, 3)}
+LOOK_COLUMNS = {
     "black_fraction": ("black", 7, 3), "percentile_1": ("1st pct", 8, 4),
     "detail": ("detail", 7, 4)}
 
 
-def print_report(report):
-    """The report on the console."""
-    print(f"features: {report['features']}; distances are to held-out images ({report['split']})")
-    print(f"baseline: as many training images as there are samples, mean of {BASELINE_DRAWS} "
-          "random choices; decoded: held-out images through the autoencoder")
-    headings = "".join(f" {text:>{width}}" for text, width, _ in COLUMNS.values())
+def print_table(title, groups, columns):
+    """Rows {group: {row: {name: number}}} under a heading."""
+    print(title)
+    headings = "".join(f" {text:>{width}}" for text, width, _ in columns.values())
     print(f"{'':<12} {'':<12} {'N':>5}{headings}")
-    for name, rows in report["groups"].items():
+    for name, rows in groups.items():
         for row, values in rows.items():
             cells = "".join(
                 f" {values[key]:{width}.{decimals}f}" if key in values else " " * (width + 1)
-                for key, (_, width, decimals) in COLUMNS.items())
+                for key, (_, width, decimals) in columns.items())
             print(f"{name:<12} {row:<12} {values.get('num', ''):>5}{cells}".rstrip())
-    if "memorisation" in report:
-        copies = report["memorisation"]
-        low, high = copies["interval"]
-        print(f"memorisation: {100 * copies['fraction']:.1f} % of samples are closer to a training "
-              f"image than held-out images are (95 %: {100 * low:.1f} to {100 * high:.1f} %; by "
-              f"chance {100 * copies['expected']:.1f} %)")
+
+
+def print_report(report):
+    """The report on the console."""
+    print(f"distances to held-out images ({report['split']}); baseline: as many training images as "
+          f"samples, mean of {BASELINE_DRAWS} choices; spread: of two such sets, by chance")
+    for space, groups in report["groups"].items():
+        print_table(f"features: {report['features'][space]}", groups, COLUMNS)
+    print_table("looks; decoded: held-out images through the autoencoder", report["looks"],
+                LOOK_COLUMNS)
+    if "copies" in report:
+        copies = report["copies"]
+        print(f"copies: {100 * copies['share']:.1f} % of samples are closer to one of "
+              f"{copies['distinct']} distinct training images than these are to one another (by "
+              f"chance {100 * copies['expected']:.1f} %; as many or more with probability "
+              f"{copies['probability']:.2g})")
     for name, (value, low, high) in report.get("auroc", {}).items():
         note = "  TSTR" if name == TSTR else ""
         print(f"AUROC, trained on {name:<39} {value:.3f} ({low:.3f} to {high:.3f}){note}")
@@ -603,56 +722,63 @@ def main(argv=None):
         fail("the training images have none of the samples' classes: nothing to compare with")
     groups = group_classes(labels, class_names)
     with_auroc = every_class_is_there(labels, class_names)
-    with_copies = args.split != "train" and len(real) > 1
     if args.split == "train":
         notice("--split=train are the images that the model was trained on: distances to them "
-               "flatter it, and copies cannot be told from other samples (no memorisation)")
-    elif not with_copies:
-        notice(f"one image in split {args.split}: no memorisation")
+               "flatter it")
+    if min(len(real), len(sample_labels)) < FEWEST_FOR_MANIFOLDS:
+        notice(f"under {FEWEST_FOR_MANIFOLDS} images in the samples or in split {args.split}: no "
+               "precision, recall, density, coverage, which would say nothing")
     experiment.make_folder(folder)
     train_group, real_group = (reduce_images(images, procs) for images in (train, real))
     num_classes, judge = len(class_names), None
     if len(np.unique(train.labels)) > 1:
-        judge = real_classifier(train_group, num_classes, args, procs)
-    network, features_name = feature_network(args.features, vae, judge, procs)
+        judge = real_classifier(train_group, num_classes, args.seed, args, procs)
+    networks = feature_networks(args.features, vae, judge, procs)
 
     # --- distributions, by class and overall ---
     if args.ckpt:
         samples = draw_samples(ldm, args, procs)
     sample_group = reduce_images(samples, procs)
     pool = train.subset(as_many(train.labels, np.repeat(samples.labels, BASELINE_DRAWS), args.seed))
-    sets = [FeatureGroup(images.labels,
-                         apply(network, data.batches(images), procs),
-                         apply(looks, data.batches(images), procs))
-            for images in (samples, pool, real)]
+    report = {"split": args.split, "seed": args.seed, **sampling, "features": {}, "groups": {}}
+    for space, (network, text) in networks.items():
+        sets = [FeatureGroup(images.labels, apply(network, data.batches(images), procs))
+                for images in (samples, pool, real)]
+        report["features"][space] = text
+        report["groups"][space] = {
+            name: group_rows(*(group.of_classes(classes) for group in sets), args.seed)
+            for name, classes in groups.items()}
+    looked_at = {"samples": samples, "held_out": real}
+    seen = {row: apply(looks, data.batches(images), procs) for row, images in looked_at.items()}
     if vae is not None:  # what it leaves of real images is about the most that samples can have
-        decoded = apply(lambda x: looks(vae.decode(vae.encode(x).mean).clamp(-1, 1)),
-                        data.batches(real), procs)
-    report = {"features": features_name, "split": args.split, "seed": args.seed, **sampling,
-              "groups": {}}
-    for name, classes in groups.items():
-        rows = group_rows(*(group.of_classes(classes) for group in sets), args.seed)
-        if vae is not None:
-            rows["decoded"] = mean_looks(decoded[np.isin(real.labels, classes)])
-        report["groups"][name] = rows
+        seen["decoded"] = apply(lambda x: looks(vae.decode(vae.encode(x).mean).clamp(-1, 1)),
+                                data.batches(real), procs)
+        looked_at["decoded"] = real
+    report["looks"] = {
+        name: {row: mean_looks(seen[row][np.isin(images.labels, classes)])
+               for row, images in looked_at.items()}
+        for name, classes in groups.items()}
 
     # --- copies of training images ---
     written = [folder / "evaluation.json"]
-    if with_copies:
-        copies = metrics.memorisation(
-            sample_group.thumbnails, train_group.thumbnails, real_group.thumbnails)
+    try:
+        copies = metrics.copies(sample_group.thumbnails, train_group.thumbnails)
+    except ValueError as e:
+        notice(e)
+    else:
         closest = copies.pop("ratio").argsort()[:10]
         originals = copies.pop("nearest")[closest]
-        report["memorisation"] = {**copies, "pixels": data.THUMBNAIL_SIZE}
+        report["copies"] = {**copies, "pixels": data.THUMBNAIL_SIZE}
         written.append(folder / "evaluation_pairs.png")
         experiment.save_grid(
             written[-1], [samples.images(closest.numpy()), train.images(originals.numpy())],
             ["the ten samples closest to a training image", "that training image"])
 
-    # --- TSTR: does a classifier learn from the samples? ---
+    # --- mirror images; TSTR: does a classifier learn from the samples? ---
+    report["mirrored"] = mirrored_shares(sample_group, train_group, real_group, args, procs)
     if with_auroc:
-        report["auroc"] = tstr(
-            sample_group, train_group, real_group, judge, num_classes, args, procs)
+        report["auroc"], report["gain"] = tstr(
+            sample_group, train_group, real_group, num_classes, args, procs)
 
     # --- verdicts and report ---
     found = verdicts(report)

@@ -257,28 +257,76 @@ def binomial_interval(count, total, z=1.96):
     return low, high
 
 
-def memorisation(samples, train, held_out, alpha=0.05):
-    """Are samples [N, D] closer to the training images [M, D] than held-out images [H, D] are?
+def beta_binomial_tail(count, total, a, b):
+    """P(X >= count) of X ~ BetaBinomial(total, a, b)."""
+    def log_beta(p, q):
+        return math.lgamma(p) + math.lgamma(q) - math.lgamma(p + q)
 
-    Closeness of an image is the distance to its nearest training image over that to its nearest
-    held-out image (another one, for a held-out image): a ratio, so that a blurred sample, which is
-    close to everything, does not count as a copy. Under the threshold, a low quantile of the
-    held-out images' ratios, fall `expected` = about alpha of images that know the training set no
-    better than they do. dict with fraction, its interval, expected, and for each sample ratio and
-    nearest (index of the training image). ValueError for fewer than two held-out images.
+    def log_probability(x):
+        ways = -math.log(total + 1) - log_beta(x + 1, total - x + 1)
+        return ways + log_beta(x + a, total - x + b) - log_beta(a, b)
+
+    return min(1.0, math.fsum(math.exp(log_probability(x)) for x in range(count, total + 1)))
+
+
+REPEATED = 0.97  # correlation of thumbnails from which two training images are one film
+
+
+def distinct_rows(rows, most=REPEATED):
+    """Positions of rows [N, D] of length 1 whose product with no earlier one is above `most`."""
+    keep = []
+    for start in range(0, len(rows), 256):
+        block = rows[start:start + 256]
+        own = torch.arange(start, start + len(block))
+        same = block @ rows[:start + len(block)].T > most
+        before = torch.arange(same.shape[1])[None] < own[:, None]
+        keep.append(own[~(same & before).any(1)])
+    return torch.cat(keep)
+
+
+def closeness(rows, others, own=None):
+    """(ratio [N], nearest [N]) of rows [N, D] of length 1 among others [M >= 6, D]: the distance to
+    the nearest over that to the fifth nearest. own [N]: the position in others that is the row
+    itself, which does not count."""
+    ratios, nearest = [], []
+    for start in range(0, len(rows), 256):
+        squares = (2 - 2 * rows[start:start + 256] @ others.T).clamp_min(0)
+        if own is not None:
+            squares[torch.arange(len(squares)), own[start:start + 256]] = math.inf
+        values, index = squares.topk(5, 1, largest=False)
+        ratios.append((values[:, 0] / values[:, -1].clamp_min(1e-12)).sqrt())
+        nearest.append(index[:, 0])
+    return torch.cat(ratios), torch.cat(nearest)
+
+
+def copies(samples, train, alpha=0.01):
+    """Are more samples [N, D] close to one training image [M, D] than chance allows? Rows have
+    length 1, as data.thumbnails makes them.
+
+    Closeness is a ratio (see `closeness`; after Carlini et al. 2023, section 4.2), so that a
+    blurred sample, which is close to everything, does not count as a copy. Its threshold is the
+    k-th smallest ratio of the M distinct training images, each among the others, with
+    k = alpha (M + 1) rounded down, at least 1. Of N samples that know the training images no
+    better than these know one another, the number below it is BetaBinomial(N, k, M + 1 - k), for
+    the threshold is an order statistic of M draws. (Nearly: the closest training images are each
+    other's neighbours, so that 1 to 6 % of simulated fresh sets, not 2.5 %, have a probability
+    under 0.025.) No held-out image is needed, so none that repeats a training image can spoil it.
+
+    dict with share, expected (of that distribution), probability (of as many or more by chance),
+    distinct (M), and for each sample ratio and nearest (index of the training image). ValueError
+    for fewer than 6 distinct training images.
     """
-    samples, train = two_feature_sets(samples, train, least=1)
-    held_out, _ = two_feature_sets(held_out, held_out)
-    to_train, nearest = torch.cdist(samples, train).min(1)
-    ratio = to_train / torch.cdist(samples, held_out).min(1).values.clamp_min(1e-12)
-    among = torch.cdist(held_out, held_out).fill_diagonal_(math.inf).min(1).values
-    reference = torch.cdist(held_out, train).min(1).values / among.clamp_min(1e-12)
-    # A new ratio is below the rank-th of H with probability rank / (H + 1).
-    rank = max(1, int(alpha * (len(reference) + 1)))
+    index = distinct_rows(train)
+    if len(index) < 6:
+        raise ValueError(f"{len(index)} distinct training images are too few to search for copies")
+    others = train[index]
+    reference, _ = closeness(others, others, torch.arange(len(others)))
+    rank = max(1, int(alpha * (len(others) + 1)))
+    ratio, nearest = closeness(samples, others)
     count = int((ratio < reference.kthvalue(rank).values).sum())
-    return {"fraction": count / len(samples),
-            "interval": binomial_interval(count, len(samples)),
-            "expected": rank / (len(reference) + 1), "ratio": ratio, "nearest": nearest}
+    return {"share": count / len(samples), "expected": rank / (len(others) + 1),
+            "probability": beta_binomial_tail(count, len(samples), rank, len(others) + 1 - rank),
+            "distinct": len(others), "ratio": ratio, "nearest": index[nearest]}
 
 
 def auroc(scores, labels):
@@ -298,18 +346,74 @@ def auroc(scores, labels):
     return sum(areas) / len(areas)
 
 
-def auroc_interval(scores, labels, seed=0, resamples=1000):
-    """(AUROC, low, high): 95 % bootstrap within each class (Efron & Tibshirani 1993)."""
+def auroc_interval(area, positives, negatives, z=1.96):
+    """(low, high) of an AUROC at 95 % confidence, which also covers with ten images a class.
+
+    Newcombe 2006 (method 5): the areas A for which the one found is within z standard errors, by
+    the variance of Hanley & McNeil 1982 at A with both sizes replaced by their mean.
+    """
+    size = (positives + negatives) / 2
+
+    def too_far(true):
+        q = (1 - true) / (2 - true) + true / (1 + true)
+        variance = true * (1 - true) * (1 + (size - 1) * q) / (positives * negatives)
+        return abs(area - true) > z * math.sqrt(variance)
+
+    ends = []
+    for outside in (0.0, 1.0):
+        inside = area
+        for _ in range(40):
+            middle = (outside + inside) / 2
+            if too_far(middle):
+                outside = middle
+            else:
+                inside = middle
+        ends.append(inside)
+    return tuple(ends)
+
+
+def mean_auroc(of_trainings, labels):
+    """(AUROC, low, high) at 95 % confidence of classifiers that differ in their training's seed;
+    scores [N, K] of each, at least 2, on the same images with labels [N].
+
+    The interval is that of the choice of images (auroc_interval) and that of the trainings
+    (Student's t) together.
+    """
+    areas = torch.tensor([auroc(scores, labels) for scores in of_trainings], dtype=torch.float64)
+    mean, count = areas.mean().item(), len(areas)
+    if math.isnan(mean):
+        return math.nan, math.nan, math.nan
+    t_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(count, 2.6)
+    training = t_95 * areas.std().item() / math.sqrt(count)
+    positives = min(int((labels == c).sum()) for c in labels.unique())
+    low, high = auroc_interval(mean, positives, len(labels) - positives)
+    return (mean, max(0.0, mean - math.hypot(mean - low, training)),
+            min(1.0, mean + math.hypot(high - mean, training)))
+
+
+def auroc_gain(with_samples, without, labels, seed=0, resamples=1000):
+    """(gain, low, high): mean AUROC of some trainings above that of others, on the same images with
+    labels [N]; scores [N, K] of each training.
+
+    95 % bootstrap (Efron & Tibshirani 1993) of images, within each class, and of trainings. Paired:
+    the same images for both.
+    """
     rng = torch.Generator().manual_seed(seed)
-    members = [(labels == c).nonzero()[:, 0] for c in range(scores.shape[1])]
-    values = []
+    members = [(labels == c).nonzero()[:, 0] for c in labels.unique()]
+    gains = []
     for _ in range(resamples):
-        index = torch.cat([m[torch.randint(len(m), (len(m),), generator=rng)]
-                           for m in members if len(m)])
-        values.append(auroc(scores[index], labels[index]))
+        index = torch.cat([m[torch.randint(len(m), (len(m),), generator=rng)] for m in members])
+        areas = []
+        for trainings in (with_samples, without):
+            chosen = torch.randint(len(trainings), (len(trainings),), generator=rng).tolist()
+            areas.append(sum(auroc(trainings[i][index], labels[index]) for i in chosen)
+                         / len(chosen))
+        gains.append(areas[0] - areas[1])
     ends = torch.tensor([0.025, 0.975]).double()
-    low, high = torch.tensor(values, dtype=torch.float64).quantile(ends).tolist()
-    return auroc(scores, labels), low, high
+    low, high = torch.tensor(gains, dtype=torch.float64).quantile(ends).tolist()
+    means = [sum(auroc(scores, labels) for scores in trainings) / len(trainings)
+             for trainings in (with_samples, without)]
+    return means[0] - means[1], low, high
 
 
 # --- verdicts -----------------------------------------------------------------------------------
@@ -369,6 +473,13 @@ def loss_trend(losses):
     if last - before > max(0.05 * abs(before), 3 * noise * (2 / tenth) ** 0.5):
         return "rising"
     return "flat" if last >= first - 0.02 * abs(first) else "falling"
+
+
+def outside(value, context):
+    """How far a latent value lies beyond those of the training latents, in units of their range;
+    negative inside."""
+    middle = (context.train_max + context.train_min) / 2
+    return abs(value - middle) / (context.train_max - context.train_min) - 0.5
 
 
 def always(value, context):
@@ -470,13 +581,12 @@ TABLE = [
 
 for name in (Z_MIN, Z_MAX):
     TABLE += [
-        Rule(name, "bad", lambda v, c: abs(v) > 20,
+        Rule(name, "bad", lambda v, c: abs(v) > 20 and not outside(v, c) <= 0.5,
              "A latent value lies beyond +-20, far from anything the decoder was trained on.",
              "Lower --guidance_scale or raise --num_sampling_steps. If that does not help, run "
              "find_latent_scale.py again and check the scale factor."),
         Rule(name, "ok", lambda v, c: math.isnan(c.train_max - c.train_min), NO_REFERENCE, ""),
-        Rule(name, "watch",
-             lambda v, c: abs(v - (c.train_max + c.train_min) / 2) > c.train_max - c.train_min,
+        Rule(name, "watch", lambda v, c: outside(v, c) > 0.5,
              "A latent value lies more than half the training range outside that range.",
              "Lower --guidance_scale; early in training this passes by itself."),
         Rule(name, "ok", always, "Inside the range of the training latents, or near it.", "")]

@@ -48,7 +48,9 @@ def build_parser():
     add("--ssim_weight", type=at_least(0, float), default=0.2, help="of 1 - MS-SSIM")
     add("--perceptual_weight", type=at_least(0, float), default=0.0,
         help="of LPIPS (pip install lpips)")
-    add("--kl_weight", type=at_least(0, float), default=1e-6, help="of the KL in nats per image")
+    add("--kl_weight", type=at_least(0, float), default=1e-6,
+        help="of the KL in nats per image, beside means over pixels: LDM's weight, for a sum over "
+             "pixels and channels, divided by their number")
     add("--disc_start", type=at_least(0), default=20000, help="first step of the PatchGAN")
     add("--disc_weight", type=at_least(0, float), default=0.5,
         help="of the adversarial term; 0: no discriminator")

@@ -78,34 +78,48 @@ def test_rows_of_a_group_with_a_baseline_of_the_same_number():
     g = torch.Generator().manual_seed(0)
 
     def group(count):
-        looks = torch.tensor([[0.0, 0.2, 1.0], [0.5, 0.4, 3.0]]).repeat(count // 2, 1)
-        features = torch.randn(count, 3, generator=g)
-        return evaluate.FeatureGroup(np.arange(count) % 2, features, looks)
+        return evaluate.FeatureGroup(np.arange(count) % 2, torch.randn(count, 3, generator=g))
 
     samples, train, held_out = group(40), group(300), group(200)
     rows = evaluate.group_rows(samples, train, held_out, seed=0)
-    assert list(rows) == ["samples", "baseline", "baseline_std", "held_out"]
-    assert [rows[row]["num"] for row in ("samples", "baseline", "held_out")] == [40, 40, 200]
-    assert rows["held_out"] == {"num": 200, "black_fraction": 0.25,
-                                "percentile_1": pytest.approx(0.3), "detail": 2.0}
-    assert rows["baseline"]["percentile_1"] == pytest.approx(0.3)
+    assert list(rows) == ["samples", "baseline", "spread"]
+    assert [rows[row]["num"] for row in ("samples", "baseline")] == [40, 40]
     # All are of one distribution: the samples lie within what the choice of images alone does.
     gap = abs(rows["samples"]["fid"] - rows["baseline"]["fid"])
-    assert gap < 4 * rows["baseline_std"]["fid"] > 0
+    assert gap < 4 * rows["spread"]["fid"] > 0
     all_images = evaluate.distances(train.features, held_out.features)["fid"]
     assert rows["baseline"]["fid"] > 1.5 * all_images  # which is why the number matters
-    few = evaluate.FeatureGroup(*(part[:10] for part in train))
+    few = evaluate.FeatureGroup(*(part[:40] for part in train))
     rows = evaluate.group_rows(samples, few, held_out, seed=0)
-    assert rows["baseline"]["num"] == 10
-    assert rows["baseline_std"]["fid"] == pytest.approx(0, abs=1e-9)  # there is no choice
+    assert rows["baseline"]["num"] == 40
+    assert rows["spread"]["fid"] > 0.01  # though there is no choice of a baseline
+
+
+def test_the_spread_is_that_of_the_difference():
+    """Of samples and baselines of one distribution, the difference over its spread is about 1."""
+    g = torch.Generator().manual_seed(0)
+    heights = []
+    for _ in range(12):
+        groups = [evaluate.FeatureGroup(np.zeros(n, int), torch.randn(n, 3, generator=g))
+                  for n in (60, 400, 80)]
+        rows = evaluate.group_rows(*groups, seed=0)
+        for name in ("fid", "kid"):
+            heights.append((rows["samples"][name] - rows["baseline"][name]) / rows["spread"][name])
+    assert 0.4 < np.std(heights) < 1.6 and max(map(abs, heights)) < 4
+
+
+def test_few_images_have_no_precision_and_recall():
+    features = torch.randn(120, 4, generator=torch.Generator().manual_seed(0))
+    assert {"fid", "precision", "coverage"} <= evaluate.distances(features, features).keys()
+    assert evaluate.distances(features, features[:99]).keys() == {"fid", "kid"}
+    assert evaluate.distances(features[:99], features).keys() == {"fid", "kid"}
 
 
 def test_a_part_of_a_feature_group_keeps_what_belongs_together():
-    group = evaluate.FeatureGroup(np.array([0, 2, 1, 2]), torch.arange(8.0).view(4, 2),
-                                  torch.arange(12.0).view(4, 3))
+    group = evaluate.FeatureGroup(np.array([0, 2, 1, 2]), torch.arange(8.0).view(4, 2))
     part = group.of_classes([2])
     assert part.labels.tolist() == [2, 2]
-    assert part.features.tolist() == [[2, 3], [6, 7]] and part.looks[:, 0].tolist() == [3, 9]
+    assert part.features.tolist() == [[2, 3], [6, 7]]
     assert len(group.of_classes(range(3)).labels) == 4
 
 
@@ -120,21 +134,21 @@ def test_augmentation_never_flips():
 def test_damaged_weights_of_the_classifier_are_trained_again(tmp_path, capsys, damage):
     views = torch.rand(8, 1, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     train = evaluate.ImageGroup(SimpleNamespace(key="abc"), torch.arange(8) % 2, views, views[:, 0])
-    args = SimpleNamespace(output_root=tmp_path, seed=0, classifier_steps=2)
-    net = evaluate.real_classifier(train, 2, args, CPU)
+    args = SimpleNamespace(output_root=tmp_path, classifier_steps=2)
+    net = evaluate.real_classifier(train, 2, 0, args, CPU)
     path, = (tmp_path / "cache").iterdir()
     whole = path.read_bytes()
     position = whole.index(net.head.bias.numpy().tobytes())
     flipped = whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1:]
     path.write_bytes({"cut": whole[:1000], "flipped": flipped}[damage])
-    again = evaluate.real_classifier(train, 2, args, CPU)
+    again = evaluate.real_classifier(train, 2, 0, args, CPU)
     assert f"{path} is damaged" in capsys.readouterr().out
-    stored = evaluate.real_classifier(train, 2, args, CPU)
+    stored = evaluate.real_classifier(train, 2, 0, args, CPU)
     assert "damaged" not in capsys.readouterr().out
     for other in (again, stored):
         assert torch.equal(other(views), net(views))
     args.classifier_steps = 3  # other weights, and another file
-    assert not torch.equal(evaluate.real_classifier(train, 2, args, CPU)(views), net(views))
+    assert not torch.equal(evaluate.real_classifier(train, 2, 0, args, CPU)(views), net(views))
 
 
 class Inception(torch.nn.Module):
@@ -223,8 +237,8 @@ def generators(tmp_path_factory):
     """Folders of phantom 'samples' beside a real data set, and the report of each through the
     command line."""
     root = tmp_path_factory.mktemp("generators")
-    phantom.write_phantoms(root / "data", 64, 24, 64)
-    phantom.write_phantoms(root / "fresh", 24, 0, 64, seed=1)
+    phantom.write_phantoms(root / "data", 120, 60, 64)
+    phantom.write_phantoms(root / "fresh", 60, 0, 64, seed=2)
     fresh, train = root / "fresh/TB/train", root / "data/TB/train"
     rng = np.random.default_rng(0)
     for name in ("normal", "tb"):
@@ -232,7 +246,7 @@ def generators(tmp_path_factory):
         shutil.copytree(fresh / name, root / "good" / name)
         shutil.copytree(fresh / other, root / "swapped" / name)
         (root / "collapsed" / name).mkdir(parents=True)
-        for i in range(24):
+        for i in range(60):
             noise = rng.integers(0, 256, (64, 64), dtype=np.uint8)
             write_png(root / "noise" / name / f"{i}.png", noise)
             with Image.open(train / name / f"{i:05d}.png") as image:
@@ -240,7 +254,10 @@ def generators(tmp_path_factory):
             write_png(root / "copies" / name / f"{i}.png", copy.clip(0, 255).astype(np.uint8))
             with Image.open(fresh / name / f"{i:05d}.png") as image:
                 blurred = np.asarray(image.resize((8, 8)).resize((64, 64)))
+                mirrored = np.asarray(image)[:, ::-1]
             write_png(root / "blurred" / name / f"{i}.png", blurred)
+            write_png(root / "mirrored" / name / f"{i}.png", mirrored)
+            write_png(root / "upside_down" / name / f"{i}.png", np.rot90(mirrored[:, ::-1], 2))
             shutil.copy(fresh / name / "00000.png", root / "collapsed" / name / f"{i}.png")
 
     def report(name):
@@ -248,11 +265,12 @@ def generators(tmp_path_factory):
         if not out.exists():
             with pytest.MonkeyPatch.context() as patch:
                 if name not in ("good", "swapped"):  # only these are judged by TSTR, which is slow
-                    patch.setattr(evaluate, "tstr", lambda *_: {
-                        "real images, tested on samples": (1.0, 1.0, 1.0)})
+                    patch.setattr(evaluate, "tstr", lambda *_: ({
+                        name: (0.9, 0.8, 1.0)
+                        for name in (evaluate.ON_SAMPLES, evaluate.ON_HELD_OUT)}, (0.0, -1.0, 1.0)))
                 evaluate.main([f"--samples_dir={root / name}", f"--data_root={root / 'data'}",
                                f"--out_dir={out}", f"--output_root={root / 'runs'}",
-                               "--classifier_steps=300"])
+                               "--classifier_steps=200"])
         return json.loads((out / "evaluation.json").read_text())
     return report
 
@@ -261,24 +279,36 @@ def level(report, metric):
     return next(v["level"] for v in report["verdicts"] if v["metric"] == metric)
 
 
+def samples_row(report):
+    return report["groups"]["classifier"]["all"]["samples"]
+
+
 def test_real_images_of_other_patients_pass(generators):
     report = generators("good")
-    rows = report["groups"]["all"]
     assert {v["level"] for v in report["verdicts"]} == {"ok"}, report["verdicts"]
-    assert abs(rows["samples"]["kid"]) < 0.2
-    assert rows["samples"]["fid"] < 3 * rows["baseline"]["fid"]
-    assert report["auroc"]["real images, tested on samples"][0] > 0.8
-    value, low, high = report["auroc"]["samples, tested on held-out images"]
+    value, low, high = report["auroc"][evaluate.ON_SAMPLES]
+    assert low < value < high and value > 0.8
+    value, low, high = report["auroc"][evaluate.TSTR]
     assert value > 0.7 and low <= value <= high
-    low, high = report["memorisation"]["interval"]
-    assert low <= report["memorisation"]["fraction"] <= high
+    assert report["gain"][1] <= report["gain"][0] <= report["gain"][2]
+    assert report["copies"]["probability"] > 0.025
 
 
 def test_noise_is_far_and_not_precise(generators):
-    good, noise = (generators(n)["groups"]["all"]["samples"] for n in ("good", "noise"))
+    good, noise = (samples_row(generators(n)) for n in ("good", "noise"))
     assert noise["fid"] > 5 * good["fid"] and noise["kid"] > 5 * abs(good["kid"])
     assert noise["precision"] < 0.3
-    assert level(generators("noise"), "precision") == "bad"
+    for metric in ("fid", "kid", "coverage"):
+        assert level(generators("noise"), f"{metric} (classifier)") == "bad"
+    assert level(generators("noise"), "precision (classifier)") != "ok"
+
+
+@pytest.mark.parametrize("name, metric", [
+    ("upside_down", "fid (classifier)"), ("blurred", "fid (classifier)"),
+    ("mirrored", "mirrored")])
+def test_what_is_plainly_wrong_has_a_verdict(generators, name, metric):
+    assert level(generators(name), metric) == "bad", generators(name)["verdicts"]
+    assert level(generators("good"), metric) == "ok"
 
 
 def test_too_little_and_too_much_detail_is_found(generators):
@@ -289,26 +319,36 @@ def test_too_little_and_too_much_detail_is_found(generators):
 
 def test_copies_of_training_images_are_found(generators):
     report = generators("copies")
-    assert report["memorisation"]["fraction"] > 0.9 and level(report, "memorisation") == "bad"
-    assert report["groups"]["all"]["samples"]["recall"] > 0.5  # nothing else gives them away
+    assert report["copies"]["share"] > 0.9 and level(report, "copies/share") == "bad"
+    assert samples_row(report)["recall"] > 0.5  # nothing else gives them away
 
 
 def test_one_image_repeated_covers_nothing(generators):
     report = generators("collapsed")
-    good, collapsed = (r["groups"]["all"]["samples"] for r in (generators("good"), report))
-    assert collapsed["recall"] < 0.1 and level(report, "recall") == "bad"
+    good, collapsed = (samples_row(r) for r in (generators("good"), report))
+    assert collapsed["recall"] < 0.1 and level(report, "recall (classifier)") == "bad"
     assert collapsed["coverage"] < 0.5 * good["coverage"]
 
 
 def test_swapped_labels_are_found(generators):
     report, good = generators("swapped"), generators("good")
-    assert report["auroc"]["real images, tested on samples"][2] < 0.5
+    assert report["auroc"][evaluate.ON_SAMPLES][2] < 0.5
     assert level(report, "class fidelity") == "bad"
-    assert report["auroc"]["samples, tested on held-out images"][0] < 0.4
-    kid, good_kid = ({name: rows["samples"]["kid"] for name, rows in r["groups"].items()}
-                     for r in (report, good))
+    assert report["auroc"][evaluate.TSTR][0] < 0.4
+    kid, good_kid = ({name: rows["samples"]["kid"]
+                      for name, rows in r["groups"]["classifier"].items()} for r in (report, good))
     assert kid["all"] == pytest.approx(good_kid["all"])  # the whole is the same
     assert kid["normal"] > good_kid["normal"] + 0.05
+
+
+def test_a_caricature_is_no_success():
+    looks = {"all": {row: {"num": 9, "detail": 1.0} for row in ("samples", "held_out")}}
+    for interval, expected in (((1.0, 0.98, 1.0), "watch"), ((0.92, 0.85, 0.97), "ok")):
+        auroc = {evaluate.ON_SAMPLES: interval, evaluate.ON_HELD_OUT: (0.85, 0.78, 0.91)}
+        report = {"groups": {}, "looks": looks, "auroc": auroc}
+        verdict = next(v for v in evaluate.verdicts(report) if v.metric == "class fidelity")
+        assert verdict.level == expected
+        assert ("caricatures" in verdict.advice) == (expected == "watch")
 
 
 # --- the command line ---
@@ -321,25 +361,31 @@ def test_report_of_a_model(workspace, quick):
     assert result.code == 0, result.err
     report = json.loads((workspace.out / "l/evaluation.json").read_text())
     assert report["sampler"] == "ddim" and report["step"] == 20
-    assert "classifier" in report["features"]
+    assert list(report["features"]) == list(report["groups"]) == ["classifier", "vae"]
     for name in ("all", "normal", "tb"):
-        rows = report["groups"][name]
-        assert list(rows) == ["samples", "baseline", "baseline_std", "held_out", "decoded"]
-        assert rows["held_out"]["num"] == rows["decoded"]["num"] == (6 if name == "all" else 3)
-        assert rows["samples"]["num"] == rows["baseline"]["num"] == (8 if name == "all" else 4)
-        assert f"{rows['samples']['kid']:.4f}" in result.out
+        looked_at = report["looks"][name]
+        assert list(looked_at) == ["samples", "held_out", "decoded"]
+        real = 6 if name == "all" else 3
+        assert looked_at["held_out"]["num"] == looked_at["decoded"]["num"] == real
+        for space in ("classifier", "vae"):
+            rows = report["groups"][space][name]
+            assert list(rows) == ["samples", "baseline", "spread"]
+            assert rows["samples"]["num"] == rows["baseline"]["num"] == (8 if name == "all" else 4)
+            assert f"{rows['samples']['kid']:.4f}" in result.out
+    assert set(report["mirrored"]) == {"samples", "held_out"}
     with Image.open(workspace.out / "l/evaluation_pairs.png") as pairs:
         assert pairs.size == (8 * 34 + 2, 2 * (32 + 16))
 
-    # --- again, in another feature space: the classifier of the real images is not trained anew ---
-    weights, = (workspace.out / "cache").glob("classifier_*.pt")
-    written = weights.stat().st_mtime_ns
+    # --- again, in one feature space: the classifiers of the real images are not trained anew ---
+    weights = sorted((workspace.out / "cache").glob("classifier_*.pt"))
+    assert len(weights) == evaluate.TRAININGS + 1  # one for the mirror
+    written = [path.stat().st_mtime_ns for path in weights]
     again = quick(*argv, "--features=vae", f"--out_dir={workspace.root / 'vae'}")
-    assert again.code == 0 and weights.stat().st_mtime_ns == written
+    assert again.code == 0, again.err
+    assert [path.stat().st_mtime_ns for path in weights] == written
     other = json.loads((workspace.root / "vae/evaluation.json").read_text())
-    assert other["auroc"] == report["auroc"]
-    fid, other_fid = (r["groups"]["all"]["samples"]["fid"] for r in (report, other))
-    assert other_fid != fid
+    assert other["auroc"] == report["auroc"] and list(other["groups"]) == ["vae"]
+    assert other["groups"]["vae"] == report["groups"]["vae"]
 
 
 def test_samples_of_sample_py_are_measured_like_the_model(workspace, quick):
@@ -353,7 +399,7 @@ def test_samples_of_sample_py_are_measured_like_the_model(workspace, quick):
     assert quick("evaluate.py", *common, ae, f"--samples_dir={folder}").code == 0
     of_model, of_folder = (json.loads(path.read_text())["groups"] for path in (
         workspace.out / "l/evaluation.json", folder / "evaluation.json"))
-    assert of_folder == of_model and of_folder["all"]["samples"]["num"] == 8
+    assert of_folder == of_model and of_folder["vae"]["all"]["samples"]["num"] == 8
 
 
 def test_bad_input_is_one_line(workspace, quick):
@@ -389,7 +435,7 @@ def without(workspace):
     return build
 
 
-# What cannot be computed: rows of a class, AUROC, memorisation, distances of `all`.
+# What cannot be computed: rows of a class, AUROC, distances of `all`.
 FEW = {
     "one training image": (("train", "tb", 1), [], {"tb"}),
     "one held-out image": (("val", "tb", 1), [], {"tb"}),
@@ -399,7 +445,7 @@ FEW = {
     "one sample": (None, ["--classes=tb", "--num_samples=1"], {"normal", "tb", "auroc", "fid"}),
     "one held-out image in all": (
         ("val", "tb", 1), ["--class_filter=1", "--classes=tb", "--features=vae"],
-        {"normal", "tb", "auroc", "fid", "memorisation"}),
+        {"normal", "tb", "auroc", "fid"}),
 }
 
 
@@ -412,19 +458,19 @@ def test_what_cannot_be_computed_is_left_out(workspace, without, quick, case):
                    "--classifier_steps=2", *argv)
     assert result.code == 0, result.err
     report = json.loads((workspace.out / "l/evaluation.json").read_text())
-    assert set(report["groups"]) == {"all", "normal", "tb"} - lacks
+    space = "vae" if "--features=vae" in argv else "classifier"
+    assert set(report["groups"][space]) == {"all", "normal", "tb"} - lacks
     assert ("auroc" in report) == ("auroc" not in lacks) == ("AUROC, trained" in result.out)
+    rows = report["groups"][space]["all"]
     for row in ("samples", "baseline"):
-        assert ("fid" in report["groups"]["all"][row]) == ("fid" not in lacks)
-        assert report["groups"]["all"][row]["detail"] > 0
-    assert ("memorisation" in report) == ("memorisation" not in lacks)
-    assert all(value is not None for rows in report["groups"].values() for row in rows.values()
-               for value in row.values())
+        assert ("fid" in rows.get(row, {})) == ("fid" not in lacks)
+    assert report["looks"]["all"]["samples"]["detail"] > 0
+    assert all(value is not None for row in rows.values() for value in row.values())
     notices = [line for line in result.out.splitlines() if line.startswith("note: ")]
     first = result.out.index("features:")
     for name in lacks & {"tb", "normal"}:
         assert any(name in line for line in notices)
-    for what in lacks & {"auroc", "fid", "memorisation"}:
+    for what in lacks & {"auroc", "fid"}:
         assert any(f"no {what}" in line.lower() for line in notices)
     assert all(result.out.index(line) < first for line in notices)
 
@@ -445,33 +491,31 @@ def test_mistakes_show_before_anything_is_drawn(workspace, without, monkeypatch,
     assert "class tb has under two images in split val" in out
 
 
-def test_the_training_images_as_held_out_ones_tell_no_copies(workspace, quick):
+def test_the_training_images_as_held_out_ones_are_said_to_be(workspace, quick):
     result = quick("evaluate.py", *workspace.common, f"--ckpt={workspace.ldm_ckpt}",
                    "--split=train", "--num_samples=2", "--num_sampling_steps=2",
                    "--classifier_steps=2")
     assert result.code == 0, result.err
     assert "note: --split=train are the images that the model was trained on" in result.out
     report = json.loads((workspace.out / "l/evaluation.json").read_text())
-    assert "memorisation" not in report and "memorisation" not in {
-        v["metric"] for v in report["verdicts"]}
-    assert not (workspace.out / "l/evaluation_pairs.png").exists()
-    assert report["groups"]["all"]["held_out"]["num"] == 16
+    assert report["copies"]["distinct"] == 16  # no held-out image is needed for that
+    assert report["looks"]["all"]["held_out"]["num"] == 16
 
 
 def test_nan_is_never_ok():
     for bad, watch in ((False, False), (False, True)):
         assert evaluate.verdict("x", float("nan"), bad, watch, "", "").level == "bad"
-    looks = torch.full((6, 3), 0.5)
-    labels = np.arange(6) % 2
-    fine = evaluate.FeatureGroup(labels, torch.randn(6, 4), looks)
-    broken = evaluate.FeatureGroup(labels, torch.full((6, 4), float("nan")), looks)
+    labels, nan = np.arange(120) % 2, float("nan")
+    fine = evaluate.FeatureGroup(labels, torch.randn(120, 4))
+    broken = evaluate.FeatureGroup(labels, torch.full((120, 4), nan))
+    looks = {"all": {row: {"num": 9, "detail": 1.0} for row in ("samples", "held_out")}}
     for groups in ((broken, fine, fine), (fine, broken, fine), (broken, broken, broken)):
         rows = evaluate.group_rows(*groups, seed=0)
-        levels = {v.metric: v.level for v in evaluate.verdicts({
-            "groups": {"all": rows}, "auroc": {"real images, tested on samples": (
-                float("nan"), float("nan"), float("nan"))}})}
-        assert levels == {"precision": "bad", "recall": "bad", "detail": "ok",
-                          "class fidelity": "bad"}
+        auroc = dict.fromkeys((evaluate.ON_SAMPLES, evaluate.ON_HELD_OUT), (nan, nan, nan))
+        levels = {v.metric: v.level for v in evaluate.verdicts(
+            {"groups": {"x": {"all": rows}}, "looks": looks, "auroc": auroc})}
+        assert levels.pop("detail") == "ok" and set(levels.values()) == {"bad"}
+        assert len(levels) == 6
 
 
 def test_defaults_are_the_fast_sampler():

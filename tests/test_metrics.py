@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 import torch
 
-from metrics import (TABLE, auroc, auroc_interval, binomial_interval, format_training,
-                     format_verdicts, frechet_distance, health, kernel_distance, latent_stats,
-                     loss_trend, manifold_metrics, memorisation, ms_ssim, overfit_verdict,
-                     pairwise_mse, psnr, sample_diversity, ssim, ssim_terms, sweep_objective)
+from metrics import (TABLE, auroc, auroc_gain, auroc_interval, beta_binomial_tail,
+                     binomial_interval, copies, distinct_rows, format_training, format_verdicts,
+                     frechet_distance, health, kernel_distance, latent_stats, loss_trend,
+                     manifold_metrics, mean_auroc, ms_ssim, overfit_verdict, pairwise_mse, psnr,
+                     sample_diversity, ssim, ssim_terms, sweep_objective)
 
 
 def rng(seed=0):
@@ -307,25 +308,55 @@ def test_binomial_interval():
     assert binomial_interval(0, 0) == (0.0, 1.0)
 
 
-def test_memorisation_counts_copies_and_names_their_originals():
-    train, held_out, fresh = (torch.randn(n, 16, generator=rng(n)) for n in (100, 59, 30))
-    copies = train[[4, 90, 4]] + 0.01 * torch.randn(3, 16, generator=rng(1))
-    result = memorisation(torch.cat([fresh, copies]), train, held_out)
-    assert result["nearest"][-3:].tolist() == [4, 90, 4]
-    assert set(result["ratio"].argsort()[:3].tolist()) == {30, 31, 32}
-    assert result["expected"] == 3 / 60  # of 60 ratios in random order, three lie below the third
-    low, high = result["interval"]
-    assert 3 / 33 <= result["fraction"] <= 8 / 33 and low < result["fraction"] < high
-    assert memorisation(train, train, held_out)["fraction"] == 1
+def unit(count, seed, dim=16):
+    rows = torch.randn(count, dim, generator=rng(seed))
+    return rows / rows.norm(dim=1, keepdim=True)
 
 
-def test_memorisation_of_fresh_samples_is_what_is_expected():
-    fractions = []
-    for seed in range(200):
-        x = torch.randn(100, 8, generator=rng(seed))
-        fractions.append(memorisation(x[:20], x[20:60], x[60:99])["fraction"])
-    error = np.std(fractions) / math.sqrt(200)
-    assert abs(np.mean(fractions) - 2 / 40) < 3 * error < 0.02
+def test_copies_are_counted_and_their_originals_named():
+    train, fresh = unit(100, 1), unit(30, 2)
+    found = copies(torch.cat([fresh, train[[4, 90, 4]] + 0.01 * unit(3, 3)]), train)
+    assert found["nearest"][-3:].tolist() == [4, 90, 4]
+    assert set(found["ratio"].argsort()[:3].tolist()) == {30, 31, 32}
+    assert found["expected"] == 1 / 101 and found["distinct"] == 100
+    assert 3 / 33 <= found["share"] <= 6 / 33 and found["probability"] < 0.01
+    assert copies(train, train)["share"] == 1
+    assert "too few" in str(pytest.raises(ValueError, copies, fresh, train[:5]).value)
+
+
+def test_a_repeated_training_image_hides_no_copy():
+    """It is its own neighbour: with it, the reference would hold a distance of zero."""
+    train = unit(100, 1)
+    repeated = torch.cat([train, train[:50], train[:3] + 1e-3 * unit(3, 5)])
+    assert distinct_rows(repeated).tolist() == list(range(100))
+    found, alone = (copies(train[:40], rows) for rows in (repeated, train))
+    assert found["share"] == alone["share"] == 1 and found["distinct"] == 100
+    assert found["probability"] == alone["probability"]
+
+
+def test_the_chance_of_copies_is_that_of_an_order_statistic():
+    """Of N + M values in random order, how many of the N are below the k-th smallest of the M?"""
+    draws = np.random.default_rng(0).random((20_000, 30))
+    below = (draws[:, :10] < np.sort(draws[:, 10:])[:, 1:2]).sum(1)  # N = 10, M = 20, k = 2
+    for count in range(1, 6):
+        expected = (below >= count).mean()
+        error = math.sqrt(expected * (1 - expected) / 20_000)
+        assert abs(beta_binomial_tail(count, 10, 2, 19) - expected) < 4 * error + 1e-4
+    assert beta_binomial_tail(0, 10, 2, 19) == pytest.approx(1)
+    assert beta_binomial_tail(10, 10, 1, 1) == pytest.approx(1 / 11)  # uniform on 0 to 10
+
+
+def test_fresh_samples_are_rarely_called_copies():
+    """Also where they are drawn closer together than the training images, as blurred ones are."""
+    for scale in (1.0, 0.7):
+        alarms = 0
+        for seed in range(200):
+            rows = torch.randn(160, 12, generator=rng(seed))
+            rows[100:] *= scale
+            rows[:, 0] += 3  # they have something in common
+            rows = rows / rows.norm(dim=1, keepdim=True)
+            alarms += copies(rows[100:], rows[:100])["probability"] < 0.025
+        assert alarms <= 12, scale  # 5 expected; more than 11 in 1 % of the cases
 
 
 def test_auroc_counts_pairs():
@@ -339,17 +370,51 @@ def test_auroc_counts_pairs():
     assert auroc(three, torch.tensor([1, 1, 2, 0])) == pytest.approx((2.5 / 3 + 3 / 4 + 1) / 3)
 
 
-def test_auroc_interval_covers_the_truth_of_two_gaussians():
-    """Scores one standard deviation apart have AUROC Phi(1 / sqrt(2)) = 0.760."""
+@pytest.mark.parametrize("count, shift", [(9, 1.0), (9, 2.0), (60, 1.0)])
+def test_auroc_interval_covers_the_truth_of_two_gaussians(count, shift):
+    """Scores `shift` standard deviations apart have AUROC Phi(shift / sqrt(2))."""
+    truth = 0.5 * (1 + math.erf(shift / 2))
     covered, widths = 0, []
-    for seed in range(20):
-        score = torch.randn(80, generator=rng(seed)) + torch.arange(80) % 2
-        scores = torch.stack([-score, score], 1)
-        value, low, high = auroc_interval(scores, torch.arange(80) % 2, resamples=100)
-        assert low < value < high
-        covered += low <= 0.760 <= high
+    for seed in range(400):
+        score = torch.randn(2, count, generator=rng(seed))
+        area = (score[0][:, None] + shift > score[1][None]).double().mean().item()
+        low, high = auroc_interval(area, count, count)
+        assert 0 <= low <= area <= high <= 1
+        covered += low <= truth <= high
         widths.append(high - low)
-    assert covered >= 16 and 0.15 < np.mean(widths) < 0.27
+    assert covered >= 372  # 380 expected; fewer than that in 5 % of the cases at 95 %
+    assert np.mean(widths) < (0.5 if count == 9 else 0.2)
+
+
+def test_an_auroc_of_several_trainings_has_their_spread_in_its_interval():
+    labels = torch.arange(120) % 2
+    base = torch.randn(120, generator=rng(0)) + labels
+    alike = [torch.stack([-base, base], 1)] * 3
+    noisy = [torch.stack([-s, s], 1) for s in (
+        base + 2 * torch.randn(120, generator=rng(seed)) for seed in (1, 2, 3))]
+    value, low, high = mean_auroc(alike, labels)
+    assert value == auroc(alike[0], labels)
+    assert (low, high) == pytest.approx(auroc_interval(value, 60, 60))
+    value, low, high = mean_auroc(noisy, labels)
+    inner = auroc_interval(value, 60, 60)
+    assert low < inner[0] and high > inner[1]
+    assert math.isnan(mean_auroc([torch.ones(4, 2)] * 2, torch.ones(4))[0])
+
+
+def test_a_gain_is_clear_only_where_there_is_one():
+    """Null case: classifiers that differ in nothing but their noise."""
+    clear = 0
+    for seed in range(40):
+        labels = torch.arange(60) % 2
+        signal = torch.randn(60, generator=rng(seed)) + labels
+        trainings = [torch.stack([-s, s], 1) for s in (
+            signal + 0.7 * torch.randn(60, generator=rng(100 * seed + i)) for i in range(6))]
+        gain, low, high = auroc_gain(trainings[:3], trainings[3:], labels, resamples=200)
+        assert low <= gain <= high
+        clear += low > 0 or high < 0
+    assert clear <= 6  # of 40; at most 2 expected
+    better = [torch.stack([-s, s], 1) for s in (signal + 2 * labels for _ in range(3))]
+    assert auroc_gain(better, trainings[3:], labels)[1] > 0
 
 
 # --- verdicts ---
