@@ -65,6 +65,9 @@ class NoiseSchedule:
 # --- parametrisation and loss -------------------------------------------------------------------
 
 
+EPS_BOUND = 5.0  # standard deviations of normalised latents, between which x0-hat of eps is held
+
+
 class Denoiser(nn.Module):
     """A network with its parametrisation: everything outside sees x0-hat only.
 
@@ -123,11 +126,15 @@ class Denoiser(nn.Module):
         """
         a, b = self.x0_coefficients(t)
         if guidance_scale == 1.0:
-            return a * xt + b * self.unet(xt, t, y)
-        null = torch.full_like(y, self.unet.null_class)
-        out = self.unet(torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([y, null]))
-        cond, uncond = out.chunk(2)
-        return a * xt + b * (uncond + guidance_scale * (cond - uncond))
+            out = self.unet(xt, t, y)
+        else:
+            null = torch.full_like(y, self.unet.null_class)
+            both = self.unet(torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([y, null]))
+            cond, uncond = both.chunk(2)
+            out = uncond + guidance_scale * (cond - uncond)
+        x0 = a * xt + b * out
+        # eps near t = 1 multiplies the network's error by sigma / alpha, up to 152.
+        return x0.clamp(-EPS_BOUND, EPS_BOUND) if self.prediction == "eps" else x0
 
     def forward(self, x0, t, noise, y):
         """Training loss of each image, float32 [B].

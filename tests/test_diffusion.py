@@ -121,8 +121,20 @@ def test_ideal_output_denoises_to_x0_and_costs_no_loss(prediction, name, zero_te
         assert torch.allclose(schedule.q_sample(x0, t, eps), xt)
 
 
+def test_x0_of_eps_is_bounded_where_the_error_is_multiplied():
+    schedule = diffusion.NoiseSchedule("linear", False)
+    output, xt = (randn(1000, 1, 1, 1, seed=seed) for seed in (0, 1))
+    denoiser = diffusion.Denoiser(Oracle(output), schedule, "eps")
+    y = torch.zeros(1000, dtype=torch.long)
+    x0 = denoiser.denoise(xt, torch.ones(1000), y)
+    assert x0.abs().max() == diffusion.EPS_BOUND and (x0.abs() < diffusion.EPS_BOUND).any()
+    a, b = denoiser.x0_coefficients(torch.ones(1000))
+    assert b.abs().max() > 100 and torch.equal(x0, (a * xt + b * output).clamp(-5, 5))
+
+
 @pytest.mark.parametrize("prediction, name, zero_terminal_snr", ALLOWED)
-def test_loss_weights(prediction, name, zero_terminal_snr):
+def test_loss_weights(monkeypatch, prediction, name, zero_terminal_snr):
+    monkeypatch.setattr(diffusion, "EPS_BOUND", math.inf)
     schedule, x0, t, eps, xt, output = ideal_case(prediction, name, zero_terminal_snr)
     y = torch.zeros(6, dtype=torch.long)
     wrong = output + randn(6, 3, 4, 4, seed=2, dtype=torch.float64)
@@ -166,7 +178,8 @@ def test_unknown_prediction_and_weighting_are_refused():
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @torch.no_grad()
-def test_guidance_moves_x0_away_from_the_null_class_in_all_channels(prediction):
+def test_guidance_moves_x0_away_from_the_null_class_in_all_channels(monkeypatch, prediction):
+    monkeypatch.setattr(diffusion, "EPS_BOUND", math.inf)
     unet = tiny_unet(seed=1)
     denoiser = diffusion.Denoiser(unet, diffusion.NoiseSchedule("cosine", False), prediction)
     xt, t, y = randn(3, 4, 8, 8), torch.tensor([0.2, 0.5, 0.8]), torch.tensor([0, 1, 1])

@@ -221,15 +221,18 @@ def test_guided_samples_are_those_of_diffusers(prediction, theirs, name, zero_te
     """The network's raw output goes to DDIM, or for 'flow' to the Euler steps of flow matching."""
     unet, y, start = tiny_unet(seed=1), torch.tensor([0, 1]), randn(2, 4, 8, 8)
     schedule = diffusion.NoiseSchedule(name, zero_terminal_snr)
-    kind, how = diffusers.FlowMatchEulerDiscreteScheduler, {}
+    kind, how, bounded = diffusers.FlowMatchEulerDiscreteScheduler, {}, {}
     if theirs:
-        kind, how = diffusers.DDIMScheduler, {"clip_sample": False, "prediction_type": theirs}
+        bounded = {"use_clipped_model_output": True}
+        kind, how = diffusers.DDIMScheduler, {
+            "prediction_type": theirs, "clip_sample": prediction == "eps",
+            "clip_sample_range": diffusion.EPS_BOUND}
     scheduler, times = on_our_grid(kind, schedule, 4, **how)
     x = start * schedule.sigma(torch.ones(1))
     for t, timestep in zip(times, scheduler.timesteps, strict=True):
         t = torch.full((2,), t)
         null, own = unet(x, t, torch.full_like(y, 2)), unet(x, t, y)
-        x = scheduler.step(null + 3 * (own - null), timestep, x).prev_sample
+        x = scheduler.step(null + 3 * (own - null), timestep, x, **bounded).prev_sample
     denoiser = diffusion.Denoiser(unet, schedule, prediction)
     ours = diffusion.sample(denoiser, y, lambda: start, "ddim", 4, 3.0, (0.0, 1.0))
     assert (ours - x).abs().max() < 1e-4 * x.abs().max()
