@@ -65,7 +65,7 @@ class NoiseSchedule:
 # --- parametrisation and loss -------------------------------------------------------------------
 
 
-# Where x0-hat of eps is held: latents of 773 radiographs reach from -7.5 to 6.6 standard deviations.
+# Where x0-hat of eps is held. Latents of 773 radiographs reach from -7.5 to 6.6 deviations.
 EPS_BOUND = 8.0
 
 
