@@ -572,7 +572,7 @@ def verdicts(report):
         share, low, _ = report["mirrored"]["samples"]
         _, _, real_high = report["mirrored"]["held_out"]
         found.append(verdict(
-            "mirrored", share, low > 0.5, low > real_high,
+            "mirrored", share, low > 0.5, low > max(real_high, 0.2),  # blur costs it some certainty
             "Share of samples that a classifier takes for mirror images; of held-out images "
             f"{report['mirrored']['held_out'][0]:.2f}.",
             "A heart on the right: some training images are mirrored, or an augmentation flips."))
