@@ -548,20 +548,26 @@ class CachedArray(NamedTuple):
         return np.asarray(np.lib.format.open_memmap(self.path, "r")[indices])
 
 
-def cached_notes(folder, name):
-    """The notes of cache NAME, without a look at its rows; None where there is none."""
+def cached_notes(folder, name, num_rows):
+    """The notes of cache NAME, without a look at its rows; None where there are none, or damaged
+    ones. A note is the position of a row, or [position, name, reason]."""
     try:
         stored = experiment.parse_json(pathlib.Path(folder, f"{name}.json"))["notes"]
-        return {what: list(values) for what, values in stored.items()}
+        notes = {what: list(values) for what, values in stored.items()}
+        for what, values in notes.items():
+            positions = [position for position, _, _ in values] if what == "bad" else values
+            if not all(type(p) is int and 0 <= p < num_rows for p in positions):
+                return None
+        return notes
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def _open_cached(path, shape, dtype):
     """CachedArray at `path`, without reading its rows; ValueError or OSError if it is not whole."""
-    notes = cached_notes(path.parent, path.stem)
+    notes = cached_notes(path.parent, path.stem, shape[0])
     if notes is None:
-        raise ValueError("its .json is missing or damaged")
+        raise ValueError("its .json is missing, damaged or of an earlier version")
     array = np.lib.format.open_memmap(path, mode="r")
     if array.shape != shape or array.dtype != dtype:
         raise ValueError(f"holds {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}")
@@ -572,13 +578,13 @@ def _open_cached(path, shape, dtype):
 
 def _open_if_whole(path, shape, dtype, say=True):
     """What _open_cached gives; None where it is damaged, which a notice says, or not there."""
-    if not path.with_suffix(".json").exists():
+    if not (path.exists() and path.with_suffix(".json").exists()):
         return None
     try:
         return _open_cached(path, shape, dtype)
-    except (OSError, ValueError) as e:
+    except Exception as e:  # whatever numpy raises on a damaged header
         if say:
-            notice(f"cache {path} is damaged ({experiment.first_line(e)}): building it again")
+            notice(f"cache {path} is not whole ({experiment.first_line(e)}): building it again")
         return None
 
 
@@ -659,9 +665,10 @@ def _make_pieces(part, pieces, shape, dtype, make, procs, label):
                         if procs.world_size > 1 else "")
 
     row_bytes = np.dtype(dtype).itemsize * math.prod(shape[1:])
-    journal = f"{socket.gethostname()}-{os.getpid()}.jsonl"
+    journal = part / f"{socket.gethostname()}-{os.getpid()}-{procs.rank}.jsonl"
     try:
-        with open(part / "rows.npy", "r+b") as rows_file, open(part / journal, "a") as journal_file:
+        with (open(part / "rows.npy", "r+b") as rows_file,
+              open(experiment.open_own(journal, os.O_APPEND), "a") as journal_file):
             first = os.fstat(rows_file.fileno()).st_size - shape[0] * row_bytes
             journal_file.write("\n")  # after a line that a process of this number left torn
             for start, stop in pieces:
@@ -684,7 +691,8 @@ def _begin_part(path, part, shape, dtype):
     """Make the folder `part` with a file for all rows, unless an earlier start has left it."""
     experiment.make_folder(part)
     rows = part / "rows.npy"
-    if not rows.exists() and path.exists() and any(part.glob("*.jsonl")):
+    journalled = any(part.glob("*.jsonl"))
+    if path.exists() and journalled and not (rows.exists() or path.with_suffix(".json").exists()):
         os.replace(path, rows)  # it was killed when all but the .json was in place
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {
@@ -717,20 +725,21 @@ def _keep_pieces(part, finished):
         journal.unlink()
     if finished:
         lines = [json.dumps([*piece, notes]) + "\n" for piece, notes in finished.items()]
-        (part / "kept.jsonl").write_text("".join(lines))
+        experiment.write_atomic(part / "kept.jsonl", lambda f: f.write("".join(lines).encode()))
 
 
 def _remove_leftovers(cache_folder, part):
     """Remove what builds that nobody went on with for a day have left; `part` is ours."""
     experiment.sweep(cache_folder, DAY)
-    for rows in [*cache_folder.glob("*.npy"), *cache_folder.glob("*.part/rows.npy")]:
-        unfinished = rows.parent.suffix == ".part"
-        ours = part in (rows.parent, rows.with_suffix(".part"))
-        old = time.time() - rows.stat().st_mtime > DAY
-        if not old or ours or (not unfinished and rows.with_suffix(".json").exists()):
-            continue
-        notice(f"removing {rows}, which was never finished")
-        shutil.rmtree(rows.parent) if unfinished else rows.unlink(missing_ok=True)
+    for kind in ("images", "latents"):
+        for left in [*cache_folder.glob(f"{kind}_*.npy"), *cache_folder.glob(f"{kind}_*.part")]:
+            last = max(path.stat().st_mtime for path in (left, *left.glob("*")))
+            ours = part in (left, left.with_suffix(".part"))
+            indexed = left.suffix == ".npy" and left.with_suffix(".json").exists()
+            if ours or indexed or time.time() - last < DAY:
+                continue
+            notice(f"removing {left}, which was never finished")
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 # --- images -------------------------------------------------------------------------------------
@@ -834,13 +843,18 @@ def open_images(args, procs, split, optional=False, class_names=None, train=None
 
     cache, notes = None, None
     if not pixels:
-        notes = experiment.on_main(procs, lambda: cached_notes(folder, name))
+        notes = experiment.on_main(procs, lambda: cached_notes(folder, name, num_files))
     if notes is None:
         cache = decode()
         notes = cache.notes
 
     def select():
         images = _image_set(listing, notes, args, where, key)
+        lost = sorted({f.class_name for f in listing.files}
+                      - {listing.class_names[c] for c in images.labels})
+        if lost and args.class_filter < 0:
+            message = f"no images of class {', '.join(lost)} are left in {where}"
+            notice(message) if class_names else fail(message)
         if train is not None and len(images):
             images = dataclasses.replace(images, cache=cache)
             images = _without_copies(images, train, folder, procs, where)
@@ -893,11 +907,8 @@ def _image_set(listing, notes, args, where, key):
     number = {name: i for i, name in enumerate(listing.class_names)}
     labels = np.array([number[file.class_name] for file in listing.files])
     keep = (labels == args.class_filter) | (args.class_filter < 0)
-    lost = set(labels[keep])
     keep[[*other, *(position for position, _, _ in bad)]] = False
     rows = np.flatnonzero(keep)
-    for label in sorted(lost - set(labels[rows])):
-        notice(f"no image of class {listing.class_names[label]} is left in {where}")
     names = np.array([os.fsencode(listing.files[i].path) for i in rows])
     return ImageSet(None, rows, labels[rows], names, listing.class_names, key,
                     class_summary(listing), len(listing.files))

@@ -370,8 +370,10 @@ def feature_networks(names, vae, classifier, procs):
         names = ",".join(name for name, net in found.items() if net is not None)
         if not names:
             fail("no features to compare by: give --ae_ckpt_path, or --features")
-    return {name: feature_network(name, vae, classifier, procs)
-            for name in (part.strip() for part in names.split(",")) if name}
+    names = [name for name in (part.strip() for part in names.split(",")) if name]
+    if not names:
+        fail("--features names no feature space: give classifier, vae, or leave it out")
+    return {name: feature_network(name, vae, classifier, procs) for name in names}
 
 
 def feature_network(name, vae, classifier, procs):
@@ -458,9 +460,9 @@ def spread(samples, pool, held_out, seed):
         rng = np.random.default_rng([seed, 1, i])
 
         def again(group, like, rng=rng):
-            """Features of as many images of each class as `like` has."""
+            """Features of as many images of each class as `like` has, of those that there are."""
             index = [rng.choice(np.flatnonzero(group.labels == c), (like == c).sum())
-                     for c in np.unique(like)]
+                     for c in np.intersect1d(like, group.labels)]
             return group.features[np.concatenate(index)]
 
         real = again(held_out, held_out.labels)
@@ -607,9 +609,10 @@ def distance_verdicts(space, rows):
     """Verdicts on the distances in one feature space."""
     samples, baseline, found = rows["samples"], rows.get("baseline", {}), []
     for name in ("fid", "kid"):
-        if name not in samples or "spread" not in rows:
+        chance = rows.get("spread", {}).get(name, 0.0)
+        if name not in samples or chance < 1e-9:  # one training image, or all the same
             continue
-        spreads = (samples[name] - baseline[name]) / max(rows["spread"][name], 1e-12)
+        spreads = (samples[name] - baseline[name]) / chance
         found.append(verdict(
             f"{name} ({space})", samples[name], not spreads < 10, not spreads < 3,
             f"{name.upper()} to held-out images; {spreads:.1f} spreads above the baseline's "

@@ -473,6 +473,12 @@ def write_atomic(path, write):
              "folder")
 
 
+def open_own(path, flags):
+    """Descriptor of a file of ours that is written to in place, made where it is missing. Never
+    through a link, which somebody may have planted there: OSError."""
+    return os.open(path, flags | os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+
+
 def flush_folder(folder):
     """Put the names in a folder on the disk: after a power cut the new file must be found, too."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -564,7 +570,7 @@ def read_run(folder):
     try:
         stored = torch.load(checkpoint, mmap=True, weights_only=True)
         return {"kind": stored["kind"], "args": dict(stored["args"]),
-                "latent_scale_factor": stored.get("latent_scale_factor")}
+                **{k: stored.get(k) for k in ("latent_scale_factor", "world_size")}}
     except Exception as e:
         fail_damaged(checkpoint, e)
 
@@ -932,7 +938,7 @@ def take_lock(path, what, wait=False):
     any other, as long as it takes. Ends the program where `what` is not free in the end.
     """
     try:
-        lock = open(path, "ab+", buffering=0)  # noqa: SIM115
+        lock = open(open_own(path, os.O_APPEND), "ab+", buffering=0)  # noqa: SIM115
     except OSError as e:
         fail(f"cannot write {path}: {e.strerror}; choose another --output_root")
     here = socket.gethostname()
@@ -964,7 +970,7 @@ def parse_record(line):
     """The dict in a line of metrics.jsonl, {} where it is damaged."""
     try:
         record = json.loads(line)
-    except ValueError:  # UnicodeDecodeError is one
+    except (ValueError, RecursionError):  # UnicodeDecodeError is one
         return {}
     return record if isinstance(record, dict) else {}
 
@@ -1063,15 +1069,14 @@ class Run:
         """Cut metrics.jsonl back to the `size` that it had at the checkpoint, or further, to its
         last whole line, where a power cut took the end away."""
         try:
-            self.metrics_path.touch()
-            os.truncate(self.metrics_path, min(size, self.metrics_path.stat().st_size))
-            end = start = 0
-            with open(self.metrics_path, "rb") as f:
+            with open(open_own(self.metrics_path, 0), "r+b") as f:
+                f.truncate(min(size, os.fstat(f.fileno()).st_size))
+                end = start = 0
                 for line in f:
                     start += len(line)
                     if line.endswith(b"\n") and parse_record(line):
                         end = start
-            os.truncate(self.metrics_path, end)
+                f.truncate(end)
         except OSError as e:
             fail(f"cannot write {self.metrics_path}: {e.strerror}")
         if end < size:
@@ -1085,7 +1090,7 @@ class Run:
         if self.procs.main:
             self.wait_for_checkpoint()
             size = self.metrics_path.stat().st_size
-            state = on_cpu({**state, "metrics_bytes": size})
+            state = on_cpu({**state, "metrics_bytes": size, "world_size": self.procs.world_size})
             self.writing = self.writer.submit(self._write, state)
 
     def _write(self, state):
@@ -1107,7 +1112,7 @@ class Run:
         if self.writing is not None and self.writing.done():
             self.wait_for_checkpoint()
         try:
-            with open(self.metrics_path, "a") as f:
+            with open(open_own(self.metrics_path, os.O_APPEND), "a") as f:
                 f.write(json.dumps(finite({"step": step, "epoch": epoch, **metrics})) + "\n")
         except OSError as e:
             fail(f"cannot write {self.metrics_path}: {e.strerror}; free some space, then go on "

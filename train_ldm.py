@@ -109,7 +109,7 @@ def build_parser():
     add("--sampler", choices=tuple(diffusion.SAMPLERS), default="ancestral", help="see sample.py")
     add("--num_sampling_steps", type=at_least(1), default=500,
         help="network evaluations per image")
-    add("--guidance_scale", type=at_least(0, float), default=4.0,
+    add("--guidance_scale", type=at_least(0, float), default=1.0,
         help="classifier-free guidance; 1: none")
     add("--guidance_interval", type=interval, default=(0.3, 0.7),
         help="LOW,HIGH: guidance for t between them")
@@ -385,9 +385,11 @@ def save_samples(folder, epoch, x, labels, class_names, args):
 def check_resumed(checkpoint, folder, args, scale, vae_sha256, class_names):
     """End the program where the weights of a checkpoint mean nothing with today's settings."""
     stored = checkpoint["latent_scale_factor"]
-    if checkpoint["vae_sha256"] != vae_sha256 or stored != scale:
-        fail(f"{folder} was trained with another autoencoder or latent scale factor "
-             f"({stored:.6g}, now {scale:.6g}): start a new run")
+    if checkpoint["vae_sha256"] != vae_sha256:
+        fail(f"{folder} was trained with another state of the autoencoder: start a new run")
+    if stored != scale:
+        fail(f"{folder} was trained with the latent scale factor {stored:.6g}, now {scale:.6g}: "
+             "start a new run")
     if checkpoint["class_names"] != class_names:
         fail(f"{folder} was trained on the classes {', '.join(checkpoint['class_names'])}, not on "
              f"{', '.join(class_names)}: give the --data_root and --task it was started with")

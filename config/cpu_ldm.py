@@ -8,5 +8,4 @@ warmup_steps = 200
 sampler = "dpmpp_sde"
 num_sampling_steps = 20
 sample_every = 20
-guidance_scale = 2.0
 wandb = False

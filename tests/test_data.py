@@ -262,7 +262,7 @@ def test_a_split_without_one_good_image_is_one_error(image_tree, tmp_path):
         path.write_text("nothing")
     assert "2 of 2 images" in message(data.open_images, settings(root, tmp_path), ALONE, "train")
     skipping = settings(root, tmp_path, skip_bad_images=True)
-    assert "no image is left" in message(data.open_images, skipping, ALONE, "train")
+    assert "no images of class normal, tb are left" in message(data.open_images, skipping, ALONE, "train")
 
 
 def test_file_names_that_are_no_utf8_work(image_tree, tmp_path):
@@ -354,7 +354,7 @@ def test_a_damaged_cache_is_noticed_and_built_again(image_tree, tmp_path, capsys
         cache.write_bytes({"cut": content[:-100], "longer": content + b"x", "empty": b""}[damage])
     again = data.open_images(settings(root, tmp_path), ALONE, "train").images(range(4))
     assert torch.equal(again, first)
-    assert "building it again" in capsys.readouterr().out
+    assert ("building it again" in capsys.readouterr().out) == (damage != "gone")
     data.open_images(settings(root, tmp_path), ALONE, "train")
     assert "building it again" not in capsys.readouterr().out
 
@@ -421,7 +421,8 @@ def test_what_could_not_be_decoded_is_tried_again_and_nothing_else(tmp_path):
 
     def make(start, stop, tick):
         made.append(start)
-        return rows[start:stop], {"bad": [start] if start == data.PIECE and len(made) < 4 else []}
+        fails = start == data.PIECE and len(made) < 4
+        return rows[start:stop], {"bad": [[start, "a.png", "unreadable"]] if fails else []}
 
     def check(notes):
         if notes["bad"]:
@@ -435,18 +436,32 @@ def test_what_could_not_be_decoded_is_tried_again_and_nothing_else(tmp_path):
 
 def test_copies_that_nobody_finished_are_removed_after_a_day(tmp_path):
     rows = np.zeros((4, 2), np.uint16)
+    kinds = ("images_{}.part", "images_{}.part/rows.npy", "images_{}.npy", "latents_{}0.npy",
+             "images_{}1.part", ".{}.npy.0.tmp", "my_{}.npy")
     for age, name in ((0, "new"), (2, "old")):
-        (tmp_path / f"{name}.part").mkdir()
-        for path in (tmp_path / f"{name}.part/rows.npy", tmp_path / f"{name}.npy",
-                     tmp_path / f"kept_{name}.npy", tmp_path / f".{name}.npy.0.tmp"):
-            path.write_bytes(b"rows")
+        paths = [tmp_path / kind.format(name) for kind in kinds]
+        for path in paths:
+            path.mkdir() if path.suffix == ".part" else path.write_bytes(b"rows")
+        for path in paths:
             when = path.stat().st_mtime - age * 86400
             os.utime(path, (when, when))
-        (tmp_path / f"kept_{name}.json").write_text("{}")
+        (tmp_path / f"latents_{name}0.json").write_text("{}")
     build(tmp_path, rows)
     left = {p.name for p in tmp_path.iterdir()} - {"a.npy", "a.json", "a.lock"}
-    assert left == {"new.part", "new.npy", ".new.npy.0.tmp", "kept_new.npy", "kept_new.json",
-                    "kept_old.npy", "kept_old.json"}
+    assert left == {"images_new.part", "images_new.npy", "latents_new0.npy", "latents_new0.json",
+                    "images_new1.part", ".new.npy.0.tmp", "my_new.npy",
+                    "latents_old0.npy", "latents_old0.json", "my_old.npy"}
+
+
+def test_a_lock_or_journal_is_never_written_through_a_link(tmp_path, capsys):
+    precious = tmp_path / "precious"
+    precious.write_text("of another user")
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    (folder / "a.lock").symlink_to(precious)
+    with pytest.raises(SystemExit):
+        build(folder, np.zeros((4, 2), np.uint16))
+    assert precious.read_text() == "of another user" and "a.lock" in capsys.readouterr().err
 
 
 def test_known_images_need_no_pixels(image_tree, tmp_path):

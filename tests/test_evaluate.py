@@ -95,6 +95,14 @@ def test_rows_of_a_group_with_a_baseline_of_the_same_number():
     assert rows["spread"]["fid"] > 0.01  # though there is no choice of a baseline
 
 
+def test_where_chance_makes_no_difference_there_is_no_verdict_on_distances():
+    same = evaluate.FeatureGroup(np.array([0, 1]), torch.ones(2, 3))
+    samples = evaluate.FeatureGroup(np.array([0, 1, 2, 2]), torch.randn(4, 3))  # and a new class
+    rows = evaluate.group_rows(samples, same, same, seed=0)
+    assert rows["spread"]["fid"] < 1e-9
+    assert evaluate.distance_verdicts("x", rows) == []
+
+
 def test_the_spread_is_that_of_the_difference():
     """Of samples and baselines of one distribution, the difference over its spread is about 1."""
     g = torch.Generator().manual_seed(0)

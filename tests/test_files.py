@@ -13,7 +13,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import write_png
+from conftest import error_of, write_png
 from PIL import Image
 from test_data import ALONE, message, settings
 
@@ -481,6 +481,19 @@ def write_dicom(path, stored, bits=12, signed=False, **tags):
         setattr(dataset, name, value)
     dataset.save_as(path, enforce_file_format=True)
     return pydicom.dcmread(path)
+
+
+@pytest.mark.parametrize("names", [("docs", "normal", "tb"), ("normal", "tb")])
+def test_a_class_without_an_image_is_none(image_tree, tmp_path, capsys, names):
+    """A file without a suffix may have been DICOM; a folder that holds nothing else is no class."""
+    root = image_tree({f"TB/train/{name}": 2 for name in ("normal", "tb")})
+    split = root / "TB/train"
+    empty = split / names[0]
+    shutil.rmtree(empty, ignore_errors=True)
+    empty.mkdir()
+    (empty / "LICENSE").write_text("no image")
+    line = error_of(capsys, data.open_images, settings(root, tmp_path), ALONE, "train")
+    assert f"no images of class {names[0]} are left" in line
 
 
 def test_dicom_without_a_suffix_or_named_by_uid_is_read(
