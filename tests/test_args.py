@@ -175,7 +175,7 @@ def test_every_preset_of_the_contract(mode):
     assert args.overfit_one == (mode == "overfit_one")
     assert args.mode == mode
     off = (args.prob_uncond, args.guidance_scale, args.warmup_steps)
-    assert off == ((0.1, 4.0, 500) if mode == "full_train" else (0.0, 1.0, 0))
+    assert off == ((0.1, 1.0, 500) if mode == "full_train" else (0.0, 1.0, 0))
 
 
 def test_the_stable_defaults_of_the_contract():

@@ -262,7 +262,8 @@ def test_a_split_without_one_good_image_is_one_error(image_tree, tmp_path):
         path.write_text("nothing")
     assert "2 of 2 images" in message(data.open_images, settings(root, tmp_path), ALONE, "train")
     skipping = settings(root, tmp_path, skip_bad_images=True)
-    assert "no images of class normal, tb are left" in message(data.open_images, skipping, ALONE, "train")
+    line = message(data.open_images, skipping, ALONE, "train")
+    assert "no images of class normal, tb are left" in line
 
 
 def test_file_names_that_are_no_utf8_work(image_tree, tmp_path):
