@@ -443,11 +443,23 @@ def set_groups(optimizer, **settings):
 # --- files --------------------------------------------------------------------------------------
 
 
+class CannotWrite(Exception):
+    """A file could not be written; says why in one line."""
+
+
 def write_atomic(path, write):
+    """replace_file that ends the program where the file cannot be written."""
+    try:
+        replace_file(path, write)
+    except CannotWrite as e:
+        fail(e)
+
+
+def replace_file(path, write):
     """Call write(file) on a temporary file beside `path`, flush it, then put it in place at once.
 
-    A reader sees the old file or the new one, never a part. Where writing fails the old one stays,
-    and the program ends with one line.
+    A reader sees the old file or the new one, never a part. Where writing fails the old one stays:
+    CannotWrite.
     """
     path = pathlib.Path(path)
     # Random, since process numbers repeat on other machines, and a name that can be guessed can be
@@ -469,8 +481,8 @@ def write_atomic(path, write):
         if not isinstance(e, (OSError, RuntimeError)):  # the latter: torch.save on a full disk
             raise
         reason = getattr(e, "strerror", None) or getattr(e.__context__, "strerror", None)
-        fail(f"cannot write {path}: {reason or first_line(e)}; free some space or choose another "
-             "folder")
+        raise CannotWrite(f"cannot write {path}: {reason or first_line(e)}; free some space or "
+                          "choose another folder") from e
 
 
 def open_own(path, flags):
@@ -591,8 +603,9 @@ NEEDED = {"vae": ("args", "ema"),
 
 
 def save_checkpoint(path, kind, state):
-    """Write {'kind': kind, **state} in one step; kind is 'vae' or 'ldm'."""
-    write_atomic(path, lambda f: torch.save({"kind": kind, **state}, f))
+    """Write {'kind': kind, **state} in one step; kind is 'vae' or 'ldm'. CannotWrite: see
+    replace_file."""
+    replace_file(path, lambda f: torch.save({"kind": kind, **state}, f))
 
 
 def load_archive(path):
@@ -1102,8 +1115,16 @@ class Run:
         """Until the last checkpoint is on the disk; ends the program where it could not be
         written."""
         if self.writing is not None:
-            self.writing.result()
+            try:
+                self.writing.result()
+            except CannotWrite as e:
+                fail(e)
             self.writing = None
+
+    def settle(self):
+        """On every rank, until the last checkpoint is on the disk."""
+        self.wait_for_checkpoint()
+        barrier(self.procs)
 
     def log(self, step, epoch, metrics):
         """Append one line to metrics.jsonl and hand it to W&B. Non-finite numbers become null."""

@@ -371,12 +371,13 @@ def evaluate(denoiser, vae, scale, classes, class_names, reference, args, procs,
     return values, x, labels
 
 
-def save_samples(folder, epoch, x, labels, class_names, args):
-    """One labelled grid per class in folder/samples: {class name: path}."""
+def save_samples(run, epoch, x, labels, class_names, args):
+    """One labelled grid per class in the run's samples/: {class name: path}."""
+    run.wait_for_checkpoint()  # of a full disk, it is what the user should hear
     paths = {}
     for c in sorted(set(labels)):
         name = class_names[c]
-        paths[name] = folder / "samples" / f"sample_ep{epoch:04d}_{name}.png"
+        paths[name] = run.folder / "samples" / f"sample_ep{epoch:04d}_{name}.png"
         label = f"{name}, epoch {epoch}, guidance {args.guidance_scale:g}"
         experiment.save_grid(paths[name], [x[torch.tensor(labels) == c]], [label])
     return paths
@@ -481,7 +482,6 @@ def main(argv=None):
                       f"compile {'on' if procs.compile else 'off'}"})
     stop = experiment.StopSignal(procs)  # from here on there is something to lose
     run.start(args, checkpoint or state())
-
     # Only now, with the settings on the screen: compiling takes minutes.
     loss_fn = wrap(denoiser, latent_shape, args, procs)
     labels = torch.from_numpy(images.labels).to(procs.device)
@@ -516,7 +516,7 @@ def main(argv=None):
                 ema.module if ema else denoiser, vae, scale, classes, class_names, reference, args,
                 procs, f"epoch {epoch}: sampling", leave_if_asked)
             if procs.main:
-                paths = save_samples(run.folder, epoch, x, x_labels, class_names, args)
+                paths = save_samples(run, epoch, x, x_labels, class_names, args)
                 verdicts = metrics.health(
                     train_metrics | sample_metrics, run.history("train/loss"), reference.stats,
                     overfit=args.overfit_k > 0)
@@ -561,8 +561,7 @@ def main(argv=None):
         progress.update(step, status)
 
     # --- end: the first rank to leave takes the others along, so wait for the checkpoint ---
-    run.wait_for_checkpoint()
-    experiment.barrier(procs)
+    run.settle()
     if stopping:
         run.stop(step, stop.name)
     if procs.main and diverged:

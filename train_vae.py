@@ -332,6 +332,7 @@ def main(argv=None):
             if val_set:
                 val_metrics = evaluate(models.ema.module, val_set, procs, batch, leave_if_asked)
             if procs.main:
+                run.wait_for_checkpoint()  # of a full disk, it is what the user should hear
                 path = run.folder / "samples" / f"recon_ep{epoch:04d}.png"
                 shown = val_set or train_set
                 save_reconstructions(path, models.ema.module, shown, procs, epoch)
@@ -371,8 +372,7 @@ def main(argv=None):
         progress.update(step, status)
 
     # --- end: the first rank to leave takes the others along, so wait for the checkpoint ---
-    run.wait_for_checkpoint()
-    experiment.barrier(procs)
+    run.settle()
     if stopping:
         run.stop(step, stop.name)
     verdicts = []

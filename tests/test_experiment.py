@@ -254,7 +254,7 @@ def test_non_finite_numbers_are_null_in_json_files(tmp_path, alone):
         assert stored["train/loss"] is None
 
 
-def test_a_checkpoint_is_written_while_training_goes_on(tmp_path, alone, monkeypatch):
+def test_a_checkpoint_is_written_while_training_goes_on(tmp_path, alone, monkeypatch, capsys):
     args = train_ldm.parse_args([f"--output_root={tmp_path}", "--run_name=a", "--no-wandb"])
     run, go, weights = experiment.Run(args, alone, "ldm", "x", {}), threading.Event(), torch.ones(3)
     run.start(args, {"step": 0})
@@ -282,11 +282,12 @@ def test_a_checkpoint_is_written_while_training_goes_on(tmp_path, alone, monkeyp
     assert order == sorted(order)
 
     def full(*a):
-        experiment.fail("the disk is full")
+        raise experiment.CannotWrite("the disk is full")
     monkeypatch.setattr(experiment, "save_checkpoint", full)
     run.save({"step": 2})
     with pytest.raises(SystemExit, match="full"):
         run.wait_for_checkpoint()
+    assert capsys.readouterr().err.count("full") == 1  # said by the thread that trains
 
 
 @pytest.mark.parametrize("values", [
