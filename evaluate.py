@@ -455,16 +455,15 @@ def spread(samples, pool, held_out, seed):
     """{name: standard deviation} of the difference that chance alone makes between FID, and KID, of
     two sets of training images with as many of each class as the samples: over BOOTSTRAPS choices,
     with replacement, of both sets and of the held-out images. All are FeatureGroups."""
+    def again(group, like):
+        """Features of as many images of each class as `like` has, of those that there are."""
+        index = [rng.choice(np.flatnonzero(group.labels == c), (like == c).sum())
+                 for c in np.intersect1d(like, group.labels)]
+        return group.features[np.concatenate(index)]
+
     gaps = {"fid": [], "kid": []}
     for i in range(BOOTSTRAPS):
         rng = np.random.default_rng([seed, 1, i])
-
-        def again(group, like, rng=rng):
-            """Features of as many images of each class as `like` has, of those that there are."""
-            index = [rng.choice(np.flatnonzero(group.labels == c), (like == c).sum())
-                     for c in np.intersect1d(like, group.labels)]
-            return group.features[np.concatenate(index)]
-
         real = again(held_out, held_out.labels)
         one, other = again(pool, samples.labels), again(pool, samples.labels)
         for name, distance in (("fid", metrics.frechet_distance), ("kid", metrics.kernel_distance)):

@@ -321,6 +321,11 @@ def step_batch(settings):
     return settings["batch_per_device"] * settings.get("grad_accum", 1)
 
 
+def own_places(procs, batch):
+    """Slice of the global batch, `batch` items a rank, that is this rank's."""
+    return slice(procs.rank * batch, (procs.rank + 1) * batch)
+
+
 def draw(procs, batch, shape, *key):
     """(numbers [batch, *shape] of this rank on the device, generator) from a normal distribution.
 
@@ -330,7 +335,7 @@ def draw(procs, batch, shape, *key):
     """
     rng = generator(procs.device, *key)
     numbers = torch.randn(procs.world_size * batch, *shape, device=procs.device, generator=rng)
-    return numbers.narrow(0, procs.rank * batch, batch), rng
+    return numbers[own_places(procs, batch)], rng
 
 
 def steps_per_epoch(num_items, batch, world_size):
@@ -579,12 +584,9 @@ def read_run(folder):
     if not os.path.isfile(checkpoint):
         fail(f"{folder}/run_meta.json is no run description ({reason}), and there is no "
              "ckpts/last.pt to read the settings from")
-    try:
-        stored = torch.load(checkpoint, mmap=True, weights_only=True)
-        return {"kind": stored["kind"], "args": dict(stored["args"]),
-                **{k: stored.get(k) for k in ("latent_scale_factor", "world_size")}}
-    except Exception as e:
-        fail_damaged(checkpoint, e)
+    return peek(checkpoint, lambda stored: {
+        "kind": stored["kind"], "args": dict(stored["args"]),
+        **{k: stored.get(k) for k in ("latent_scale_factor", "world_size")}})
 
 
 def sha256_file(path):
@@ -654,10 +656,11 @@ def check_complete(checkpoint, path):
         fail(f"{path} is of another version of this program: it lacks {', '.join(missing)}")
 
 
-def checkpoint_step(path):
-    """Step of a checkpoint, without reading its weights; ends the program where it is damaged."""
+def peek(path, look):
+    """look(dict of a checkpoint) while its weights stay on the disk; ends the program where it is
+    damaged or lacks what look wants."""
     try:
-        return torch.load(path, mmap=True, weights_only=True)["step"]
+        return look(torch.load(path, mmap=True, weights_only=True))
     except Exception as e:
         fail_damaged(path, e)
 
@@ -1194,7 +1197,6 @@ class Run:
 
     def finish(self, step, summary, diverged):
         """Write summary.json and close W&B; diverged: end the program, saying how to go on."""
-        self.wait_for_checkpoint()
         if self.procs.main:
             summary = {"step": step, "diverged": diverged, **summary}
             write_json(self.folder / "summary.json", summary)
@@ -1256,7 +1258,8 @@ def report_run(args):
     the step of its checkpoint (-1: none)."""
     folder = named_folder(args)
     checkpoint = os.path.join(folder or "", "ckpts", "last.pt")
-    step = checkpoint_step(checkpoint) if folder and os.path.exists(checkpoint) else -1
+    there = folder and os.path.exists(checkpoint)
+    step = peek(checkpoint, lambda stored: stored["step"]) if there else -1
     print(folder or "", step, sep="\n")
 
 

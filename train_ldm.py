@@ -233,7 +233,7 @@ def draw_inputs(latent_shape, step, args, procs):
     batch = experiment.step_batch(vars(args))
     noise, rng = experiment.draw(procs, batch, (2, *latent_shape), args.seed, "ldm", step)
     total = procs.world_size * batch
-    mine = slice(procs.rank * batch, (procs.rank + 1) * batch)
+    mine = experiment.own_places(procs, batch)
     # Times spread evenly from one random start have less variance (Kingma et al. 2021, I.1).
     t = torch.arange(total, device=procs.device)[mine] / total
     t = (t + torch.rand(1, device=procs.device, generator=rng)) % 1

@@ -59,17 +59,20 @@ wandb = False
 # --- calling a stage ----------------------------------------------------------------------------
 
 
+def python(processes):
+    """The words that run a script on so many processes."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [sys.executable, *(torchrun if processes > 1 else [])]
+
+
 def start(*argv, processes=1, cwd=ROOT):
     """Popen of `python SCRIPT ARGS...`, under torchrun for several processes.
 
     argv[0] is the script's name.
     """
-    launcher = []
-    if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     script = argv[0] if os.path.isabs(str(argv[0])) else ROOT / argv[0]
     return subprocess.Popen(
-        [sys.executable, *launcher, str(script), *map(str, argv[1:])],
+        [*python(processes), str(script), *map(str, argv[1:])],
         cwd=cwd, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 

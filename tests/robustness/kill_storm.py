@@ -27,7 +27,7 @@ import numpy as np
 TESTS = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
-from conftest import ROOT, TINY_LDM, TINY_VAE, _as_main  # noqa: E402
+from conftest import ROOT, TINY_LDM, TINY_VAE, _as_main, python  # noqa: E402
 from test_stages import assert_same_run  # noqa: E402
 from test_survival import workers  # noqa: E402
 
@@ -42,8 +42,7 @@ class Torchrun:
     """A stage on several processes, with the methods of a multiprocessing.Process."""
 
     def __init__(self, argv, out, err, processes, rng):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                   f"--nproc_per_node={processes}", str(ROOT / argv[0]), *argv[1:]]
+        command = [*python(processes), str(ROOT / argv[0]), *argv[1:]]
         with open(out, "w") as out_file, open(err, "w") as err_file:
             self.process = subprocess.Popen(command, stdout=out_file, stderr=err_file,
                                             env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})

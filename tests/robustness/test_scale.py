@@ -6,12 +6,11 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY_LDM, TINY_VAE, run
+from conftest import ROOT, TINY_LDM, TINY_VAE, python, run
 from PIL import Image
 
 pytestmark = pytest.mark.slow
@@ -66,14 +65,10 @@ def big(tmp_path_factory):
 
 def start(big, out, count, processes, name):
     """(seconds, [what each rank opened, and its peak memory])"""
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone",
-                     f"--nproc_per_node={processes}"]
     data_root = big / str(count)
     begin = time.monotonic()
     done = subprocess.run(
-        [*launcher, str(big / "watched.py"), str(data_root), str(out / name),
+        [*python(processes), str(big / "watched.py"), str(data_root), str(out / name),
          str(ROOT / "train_ldm.py"), f"--data_root={data_root}", f"--output_root={out}",
          f"--config={big / 'ldm.py'}", f"--ae_ckpt_path={big / 'runs/v/ckpts/last.pt'}",
          "--latent_scale_factor=1.0", "--max_steps=1", "--sample_batch_size=2",
