@@ -614,6 +614,7 @@ def cached_array(procs, folder, name, shape, dtype, label, prepare, check=None):
         lock = experiment.take_lock(path.with_suffix(".lock"), part, wait=True)
         if cache := _open_if_whole(path, shape, dtype):  # another run has made it meanwhile
             return cache, []
+        experiment.sweep(path.parent, name=path.with_suffix(".json").name)  # ours: we have the lock
         _remove_leftovers(path.parent, part)
         _begin_part(path, part, shape, dtype)
         finished = _finished_pieces(part)
@@ -1087,11 +1088,14 @@ def _without_copies(images, train, folder, procs, where):
     key = hashlib.sha256(f"copies 1 {images.key} {train.key} {COPY_CORRELATION}".encode())
     key.update(images.rows.tobytes() + train.rows.tobytes())
     path = pathlib.Path(folder, f"copies_{key.hexdigest()[:16]}.json")
-    if path.exists():
-        pairs = experiment.read_json(path, "list of copies")["pairs"]
-    else:
-        pairs = find_copies(images, train, procs, f"looking for training images in {where}")
-        experiment.write_json(path, {"pairs": pairs})
+    if not path.exists():
+        with experiment.take_lock(path.with_suffix(".lock"), path, wait=True):
+            experiment.sweep(path.parent, name=path.name)
+            if not path.exists():  # no other run has looked meanwhile
+                label = f"looking for training images in {where}"
+                pairs = find_copies(images, train, procs, label)
+                experiment.write_json(path, {"pairs": pairs})
+    pairs = experiment.read_json(path, "list of copies")["pairs"]
     if not pairs:
         return images
     names = _first_lines([f"{images.name(i)} is {train.name(j)}" for i, j in pairs])

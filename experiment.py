@@ -506,9 +506,10 @@ def flush_folder(folder):
         os.close(descriptor)
 
 
-def sweep(folder, seconds=0.0):
-    """Remove what write_atomic left in a folder when its process was killed, if it is this old."""
-    for stale in pathlib.Path(folder).glob(".*.tmp"):
+def sweep(folder, seconds=0.0, name="*"):
+    """Remove what write_atomic left in a folder, of the file `name` or of all, when its process was
+    killed, if it is this old."""
+    for stale in pathlib.Path(folder).glob(f".{name}.*.tmp"):
         with contextlib.suppress(OSError):
             if time.time() - stale.stat().st_mtime >= seconds:
                 stale.unlink()

@@ -454,6 +454,14 @@ def test_copies_that_nobody_finished_are_removed_after_a_day(tmp_path):
                     "latents_old0.npy", "latents_old0.json", "my_old.npy"}
 
 
+def test_what_a_kill_left_of_a_cache_is_removed_by_its_next_builder(tmp_path):
+    """At once: who has the cache's lock is the only one who writes it."""
+    for name in (".a.json.0123456789abcdef.tmp", ".b.json.0123456789abcdef.tmp"):
+        (tmp_path / name).write_text("{")
+    build(tmp_path, np.zeros((4, 2), np.uint16))
+    assert [p.name for p in tmp_path.glob(".*.tmp")] == [".b.json.0123456789abcdef.tmp"]
+
+
 def test_a_lock_or_journal_is_never_written_through_a_link(tmp_path, capsys):
     precious = tmp_path / "precious"
     precious.write_text("of another user")

@@ -856,6 +856,14 @@ def test_copies_are_looked_for_once(leaky_tree, tmp_path, capsys, monkeypatch):
     assert copies_named(capsys.readouterr().out) == copies_named(before) == COPIES
 
 
+def test_a_search_for_copies_that_was_killed_leaves_nothing(leaky_tree, tmp_path):
+    open_both(leaky_tree, tmp_path)
+    path, = (tmp_path / "cache").glob("copies_*.json")
+    left = path.rename(path.with_name(f".{path.name}.0123456789abcdef.tmp"))
+    open_both(leaky_tree, tmp_path)
+    assert path.exists() and not left.exists()
+
+
 def test_other_training_images_are_another_question(leaky_tree, tmp_path, capsys):
     open_both(leaky_tree, tmp_path)
     write_png(leaky_tree / "TB/train/normal/3.png", picture(99))
