@@ -88,6 +88,45 @@ def ms_ssim(x, y):
     return result
 
 
+# --- sharpness ----------------------------------------------------------------------------------
+
+
+def detail(x):
+    """What averaging 2 x 2 pixels takes away from images [B, 1, H, W] in [-1, 1], which blurred
+    images lack: its root mean square, with grey from 0 to 1, [B]."""
+    even = x[..., :x.shape[2] // 2 * 2, :x.shape[3] // 2 * 2].float()
+    fine = even - F.interpolate(F.avg_pool2d(even, 2), scale_factor=2)
+    return fine.square().flatten(1).mean(1).sqrt() / 2
+
+
+def octaves(side):
+    """[(low, high)] in cycles per image of `side` pixels, coarsest first, at least two: each begins
+    where the one before ends, from 2 cycles or a little more up to side / 2, the finest there is.
+    """
+    found = [(side / 8, side / 4), (side / 4, side / 2)]
+    while found[0][0] >= 4:
+        low, high = found[0]
+        found.insert(0, (low / 2, high / 2))
+    return found
+
+
+def octave_power(x):
+    """Power of square images [B, 1, S, S] in each of octaves(S): float64 [B, octaves].
+
+    Sum over the frequencies of the octave, of every direction, of |DFT|^2, after the mean is taken
+    away and a Hann window put on: without it the edges of an image look like fine detail.
+    """
+    side = x.shape[-1]
+    window = torch.hann_window(side, periodic=False, dtype=torch.float64)
+    grey = x.detach().cpu().double()[:, 0]
+    grey = (grey - grey.mean((1, 2), keepdim=True)) * window[:, None] * window
+    power = torch.fft.fft2(grey).abs().square()
+    cycles = torch.fft.fftfreq(side, dtype=torch.float64) * side
+    radius = (cycles[:, None].square() + cycles.square()).sqrt()
+    return torch.stack([power[:, (radius >= low) & (radius < high)].sum(1)
+                        for low, high in octaves(side)], 1)
+
+
 # --- diversity and latent statistics ------------------------------------------------------------
 
 MSE_MEAN, MSE_STD = "sample_diversity/pairwise_mse_mean", "sample_diversity/pairwise_mse_std"

@@ -125,10 +125,14 @@ class AutoencoderKL(nn.Module):
 
     Down-samples by 2 ** (len(ch_mults) - 1); `latent_shape` is (z_channels, h, w). attn_res lists
     the feature-map sizes that get attention beside the middle block, which always has it.
+    linear_path: in parallel to either network runs a linear map between a latent and the square of
+    pixels that it stands for, and the networks start as nothing. Principal components of 8x8 pixels
+    are a good autoencoder already, which deep layers with norms take thousands of steps to find.
     ValueError where img_size cannot be halved that often.
     """
 
-    def __init__(self, img_size, z_channels, base_ch, ch_mults, num_res_blocks, attn_res=()):
+    def __init__(self, img_size, z_channels, base_ch, ch_mults, num_res_blocks, attn_res=(),
+                 linear_path=False):
         super().__init__()
         factor = 2 ** (len(ch_mults) - 1)
         if img_size % factor:
@@ -168,6 +172,13 @@ class AutoencoderKL(nn.Module):
         decoder += [norm(ch), nn.SiLU(), nn.Conv2d(ch, 1, 3, padding=1)]
         self.decoder = nn.Sequential(*decoder)
 
+        self.linear_encoder = self.linear_decoder = None
+        if linear_path:
+            self.linear_encoder = nn.Conv2d(1, z_channels, factor, stride=factor)
+            self.linear_decoder = nn.ConvTranspose2d(z_channels, 1, factor, stride=factor)
+            zero_init(self.encoder[-1])
+            zero_init(self.decoder[-1])
+
     @property
     def last_layer(self):
         """Weight of the decoder's last layer, where the adaptive GAN weight compares gradients."""
@@ -176,11 +187,16 @@ class AutoencoderKL(nn.Module):
     def encode(self, x):
         """Images [B, 1, H, W] in [-1, 1] to the Posterior of unscaled latents (float32)."""
         mean, logvar = self.encoder(x).float().chunk(2, dim=1)
+        if self.linear_encoder is not None:
+            mean = mean + self.linear_encoder(x).float()
         return Posterior(mean, logvar.clamp(-30.0, 20.0))
 
     def decode(self, z):
         """Unscaled latents [B, z_channels, h, w] to images [B, 1, H, W], not clamped to [-1, 1]."""
-        return self.decoder(z).float()
+        x = self.decoder(z).float()
+        if self.linear_decoder is not None:
+            x = x + self.linear_decoder(z).float()
+        return x
 
     def forward(self, x, noise):
         """(reconstruction, Posterior) of images x; noise: standard normal of the latents' shape."""

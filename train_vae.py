@@ -18,8 +18,9 @@ import data
 import experiment
 import metrics
 import model
-from args import (add_data_arguments, add_precision_arguments, add_training_arguments, at_least,
-                  int_list, make_parser, parse_settings, print_settings)
+from args import (BooleanFlag, add_data_arguments, add_precision_arguments,
+                  add_training_arguments, at_least, int_list, make_parser, parse_settings,
+                  print_settings)
 from experiment import fail, say
 
 LOSSES = ("train/loss", "train/rec", "train/kl", "train/g_loss", "train/d_loss", "train/grad_norm")
@@ -41,8 +42,13 @@ def build_parser():
         help="channels by level; each further level halves the size")
     add("--num_res_blocks", type=at_least(1), default=2, help="residual blocks per level")
     add("--attn_res", type=int_list, default=(), help="sizes with attention beside the middle")
+    add("--linear_path", action=BooleanFlag, default=False,
+        help="linear maps beside the networks: sharp in a fifth of the steps, but no longer the "
+             "AutoencoderKL of LDM and diffusers")
     add("--ema_decay", type=at_least(0, float, 1), default=0.999,
         help="decay of the averaged weights, which the later stages use")
+    add("--cooldown", type=at_least(0, float, 1), default=0.0,
+        help="last fraction of the run over which lr falls to 0 in a straight line")
     add = parser.add_argument_group("loss").add_argument
     add("--pixel_weight", type=at_least(0, float), default=1.0, help="of the mean absolute error")
     add("--ssim_weight", type=at_least(0, float), default=0.2, help="of 1 - MS-SSIM")
@@ -54,6 +60,8 @@ def build_parser():
     add("--disc_start", type=at_least(0), default=20000, help="first step of the PatchGAN")
     add("--disc_weight", type=at_least(0, float), default=0.5,
         help="of the adversarial term; 0: no discriminator")
+    add("--disc_base_ch", type=at_least(1), default=64,
+        help="channels of the discriminator after its first layer")
     add("--disc_loss", choices=("hinge", "vanilla"), default="hinge", help="discriminator's loss")
     return parser
 
@@ -85,8 +93,8 @@ def build_models(args, procs):
     """Models on the device, from args.seed. ValueError where settings contradict each other."""
     torch.manual_seed(args.seed)
     vae = model.AutoencoderKL(args.img_size, args.z_channels, args.base_ch, args.ch_mults,
-                              args.num_res_blocks, args.attn_res)
-    disc = model.PatchDiscriminator()
+                              args.num_res_blocks, args.attn_res, args.linear_path)
+    disc = model.PatchDiscriminator(args.disc_base_ch)
     vae = vae.to(procs.device, memory_format=procs.memory_format)
     disc = disc.to(procs.device, memory_format=procs.memory_format)
 
@@ -153,6 +161,12 @@ def adaptive_weight(procs, rec_loss, g_loss, last_layer):
     return (both[0].norm() / (both[1].norm() + 1e-4)).clamp(0, 1e4)
 
 
+def cooldown(step, total_steps, fraction):
+    """Factor of the learning rate at a step (from 0): 1, then in a straight line towards 0 over the
+    last `fraction` of the run. After Haegele et al. 2024, section 3."""
+    return min(1.0, (total_steps - step) / max(1.0, fraction * total_steps))
+
+
 def train_step(models, vae_fn, disc_fn, perceptual, x, step, args, procs):
     """One step on images x [B, 1, S, S] of this rank: (the numbers of LOSSES, 1.0 if it was skipped
     else 0.0), tensors on the device. bench.py times this function."""
@@ -196,11 +210,12 @@ def train_step(models, vae_fn, disc_fn, perceptual, x, step, args, procs):
 
 @torch.no_grad()
 def evaluate(vae, images, procs, batch_size, tick):
-    """PSNR, SSIM and L1 of what the posterior mean decodes to, over all images of all processes.
+    """How good what the posterior means decode to is, over all images of all processes.
 
-    tick() is called before each batch.
+    PSNR, SSIM and L1; and as a fraction of the images' own: detail, and the power of the two finest
+    octaves, which is where blur and noise show. tick() is called before each batch.
     """
-    sums = torch.zeros(4, dtype=torch.float64)
+    sums = torch.zeros(10, dtype=torch.float64)
     mine = range(procs.rank, len(images), procs.world_size)
     for start in range(0, len(mine), batch_size):
         tick()
@@ -208,11 +223,14 @@ def evaluate(vae, images, procs, batch_size, tick):
         with procs.autocast():
             rec = vae.decode(vae.encode(x).mean).clamp(-1, 1)
         l1 = (rec - x).abs().mean((1, 2, 3))
-        values = torch.stack([metrics.psnr(rec, x), metrics.ssim(rec, x), l1])  # [3, B]
-        sums[:3] += values.double().sum(1).cpu()
-        sums[3] += len(x)
+        columns = [metrics.psnr(rec, x), metrics.ssim(rec, x), l1, torch.ones_like(l1)]
+        for of in (rec, x):
+            columns += [metrics.detail(of), *metrics.octave_power(of)[:, -2:].unbind(1)]
+        sums += torch.stack([column.double().cpu() for column in columns], 1).sum(0)
     experiment.average(procs, sums)
-    return dict(zip(("val/psnr", "val/ssim", "val/l1"), (sums[:3] / sums[3]).tolist(), strict=True))
+    values = [*(sums[:3] / sums[3]), *(sums[4:7] / sums[7:].clamp_min(1e-12))]
+    return {f"val/{name}": value.item() for name, value in zip(
+        ("psnr", "ssim", "l1", "detail", "power_fine", "power_finest"), values, strict=True)}
 
 
 @torch.no_grad()
@@ -271,9 +289,9 @@ def main(argv=None):
         experiment.load_weights(models.disc, checkpoint["disc"], run.checkpoint_path)
         models.vae_optimizer.load_state_dict(checkpoint["vae_optimizer"])
         models.disc_optimizer.load_state_dict(checkpoint["disc_optimizer"])
-        # The stored settings came along; those of the command line win.
+        # The stored setting came along; that of the command line wins.
         for optimizer in (models.vae_optimizer, models.disc_optimizer):
-            experiment.set_groups(optimizer, lr=args.lr, weight_decay=args.weight_decay)
+            experiment.set_groups(optimizer, weight_decay=args.weight_decay)
         step, train_metrics = checkpoint["step"], checkpoint["train_metrics"]
         bad_in_a_row = checkpoint["bad_steps"].to(device)
         run.check_steps(step, total_steps)
@@ -348,6 +366,9 @@ def main(argv=None):
         # --- one step ---
         index, epoch = experiment.batch_indices(step, len(train_set), batch, args.seed, procs.rank,
                                                 world_size)
+        lr = args.lr * cooldown(step, total_steps, args.cooldown)
+        for optimizer in (models.vae_optimizer, models.disc_optimizer):
+            experiment.set_groups(optimizer, lr=lr)
         losses, bad = train_step(models, vae_fn, disc_fn, perceptual, train_set.images(index), step,
                                  args, procs)
         means.add(losses, bad)
@@ -358,7 +379,7 @@ def main(argv=None):
         if step % args.log_every == 0 or step == total_steps:
             seconds = time.perf_counter() - log_time
             train_metrics = means.read() | {
-                "train/learning_rate": args.lr,
+                "train/learning_rate": lr,
                 "train/images_per_second": (step - log_step) * batch * world_size / seconds}
             log_step, log_time = step, time.perf_counter()
             run.log(step, epoch, train_metrics)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import error_of, write_png
-from PIL import Image
+from PIL import Image, ImageFilter
 
 import args as flags
 import data
@@ -21,19 +21,10 @@ CPU = experiment.Processes(0, 1, torch.device("cpu"), torch.float32, False)
 
 
 def test_black_of_known_images():
-    x = torch.full((2, 1, 10, 20), 0.5)
+    x = torch.full((2, 1, 20, 20), 0.5)
     x[0, :, :, :5] = -1.0  # a quarter of the first image is black
-    x[1, :, 0, :2] = -0.5  # one per cent of the second is dark grey, which is not black
+    x[1, :, 0, :4] = -0.5  # one per cent of the second is dark grey, which is not black
     np.testing.assert_allclose(evaluate.looks(x)[:, :2].numpy(), [[0.25, 0.0], [0.0, 0.25]])
-
-
-def test_detail_is_what_averaging_takes_away():
-    board = torch.tensor([[0.2, 0.6], [0.6, 0.2]]).repeat(4, 4) * 2 - 1  # +-0.2 around 0.4
-    blocks = board.repeat_interleave(2, 0).repeat_interleave(2, 1)[:8, :8]
-    detail = evaluate.looks(torch.stack([board, blocks])[:, None])[:, 2]
-    np.testing.assert_allclose(detail.numpy(), [0.2, 0], atol=1e-6)
-    odd_sides = evaluate.looks(board[None, None, :7, :7])
-    assert odd_sides[0, 2].item() == pytest.approx(0.2)
 
 
 def test_vae_features_are_means_on_a_coarse_grid():
@@ -240,6 +231,10 @@ def test_a_manifest_says_which_files_are_samples_of_which_class(tmp_path, capsys
 # --- constructed generators: each must be caught by the metric that is meant for it ---
 
 
+def as_grey(values):
+    return values.round().clip(0, 255).astype(np.uint8)
+
+
 @pytest.fixture(scope="module")
 def generators(tmp_path_factory):
     """Folders of phantom 'samples' beside a real data set, and the report of each through the
@@ -259,10 +254,22 @@ def generators(tmp_path_factory):
             write_png(root / "noise" / name / f"{i}.png", noise)
             with Image.open(train / name / f"{i:05d}.png") as image:
                 copy = np.asarray(image).astype(float) * 0.9 + rng.normal(8, 2, (64, 64))
-            write_png(root / "copies" / name / f"{i}.png", copy.clip(0, 255).astype(np.uint8))
+            write_png(root / "copies" / name / f"{i}.png", as_grey(copy))
             with Image.open(fresh / name / f"{i:05d}.png") as image:
                 blurred = np.asarray(image.resize((8, 8)).resize((64, 64)))
                 mirrored = np.asarray(image)[:, ::-1]
+                softer = np.asarray(image.filter(ImageFilter.GaussianBlur(0.7)))
+                sharper = np.asarray(image.filter(ImageFilter.UnsharpMask(1, 60, 0)))
+            grain = as_grey(rng.normal(mirrored[:, ::-1], 20))
+            fine = np.asarray(mirrored[:, ::-1], float)
+            means = fine.reshape(8, 8, 8, 8).mean((1, 3)).repeat(8, 0).repeat(8, 1)
+            lattice = np.add.outer(np.arange(64) % 4 == 0, np.arange(64) % 4 == 0) * 2.0
+            write_png(root / "blocky" / name / f"{i}.png", as_grey(0.7 * fine + 0.3 * means))
+            write_png(root / "latticed" / name / f"{i}.png", as_grey(fine + lattice))
+            shutil.copytree(fresh / "normal", root / "one_class" / name, dirs_exist_ok=True)
+            write_png(root / "slightly_blurred" / name / f"{i}.png", softer)
+            write_png(root / "sharpened" / name / f"{i}.png", sharper)
+            write_png(root / "grainy" / name / f"{i}.png", grain)
             write_png(root / "blurred" / name / f"{i}.png", blurred)
             write_png(root / "mirrored" / name / f"{i}.png", mirrored)
             write_png(root / "upside_down" / name / f"{i}.png", np.rot90(mirrored[:, ::-1], 2))
@@ -272,7 +279,11 @@ def generators(tmp_path_factory):
         out = root / "out" / name
         if not out.exists():
             with pytest.MonkeyPatch.context() as patch:
-                if name not in ("good", "swapped"):  # only these are judged by TSTR, which is slow
+                # What is slow only judges those that are meant for it.
+                if name not in ("good", "blocky", "latticed"):
+                    patch.setattr(evaluate, "two_sample_tests", lambda *_: {
+                        "all": dict.fromkeys(("samples", "baseline"), (0.5, 0.4, 0.6))})
+                if name not in ("good", "swapped"):
                     patch.setattr(evaluate, "tstr", lambda *_: ({
                         name: (0.9, 0.8, 1.0)
                         for name in (evaluate.ON_SAMPLES, evaluate.ON_HELD_OUT)}, (0.0, -1.0, 1.0)))
@@ -319,10 +330,27 @@ def test_what_is_plainly_wrong_has_a_verdict(generators, name, metric):
     assert level(generators("good"), metric) == "ok"
 
 
-def test_too_little_and_too_much_detail_is_found(generators):
-    assert level(generators("blurred"), "detail") == "bad"
-    assert level(generators("noise"), "detail") == "bad"
-    assert level(generators("good"), "detail") == "ok"
+@pytest.mark.parametrize("name, least, most", [
+    ("slightly_blurred", 0.1, 0.5), ("sharpened", 2.0, 4.0), ("grainy", 2.0, 100.0)])
+def test_what_is_wrong_with_fine_detail_shows_in_its_power(generators, name, least, most):
+    report = generators(name)
+    assert least < report["power"]["all"]["samples"]["16-32"] < most
+    assert level(report, "power") != "ok"
+
+
+@pytest.mark.parametrize("name", ["blocky", "latticed"])
+def test_a_lattice_is_seen_by_the_two_sample_test(generators, name):
+    report, good = generators(name), generators("good")
+    assert level(good, "two-sample") == "ok" and level(report, "two-sample") == "watch"
+    assert level(report, "fid (classifier)") != "bad"
+    for group in ("all", "normal", "tb"):
+        assert report["two_sample"][group]["samples"][0] > 0.9
+        value, low, high = good["two_sample"][group]["baseline"]
+        assert low < 0.5 < high and low < value < high
+
+
+def test_samples_of_one_class_under_both_names_are_found(generators):
+    assert level(generators("one_class"), "fid (classifier)") == "bad"
 
 
 def test_copies_of_training_images_are_found(generators):
@@ -350,10 +378,9 @@ def test_swapped_labels_are_found(generators):
 
 
 def test_a_caricature_is_no_success():
-    looks = {"all": {row: {"num": 9, "detail": 1.0} for row in ("samples", "held_out")}}
     for interval, expected in (((1.0, 0.98, 1.0), "watch"), ((0.92, 0.85, 0.97), "ok")):
         auroc = {evaluate.ON_SAMPLES: interval, evaluate.ON_HELD_OUT: (0.85, 0.78, 0.91)}
-        report = {"groups": {}, "looks": looks, "auroc": auroc}
+        report = {"groups": {}, "auroc": auroc}
         verdict = next(v for v in evaluate.verdicts(report) if v.metric == "class fidelity")
         assert verdict.level == expected
         assert ("caricatures" in verdict.advice) == (expected == "watch")
@@ -372,7 +399,7 @@ def test_report_of_a_model(workspace, quick):
     assert list(report["features"]) == list(report["groups"]) == ["classifier", "vae"]
     for name in ("all", "normal", "tb"):
         looked_at = report["looks"][name]
-        assert list(looked_at) == ["samples", "held_out", "decoded"]
+        assert list(looked_at) == ["samples", "baseline", "held_out", "decoded"]
         real = 6 if name == "all" else 3
         assert looked_at["held_out"]["num"] == looked_at["decoded"]["num"] == real
         for space in ("classifier", "vae"):
@@ -514,16 +541,15 @@ def test_nan_is_never_ok():
     for bad, watch in ((False, False), (False, True)):
         assert evaluate.verdict("x", float("nan"), bad, watch, "", "").level == "bad"
     labels, nan = np.arange(120) % 2, float("nan")
+    power = {"samples": {"num": 9, "2-4": nan, "4-8": 1.0}, "baseline": {"2-4": 1.0, "4-8": 1.0}}
     fine = evaluate.FeatureGroup(labels, torch.randn(120, 4))
     broken = evaluate.FeatureGroup(labels, torch.full((120, 4), nan))
-    looks = {"all": {row: {"num": 9, "detail": 1.0} for row in ("samples", "held_out")}}
     for groups in ((broken, fine, fine), (fine, broken, fine), (broken, broken, broken)):
         rows = evaluate.group_rows(*groups, seed=0)
         auroc = dict.fromkeys((evaluate.ON_SAMPLES, evaluate.ON_HELD_OUT), (nan, nan, nan))
         levels = {v.metric: v.level for v in evaluate.verdicts(
-            {"groups": {"x": {"all": rows}}, "looks": looks, "auroc": auroc})}
-        assert levels.pop("detail") == "ok" and set(levels.values()) == {"bad"}
-        assert len(levels) == 6
+            {"groups": {"x": {"all": rows}}, "power": {"all": power}, "auroc": auroc})}
+        assert set(levels.values()) == {"bad"} and len(levels) == 7
 
 
 def test_defaults_are_the_fast_sampler():

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from metrics import (TABLE, auroc, auroc_gain, auroc_interval, beta_binomial_tail,
-                     binomial_interval, copies, distinct_rows, format_training, format_verdicts,
-                     frechet_distance, health, kernel_distance, latent_stats, loss_trend,
-                     manifold_metrics, mean_auroc, ms_ssim, overfit_verdict, pairwise_mse, psnr,
-                     sample_diversity, ssim, ssim_terms, sweep_objective)
+                     binomial_interval, copies, detail, distinct_rows, format_training,
+                     format_verdicts, frechet_distance, health, kernel_distance, latent_stats,
+                     loss_trend, manifold_metrics, mean_auroc, ms_ssim, octave_power, octaves,
+                     overfit_verdict, pairwise_mse, psnr, sample_diversity, ssim, ssim_terms,
+                     sweep_objective)
 
 
 def rng(seed=0):
@@ -415,6 +416,49 @@ def test_a_gain_is_clear_only_where_there_is_one():
     assert clear <= 6  # of 40; at most 2 expected
     better = [torch.stack([-s, s], 1) for s in (signal + 2 * labels for _ in range(3))]
     assert auroc_gain(better, trainings[3:], labels)[1] > 0
+
+
+# --- sharpness ---
+
+
+def test_detail_of_boards_is_what_averaging_takes_away():
+    board = (torch.arange(6)[:, None] + torch.arange(6)) % 2 * 0.8 - 0.4  # grey 0.3 and 0.7
+    odd = torch.zeros(1, 1, 7, 9)  # the last row and column have no neighbour
+    assert torch.allclose(detail(board[None, None]), torch.tensor([0.2]))
+    assert detail(odd).tolist() == [0.0]
+
+
+def test_octaves_end_at_the_finest_that_pixels_can_show():
+    assert octaves(128) == [(2, 4), (4, 8), (8, 16), (16, 32), (32, 64)]
+    assert octaves(96) == [(3, 6), (6, 12), (12, 24), (24, 48)]
+    assert octaves(8) == [(1, 2), (2, 4)]
+
+
+@pytest.mark.parametrize("vertical, horizontal, octave", [(0, 3, 0), (5, 0, 1), (-8, 8, 2),
+                                                          (24, 0, 3), (0, 50, 4), (30, 30, 4)])
+def test_a_wave_has_its_power_in_its_octave(vertical, horizontal, octave):
+    y, x = torch.meshgrid(torch.arange(128.0), torch.arange(128.0), indexing="ij")
+    wave = (2 * math.pi * (vertical * y + horizontal * x) / 128).cos()[None, None]
+    power = octave_power(0.9 + 0.1 * wave)[0]
+    assert power.argmax() == octave and power[octave] > 0.75 * power.sum()
+
+
+def test_power_against_the_transfer_function_of_a_filter():
+    """Twice the amplitude is four times the power; a circular blur takes from each frequency what
+    its transfer function says; white noise has as much as there are frequencies in an octave."""
+    noise = torch.randn(64, 1, 64, 64, generator=rng(3), dtype=torch.float64)
+    power = octave_power(noise).mean(0)
+    assert torch.allclose(octave_power(2 * noise).mean(0), 4 * power)
+    radius = np.hypot(*np.meshgrid(np.fft.fftfreq(64) * 64, np.fft.fftfreq(64) * 64))
+    counts = [((radius >= low) & (radius < high)).sum() for low, high in octaves(64)]
+    assert (power / power.sum()).tolist() == pytest.approx(
+        [count / sum(counts) for count in counts], rel=0.05)
+    soft = (noise + noise.roll(1, 3)) / 2  # |transfer|^2 = cos^2(pi f / 64), f horizontal
+    across = np.abs(np.fft.fftfreq(64) * 64)[None] + np.zeros((64, 1))
+    expected = [np.cos(np.pi * across[(radius >= low) & (radius < high)] / 64) ** 2
+                for low, high in octaves(64)]
+    ratio = octave_power(soft).mean(0) / power
+    assert ratio.tolist() == pytest.approx([e.mean() for e in expected], rel=0.03)
 
 
 # --- verdicts ---

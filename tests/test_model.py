@@ -116,6 +116,31 @@ def test_autoencoder_refuses_sizes_it_cannot_halve(img_size, nearest):
     assert vae.latent_shape == (4, nearest // 8, nearest // 8)
 
 
+def test_the_linear_path_starts_alone_and_is_linear():
+    """At first an image goes through two linear maps of its 4 x 4 squares and nothing else; when
+    the networks have learned something, they add to it."""
+    vae = model.AutoencoderKL(16, 3, 8, (1, 1, 1), 1, linear_path=True)
+    x, y = randn(2, 2, 1, 16, 16)
+    with torch.no_grad():
+        posterior = vae.encode(x)
+        squares = torch.nn.functional.unfold(x, 4, stride=4)  # [B, 16, 16 squares]
+        weight = vae.linear_encoder.weight.flatten(1)
+        expected = weight @ squares + vae.linear_encoder.bias[:, None]
+        assert torch.allclose(posterior.mean.flatten(2), expected, atol=1e-5)
+        assert posterior.logvar.eq(0).all()
+
+        def through(images):
+            return vae.decode(vae.encode(images).mean)
+        assert torch.allclose(through(x) + through(y), through(x + y) + through(0 * x), atol=1e-5)
+        before = through(x)
+        for layer in (vae.encoder[-1], vae.decoder[-1]):
+            nn.init.normal_(layer.weight)
+        assert not torch.allclose(through(x), before, atol=0.1)
+    loss = vae(x, randn(2, 3, 4, 4))[0].square().mean()
+    loss.backward()
+    assert vae.linear_encoder.weight.grad.norm() > 0 < vae.encoder[0].weight.grad.norm()
+
+
 def test_upsampling_is_nearest_neighbour_and_a_convolution():
     torch.manual_seed(0)
     up = model.Upsample(3).double()
