@@ -748,7 +748,7 @@ def load_autoencoder(ckpt_path, procs, config_path=None):
     check_complete(checkpoint, ckpt_path)
     settings = checkpoint["args"]
     names = ("img_size", "z_channels", "base_ch", "ch_mults", "num_res_blocks", "attn_res",
-             "linear_path")
+             "patch_size", "linear_path")
     if missing := [name for name in names if name not in settings]:
         fail(f"{ckpt_path} is of another version of this program: it lacks {', '.join(missing)}")
     if config_path:

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch._functorch.config
 import torch.nn.functional as F
 
 import data
@@ -42,9 +41,12 @@ def build_parser():
         help="channels by level; each further level halves the size")
     add("--num_res_blocks", type=at_least(1), default=2, help="residual blocks per level")
     add("--attn_res", type=int_list, default=(), help="sizes with attention beside the middle")
+    add("--patch_size", type=at_least(1), default=1,
+        help="squares of so many pixels a side become channels first, which is faster; above 1 it "
+             "is no longer the AutoencoderKL of LDM and diffusers")
     add("--linear_path", action=BooleanFlag, default=False,
-        help="linear maps beside the networks: sharp in a fifth of the steps, but no longer the "
-             "AutoencoderKL of LDM and diffusers")
+        help="linear maps beside the networks, which learn far faster then; no longer the "
+             "AutoencoderKL of LDM and diffusers either")
     add("--ema_decay", type=at_least(0, float, 1), default=0.999,
         help="decay of the averaged weights, which the later stages use")
     add("--cooldown", type=at_least(0, float, 1), default=0.0,
@@ -58,10 +60,14 @@ def build_parser():
         help="of the KL in nats per image, beside means over pixels: LDM's weight, for a sum over "
              "pixels and channels, divided by their number")
     add("--disc_start", type=at_least(0), default=20000, help="first step of the PatchGAN")
-    add("--disc_weight", type=at_least(0, float), default=0.5,
+    add("--disc_weight", type=at_least(0, float), default=0.1,
         help="of the adversarial term; 0: no discriminator")
+    add("--disc_lr", type=at_least(0, float), default=1e-4,
+        help="learning rate of the discriminator, which must not win outright")
     add("--disc_base_ch", type=at_least(1), default=64,
         help="channels of the discriminator after its first layer")
+    add("--disc_layers", type=at_least(1), default=3,
+        help="further layers of the discriminator: 3 see patches of 70 pixels a side, 2 of 34")
     add("--disc_loss", choices=("hinge", "vanilla"), default="hinge", help="discriminator's loss")
     return parser
 
@@ -69,9 +75,10 @@ def build_parser():
 def parse_args(argv=None):
     """Settings of this stage; ends the program on bad ones."""
     args = parse_settings(build_parser(), argv)
-    if args.disc_weight > 0 and args.img_size < 24:
-        fail(f"--img_size={args.img_size} is too small for the discriminator (24 at least): give "
-             "--disc_weight=0")
+    least = model.PatchDiscriminator.smallest(args.disc_layers)
+    if args.disc_weight > 0 and args.img_size < least:
+        fail(f"--img_size={args.img_size} is too small for the discriminator ({least} at least): "
+             "give fewer --disc_layers, or --disc_weight=0")
     return args
 
 
@@ -93,16 +100,18 @@ def build_models(args, procs):
     """Models on the device, from args.seed. ValueError where settings contradict each other."""
     torch.manual_seed(args.seed)
     vae = model.AutoencoderKL(args.img_size, args.z_channels, args.base_ch, args.ch_mults,
-                              args.num_res_blocks, args.attn_res, args.linear_path)
-    disc = model.PatchDiscriminator(args.disc_base_ch)
+                              args.num_res_blocks, args.attn_res, args.patch_size,
+                              args.linear_path)
+    disc = model.PatchDiscriminator(args.disc_base_ch, args.disc_layers)
     vae = vae.to(procs.device, memory_format=procs.memory_format)
     disc = disc.to(procs.device, memory_format=procs.memory_format)
 
-    def adamw(module):
+    def adamw(module, lr):
         betas = (0.5, 0.9)  # of VQGAN and LDM: little momentum, since the adversarial target moves
-        return torch.optim.AdamW(module.parameters(), args.lr, betas,
-                                 weight_decay=args.weight_decay, fused=True)
-    return Models(vae, model.EMA(vae, args.ema_decay), disc, adamw(vae), adamw(disc))
+        return torch.optim.AdamW(module.parameters(), lr, betas, weight_decay=args.weight_decay,
+                                 fused=True)
+    return Models(vae, model.EMA(vae, args.ema_decay), disc, adamw(vae, args.lr),
+                  adamw(disc, args.disc_lr))
 
 
 def wrap(models, args, procs):
@@ -112,9 +121,6 @@ def wrap(models, args, procs):
     x = torch.zeros(batch, 1, size, size, device=procs.device)
     x = x.contiguous(memory_format=procs.memory_format)
     noise = torch.zeros(batch, *vae.latent_shape, device=procs.device)
-    if args.disc_weight > 0:
-        # adaptive_weight goes back through the compiled autoencoder more than once.
-        torch._functorch.config.donated_buffer = False
     vae_fn = experiment.wrap_ddp(procs, torch.compile(vae) if procs.compile else vae, x, noise)
     if args.disc_weight == 0:
         return vae_fn, disc
@@ -149,18 +155,6 @@ def discriminator_loss(kind, real, fake):
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
-def adaptive_weight(procs, rec_loss, g_loss, last_layer):
-    """Scale from the adversarial gradient to that of the reconstruction (Esser et al. 2021, eq. 7).
-
-    The gradients are averaged over the processes first, so that all use the weight of the whole
-    batch.
-    """
-    rec_grad = torch.autograd.grad(rec_loss, last_layer, retain_graph=True)[0]
-    g_grad = torch.autograd.grad(g_loss, last_layer, retain_graph=True)[0]
-    both = experiment.average(procs, torch.stack([rec_grad, g_grad]))
-    return (both[0].norm() / (both[1].norm() + 1e-4)).clamp(0, 1e4)
-
-
 def cooldown(step, total_steps, fraction):
     """Factor of the learning rate at a step (from 0): 1, then in a straight line towards 0 over the
     last `fraction` of the run. After Haegele et al. 2024, section 3."""
@@ -187,8 +181,7 @@ def train_step(models, vae_fn, disc_fn, perceptual, x, step, args, procs):
         if use_disc:
             models.disc.requires_grad_(False)  # its gradient is not needed here
             g_loss = generator_loss(args.disc_loss, models.disc(rec))
-            weight = adaptive_weight(procs, rec_loss, g_loss, models.vae.last_layer)
-            loss = loss + args.disc_weight * weight * g_loss
+            loss = loss + args.disc_weight * g_loss
             models.disc.requires_grad_(True)
     loss.backward()
     grad_norm, bad = experiment.clip_and_step(models.vae, models.vae_optimizer, args.grad_clip)
@@ -366,9 +359,9 @@ def main(argv=None):
         # --- one step ---
         index, epoch = experiment.batch_indices(step, len(train_set), batch, args.seed, procs.rank,
                                                 world_size)
-        lr = args.lr * cooldown(step, total_steps, args.cooldown)
-        for optimizer in (models.vae_optimizer, models.disc_optimizer):
-            experiment.set_groups(optimizer, lr=lr)
+        factor = cooldown(step, total_steps, args.cooldown)
+        experiment.set_groups(models.vae_optimizer, lr=args.lr * factor)
+        experiment.set_groups(models.disc_optimizer, lr=args.disc_lr * factor)
         losses, bad = train_step(models, vae_fn, disc_fn, perceptual, train_set.images(index), step,
                                  args, procs)
         means.add(losses, bad)
@@ -379,7 +372,7 @@ def main(argv=None):
         if step % args.log_every == 0 or step == total_steps:
             seconds = time.perf_counter() - log_time
             train_metrics = means.read() | {
-                "train/learning_rate": lr,
+                "train/learning_rate": args.lr * factor,
                 "train/images_per_second": (step - log_step) * batch * world_size / seconds}
             log_step, log_time = step, time.perf_counter()
             run.log(step, epoch, train_metrics)

@@ -228,6 +228,41 @@ def test_a_manifest_says_which_files_are_samples_of_which_class(tmp_path, capsys
         assert "move it away" in message
 
 
+def test_halves_are_disjoint_and_have_every_class():
+    labels = np.repeat([0, 1], [9, 3])
+    one, other = evaluate.halves(labels, seed=0)
+    assert sorted([*one, *other]) == list(range(12))
+    for half in (one, other):
+        assert len(half) == 6 and np.bincount(labels[half]).min() >= 1
+    many = evaluate.halves(np.zeros(3 * evaluate.MOST_FOR_DETECTIVE, int), seed=0)
+    assert [len(half) for half in many] == [evaluate.MOST_FOR_DETECTIVE] * 2
+    assert not set(many[0]) & set(many[1])
+
+
+@pytest.mark.parametrize("side, size, most", [(128, 64, 64), (65, 64, 0), (32, 32, 0)])
+def test_crops_stay_on_a_lattice_of_eight_pixels(side, size, most):
+    rng = torch.Generator().manual_seed(0)
+    x = torch.arange(side * side, dtype=torch.float32).view(1, 1, side, side)
+    corners = set()
+    for _ in range(200):
+        crop = evaluate.random_crop(x, rng)
+        assert crop.shape == (1, 1, size, size)
+        row, column = divmod(int(crop[0, 0, 0, 0]), side)
+        corners |= {row, column}
+    assert corners == set(range(0, most + 1, 8))
+
+
+def test_the_two_sample_test_sees_all_images_with_8_bits():
+    """Else it would tell samples, which are saved so, from real images by that alone."""
+    rows = np.arange(16, dtype=np.uint16)[:, None, None].repeat(4, 1).repeat(4, 2) * 100
+    images = evaluate.Samples(rows, np.arange(16) % 2)
+    full = evaluate.full_images(images, np.array([3, 15]), None, CPU)
+    assert full.labels.tolist() == [1, 1]
+    grey = ((full.x + 1) * 127.5).flatten(1)
+    expected = torch.tensor([[300.0], [1500.0]]) / 257
+    torch.testing.assert_close(grey, expected.round().expand(2, 16), atol=1e-4, rtol=0)
+
+
 # --- constructed generators: each must be caught by the metric that is meant for it ---
 
 

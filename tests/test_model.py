@@ -79,14 +79,15 @@ def test_residual_blocks_start_as_identity_and_do_not_stay_it(block):
 # --- autoencoder ---
 
 
-@pytest.mark.parametrize("img_size, z_channels, ch_mults, latent", [
-    (16, 1, (1,), (1, 16, 16)),
-    (32, 4, (1, 2), (4, 16, 16)),
-    (48, 3, (1, 1, 2), (3, 12, 12)),
-    (64, 8, (1, 2, 2, 4), (8, 8, 8)),
+@pytest.mark.parametrize("img_size, z_channels, ch_mults, patch_size, latent", [
+    (16, 1, (1,), 1, (1, 16, 16)),
+    (32, 4, (1, 2), 1, (4, 16, 16)),
+    (48, 3, (1, 1, 2), 1, (3, 12, 12)),
+    (64, 8, (1, 2, 2, 4), 1, (8, 8, 8)),
+    (48, 3, (1, 2), 4, (3, 6, 6)),
 ])
-def test_autoencoder_shapes(img_size, z_channels, ch_mults, latent):
-    vae = perturb(model.AutoencoderKL(img_size, z_channels, 8, ch_mults, num_res_blocks=1))
+def test_autoencoder_shapes(img_size, z_channels, ch_mults, patch_size, latent):
+    vae = perturb(model.AutoencoderKL(img_size, z_channels, 8, ch_mults, 1, (), patch_size))
     x, noise = randn(2, 1, img_size, img_size), randn(2, *latent, seed=1)
     assert vae.latent_shape == latent
     with torch.no_grad():
@@ -119,7 +120,7 @@ def test_autoencoder_refuses_sizes_it_cannot_halve(img_size, nearest):
 def test_the_linear_path_starts_alone_and_is_linear():
     """At first an image goes through two linear maps of its 4 x 4 squares and nothing else; when
     the networks have learned something, they add to it."""
-    vae = model.AutoencoderKL(16, 3, 8, (1, 1, 1), 1, linear_path=True)
+    vae = model.AutoencoderKL(16, 3, 8, (1, 1), 1, patch_size=2, linear_path=True)
     x, y = randn(2, 2, 1, 16, 16)
     with torch.no_grad():
         posterior = vae.encode(x)
@@ -153,19 +154,6 @@ def test_upsampling_is_nearest_neighbour_and_a_convolution():
                     for y in results)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
-
-
-def test_last_layer_is_the_convolution_that_makes_the_image():
-    vae = perturb(model.AutoencoderKL(16, 2, 8, (1, 2), 1))
-    z = randn(2, 2, 8, 8)
-    rec = vae.decode(z)
-    grad = torch.autograd.grad(rec.square().mean(), vae.last_layer)[0]
-    assert grad.shape == (1, 8, 3, 3) and grad.norm() > 0
-    with torch.no_grad():
-        bias = vae.decoder[-1].bias
-        vae.last_layer.mul_(2)
-        # Nothing comes after it.
-        assert torch.allclose(vae.decode(z) - bias, 2 * (rec - bias), atol=1e-4)
 
 
 def test_networks_put_out_float32_under_bf16_autocast():
@@ -215,10 +203,28 @@ def test_posterior_samples_have_its_mean_and_standard_deviation():
 # --- discriminator ---
 
 
-@pytest.mark.parametrize("height, width", [(64, 64), (32, 48), (128, 24)])
-def test_discriminator_gives_one_logit_a_patch(height, width):
-    disc = model.PatchDiscriminator(base_ch=8)
-    assert disc(randn(2, 1, height, width)).shape == (2, 1, height // 8 - 2, width // 8 - 2)
+@pytest.mark.parametrize("height, width, num_layers", [
+    (64, 64, 3), (32, 48, 3), (128, 24, 3), (64, 12, 2)])
+def test_discriminator_gives_one_logit_a_patch(height, width, num_layers):
+    disc = model.PatchDiscriminator(8, num_layers)
+    down = 2**num_layers
+    logits = disc(randn(2, 1, height, width))
+    assert logits.shape == (2, 1, height // down - 2, width // down - 2)
+    smallest = disc.smallest(num_layers)
+    assert disc(randn(1, 1, smallest, smallest)).shape == (1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("num_layers, patch", [(2, 34), (3, 70)])
+def test_a_logit_of_the_discriminator_sees_its_patch(num_layers, patch):
+    disc = model.PatchDiscriminator(8, num_layers).requires_grad_(False)
+    for layer in disc.modules():
+        if isinstance(layer, nn.GroupNorm):
+            layer.forward = lambda x: x  # it sees the whole image
+    x = randn(1, 1, 96, 96).requires_grad_(True)
+    logits = disc(x)
+    logits[0, 0, logits.shape[2] // 2, logits.shape[3] // 2].backward()
+    seen = x.grad[0, 0].abs().amax(0).nonzero()
+    assert seen.max() - seen.min() + 1 == patch
 
 
 def test_discriminator_scores_an_image_without_its_batch():
