@@ -4,10 +4,11 @@
     python evaluate.py --samples_dir=FOLDER --data_root=DATA --task=TB
 
 compares samples of a model, or a folder of images, with held-out images (--split=val): distances of
-the distributions, copies of training images, and whether a classifier learns from the samples what
-holds on real images (TSTR: train on synthetic, test on real). Beside every distance stands the
-real-data baseline, what as many training images get, and how much chance moves the difference. A
-distance means something only together with its feature space and its number of images.
+the distributions, sharpness, whether a network can tell the two apart, copies of training images,
+and whether a classifier learns from the samples what holds on real images (TSTR: train on
+synthetic, test on real). Beside every distance stands the real-data baseline, what as many training
+images get, and how much chance moves the difference. A distance means something only together with
+its feature space and its number of images.
 """
 import dataclasses
 import functools
@@ -455,30 +456,28 @@ def two_sample_tests(samples, train, held_out, vae, groups, args, procs):
     known, others = halves(train.labels, args.seed)
     both = np.concatenate([known, others])
     held = np.concatenate(halves(held_out.labels, args.seed))
-    unseen = full(held_out, held, None)
-    # Of each: what is trained on, what is tested on, and the real images that are trained on.
-    trials = {
-        "samples": (*(full(samples, half, None) for half in halves(samples.labels, args.seed)),
-                    full(train, both, None)),
-        "baseline": (*(full(train, others[half], None)
-                       for half in halves(train.labels[others], args.seed)),
-                     full(train, known, None))}
+    real, unseen = full(train, both, None), full(held_out, held, None)
+    ours = [full(samples, half, None) for half in halves(samples.labels, args.seed)]
+    fresh = [full(train, others[half], None) for half in halves(train.labels[others], args.seed)]
+    # What is trained on and tested on, beside how many of the real images it is trained with.
+    trials = {"samples": (*ours, len(both)), "baseline": (*fresh, len(known))}
     if vae is not None:
-        trials["decoded"] = (full(train, both, vae), full(held_out, held, vae),
-                             full(train, both, None))
+        trials["decoded"] = full(train, both, vae), full(held_out, held, vae), len(both)
     found = {name: {} for name in groups}
-    for row, (to_train, to_test, real) in trials.items():
-        labels = torch.arange(len(real.x) + len(to_train.x)) >= len(real.x)
-        net = train_classifier(Detective, random_crop, torch.cat([real.x, to_train.x]),
-                               labels.long(), args.seed, args, procs, f"real images and {row}")
+    for row, (to_train, to_test, num_real) in trials.items():
+        labels = torch.cat([torch.zeros(num_real), torch.ones(len(to_train.x))]).long()
+        net = train_classifier(Detective, random_crop, torch.cat([real.x[:num_real], to_train.x]),
+                               labels, args.seed, args, procs, f"real images and {row}")
         logits = apply(net, torch.cat([unseen.x, to_test.x]).split(data.BATCH), procs)
-        is_real = torch.arange(len(logits)) < len(unseen.x)
+        truth = torch.cat([torch.zeros(len(unseen.x)), torch.ones(len(to_test.x))]).long()
         classes = np.concatenate([unseen.labels, to_test.labels])
         for name, indices in groups.items():
             own = torch.from_numpy(np.isin(classes, indices))
-            area = metrics.auroc(logits[own], (~is_real[own]).long())
-            counts = int(is_real[own].sum()), int((~is_real[own]).sum())
-            found[name][row] = (area, *metrics.auroc_interval(area, *counts))
+            made = int(truth[own].sum())
+            if 0 < made < int(own.sum()):
+                area = metrics.auroc(logits[own], truth[own])
+                interval = metrics.auroc_interval(area, made, int(own.sum()) - made)
+                found[name][row] = (area, *interval)
     return found
 
 

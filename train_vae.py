@@ -391,7 +391,8 @@ def main(argv=None):
         run.stop(step, stop.name)
     verdicts = []
     if procs.main:
-        verdicts = metrics.health(train_metrics, run.history("train/loss"), diverged=diverged)
+        # Not of train/loss: the adversarial part of it has no trend, since its judge learns too.
+        verdicts = metrics.health(train_metrics, run.history("train/rec"), diverged=diverged)
         say(metrics.format_verdicts(verdicts))
     run.finish(step, {**train_metrics, **val_metrics,
                       "verdicts": [v._asdict() for v in verdicts]}, diverged)

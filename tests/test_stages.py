@@ -77,6 +77,21 @@ def test_train_vae_leaves_the_files_of_the_contract(stages):
     assert grey(folder / "samples/recon_ep0050.png").shape == (2 * (32 + 16), 6 * 34 + 2)
 
 
+def test_an_autoencoder_is_judged_by_its_reconstructions(workspace, monkeypatch):
+    """The adversarial part of train/loss rises and falls with a judge that learns too."""
+    log = workspace.out / "v/metrics.jsonl"
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    judged = []
+
+    def health(values, losses, **how):
+        judged.extend(losses)
+        return []
+    monkeypatch.setattr(train_vae.metrics, "health", health)
+    train_vae.main(["--device=cpu", *workspace.common, f"--config={workspace.vae_config}",
+                    "--run_name=v", "--max_steps=100"])
+    assert judged == [r["train/rec"] for r in records if "train/rec" in r]
+
+
 def test_train_ldm_leaves_the_files_of_the_contract(stages):
     folder = stages.out / "l"
     summary, meta = strict(folder / "summary.json"), strict(folder / "run_meta.json")
