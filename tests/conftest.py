@@ -1,5 +1,6 @@
 """Shared fixtures: the tiny runs that stage tests read, and ways to call a stage as a process."""
 import fcntl
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -71,9 +72,11 @@ def start(*argv, processes=1, cwd=ROOT):
     argv[0] is the script's name.
     """
     script = argv[0] if os.path.isabs(str(argv[0])) else ROOT / argv[0]
+    # Where the tests run under nohup, which has children ignore SIGHUP, these hear it all the same.
+    hear = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
     return subprocess.Popen(
         [*python(processes), str(script), *map(str, argv[1:])],
-        cwd=cwd, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        cwd=cwd, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, preexec_fn=hear,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 

@@ -4,10 +4,10 @@
     python tests/robustness/kill_storm.py --stage=ldm --kills=15 --processes=2
 
 About half of the kills come at a random moment of a start. The others wait for an unfinished file:
-of a checkpoint, or of a cache after the caches were removed. After each kill every file of the run
-must be absent or readable, and the checkpoint at least as far as before; then the same command is
-started again. Exit code 1 where that fails. With several processes a kill hits torchrun or one of
-them, by chance; the others must then end by themselves.
+of a checkpoint or, as often, of a cache after the caches were removed. After each kill every file
+of the run must be absent or readable, and the checkpoint at least as far as before; then the same
+command is started again. Exit code 1 where that fails. With several processes a kill hits torchrun
+or one of them, by chance; the others must then end by themselves.
 """
 import argparse
 import json
@@ -36,6 +36,7 @@ import experiment  # noqa: E402
 from args import at_least  # noqa: E402
 
 MAX_STEPS = {"ldm": 120, "vae": 40}
+AIMED = 120.0  # seconds for which a kill waits for its file: other work may slow the run down
 
 
 class Torchrun:
@@ -221,10 +222,10 @@ def storm(folder, stage, kills, seed, processes):
         missing = [kind for kind in s.caches if not list((s.out / "cache").glob(f"{kind}_*.json"))]
         if rng.random() < 0.5:
             aim, moment, skip = None, rng.uniform(0, horizon), 0
-        elif missing:
-            aim, moment, skip = "cache", 2 * horizon, rng.randrange(len(missing))
+        elif missing and counts["cache"] <= counts["checkpoint"]:
+            aim, moment, skip = "cache", AIMED, rng.randrange(len(missing))
         else:
-            aim, moment, skip = "checkpoint", 2 * horizon, rng.randrange(3)
+            aim, moment, skip = "checkpoint", AIMED, rng.randrange(3)
         counts[s.kill(aim, moment, skip)] += 1
         step = s.check(step)
     s.finish(*s.command("storm"))
