@@ -614,7 +614,6 @@ def cached_array(procs, folder, name, shape, dtype, label, prepare, check=None):
         lock = experiment.take_lock(path.with_suffix(".lock"), part, wait=True)
         if cache := _open_if_whole(path, shape, dtype):  # another run has made it meanwhile
             return cache, []
-        experiment.sweep(path.parent, name=path.with_suffix(".json").name)  # ours: we have the lock
         _remove_leftovers(path.parent, part)
         _begin_part(path, part, shape, dtype)
         finished = _finished_pieces(part)
@@ -732,6 +731,7 @@ def _keep_pieces(part, finished):
 def _remove_leftovers(cache_folder, part):
     """Remove what builds that nobody went on with for a day have left; `part` is ours."""
     experiment.sweep(cache_folder, DAY)
+    experiment.sweep(cache_folder, name=part.with_suffix(".json").name)  # ours: we have the lock
     for kind in ("images", "latents"):
         for left in [*cache_folder.glob(f"{kind}_*.npy"), *cache_folder.glob(f"{kind}_*.part")]:
             last = max(path.stat().st_mtime for path in (left, *left.glob("*")))

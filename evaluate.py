@@ -85,6 +85,10 @@ class Samples:
         """float32 [B, 1, S, S] in [-1, 1]."""
         return data.to_float(self.rows[indices])
 
+    def subset(self, indices):
+        """Samples: some of them."""
+        return Samples(self.rows[indices], self.labels[indices])
+
 
 class ImageGroup(NamedTuple):
     """The samples, the training images or the held-out images, and reductions of all of them."""
@@ -405,9 +409,8 @@ class Detective(nn.Module):
                                     nn.Linear(ch, 2))
 
     def forward(self, x):
-        x = x[..., :x.shape[2] // 2 * 2, :x.shape[3] // 2 * 2]
-        fine = x - F.interpolate(F.avg_pool2d(x, 2), scale_factor=2)
-        return self.layers(torch.cat([x, 8 * fine], 1))
+        x = metrics.even_part(x)
+        return self.layers(torch.cat([x, 8 * metrics.fine_part(x)], 1))
 
 
 def random_crop(x, rng):
@@ -425,15 +428,13 @@ class FullImages(NamedTuple):
     labels: np.ndarray  # [N]
 
 
-def full_images(images, index, vae, procs):
-    """FullImages of some of a data.ImageSet or Samples; with an autoencoder, what it makes of
-    them."""
-    parts = (images.images(part) for part in np.split(index, range(data.BATCH, len(index),
-                                                                   data.BATCH)))
+def full_images(images, procs, vae=None):
+    """FullImages of a data.ImageSet or Samples; with an autoencoder, what it makes of them."""
+    parts = data.batches(images)
     if vae is not None:
         parts = decoded(vae, parts, procs)
     x = apply(lambda part: experiment.to_uint8(part).float() / 127.5 - 1, parts, procs)
-    return FullImages(x, images.labels[index])
+    return FullImages(x, images.labels)
 
 
 def halves(labels, seed):
@@ -452,24 +453,27 @@ def two_sample_tests(samples, train, held_out, vae, groups, args, procs):
     makes of real images; and the baseline, real images in the place of samples. samples, train,
     held_out: data.ImageSet or Samples; groups: {name: class indices}.
     """
-    full = functools.partial(full_images, procs=procs)
+    def halved(images):
+        both = halves(images.labels, args.seed)
+        return [full_images(images.subset(half), procs) for half in both]
+
     known, others = halves(train.labels, args.seed)
-    both = np.concatenate([known, others])
-    held = np.concatenate(halves(held_out.labels, args.seed))
-    real, unseen = full(train, both, None), full(held_out, held, None)
-    ours = [full(samples, half, None) for half in halves(samples.labels, args.seed)]
-    fresh = [full(train, others[half], None) for half in halves(train.labels[others], args.seed)]
+    train = train.subset(np.concatenate([known, others]))
+    held_out = held_out.subset(np.concatenate(halves(held_out.labels, args.seed)))
+    real, unseen = full_images(train, procs), full_images(held_out, procs)
+    fresh = train.subset(np.arange(len(known), len(train)))
     # What is trained on and tested on, beside how many of the real images it is trained with.
-    trials = {"samples": (*ours, len(both)), "baseline": (*fresh, len(known))}
+    trials = {"samples": (*halved(samples), len(train)), "baseline": (*halved(fresh), len(known))}
     if vae is not None:
-        trials["decoded"] = full(train, both, vae), full(held_out, held, vae), len(both)
+        made = (full_images(images, procs, vae) for images in (train, held_out))
+        trials["decoded"] = (*made, len(train))
     found = {name: {} for name in groups}
     for row, (to_train, to_test, num_real) in trials.items():
-        labels = torch.cat([torch.zeros(num_real), torch.ones(len(to_train.x))]).long()
+        labels = (torch.arange(num_real + len(to_train.x)) >= num_real).long()
         net = train_classifier(Detective, random_crop, torch.cat([real.x[:num_real], to_train.x]),
                                labels, args.seed, args, procs, f"real images and {row}")
         logits = apply(net, torch.cat([unseen.x, to_test.x]).split(data.BATCH), procs)
-        truth = torch.cat([torch.zeros(len(unseen.x)), torch.ones(len(to_test.x))]).long()
+        truth = (torch.arange(len(logits)) >= len(unseen.x)).long()
         classes = np.concatenate([unseen.labels, to_test.labels])
         for name, indices in groups.items():
             own = torch.from_numpy(np.isin(classes, indices))

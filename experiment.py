@@ -652,8 +652,12 @@ def load_checkpoint(path, kind):
 
 def check_complete(checkpoint, path):
     """End the program where a checkpoint of another version lacks what a later stage reads."""
-    missing = [name for name in NEEDED[checkpoint["kind"]] if name not in checkpoint]
-    if missing:
+    check_names(NEEDED[checkpoint["kind"]], checkpoint, path)
+
+
+def check_names(names, found, path):
+    """End the program where `found`, of the checkpoint at `path`, lacks one of these names."""
+    if missing := [name for name in names if name not in found]:
         fail(f"{path} is of another version of this program: it lacks {', '.join(missing)}")
 
 
@@ -749,8 +753,7 @@ def load_autoencoder(ckpt_path, procs, config_path=None):
     settings = checkpoint["args"]
     names = ("img_size", "z_channels", "base_ch", "ch_mults", "num_res_blocks", "attn_res",
              "patch_size", "linear_path")
-    if missing := [name for name in names if name not in settings]:
-        fail(f"{ckpt_path} is of another version of this program: it lacks {', '.join(missing)}")
+    check_names(names, settings, ckpt_path)
     if config_path:
         described = read_meta(pathlib.Path(config_path).parent)["args"]
         for name in names:

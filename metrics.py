@@ -91,12 +91,20 @@ def ms_ssim(x, y):
 # --- sharpness ----------------------------------------------------------------------------------
 
 
+def fine_part(x):
+    """What averaging 2 x 2 pixels takes away from images [B, 1, H, W] with even sides: as many."""
+    return x - F.interpolate(F.avg_pool2d(x, 2), scale_factor=2)
+
+
+def even_part(x):
+    """Images [B, 1, H, W] without the last row and column of an odd side."""
+    return x[..., :x.shape[2] // 2 * 2, :x.shape[3] // 2 * 2]
+
+
 def detail(x):
-    """What averaging 2 x 2 pixels takes away from images [B, 1, H, W] in [-1, 1], which blurred
-    images lack: its root mean square, with grey from 0 to 1, [B]."""
-    even = x[..., :x.shape[2] // 2 * 2, :x.shape[3] // 2 * 2].float()
-    fine = even - F.interpolate(F.avg_pool2d(even, 2), scale_factor=2)
-    return fine.square().flatten(1).mean(1).sqrt() / 2
+    """Root mean square of the fine part of images [B, 1, H, W] in [-1, 1], which blurred images
+    lack, with grey from 0 to 1: [B]."""
+    return fine_part(even_part(x).float()).square().flatten(1).mean(1).sqrt() / 2
 
 
 def octaves(side):

@@ -256,7 +256,7 @@ def test_the_two_sample_test_sees_all_images_with_8_bits():
     """Else it would tell samples, which are saved so, from real images by that alone."""
     rows = np.arange(16, dtype=np.uint16)[:, None, None].repeat(4, 1).repeat(4, 2) * 100
     images = evaluate.Samples(rows, np.arange(16) % 2)
-    full = evaluate.full_images(images, np.array([3, 15]), None, CPU)
+    full = evaluate.full_images(images.subset(np.array([3, 15])), CPU)
     assert full.labels.tolist() == [1, 1]
     grey = ((full.x + 1) * 127.5).flatten(1)
     expected = torch.tensor([[300.0], [1500.0]]) / 257
