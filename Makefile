@@ -15,7 +15,8 @@ demo: .venv/runtime
 	$(PY) find_latent_scale.py --output_root=$(RUNS) --ae_ckpt_path=$(AE)
 	$(PY) train_ldm.py --config=config/demo_ldm.py --output_root=$(RUNS) --run_name=ldm_demo \
 		--ae_ckpt_path=$(AE)
-	$(PY) sample.py --ckpt=$(LDM) --sampler=dpmpp_sde --num_sampling_steps=20 --guidance_scale=2
+	$(PY) sample.py --ckpt=$(LDM) --sampler=dpmpp_sde --num_sampling_steps=20 --guidance_scale=2 \
+		--real_dir=$(RUNS)/cache/phantom_64/TB/val
 
 test: .venv/dev
 	$(PY) -m pytest --numprocesses=$(WORKERS) --ignore=tests/robustness -m "not slow"
@@ -30,4 +31,6 @@ test-all: .venv/dev
 
 .venv/dev: .venv/runtime requirements-dev.txt
 	$(PY) -m pip install --quiet --requirement requirements-dev.txt
+	@# lpips would pull in torchvision, whose builds do not import beside the pinned CPU build of torch.
+	$(PY) -m pip install --quiet --no-deps lpips==0.1.4
 	touch $@

@@ -10,13 +10,18 @@ factor.
 import pathlib
 import shutil
 
+import numpy as np
 import torch
 
+import data
 import diffusion
 import experiment
 import metrics
-from args import add_precision_arguments, add_sampling_arguments, make_parser, parse_settings
+from args import (add_precision_arguments, add_sampling_arguments, file_path, make_parser,
+                  parse_settings)
 from experiment import fail
+
+ROW = 8  # images of a class in the sample grid
 
 
 def build_parser():
@@ -25,7 +30,29 @@ def build_parser():
     add_precision_arguments(parser)
     add_sampling_arguments(parser, tuple(diffusion.SAMPLERS), sampler="ancestral",
                            num_sampling_steps=500, num_samples=8)
+    parser.add_argument("--real_dir", type=file_path,
+        help="split folder such as data/TB/val: eight real images above each class of the grid")
     return parser
+
+
+def real_rows(folder, class_names, img_size):
+    """{class name: up to eight of its images, float32 [N, 1, S, S] in [-1, 1]} of a split's folder;
+    ends the program where there are none, or where one cannot be decoded."""
+    folder = pathlib.Path(folder).absolute()
+    listing = data.scan(folder.parent.parent, folder.parent.name, folder.name, class_names)
+    if listing is None:
+        fail(f"no folder --real_dir={folder}")
+    rows = {}
+    for name in class_names:
+        files = [file for file in listing.files if file.class_name == name]
+        shown = [files[i] for i in np.linspace(0, len(files) - 1, min(ROW, len(files))).astype(int)]
+        try:
+            decoded = [data.decode(pathlib.Path(listing.root, f.path), img_size) for f in shown]
+        except (OSError, ValueError) as e:
+            fail(f"an image in {folder} cannot be decoded: {e}")
+        if decoded:
+            rows[name] = data.to_float(np.stack(decoded))
+    return rows
 
 
 def check_space(folder, count, img_size, num_samples):
@@ -69,19 +96,19 @@ def prepare_folder(folder, checkpoint, wanted, args):
     experiment.write_json(path, {"ckpt": args.ckpt, **settings, "images": [*images.values()]})
 
 
-def write_report(folder, checkpoint, wanted, z, args):
+def write_report(folder, checkpoint, wanted, z, real, args):
     """metrics.json and grid.png beside the images, and the verdicts on the console.
 
-    wanted: [(class index, number)] of the images; z: their normalised latents.
+    wanted: [(class index, number)] of the images; z: their normalised latents; real: of real_rows.
     """
     class_names, scale = checkpoint["class_names"], checkpoint["latent_scale_factor"]
 
     # --- numbers: of the first thousand per class, since pairs grow with the square ---
     first = [k for k, (_, i) in enumerate(wanted) if i < 1000]
-    real = checkpoint["train_stats"]["real_pairwise_mse_mean"]
+    real_mse = checkpoint["train_stats"]["real_pairwise_mse_mean"]
     labels = [wanted[k][0] for k in first]
     values = metrics.latent_stats(z / scale, scale)
-    values |= metrics.sample_diversity(z[first], labels, class_names, real)
+    values |= metrics.sample_diversity(z[first], labels, class_names, real_mse)
     verdicts = metrics.health(values, train_stats=checkpoint["train_stats"],
                               overfit=checkpoint["args"]["overfit_k"] > 0)
     experiment.write_json(folder / "metrics.json", values | {
@@ -90,7 +117,10 @@ def write_report(folder, checkpoint, wanted, z, args):
     # --- picture ---
     rows, labels = [], []
     for c in dict.fromkeys(c for c, _ in wanted):
-        shown = [file_name(class_names, k, i) for k, i in wanted if k == c and i < 8]
+        if class_names[c] in real:
+            rows.append(real[class_names[c]])
+            labels.append(f"{class_names[c]}   real")
+        shown = [file_name(class_names, k, i) for k, i in wanted if k == c and i < ROW]
         rows.append(torch.stack([experiment.load_image(folder / file) for file in shown]))
         labels.append(f"{class_names[c]}   {args.sampler} {args.num_sampling_steps} steps, "
                       f"guidance {args.guidance_scale:g}")
@@ -109,6 +139,10 @@ def main(argv=None):
     procs = experiment.setup_processes(args)
     ldm = experiment.prepare_sampling(args, procs)
     checkpoint, class_names = ldm.checkpoint, ldm.checkpoint["class_names"]
+    real = {}
+    if args.real_dir:  # read before hours of sampling
+        real = experiment.on_main(procs, lambda: real_rows(
+            args.real_dir, class_names, checkpoint["args"]["img_size"]))
     run_folder = experiment.run_folder(args.ckpt)
     folder = pathlib.Path(args.out_dir or run_folder / f"samples_{args.sampler}_{args.seed}")
     count = len(ldm.classes) * args.num_samples
@@ -131,7 +165,7 @@ def main(argv=None):
 
     z = experiment.gather(procs, torch.cat(latents))  # and now all images are written
     if procs.main:
-        write_report(folder, checkpoint, wanted, z, args)
+        write_report(folder, checkpoint, wanted, z, real, args)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 k-diffusion and clean-fid would replace torch by their dependencies: diffusers and scipy stand in.
 """
 import math
+import sys
+import types
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +18,7 @@ import experiment
 import metrics
 import model
 import train_ldm
+import train_vae
 
 linalg = pytest.importorskip("scipy.linalg")
 stats = pytest.importorskip("scipy.stats")
@@ -62,6 +65,62 @@ def test_ms_ssim_is_that_of_pytorch_msssim(height, width, scales):
                                       size_average=False, weights=list(weights / weights.sum()))
     assert expected.max() - expected.min() > 0.1
     assert np.allclose(metrics.ms_ssim(x, y), expected, rtol=0, atol=1e-5)
+
+
+def vgg16(pretrained):
+    """torchvision's VGG-16 (Simonyan & Zisserman 2015, configuration D) with weights made here."""
+    assert pretrained
+    torch.manual_seed(0)
+    layers, ch = [], 3
+    for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0):
+        if width == 0:
+            layers += [torch.nn.MaxPool2d(2, 2)]
+        else:
+            layers += [torch.nn.Conv2d(ch, width, 3, padding=1), torch.nn.ReLU(inplace=True)]
+            ch = width
+    return SimpleNamespace(features=torch.nn.Sequential(*layers))
+
+
+def test_the_perceptual_term_is_that_of_the_lpips_package(monkeypatch):
+    """Its real code on a network made on the spot; torchvision is only where it would come from."""
+    for name in ("torchvision", "torchvision.models"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["torchvision"].models = sys.modules["torchvision.models"]
+    sys.modules["torchvision.models"].vgg16 = vgg16
+    pytest.importorskip("lpips")
+    perceptual = train_vae.load_lpips(PROCS.device)
+    assert not any(p.requires_grad for p in perceptual.parameters())
+
+    def first_step(weight):
+        """(train/rec, gradient norm, reconstruction) of a first step."""
+        args = train_vae.parse_args([
+            "--img_size=32", "--z_channels=2", "--base_ch=8", "--ch_mults=1,2", "--num_res_blocks=1",
+            "--disc_weight=0", f"--perceptual_weight={weight}"])
+        models = train_vae.build_models(args, PROCS)
+        noise, _ = experiment.draw(PROCS, len(x), models.vae.latent_shape, args.seed, "vae", 0)
+        rec = models.vae(x, noise)[0].detach()
+        fns = train_vae.wrap(models, args, PROCS)
+        losses, _ = train_vae.train_step(models, *fns, perceptual, x, 0, args, PROCS)
+        return losses[1].item(), losses[5].item(), rec
+
+    x = image_pair(32, 32)[0]
+    plain, plain_norm, rec = first_step(0)
+    rec_loss, grad_norm, _ = first_step(3)
+    # Zhang et al. 2018, eq. 1, of grey images in [-1, 1] as RGB.
+    layers = {4: 0, 9: 1, 16: 2, 23: 3, 30: 4}
+    weights = [getattr(perceptual, f"lin{k}").model[-1].weight for k in range(5)]
+    mean = torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1)
+    std = torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1)
+    a, b = ((image.expand(-1, 3, -1, -1) - mean) / std for image in (rec, x))
+    expected = 0.0
+    for i, layer in enumerate(vgg16(True).features):
+        if i in layers:
+            u, v = (h / (h.norm(dim=1, keepdim=True) + 1e-10) for h in (a, b))
+            weighted = (u - v).square() * weights[layers[i]]
+            expected = expected + weighted.sum(1).mean((1, 2)).mean()
+        a, b = layer(a), layer(b)
+    assert rec_loss - plain == pytest.approx(3 * expected.item(), rel=1e-3)
+    assert expected > 0.001 and abs(grad_norm / plain_norm - 1) > 0.01
 
 
 # --- distributions ------------------------------------------------------------------------------

@@ -2,9 +2,11 @@
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 from conftest import error_of, run, tree_hashes, write_png
+from PIL import Image
 
 import evaluate
 import experiment
@@ -172,3 +174,20 @@ def test_a_class_name_may_hold_commas_and_colons(workspace, capsys, classes, dra
         return
     sample.main(argv)
     assert listed(workspace.root / "s") == [f"{name}_00000.png" for name in drawn_classes]
+
+
+def test_real_images_stand_above_the_samples_of_their_class(workspace, quick, capsys):
+    for i, grey in enumerate((0, 60, 120, 180, 240)):
+        write_png(workspace.root / f"d/TB/val/tb/{i}.png", np.full((64, 80), grey, np.uint8))
+    common = ["sample.py", f"--ckpt={workspace.ldm_ckpt}", *FEW]
+    result = quick(*common, f"--real_dir={workspace.root / 'd/TB/val'}",
+                   f"--out_dir={workspace.root / 's'}")
+    assert result.code == 0 and "no images of class normal" in result.out
+    sheet = np.asarray(Image.open(workspace.root / "s/grid.png"))
+    assert sheet.shape == (3 * (32 + 16), 5 * 34 + 2)  # normal: no real ones; tb: real, samples
+    row = sheet[48 + 14:48 + 46, 2:].reshape(32, 5, 34)[:, :, :32]
+    assert (row == np.array([0, 60, 120, 180, 240])[:, None]).all()
+    message = error_of(capsys, sample.main, [
+        *common[1:], f"--real_dir={workspace.root / 'd/TB/none'}",
+        f"--out_dir={workspace.root / 'no'}"])
+    assert "no folder --real_dir=" in message and not (workspace.root / "no").exists()
