@@ -856,19 +856,18 @@ def open_images(args, procs, split, optional=False, class_names=None, train=None
         if lost and args.class_filter < 0:
             message = f"no images of class {', '.join(lost)} are left in {where}"
             notice(message) if class_names else fail(message)
-        if train is not None and len(images):
-            images = dataclasses.replace(images, cache=cache)
-            images = _without_copies(images, train, folder, procs, where)
-        if len(images) == 0 and not optional:
-            fail(f"no image is left in {where}")
-        if len(images) == 0:
-            notice(f"no image is left in {where}: validation is skipped")
         return images
 
     images = experiment.on_main(procs, select)
+    images = dataclasses.replace(images, cache=cache, decode=None if cache else decode)
+    if train is not None and len(images):
+        images = _without_copies(images, train, folder, procs, where)
+    if len(images) == 0 and not optional:
+        experiment.on_main(procs, lambda: fail(f"no image is left in {where}"))
     if len(images) == 0:
+        notice(f"no image is left in {where}: validation is skipped")
         return None
-    return dataclasses.replace(images, cache=cache, decode=None if cache else decode)
+    return images
 
 
 def _list_split(args, root, split, optional, class_names):
@@ -1064,38 +1063,60 @@ def thumbnails(x):
     return rows / rows.std(1, correction=0, keepdim=True).clamp_min(1e-6) / THUMBNAIL_SIZE
 
 
-def find_copies(images, train, procs, label):
-    """[[position in images, position in train]] of images that stand in `train` too, exactly or
-    nearly (rescaled, re-compressed)."""
-    mine = torch.cat([thumbnails(x) for x in batches(images)])
-    best, where = torch.full((len(images),), -1.0), torch.zeros(len(images), dtype=torch.long)
-    progress, done = experiment.Progress(procs, label, len(train)), 0
-    for x in batches(train):
-        values, nearest = (mine @ thumbnails(x).T).max(1)
+def cached_thumbnails(images, folder, procs):
+    """CachedArray float32 [num_files, 1024]: the thumbnails of all files of an ImageSet, made once
+    by all ranks. rows(images.rows) are those of its own images."""
+    total = images.num_files
+
+    def prepare():
+        decoded = dataclasses.replace(images.decoded(), rows=np.arange(total))
+
+        def make(start, stop, tick):
+            rows = []
+            for first in range(start, stop, BATCH):
+                index = np.arange(first, min(first + BATCH, stop))
+                rows.append(thumbnails(decoded.images(index)).numpy())
+                tick(len(index))
+            return np.concatenate(rows), {}
+        return make
+
+    shape = (total, THUMBNAIL_SIZE**2)
+    return cached_array(procs, folder, f"thumbnails_{images.key[:16]}", shape, np.float32,
+                        "making thumbnails", prepare)
+
+
+def find_copies(mine, train):
+    """[[row of mine, row of train]] of thumbnails [N, 1024] and [M, 1024] that are one image,
+    exactly or nearly (rescaled, re-compressed)."""
+    best, where = torch.full((len(mine),), -1.0), torch.zeros(len(mine), dtype=torch.long)
+    for start in range(0, len(train), 1024):
+        values, nearest = (mine @ train[start:start + 1024].T).max(1)
         better = values > best
-        best[better], where[better] = values[better], nearest[better] + done
-        done += len(x)
-        progress.update(done)
-    progress.clear()
+        best[better], where[better] = values[better], nearest[better] + start
     return [[i, int(where[i])] for i in (best > COPY_CORRELATION).nonzero()[:, 0].tolist()]
 
 
 def _without_copies(images, train, folder, procs, where):
     """`images` without those that stand in the training set too, which one notice names.
 
-    They are looked for once: the answer is kept beside the caches.
+    They are looked for once, by all ranks: the answer is kept beside the caches.
     """
-    key = hashlib.sha256(f"copies 1 {images.key} {train.key} {COPY_CORRELATION}".encode())
+    key = hashlib.sha256(f"copies 2 {images.key} {train.key} {COPY_CORRELATION}".encode())
     key.update(images.rows.tobytes() + train.rows.tobytes())
     path = pathlib.Path(folder, f"copies_{key.hexdigest()[:16]}.json")
-    if not path.exists():
-        with experiment.take_lock(path.with_suffix(".lock"), path, wait=True):
-            experiment.sweep(path.parent, name=path.name)
-            if not path.exists():  # no other run has looked meanwhile
-                label = f"looking for training images in {where}"
-                pairs = find_copies(images, train, procs, label)
-                experiment.write_json(path, {"pairs": pairs})
-    pairs = experiment.read_json(path, "list of copies")["pairs"]
+    if not experiment.on_main(procs, path.exists):
+        caches = [cached_thumbnails(of, folder, procs) for of in (images, train)]
+
+        def look():
+            mine, others = (torch.from_numpy(cache.rows(of.rows))
+                            for cache, of in zip(caches, (images, train), strict=True))
+            with experiment.take_lock(path.with_suffix(".lock"), path, wait=True):
+                experiment.sweep(path.parent, name=path.name)
+                if not path.exists():  # no other run has looked meanwhile
+                    experiment.write_json(path, {"pairs": find_copies(mine, others)})
+        experiment.on_main(procs, look)
+    pairs = experiment.on_main(
+        procs, lambda: experiment.read_json(path, "list of copies")["pairs"])
     if not pairs:
         return images
     names = _first_lines([f"{images.name(i)} is {train.name(j)}" for i, j in pairs])

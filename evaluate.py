@@ -924,7 +924,7 @@ def main(argv=None):
     # --- copies of training images ---
     written = [folder / "evaluation.json"]
     try:
-        copies = metrics.copies(sample_group.thumbnails, train_group.thumbnails)
+        copies = metrics.CopyTest(train_group.thumbnails).search(sample_group.thumbnails)
     except ValueError as e:
         notice(e)
     else:

@@ -634,7 +634,9 @@ def load_checkpoint(path, kind):
     """The dict that save_checkpoint wrote, on the CPU; a damaged file ends the program with one
     line instead of training on with wrong weights."""
     if not os.path.isfile(path):
-        inside = os.path.join(path, "ckpts", "last.pt")
+        inside = os.path.join(path, "ckpts", "best.pt")
+        if not os.path.exists(inside):
+            inside = os.path.join(path, "ckpts", "last.pt")
         hint = ", which is a folder" if os.path.isdir(path) else ""
         if os.path.exists(inside):
             hint = f", which is a run folder: give {inside}"
@@ -788,6 +790,8 @@ def load_ldm(ckpt_path, procs, ae_ckpt_path=None, use_ema=None):
     denoiser = build_denoiser(checkpoint["args"], checkpoint["latent_shape"], num_classes)
     if use_ema and checkpoint["ema"] is None:
         fail(f"{ckpt_path} was trained without EMA weights: give --no-use_ema")
+    if use_ema is False and checkpoint["model"] is None:
+        fail(f"{ckpt_path} holds averaged weights alone: take last.pt for --no-use_ema")
     averaged = checkpoint["ema"] is not None if use_ema is None else use_ema
     load_weights(denoiser, checkpoint["ema" if averaged else "model"], ckpt_path)
     denoiser = denoiser.to(procs.device, memory_format=procs.memory_format)
@@ -1031,6 +1035,7 @@ class Run:
             return folder
         self.folder = pathlib.Path(on_main(procs, claim))
         self.checkpoint_path = self.folder / "ckpts" / "last.pt"
+        self.best_path = self.folder / "ckpts" / "best.pt"
         self.metrics_path = self.folder / "metrics.jsonl"
         self.meta = {
             "kind": kind, "folder": self.folder.name, "args": vars(args), **facts,
@@ -1107,19 +1112,19 @@ class Run:
                    "a power cut perhaps: cut back to its last whole line; the run itself lost "
                    "nothing")
 
-    def save(self, state):
-        """Write ckpts/last.pt in the background: training goes on once the weights are copied. The
-        other ranks do not wait."""
+    def save(self, state, path=None):
+        """Write ckpts/last.pt, or `path`, in the background: training goes on once the weights are
+        copied. The other ranks do not wait."""
         if self.procs.main:
             self.wait_for_checkpoint()
             size = self.metrics_path.stat().st_size
             state = on_cpu({**state, "metrics_bytes": size, "world_size": self.procs.world_size})
-            self.writing = self.writer.submit(self._write, state)
+            self.writing = self.writer.submit(self._write, state, path or self.checkpoint_path)
 
-    def _write(self, state):
+    def _write(self, state, path):
         with open(self.metrics_path, "rb") as f:
             os.fsync(f.fileno())  # the checkpoint counts its bytes
-        save_checkpoint(self.checkpoint_path, self.kind, state)
+        save_checkpoint(path, self.kind, state)
 
     def wait_for_checkpoint(self):
         """Until the last checkpoint is on the disk; ends the program where it could not be

@@ -355,9 +355,8 @@ def closeness(rows, others, own=None):
     return torch.cat(ratios), torch.cat(nearest)
 
 
-def copies(samples, train, alpha=0.01):
-    """Are more samples [N, D] close to one training image [M, D] than chance allows? Rows have
-    length 1, as data.thumbnails makes them.
+class CopyTest:
+    """Are more samples close to one training image than chance allows?
 
     Closeness is a ratio (see `closeness`; after Carlini et al. 2023, section 4.2), so that a
     blurred sample, which is close to everything, does not count as a copy. Its threshold is the
@@ -368,22 +367,30 @@ def copies(samples, train, alpha=0.01):
     other's neighbours, so that 1 to 6 % of simulated fresh sets, not 2.5 %, have a probability
     under 0.025, and 6 to 9 % with under 50 training images.) No held-out image is needed, so none
     that repeats a training image can spoil it.
-
-    dict with share, expected (of that distribution), probability (of as many or more by chance),
-    distinct (M), and for each sample ratio and nearest (index of the training image). ValueError
-    for fewer than 6 distinct training images.
     """
-    index = distinct_rows(train)
-    if len(index) < 6:
-        raise ValueError(f"{len(index)} distinct training images are too few to search for copies")
-    others = train[index]
-    reference, _ = closeness(others, others, torch.arange(len(others)))
-    rank = max(1, int(alpha * (len(others) + 1)))
-    ratio, nearest = closeness(samples, others)
-    count = int((ratio < reference.kthvalue(rank).values).sum())
-    return {"share": count / len(samples), "expected": rank / (len(others) + 1),
-            "probability": beta_binomial_tail(count, len(samples), rank, len(others) + 1 - rank),
-            "distinct": len(others), "ratio": ratio, "nearest": index[nearest]}
+
+    def __init__(self, train, alpha=0.01):
+        """train [M, D]: rows of length 1, as data.thumbnails makes them. ValueError where fewer
+        than 6 of them are distinct."""
+        self.index = distinct_rows(train)
+        if len(self.index) < 6:
+            raise ValueError(f"{len(self.index)} distinct training images are too few to search "
+                             "for copies")
+        self.others = train[self.index]
+        reference, _ = closeness(self.others, self.others, torch.arange(len(self.others)))
+        self.rank = max(1, int(alpha * (len(self.others) + 1)))
+        self.threshold = reference.kthvalue(self.rank).values
+
+    def search(self, samples):
+        """Of samples [N, D], dict with share, expected (of that distribution), probability (of as
+        many or more by chance), distinct (M), and for each sample ratio and nearest (index of the
+        training image)."""
+        ratio, nearest = closeness(samples, self.others)
+        count = int((ratio < self.threshold).sum())
+        rank, total = self.rank, len(self.others) + 1
+        return {"share": count / len(samples), "expected": rank / total,
+                "probability": beta_binomial_tail(count, len(samples), rank, total - rank),
+                "distinct": len(self.others), "ratio": ratio, "nearest": self.index[nearest]}
 
 
 def auroc(scores, labels):
@@ -490,6 +497,9 @@ class Context(NamedTuple):
     """What a rule may compare a value with; an unknown number is NaN."""
 
     trend: str  # of the loss: see loss_trend
+    val_trend: str  # of val/loss: see val_trend
+    best_epoch: int  # where it was lowest
+    copies_probability: float  # of as many copies by chance
     target_std: float
     train_mean: float
     train_min: float
@@ -532,6 +542,24 @@ def loss_trend(losses):
     return "flat" if last >= first - 0.02 * abs(first) else "falling"
 
 
+def val_trend(val_losses, train_losses):
+    """The course of val/loss beside val/train_loss, both by evaluation: 'short', 'memorising',
+    'level' or 'falling'.
+
+    Times and noises are the same at each evaluation, so hardly any of their change is chance.
+    Short: under 4. Falling: one of the last three is the lowest. Memorising: else, and their mean
+    is above the lowest by more than 2 %, while val/train_loss has gone on falling.
+    """
+    val, train = (torch.as_tensor(v, dtype=torch.float64) for v in (val_losses, train_losses))
+    if len(val) < 4 or len(val) != len(train):
+        return "short"
+    best = int(val.argmin())
+    if best >= len(val) - 3:
+        return "falling"
+    rose = val[-3:].mean() > 1.02 * val[best]
+    return "memorising" if rose and train[-3:].mean() < train[best] else "level"
+
+
 def outside(value, context):
     """How far a latent value lies beyond those of the training latents, in units of their range;
     negative inside."""
@@ -545,6 +573,9 @@ def always(value, context):
 
 
 LOSS, GRAD, BAD_STEPS = "train/loss", "train/grad_norm", "train/bad_steps"
+VAL, VAL_TRAIN = "val/loss", "val/train_loss"
+COPIES, COPIES_EXPECTED = "copies/share", "copies/expected"
+COPIES_PROBABILITY = "copies/probability"
 NOISE = "posterior_noise_share"
 NO_REFERENCE = "Finite, but there are no training latents to compare it with."
 
@@ -582,6 +613,26 @@ TABLE = [
          "This many steps since the last log line had no finite gradient and were skipped.",
          "If they keep coming: lower --lr and --grad_clip, try --dtype fp32, look for odd images."),
     Rule(BAD_STEPS, "ok", always, "No step had to be skipped since the last log line.", ""),
+
+    Rule(VAL, "bad", lambda v, c: c.val_trend == "memorising",
+         "Memorising: val/loss was lowest in epoch {best_epoch} and rises since, while the loss on "
+         "training images falls.",
+         "Use ckpts/best.pt, which is of that epoch. Longer training makes copies of patients: get "
+         "more images, or give --patience to stop in time."),
+    Rule(VAL, "watch", lambda v, c: c.val_trend == "level",
+         "val/loss was lowest in epoch {best_epoch}: what the model learns since is of its "
+         "training images alone.",
+         "Use ckpts/best.pt. If it does not fall again, stop."),
+    Rule(VAL, "ok", lambda v, c: c.val_trend == "short",
+         "Finite. Fewer than 4 evaluations are too few to judge a trend.", ""),
+    Rule(VAL, "ok", always, "The loss on validation images is still falling.", ""),
+
+    # An evaluation in training asks every time, so that evaluate.py's 0.025 would often be chance.
+    Rule(COPIES, "bad", lambda v, c: c.copies_probability < 0.001,
+         "More samples of the last evaluations repeat a training image than chance allows.",
+         "Stop: the model draws patients from memory. Use an earlier ckpts/best.pt, and check it "
+         "with evaluate.py."),
+    Rule(COPIES, "ok", always, "No more samples repeat a training image than by chance.", ""),
 
     Rule(MSE_MEAN, "bad", lambda v, c: v < 0.01,
          "Collapse: the samples of a class are all but the same image.",
@@ -649,16 +700,22 @@ for name in (Z_MIN, Z_MAX):
         Rule(name, "ok", always, "Inside the range of the training latents, or near it.", "")]
 
 
-def health(metrics, losses=(), train_stats=None, overfit=False, diverged=False):
+def health(metrics, losses=(), train_stats=None, overfit=False, diverged=False,
+           val_history=((), ()), best_epoch=0):
     """One Verdict for each metric that TABLE and `metrics` (name -> number) have, in TABLE's order.
 
-    losses is the logged history of train/loss; train_stats holds the mean, min and max of the
+    losses is the logged history of train/loss, val_history those of val/loss and val/train_loss
+    before now; val/loss was lowest in best_epoch. train_stats holds the mean, min and max of the
     unscaled training latents. overfit leaves the diversity verdicts out, because there low
     diversity is the goal. diverged: the run was stopped by --max_bad_steps.
     """
     stats = train_stats or {}
+    val, val_train = ([*past, metrics.get(name, math.nan)]
+                      for past, name in zip(val_history, (VAL, VAL_TRAIN), strict=True))
     context = Context(
-        trend=loss_trend(losses), target_std=metrics.get(TARGET_STD, math.nan),
+        trend=loss_trend(losses), val_trend=val_trend(val, val_train),
+        best_epoch=best_epoch, copies_probability=metrics.get(COPIES_PROBABILITY, math.nan),
+        target_std=metrics.get(TARGET_STD, math.nan),
         train_mean=stats.get("mean", math.nan), train_min=stats.get("min", math.nan),
         train_max=stats.get("max", math.nan), diverged=diverged)
     verdicts = []
@@ -672,21 +729,24 @@ def health(metrics, losses=(), train_stats=None, overfit=False, diverged=False):
         value = float(metrics[name])
         rule = next(rule for rule in TABLE
                     if rule.metric in ("*", name) and rule.applies(value, context))
-        verdicts.append(Verdict(name, rule.level, f"{value:.4g}", rule.meaning, rule.advice))
+        meaning = rule.meaning.format(**context._asdict())
+        verdicts.append(Verdict(name, rule.level, f"{value:.4g}", meaning, rule.advice))
     return verdicts
 
 
 def sweep_objective(values, verdicts):
-    """`values`, with -1 as `sample_diversity/pairwise_mse_mean` where the samples are noise.
+    """`values`, with -1 as `sample_diversity/pairwise_mse_mean` where the samples are noise or
+    copies.
 
-    A sweep maximises that metric, and noise is diverse too: where ratio_to_real is over 1.5 or not
-    finite, or the verdict on the latents' standard deviation is bad, it must not win. The measured
-    value stays beside it as `sample_diversity/pairwise_mse_mean_raw`.
+    A sweep maximises that metric, and noise is diverse too, as are the training images: where
+    ratio_to_real is over 1.5 or not finite, or the verdict on the latents' standard deviation or on
+    copies is bad, it must not win. The measured value stays beside it as
+    `sample_diversity/pairwise_mse_mean_raw`.
     """
     too_far_apart = not values.get(RATIO, 1.0) <= 1.5
-    off_scale = any(v.metric == Z_STD and v.level == "bad" for v in verdicts)
+    bad = any(v.metric in (Z_STD, COPIES) and v.level == "bad" for v in verdicts)
     measured = values[MSE_MEAN]
-    objective = -1.0 if too_far_apart or off_scale else measured
+    objective = -1.0 if too_far_apart or bad else measured
     return values | {f"{MSE_MEAN}_raw": measured, MSE_MEAN: objective}
 
 

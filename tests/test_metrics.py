@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from metrics import (TABLE, auroc, auroc_gain, auroc_interval, beta_binomial_tail,
-                     binomial_interval, copies, detail, distinct_rows, format_training,
+from metrics import (TABLE, CopyTest, auroc, auroc_gain, auroc_interval, beta_binomial_tail,
+                     binomial_interval, detail, distinct_rows, format_training,
                      format_verdicts, frechet_distance, health, kernel_distance, latent_stats,
                      loss_trend, manifold_metrics, mean_auroc, ms_ssim, octave_power, octaves,
                      overfit_verdict, pairwise_mse, psnr, sample_diversity, ssim, ssim_terms,
@@ -312,6 +312,10 @@ def test_binomial_interval():
 def unit(count, seed, dim=16):
     rows = torch.randn(count, dim, generator=rng(seed))
     return rows / rows.norm(dim=1, keepdim=True)
+
+
+def copies(samples, train):
+    return CopyTest(train).search(samples)
 
 
 def test_copies_are_counted_and_their_originals_named():
