@@ -642,13 +642,14 @@ def main(argv=None):
                 sample_metrics |= memorisation.losses(averaged) | memorisation.copies(x)
 
             # --- the best so far ---
-            if sample_metrics.get(metrics.VAL, math.inf) < best.loss:
-                best = Best(sample_metrics[metrics.VAL], step, epoch)
+            val_loss = sample_metrics.get(metrics.VAL)
+            if val_loss is not None:
+                best = best._replace(since=best.since + 1)
+            if val_loss is not None and val_loss < best.loss:
+                best = Best(val_loss, step, epoch)
                 # Averaged weights alone, under the name that the loader takes them from.
                 kept = {"optimizer": None, "recent": None} | ({"model": None} if ema else {})
                 run.save(state() | kept, run.best_path)
-            else:
-                best = best._replace(since=best.since + 1)
             if procs.main:
                 paths = save_samples(run, epoch, x, x_labels, class_names, args)
                 verdicts = metrics.health(

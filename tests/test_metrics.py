@@ -472,8 +472,21 @@ TRAIN = {"mean": 0.5, "min": -6.0, "max": 8.0}  # 14 wide: watch starts beyond -
 TARGET = {"final_latent_stats/target_std": 2.0}
 D, L = "sample_diversity/", "final_latent_stats/"
 
-# metric, value, level, arguments of health beyond the metric itself
+def course(val, *train):
+    """Arguments of health for val/loss and val/train_loss of some evaluations, the last one now."""
+    return {"beside": {"val/train_loss": train[-1]}, "val_history": (val, train[:-1]),
+            "best_epoch": 30}
+
+
+# metric, value, level, arguments of health beyond the metric itself; beside: other metrics
 CASES = [
+    ("val/loss", 0.9, "ok", course([1.0, 0.95], 1.0, 0.95, 0.9)),
+    ("val/loss", 1.0, "ok", course([1.0, 1.1, 0.9, 1.0], 1.0, 0.9, 0.8, 0.7, 0.6)),
+    ("val/loss", 0.95, "bad", course([1.0, 0.9, 0.91, 0.93], 1.0, 0.9, 0.8, 0.7, 0.6)),
+    ("val/loss", 0.91, "watch", course([1.0, 0.9, 0.91, 0.91], 1.0, 0.9, 0.8, 0.7, 0.6)),
+    ("val/loss", 0.95, "watch", course([1.0, 0.9, 0.91, 0.93], 1.0, 0.9, 0.9, 0.9, 0.9)),
+    *[("copies/share", 0.02, level, {"beside": {"copies/probability": p}})
+      for p, level in ((0.0011, "ok"), (0.0009, "bad"))],
     ("train/loss", 0.1, "ok", {"losses": FALLING}),
     ("train/loss", 0.1, "ok", {"losses": [1.0, 2.0]}),
     ("train/loss", 0.1, "bad", {"losses": [1.0, math.nan]}),
@@ -508,17 +521,23 @@ CASES = [
 ]
 
 
+def judge(metric, value, context):
+    beside = context.get("beside", {}) | TARGET | {"unknown/metric": math.nan}
+    return health({metric: value, **beside}, **{k: v for k, v in context.items() if k != "beside"})
+
+
 @pytest.mark.parametrize("metric, value, level, context", CASES)
 def test_verdict_level(metric, value, level, context):
-    verdict, = health({metric: value, **TARGET, "unknown/metric": math.nan}, **context)
+    verdict, = judge(metric, value, context)
     assert (verdict.metric, verdict.level) == (metric, level)
 
 
 def test_the_cases_reach_every_row_of_the_table():
     reached = {(v.metric, v.level, v.meaning) for metric, value, _, context in CASES
-               for v in health({metric: value, **TARGET}, **context)}
+               for v in judge(metric, value, context)}
     reached |= {(v.metric, v.level, v.meaning) for v in health({L + "std": 1.0})}  # no target_std
-    assert reached == {(row[0], row[1], row[3]) for row in TABLE if row[0] != "*"}
+    assert reached == {(row[0], row[1], row[3].format(best_epoch=30))
+                       for row in TABLE if row[0] != "*"}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -601,11 +620,13 @@ def test_format_verdicts_aligns_and_advises_only_when_needed():
     assert format_verdicts([]) == ""
 
 
-def test_a_sweep_gets_minus_one_for_noise():
+def test_a_sweep_gets_minus_one_for_noise_and_for_copies():
     name = D + "pairwise_mse_mean"
     off_scale = health({L + "std": 9.0, **TARGET})
+    copied = health({"copies/share": 0.5, "copies/probability": 1e-9})
     for values, verdicts, objective in (
             ({}, [], 2.0), ({D + "ratio_to_real": 1.5}, [], 2.0), ({}, off_scale, -1.0),
+            ({}, copied, -1.0), ({}, health({"copies/share": 0.1}), 2.0),
             ({D + "ratio_to_real": 1.51}, [], -1.0), ({D + "ratio_to_real": math.nan}, [], -1.0)):
         result = sweep_objective({name: 2.0, **values}, verdicts)
         assert result == {name: objective, f"{name}_raw": 2.0, **values}

@@ -231,13 +231,16 @@ def test_nothing_imports_a_stage_but_tests_and_the_benchmark():
 # --- resuming ---
 
 FINAL = ("model", "ema", "disc", "vae_optimizer", "disc_optimizer", "optimizer",
-         "step", "bad_steps")
+         "step", "bad_steps", "best", "recent")
 
 
 def assert_same_run(a, b, kind):
     one, two = (experiment.load_checkpoint(f / "ckpts/last.pt", kind) for f in (a, b))
     for key in FINAL:
         assert (key in one) == (key in two) and (key not in one or same(one[key], two[key])), key
+    if kind == "ldm":
+        one, two = (experiment.load_checkpoint(f / "ckpts/best.pt", kind) for f in (a, b))
+        assert one["step"] > 0 and all(same(one[key], two[key]) for key in ("ema", "step", "best"))
     assert read_jsonl(a / "metrics.jsonl") == read_jsonl(b / "metrics.jsonl")
     pictures = {p.name: p.read_bytes() for p in (a / "samples").iterdir()}
     assert pictures and pictures == {p.name: p.read_bytes() for p in (b / "samples").iterdir()}
