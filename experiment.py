@@ -1121,6 +1121,15 @@ class Run:
             state = on_cpu({**state, "metrics_bytes": size, "world_size": self.procs.world_size})
             self.writing = self.writer.submit(self._write, state, path or self.checkpoint_path)
 
+    def save_best(self, state):
+        """Write ckpts/best.pt, unless a run that was started again has just found the same: then it
+        keeps its hash."""
+        if not self.procs.main:
+            return
+        there = self.best_path.exists()
+        if not there or peek(self.best_path, lambda stored: stored["best"]) != state["best"]:
+            self.save(state, self.best_path)
+
     def _write(self, state, path):
         with open(self.metrics_path, "rb") as f:
             os.fsync(f.fileno())  # the checkpoint counts its bytes

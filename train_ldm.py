@@ -23,8 +23,8 @@ import experiment
 import metrics
 import model
 from args import (BooleanFlag, add_autoencoder_arguments, add_data_arguments,
-                  add_precision_arguments, add_training_arguments, at_least, int_list, interval,
-                  make_parser, parse_settings, print_settings)
+                  add_precision_arguments, add_training_arguments, at_least, file_path, int_list,
+                  interval, make_parser, parse_settings, print_settings)
 from experiment import fail, notice, say
 
 # --- modes and arguments ------------------------------------------------------------------------
@@ -105,6 +105,8 @@ def build_parser():
     add("--warmup_steps", type=at_least(0), default=500,
         help="steps over which the learning rate rises")
     add("--grad_accum", type=at_least(1), default=1, help="micro-batches per step")
+    add("--init_from", type=file_path,
+        help="checkpoint of a train_ldm.py run whose averaged weights a new run starts from")
     add("--patience", type=at_least(0), default=0,
         help="stop after so many evaluations without a new lowest val/loss; 0: never")
     add = parser.add_argument_group("sampling in training").add_argument
@@ -180,6 +182,8 @@ def check_inputs(args):
         ae_path = experiment.find_autoencoder(args)
         experiment.load_checkpoint(ae_path, "vae")
         read_scale(args, ae_path, experiment.sha256_file(ae_path))
+        if args.init_from:
+            experiment.load_checkpoint(args.init_from, "ldm")
 
 
 def notice_scale_of_others(args, ckpt_path, images):
@@ -190,6 +194,10 @@ def notice_scale_of_others(args, ckpt_path, images):
     stored = experiment.read_json(path, "latent scale")
     if (stored.get("task"), stored.get("split")) == (args.task, args.split):
         data.notice_changes(stored.get("data"), images, f"{path} was measured")
+
+
+# What the output of a network means: weights are of no use with others.
+PROCESS_SETTINGS = ("prediction", "noise_schedule", "zero_terminal_snr")
 
 
 # --- model and step -----------------------------------------------------------------------------
@@ -205,6 +213,34 @@ def build_models(args, procs, latent_shape, num_classes):
     optimizer = torch.optim.AdamW(denoiser.parameters(), args.lr,
                                   weight_decay=args.weight_decay, fused=True)
     return denoiser, ema, optimizer
+
+
+def init_weights(denoiser, ema, args, scale, vae_sha256, class_names):
+    """Start from the averaged weights of --init_from, a model of the same shape and autoencoder.
+
+    Classes are found by name; a new one starts as the null class, which stands for all of them.
+    """
+    path = args.init_from
+    checkpoint = experiment.load_checkpoint(path, "ldm")
+    experiment.check_complete(checkpoint, path)
+    if checkpoint["vae_sha256"] != vae_sha256:
+        fail(f"--init_from={path} was trained with another autoencoder: give its autoencoder as "
+             f"--ae_ckpt_path={checkpoint['ae_ckpt_path']}")
+    wanted = {name: getattr(args, name) for name in PROCESS_SETTINGS}
+    stored = checkpoint["args"] | {"latent_scale_factor": checkpoint["latent_scale_factor"]}
+    for name, now in {**wanted, "latent_scale_factor": scale}.items():
+        if stored[name] != now:
+            fail(f"--init_from={path} was trained with --{name}={stored[name]}, and its weights "
+                 f"mean nothing with {now}: give --{name}={stored[name]}")
+    state = dict(checkpoint["ema"] or checkpoint["model"])
+    known = checkpoint["class_names"]
+    rows = [known.index(name) if name in known else len(known) for name in class_names]
+    table = state["unet.class_emb.weight"]
+    state["unet.class_emb.weight"] = table[[*rows, len(known)]]
+    for module in (denoiser, ema.module) if ema else (denoiser,):
+        experiment.load_weights(module, state, path)
+    if new := [name for name in class_names if name not in known]:
+        notice(f"{path} knows no class {', '.join(new)}: it starts as the null class")
 
 
 def notice_idle_attention(args, latent_size):
@@ -507,7 +543,7 @@ def check_resumed(checkpoint, folder, args, scale, vae_sha256, class_names):
     if checkpoint["class_names"] != class_names:
         fail(f"{folder} was trained on the classes {', '.join(checkpoint['class_names'])}, not on "
              f"{', '.join(class_names)}: give the --data_root and --task it was started with")
-    for name in ("prediction", "noise_schedule", "zero_terminal_snr"):
+    for name in PROCESS_SETTINGS:
         before, now = checkpoint["args"][name], getattr(args, name)
         if before != now:
             fail(f"{folder} was trained with {name}={before}; its weights mean nothing with {now}: "
@@ -579,6 +615,8 @@ def main(argv=None):
         if memorisation:
             memorisation.recent = checkpoint["recent"]
         run.check_steps(step, total_steps)
+    elif args.init_from:
+        init_weights(denoiser, ema, args, scale, vae_sha256, class_names)
 
     def state():
         return {"model": denoiser.state_dict(), "ema": ema.module.state_dict() if ema else None,
@@ -649,7 +687,7 @@ def main(argv=None):
                 best = Best(val_loss, step, epoch)
                 # Averaged weights alone, under the name that the loader takes them from.
                 kept = {"optimizer": None, "recent": None} | ({"model": None} if ema else {})
-                run.save(state() | kept, run.best_path)
+                run.save_best(state() | kept)
             if procs.main:
                 paths = save_samples(run, epoch, x, x_labels, class_names, args)
                 verdicts = metrics.health(

@@ -8,4 +8,5 @@ warmup_steps = 200
 sampler = "dpmpp_sde"
 num_sampling_steps = 20
 sample_every = 20
+patience = 3
 wandb = False

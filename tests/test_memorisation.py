@@ -164,3 +164,41 @@ def test_copies_among_the_last_samples_are_seen(workspace):
     for _ in range(train_ldm.WINDOW):  # only the last evaluations count
         found = watch.copies(val)
     assert len(watch.recent) == 6 * train_ldm.WINDOW and found["copies/share"] < 0.2
+
+
+# --- starting from another model ---
+
+
+def test_a_run_starts_from_the_averaged_weights_of_another(workspace, quick, ldm):
+    """Without a learning rate they stay; classes are found by name, a new one is the null class."""
+    root = workspace.root / "d"
+    for old, new in (("normal", "tb"), ("tb", "covid"), ("normal", "normal")):
+        shutil.copytree(workspace.data / "TB/train" / old, root / "TB/train" / new)
+    argv = [*ldm, f"--data_root={root}", "--run_name=n", f"--init_from={workspace.ldm_ckpt}",
+            f"--ae_ckpt_path={workspace.vae_ckpt}", "--max_steps=1", "--lr=0"]
+    result = quick(*argv)
+    assert result.code == 0 and "no class covid" in result.out, result.err
+    old = experiment.load_checkpoint(workspace.ldm_ckpt, "ldm")["ema"]
+    new = experiment.load_checkpoint(workspace.out / "n/ckpts/last.pt", "ldm")
+    assert new["class_names"] == ["covid", "normal", "tb"]
+    for name, value in old.items():
+        if name == "unet.class_emb.weight":
+            value = value[[2, 0, 1, 2]]  # normal, tb and the null class before
+        assert torch.equal(new["model"][name], value), name
+    torch.testing.assert_close(new["ema"], new["model"])
+
+
+INIT_ERRORS = {
+    "prediction": (["--prediction=x0"], "give --prediction=v"),
+    "shape": (["--ldm_base_ch=8"], "does not fit"),
+    "no file": (["--init_from=none.pt"], "no checkpoint at none.pt"),
+}
+
+
+@pytest.mark.parametrize("case", INIT_ERRORS)
+def test_weights_that_mean_nothing_are_refused(workspace, quick, ldm, case):
+    flags, says = INIT_ERRORS[case]
+    result = quick(*ldm, "--run_name=n", f"--init_from={workspace.ldm_ckpt}", "--max_steps=1",
+                   *flags)
+    assert result.code == experiment.EXIT_FAILED and says in result.err
+    assert "Traceback" not in result.err

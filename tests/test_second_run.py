@@ -382,7 +382,7 @@ def test_paths_know_the_home_folder_and_are_not_empty(capsys, monkeypatch):
 def test_a_run_folder_given_as_a_checkpoint_is_told_so(workspace, quick):
     result = quick("sample.py", f"--ckpt={workspace.out / 'l'}")
     assert result.code == experiment.EXIT_FAILED
-    assert f"give {workspace.ldm_ckpt}" in only_error(result)
+    assert f"give {workspace.ldm_ckpt.with_name('best.pt')}" in only_error(result)
 
 
 def test_a_checkpoint_of_another_version_is_one_line(workspace, quick):
