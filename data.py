@@ -1145,19 +1145,52 @@ def overfit_indices(labels, k):
 # --- latents ------------------------------------------------------------------------------------
 
 
-class LatentSet:
-    """Posterior means and log-variances of an ImageSet, from the cache or encoded on the fly."""
+# Most that augment changes: shift as a fraction of the side, zoom, rotation in radians, contrast,
+# brightness in grey from -1 to 1. A film is never flipped: that moves the heart.
+AUG_RANGES = (0.06, 0.06, 0.08, 0.09, 0.1, 0.05)
 
-    def __init__(self, images, vae, vae_sha256, folder, procs, use_cache=True, batch_size=16):
-        """vae: AutoencoderKL on procs.device. The cache is keyed by VAE, data and image size,
-        shared by all runs below `folder`, and made by all ranks."""
+
+def augment(x, how):
+    """Images [B, 1, S, S] in [-1, 1], shifted, zoomed, rotated and exposed otherwise.
+
+    how [B, 6] in [-1, 1], as fractions of AUG_RANGES: shift to the right and down, zoom, rotation,
+    contrast, brightness. What comes in at the edges is mirrored.
+    """
+    right, down, zoom, angle, contrast, brightness = (how * how.new_tensor(AUG_RANGES)).unbind(1)
+    scale = 1 / (1 + zoom)
+    rows = [torch.stack([scale * angle.cos(), scale * angle.sin(), -2 * right], 1),
+            torch.stack([-scale * angle.sin(), scale * angle.cos(), -2 * down], 1)]
+    grid = F.affine_grid(torch.stack(rows, 1), x.shape, align_corners=False)
+    x = F.grid_sample(x, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
+    black = (x + 1) * (1 + contrast)[:, None, None, None] - 1
+    return (black + brightness[:, None, None, None]).clamp(-1, 1)
+
+
+class LatentSet:
+    """Posterior means and log-variances of an ImageSet, from the cache or encoded on the fly.
+
+    With `versions`, of so many augmented versions of each image too; version 0 is the image itself.
+    """
+
+    def __init__(self, images, vae, vae_sha256, folder, procs, use_cache=True, batch_size=16,
+                 versions=0):
+        """vae: AutoencoderKL on procs.device. The cache is keyed by VAE, data, image size and
+        augmentation, shared by all runs below `folder`, and made by all ranks."""
         self.images, self.vae, self.device = images, vae, procs.device
         self.cache = self.resident = None
+        self.versions = versions
+        # All rows: a subset or one class shares the cache. Version v of row r is row v total + r.
+        total = images.num_files
+        rng = experiment.generator("cpu", "augment", images.key)
+        how = torch.rand(versions * total, len(AUG_RANGES), generator=rng) * 2 - 1
+        self.how = torch.cat([torch.zeros(total, len(AUG_RANGES)), how])
         if not use_cache:
             return
-        key = hashlib.sha256(f"{vae_sha256} {images.key}".encode()).hexdigest()
-        total = images.num_files  # all rows: a subset or one class shares the cache
-        shape = (total, 2, *vae.latent_shape)
+        text = f"{vae_sha256} {images.key}"
+        if versions:
+            text += f" {versions} {AUG_RANGES}"
+        key = hashlib.sha256(text.encode()).hexdigest()
+        shape = (len(self.how), 2, *vae.latent_shape)
 
         def encoder():
             decoded = dataclasses.replace(images.decoded(), rows=np.arange(total))
@@ -1166,7 +1199,7 @@ class LatentSet:
                 rows = []
                 for first in range(start, stop, batch_size):
                     index = np.arange(first, min(first + batch_size, stop))
-                    posterior = self._encode(decoded.images(index))
+                    posterior = self._encode(self._augmented(decoded.images(index % total), index))
                     rows.append(torch.stack(posterior, 1).cpu().numpy())  # [B, 2, C, h, w]
                     tick(len(index))
                 return np.concatenate(rows), {}
@@ -1176,23 +1209,39 @@ class LatentSet:
                                   "encoding latents", encoder)
         if procs.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(procs.device)
-            if len(images) * 4 * np.prod(shape[1:]) < 0.1 * free:
-                self.resident = torch.from_numpy(self.cache.rows(images.rows)).to(procs.device)
+            mine = np.concatenate([images.rows + v * total for v in range(versions + 1)])
+            if len(mine) * 4 * np.prod(shape[1:]) < 0.1 * free:
+                self.resident = torch.from_numpy(self.cache.rows(mine)).to(procs.device)
+
+    def _augmented(self, x, rows):
+        """Images x [B, 1, S, S] as the versions of these rows are; version 0 stays as it is."""
+        changed = torch.from_numpy(rows >= self.images.num_files)
+        if changed.any():
+            x = x.clone()
+            x[changed] = augment(x[changed], self.how[torch.from_numpy(rows)[changed]])
+        return x
 
     @torch.no_grad()
     def _encode(self, x):
         # In float32 and without autocast, so that cached and fresh latents are the same.
         return self.vae.encode(x.to(self.device))
 
-    def posterior(self, indices):
-        """(mean, logvar), each float32 [B, C, h, w] on the device."""
+    def posterior(self, indices, versions=0):
+        """(mean, logvar), each float32 [B, C, h, w] on the device. versions [B]: of each image."""
         if self.resident is not None:
-            both = self.resident[torch.from_numpy(indices).to(self.device)]
-        elif self.cache is not None:
-            both = torch.from_numpy(self.cache.rows(self.images.rows[indices])).to(self.device)
-        else:
-            return tuple(self._encode(self.images.images(indices)))
-        return both[:, 0], both[:, 1]
+            index = torch.from_numpy(indices + versions * len(self.images)).to(self.device)
+            both = self.resident[index]
+            return both[:, 0], both[:, 1]
+        rows = self.images.rows[indices] + versions * self.images.num_files
+        if self.cache is not None:
+            both = torch.from_numpy(self.cache.rows(rows)).to(self.device)
+            return both[:, 0], both[:, 1]
+        return tuple(self._encode(self._augmented(self.images.images(indices), rows)))
+
+    def how_augmented(self, indices, versions):
+        """float32 [B, 6] on the device: see augment; zeros for version 0."""
+        rows = self.images.rows[indices] + versions * self.images.num_files
+        return self.how[torch.from_numpy(rows)].to(self.device)
 
 
 if __name__ == "__main__":

@@ -137,13 +137,14 @@ class Denoiser(nn.Module):
         # eps near t = 1 multiplies the network's error by sigma / alpha, up to 152.
         return x0.clamp(-EPS_BOUND, EPS_BOUND) if self.prediction == "eps" else x0
 
-    def forward(self, x0, t, noise, y):
-        """Training loss of each image, float32 [B].
+    def forward(self, x0, t, noise, y, aug=None):
+        """Training loss of each image, float32 [B]; aug: see model.UNet.
 
         The loss is `forward`, since that is what torch.compile and DDP wrap.
         """
         xt = self.schedule.q_sample(x0, t, noise)
-        error = self.unet(xt, t, y) - self.target(x0, t, noise)
+        out = self.unet(xt, t, y) if aug is None else self.unet(xt, t, y, aug)
+        error = out - self.target(x0, t, noise)
         loss = error.square().flatten(1).mean(1)
         if self.loss_weighting == "min_snr":
             snr = (self.schedule.alpha(t) / self.schedule.sigma(t)) ** 2

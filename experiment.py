@@ -769,10 +769,14 @@ def load_autoencoder(ckpt_path, procs, config_path=None):
     return vae, settings, sha256_file(ckpt_path)
 
 
+AUG_DIM = 6  # numbers that tell how an image was augmented: see data.augment
+
+
 def build_denoiser(settings, latent_shape, num_classes):
     """Denoiser from a dict of train_ldm.py's settings; ValueError where they contradict."""
     unet = model.UNet(latent_shape, num_classes, settings["ldm_base_ch"], settings["ldm_ch_mults"],
-                      settings["ldm_num_res_blocks"], settings["ldm_attn_res"])
+                      settings["ldm_num_res_blocks"], settings["ldm_attn_res"],
+                      AUG_DIM if settings["augment"] else 0)
     schedule = diffusion.NoiseSchedule(settings["noise_schedule"], settings["zero_terminal_snr"])
     return diffusion.Denoiser(unet, schedule, settings["prediction"], settings["loss_weighting"])
 
@@ -787,6 +791,7 @@ def load_ldm(ckpt_path, procs, ae_ckpt_path=None, use_ema=None):
     check_complete(checkpoint, ckpt_path)
     check_class_names(checkpoint["class_names"], ckpt_path)
     num_classes = len(checkpoint["class_names"])
+    check_names(("augment",), checkpoint["args"], ckpt_path)
     denoiser = build_denoiser(checkpoint["args"], checkpoint["latent_shape"], num_classes)
     if use_ema and checkpoint["ema"] is None:
         fail(f"{ckpt_path} was trained without EMA weights: give --no-use_ema")

@@ -253,11 +253,14 @@ class UNet(nn.Module):
     Dhariwal & Nichol 2021).
 
     Class `num_classes` is the null class of classifier-free guidance. attn_res lists the latent
-    sizes that get attention; the middle block always has it. ValueError where the latents cannot be
-    halved len(ch_mults) - 1 times, or base_ch is odd.
+    sizes that get attention; the middle block always has it. aug_dim: how many numbers tell how an
+    image was augmented, which the network is given so that it does not draw what was augmented
+    (Karras et al. 2022, appendix F.2). ValueError where the latents cannot be halved
+    len(ch_mults) - 1 times, or base_ch is odd.
     """
 
-    def __init__(self, latent_shape, num_classes, base_ch, ch_mults, num_res_blocks, attn_res):
+    def __init__(self, latent_shape, num_classes, base_ch, ch_mults, num_res_blocks, attn_res,
+                 aug_dim=0):
         super().__init__()
         in_ch, res, _ = latent_shape
         halvings = len(ch_mults) - 1
@@ -274,6 +277,10 @@ class UNet(nn.Module):
         self.time_mlp = nn.Sequential(
             nn.Linear(base_ch, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
         self.class_emb = nn.Embedding(num_classes + 1, emb_dim)
+        self.aug_emb = None
+        if aug_dim:  # without a bias: all zeros, the image as it is, add nothing
+            self.aug_emb = nn.Linear(aug_dim, emb_dim, bias=False)
+            nn.init.zeros_(self.aug_emb.weight)
 
         ch = base_ch
         self.conv_in = nn.Conv2d(in_ch, ch, 3, padding=1)
@@ -307,9 +314,14 @@ class UNet(nn.Module):
         self.norm_out = norm(ch)
         self.conv_out = zero_init(nn.Conv2d(ch, in_ch, 3, padding=1))  # first, it predicts zero
 
-    def forward(self, x, t, y):
-        """x [B, C, h, w], t [B] in [0, 1], y [B] class index or null_class: float32 like x."""
+    def forward(self, x, t, y, aug=None):
+        """x [B, C, h, w], t [B] in [0, 1], y [B] class index or null_class: float32 like x.
+
+        aug [B, aug_dim]: how the image was augmented; None, as in sampling: not at all.
+        """
         emb = self.time_mlp(timestep_embedding(t, self.base_ch)) + self.class_emb(y)  # [B, emb_dim]
+        if aug is not None:
+            emb = emb + self.aug_emb(aug)
         h = self.conv_in(x)
         skips = [h]
         for block in self.down:

@@ -65,8 +65,8 @@ def preset(args):
     mode, k = resolve_mode(args)
     nearest = "overfit_8" if k < 12 else "overfit_16" if k < 24 else "overfit_32"
     row = PRESETS.get(mode) or {**PRESETS[nearest], "batch_per_device": min(k, 16)}
-    if k:  # memorising: no class dropout, hence no null class to guide from, and no warm-up
-        row = {**row, "prob_uncond": 0.0, "guidance_scale": 1.0, "warmup_steps": 0}
+    if k:  # memorising: no class dropout, hence no null class to guide from, nothing augmented
+        row = {**row, "prob_uncond": 0.0, "guidance_scale": 1.0, "warmup_steps": 0, "augment": 0}
     return row
 
 
@@ -82,6 +82,9 @@ def build_parser():
     add("--latent_scale_factor", type=at_least(1e-6, float),
         help="None: from latent_scale.json beside the autoencoder")
     add("--cache_latents", action=BooleanFlag, default=True, help="encode the images once for all")
+    add("--augment", type=at_least(0), default=0,
+        help="versions of each image that are shifted, zoomed, rotated and exposed a little "
+             "otherwise, never flipped; the UNet is told, so that samples are not")
     add = parser.add_argument_group("UNet").add_argument
     add("--ldm_base_ch", type=at_least(1), default=96, help="channels of the first level")
     add("--ldm_ch_mults", type=int_list, default=(1, 2, 4),
@@ -237,6 +240,11 @@ def init_weights(denoiser, ema, args, scale, vae_sha256, class_names):
     rows = [known.index(name) if name in known else len(known) for name in class_names]
     table = state["unet.class_emb.weight"]
     state["unet.class_emb.weight"] = table[[*rows, len(known)]]
+    told, own = "unet.aug_emb.weight", denoiser.state_dict()  # of --augment, on either side
+    if told in own:
+        state.setdefault(told, own[told])
+    else:
+        state.pop(told, None)
     for module in (denoiser, ema.module) if ema else (denoiser,):
         experiment.load_weights(module, state, path)
     if new := [name for name in class_names if name not in known]:
@@ -257,7 +265,8 @@ def wrap(denoiser, latent_shape, args, procs):
     mean = torch.zeros(args.batch_per_device, *latent_shape, device=procs.device)
     y = torch.zeros(len(mean), dtype=torch.long, device=procs.device)
     draws = [d[:len(y)] for d in draw_inputs(latent_shape, "example", args, procs)]
-    example = sample_inputs((mean, mean), y, 1.0, draws, denoiser, procs)
+    how = torch.zeros(len(y), experiment.AUG_DIM, device=procs.device)
+    example = sample_inputs(MicroBatch((mean, mean), y, how), 1.0, draws, denoiser, procs)
     loss_fn = torch.compile(denoiser) if procs.compile else denoiser
     return experiment.wrap_ddp(procs, loss_fn, *example)
 
@@ -280,37 +289,56 @@ def draw_inputs(latent_shape, step, args, procs):
     return noise[:, 0].contiguous(), noise[:, 1].contiguous(), t, dropped
 
 
-def sample_inputs(posterior, y, scale, draws, denoiser, procs):
-    """(x0, t, noise, y) of a batch, as Denoiser.forward takes them; draws: of draw_inputs.
+class MicroBatch(NamedTuple):
+    """Images of one pass through the network."""
 
-    posterior: (mean, logvar) of unscaled latents, each [B, C, h, w]; y [B]: class indices.
-    """
+    posterior: tuple  # (mean, logvar) of unscaled latents, each [B, C, h, w]
+    y: torch.Tensor  # [B] class indices
+    how: torch.Tensor  # [B, 6]: how each was augmented, see data.augment
+
+
+def draw_versions(count, step, args, procs):
+    """Which version of this rank's images a step takes: half of them as they are (0), the others
+    one of the args.augment augmented ones; int [B]. They depend on what draw_inputs depends on."""
+    if not args.augment:
+        return np.zeros(count, int)
+    rng = experiment.generator("cpu", args.seed, "versions", step)
+    total = procs.world_size * count
+    versions = torch.randint(1, args.augment + 1, (total,), generator=rng)
+    versions *= torch.rand(total, generator=rng) < 0.5
+    return versions[experiment.own_places(procs, count)].numpy()
+
+
+def sample_inputs(batch, scale, draws, denoiser, procs):
+    """(x0, t, noise, y) of a MicroBatch, as Denoiser.forward takes them, and how it was augmented
+    where the network is told; draws: of draw_inputs."""
     posterior_noise, noise, t, dropped = draws
-    x0 = model.Posterior(*posterior).sample(posterior_noise) * scale
-    y = torch.where(dropped, denoiser.unet.null_class, y)
-    return x0.contiguous(memory_format=procs.memory_format), t, noise, y
+    x0 = model.Posterior(*batch.posterior).sample(posterior_noise) * scale
+    y = torch.where(dropped, denoiser.unet.null_class, batch.y)
+    inputs = x0.contiguous(memory_format=procs.memory_format), t, noise, y
+    return inputs if denoiser.unet.aug_emb is None else (*inputs, batch.how)
 
 
 def train_step(denoiser, ema, optimizer, loss_fn, micro_batches, scale, step, args, procs):
-    """One optimiser step on [(posterior, y), ...], as sample_inputs takes them.
+    """One optimiser step on a list of MicroBatch.
 
     Returns (loss of each image [B], its t [B], gradient norm, 1.0 if the step was skipped else
     0.0), tensors on the device. bench.py times this function.
     """
-    draws = draw_inputs(micro_batches[0][0][0].shape[1:], step, args, procs)
+    draws = draw_inputs(micro_batches[0].posterior[0].shape[1:], step, args, procs)
     losses, times = [], []
-    for i, (posterior, y) in enumerate(micro_batches):
-        part = [d[i * len(y):(i + 1) * len(y)] for d in draws]
-        x0, t, noise, y = sample_inputs(posterior, y, scale, part, denoiser, procs)
+    for i, batch in enumerate(micro_batches):
+        part = [d[i * len(batch.y):(i + 1) * len(batch.y)] for d in draws]
+        inputs = sample_inputs(batch, scale, part, denoiser, procs)
         last = i == len(micro_batches) - 1
         # DDP adds the gradients of the ranks up once per step, in the last micro-batch.
         alone = procs.world_size == 1 or last
         with contextlib.nullcontext() if alone else loss_fn.no_sync():
             with procs.autocast():
-                loss = loss_fn(x0, t, noise, y)
+                loss = loss_fn(*inputs)
             (loss.mean() / len(micro_batches)).backward()
         losses.append(loss.detach())
-        times.append(t)
+        times.append(inputs[1])
     grad_norm, bad = experiment.clip_and_step(denoiser, optimizer, args.grad_clip)
     if ema:
         ema.update(denoiser, step + 1)
@@ -581,7 +609,8 @@ def main(argv=None):
     if args.overfit_k:
         images = images.subset(data.overfit_indices(images.labels, args.overfit_k))
     cache = pathlib.Path(args.output_root, "cache")
-    latents = data.LatentSet(images, vae, vae_sha256, cache, procs, args.cache_latents)
+    latents = data.LatentSet(images, vae, vae_sha256, cache, procs, args.cache_latents,
+                             versions=args.augment)
     reference = training_reference(latents, args, scale, vae, procs)
     memorisation = None  # in overfit modes it is the goal
     if not args.overfit_k:
@@ -708,8 +737,12 @@ def main(argv=None):
         index, epoch = experiment.batch_indices(step, epoch_len, step_batch, args.seed, procs.rank,
                                                 procs.world_size)
         index = index % len(images)  # overfit_one repeats its image
-        micro_batches = [(latents.posterior(part), labels[torch.from_numpy(part).to(procs.device)])
-                         for part in np.split(index, args.grad_accum)]
+        versions = draw_versions(len(index), step, args, procs)
+        micro_batches = [
+            MicroBatch(latents.posterior(i, v), labels[torch.from_numpy(i).to(procs.device)],
+                       latents.how_augmented(i, v))
+            for i, v in zip(np.split(index, args.grad_accum), np.split(versions, args.grad_accum),
+                            strict=True)]
         warmup = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
         experiment.set_groups(optimizer, lr=args.lr * warmup)
         loss, t, grad_norm, bad = train_step(denoiser, ema, optimizer, loss_fn, micro_batches,
