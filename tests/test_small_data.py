@@ -1,4 +1,4 @@
-"""What a run tells of memorising while it trains: val/loss, copies, best.pt and --patience."""
+"""Few images: val/loss, copies, best.pt, --patience, --init_from and --augment."""
 import json
 import shutil
 
@@ -8,6 +8,7 @@ import torch
 from conftest import read_jsonl, run
 
 import data
+import diffusion
 import experiment
 import metrics
 import model
@@ -202,3 +203,97 @@ def test_weights_that_mean_nothing_are_refused(workspace, quick, ldm, case):
                    *flags)
     assert result.code == experiment.EXIT_FAILED and says in result.err
     assert "Traceback" not in result.err
+
+
+# --- augmentation ---
+
+
+def centre(x):
+    """(right, down) of the centre of brightness of images [B, 1, S, S], in pixels from the middle:
+    [B, 2]."""
+    side = x.shape[-1]
+    weight = (x[:, 0] + 1).clamp_min(0)
+    places = torch.arange(side) - (side - 1) / 2
+    total = weight.sum((1, 2))
+    return torch.stack([(weight.sum(1) * places).sum(1), (weight.sum(2) * places).sum(1)],
+                       1) / total[:, None]
+
+
+def spot(right, down, side=64):
+    """Black image [1, 1, S, S] with a white spot of 8 x 8 pixels so far from its middle."""
+    x = torch.full((1, 1, side, side), -1.0)
+    top, left = side // 2 + down - 4, side // 2 + right - 4
+    x[..., top:top + 8, left:left + 8] = 1
+    return x
+
+
+def how(**given):
+    names = ("right", "down", "zoom", "angle", "contrast", "brightness")
+    return torch.tensor([[given.get(name, 0.0) for name in names]])
+
+
+def test_an_augmentation_does_what_its_numbers_say():
+    x = spot(12, 0)
+    torch.testing.assert_close(data.augment(x, how()), x, atol=1e-4, rtol=0)
+    for given, expected in (({"right": 1}, (12 + 0.06 * 64, 0)), ({"down": -1}, (12, -0.06 * 64)),
+                            ({"zoom": 1}, (12 * 1.08, 0)),
+                            ({"angle": 1}, (12 * np.cos(0.09), 12 * np.sin(0.09)))):
+        moved = data.augment(x, how(**given))
+        assert centre(moved)[0].tolist() == pytest.approx(expected, abs=0.15), given
+        size = (moved + 1).sum() / (x + 1).sum()
+        assert size == pytest.approx(1.08**2 if "zoom" in given else 1, rel=0.03)
+    grey = torch.full((1, 1, 16, 16), -0.5)
+    assert data.augment(grey, how(contrast=1)).mean() == pytest.approx(0.5 * 1.1 - 1)
+    assert data.augment(grey, how(brightness=-1)).mean() == pytest.approx(-0.55)
+
+
+def test_versions_of_an_image_are_cached_as_they_are_encoded(workspace):
+    plain, vae, sha256, _ = opened(workspace)
+    few = plain.images.subset([3, 9, 12])
+    cached, fresh = (data.LatentSet(few, vae, sha256, workspace.out / "cache", ALONE, use, 5, 2)
+                     for use in (True, False))
+    index, versions = np.array([0, 1, 2, 1]), np.array([0, 2, 1, 1])
+    told = cached.how_augmented(index, versions)
+    assert (told[0] == 0).all() and told[1:].abs().max() <= 1 and len(told.unique()) > 15
+    expected = vae.encode(data.augment(few.images(index), told)).mean
+    for latents in (cached, fresh):
+        mean, _ = latents.posterior(index, versions)
+        torch.testing.assert_close(mean, expected, atol=1e-4, rtol=1e-4)
+    same = cached.posterior(index[:1])[0], plain.posterior(np.array([3]))[0]
+    torch.testing.assert_close(*same, atol=1e-4, rtol=1e-4)
+
+
+def test_half_of_the_images_of_a_step_are_as_they_are(workspace):
+    args = train_ldm.parse_args(["--augment=3"])
+    drawn = [np.concatenate([train_ldm.draw_versions(8, step, args, ALONE._replace(
+        rank=rank, world_size=2)) for rank in range(2)]) for step in range(200)]
+    counts = np.bincount(np.concatenate(drawn), minlength=4)
+    assert counts.sum() == 3200 and abs(counts[0] - 1600) < 120  # 4 standard deviations
+    assert all(abs(count - 1600 / 3) < 90 for count in counts[1:])
+    alone = train_ldm.draw_versions(16, 7, args, ALONE)
+    assert (alone == drawn[7]).all()  # whatever the number of processes
+    assert train_ldm.draw_versions(4, 0, train_ldm.parse_args([]), ALONE).tolist() == [0] * 4
+    assert train_ldm.parse_args(["--mode=overfit_8"]).augment == 0
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_what_was_augmented_does_not_show_in_samples(told):
+    """A spot that is always in the middle, shifted in training: the samples of a network that is
+    told have it there, those of one that is not told have it anywhere."""
+    args = train_ldm.parse_args(["--ldm_base_ch=16", "--ldm_ch_mults=1,2", "--ldm_num_res_blocks=1",
+                                 "--ldm_attn_res=4", "--augment=1", "--lr=2e-3"])
+    denoiser, ema, optimizer = train_ldm.build_models(args, ALONE, (1, 16, 16), 2)
+    x = spot(0, 0, 16)
+    rng = torch.Generator().manual_seed(0)
+    for step in range(400):
+        numbers = torch.zeros(16, 6)
+        numbers[:8, :2] = 4 * (torch.rand(8, 2, generator=rng) * 2 - 1)  # up to 4 pixels
+        mean = data.augment(x.expand(16, -1, -1, -1), numbers)
+        batch = train_ldm.MicroBatch((mean, torch.full_like(mean, -20.0)),
+                                     torch.zeros(16, dtype=torch.long), numbers * told)
+        train_ldm.train_step(denoiser, ema, optimizer, denoiser, [batch], 1.0, step, args, ALONE)
+    y = torch.zeros(24, dtype=torch.long)
+    samples = diffusion.sample(ema.module, y, lambda: torch.randn(24, 1, 16, 16, generator=rng),
+                               "dpmpp_sde", 10, 1.0, (0, 1))
+    off = centre(samples).abs().max(1).values
+    assert (off.quantile(0.9) < 0.7) == told
