@@ -43,6 +43,8 @@ ON_SAMPLES = "real images, tested on samples"
 ON_HELD_OUT = "real images, tested on held-out images"
 TSTR = "samples, tested on held-out images"
 BOTH = "both, tested on held-out images"
+AGAIN = "real images and as many repeats, held-out images"
+FIRST = "samples, then real images, held-out images"
 NO_SAMPLES = {"manifest.json", "metrics.json", "grid.png", "evaluation.json",
               "evaluation_pairs.png"}  # what sample.py and this program write beside samples
 
@@ -297,20 +299,20 @@ def augment(x, rng):
     return x * contrast[:, None, None, None] + brightness[:, None, None, None]
 
 
-def train_classifier(build, vary, x, labels, seed, args, procs, label):
-    """The network that build() makes, trained on images [N, 1, S, S] with labels [N], as many of
-    each class in a batch, which vary(x, rng) augments. label: what they are, for the progress line.
+def train_classifier(build, vary, x, labels, seed, steps, procs, label):
+    """The network that build() makes, trained for so many steps on images [N, 1, S, S] with labels
+    [N], as many of each class in a batch, which vary(x, rng) augments. label: what they are, for
+    the progress line.
     """
     torch.manual_seed(seed)
-    net = build().to(procs.device)
+    net = build().to(procs.device).train().requires_grad_(True)
     rng = torch.Generator().manual_seed(seed)
     members = [(labels == c).nonzero()[:, 0] for c in labels.unique()]
     count = 32 // len(members) or 1  # of each class
     optimizer = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=0.05, fused=True)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.classifier_steps)
-    text = f"training a classifier on {label}"
-    progress = experiment.Progress(procs, text, args.classifier_steps)
-    for step in range(args.classifier_steps):
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    progress = experiment.Progress(procs, f"training a classifier on {label}", steps)
+    for step in range(steps):
         index = torch.cat([m[torch.randint(len(m), (count,), generator=rng)] for m in members])
         logits = net(vary(x[index].to(procs.device), rng))
         F.cross_entropy(logits, labels[index].to(procs.device)).backward()
@@ -340,7 +342,7 @@ def real_classifier(train, num_classes, seed, args, procs, mirrored=False):
         x, what = torch.cat([x, x.flip(3)]), "real images and their mirror images"
         labels = torch.arange(len(x)) // len(train.views)
     build = functools.partial(Classifier, num_classes)
-    net = train_classifier(build, augment, x, labels, seed, args, procs, what)
+    net = train_classifier(build, augment, x, labels, seed, args.classifier_steps, procs, what)
     experiment.make_folder(path.parent)
     experiment.write_atomic(path, lambda f: torch.save(net.state_dict(), f))
     return net
@@ -353,29 +355,45 @@ def scores(net, group, procs):
 
 def tstr(samples, train, held_out, num_classes, args, procs):
     """AUROC with 95 % interval, (value, low, high), by what was trained on and tested on; and the
-    gain from samples as additional training images.
+    gains from samples, {BOTH, FIRST: (gain, low, high)}.
 
-    samples, train, held_out: ImageGroup. The third entry is TSTR (Esteban et al. 2017); the second
-    is what real images get. Each is the mean of TRAININGS trainings.
+    samples, train, held_out: ImageGroup. TSTR: Esteban et al. 2017. A gain is what samples beside
+    the real images, or before them, add to AGAIN: as many repeats of real images instead, for as
+    many steps, so that more images or more training alone do not count. Each AUROC is the mean of
+    TRAININGS trainings.
     """
-    views = torch.cat([train.views, samples.views])
-    labels = torch.cat([train.labels, samples.labels])
-    tested = {name: [] for name in (ON_SAMPLES, ON_HELD_OUT, TSTR, BOTH)}
-    train_on = functools.partial(
-        train_classifier, functools.partial(Classifier, num_classes), augment, args=args,
-        procs=procs)
+    views, labels = train.views, train.labels
+    repeats = torch.cat([torch.from_numpy(np.resize(np.flatnonzero(labels == c), int(count)))
+                         for c, count in zip(*samples.labels.unique(return_counts=True),
+                                             strict=True) if (labels == c).any()])
+    steps, half = args.classifier_steps, max(1, args.classifier_steps // 2)
+    build = functools.partial(Classifier, num_classes)
+    learn = functools.partial(train_classifier, vary=augment, procs=procs)
+    tested = {name: [] for name in (ON_SAMPLES, ON_HELD_OUT, TSTR, BOTH, AGAIN, FIRST)}
     for seed in range(args.seed, args.seed + TRAININGS):
         judge = real_classifier(train, num_classes, seed, args, procs)
-        synthetic = train_on(samples.views, samples.labels, seed, label="samples")
-        both = train_on(views, labels, seed, label="real images and samples")
+        synthetic = learn(build, x=samples.views, labels=samples.labels, seed=seed, steps=steps,
+                          label="samples")
+        both = learn(build, x=torch.cat([views, samples.views]),
+                     labels=torch.cat([labels, samples.labels]), seed=seed, steps=steps,
+                     label="real images and samples")
+        again = learn(build, x=torch.cat([views, views[repeats]]),
+                      labels=torch.cat([labels, labels[repeats]]), seed=seed, steps=steps,
+                      label="real images and repeats")
+        before = learn(build, x=samples.views, labels=samples.labels, seed=seed, steps=half,
+                       label="samples")
+        first = learn(lambda net=before: net, x=views, labels=labels, seed=seed, steps=half,
+                      label="real images after samples")
         tested[ON_SAMPLES].append(scores(judge, samples, procs))
-        for name, net in ((ON_HELD_OUT, judge), (TSTR, synthetic), (BOTH, both)):
+        for name, net in ((ON_HELD_OUT, judge), (TSTR, synthetic), (BOTH, both), (AGAIN, again),
+                          (FIRST, first)):
             tested[name].append(scores(net, held_out, procs))
     found = {name: metrics.mean_auroc(of_name, samples.labels if name == ON_SAMPLES
                                       else held_out.labels)
              for name, of_name in tested.items()}
-    gain = metrics.auroc_gain(tested[BOTH], tested[ON_HELD_OUT], held_out.labels, args.seed)
-    return found, gain
+    gains = {name: metrics.auroc_gain(tested[name], tested[AGAIN], held_out.labels, args.seed)
+             for name in (BOTH, FIRST)}
+    return found, gains
 
 
 def mirrored_shares(samples, train, held_out, args, procs):
@@ -471,7 +489,8 @@ def two_sample_tests(samples, train, held_out, vae, groups, args, procs):
     for row, (to_train, to_test, num_real) in trials.items():
         labels = (torch.arange(num_real + len(to_train.x)) >= num_real).long()
         net = train_classifier(Detective, random_crop, torch.cat([real.x[:num_real], to_train.x]),
-                               labels, args.seed, args, procs, f"real images and {row}")
+                               labels, args.seed, args.classifier_steps, procs,
+                               f"real images and {row}")
         logits = apply(net, torch.cat([unseen.x, to_test.x]).split(data.BATCH), procs)
         truth = (torch.arange(len(logits)) >= len(unseen.x)).long()
         classes = np.concatenate([unseen.labels, to_test.labels])
@@ -712,17 +731,17 @@ def verdicts(report):
             "class fidelity", value, high < 0.5, low <= 0.5 or caricature,
             "AUROC on samples of a classifier that was trained on real images; on held-out images "
             f"{real_value:.2f}.", advice))
-    if "gain" in report:
-        value, low, high = report["gain"]
+    for name, (value, low, high) in report.get("gain", {}).items():
         meaning = "the interval holds 0, so they are of no proven use"
         if low > 0:
             meaning = "they are of use"
         elif high < 0:
             meaning = "they do harm"
+        how = "before real images" if name == FIRST else "beside real images"
         found.append(verdict(
-            "gain", value, False, high < 0,
-            f"AUROC gained with samples as additional training images ({low:.3f} to {high:.3f}): "
-            f"{meaning}.",
+            f"gain, {how}", value, False, high < 0,
+            f"AUROC gained by training on samples {how}, over repeats of these ({low:.3f} to "
+            f"{high:.3f}): {meaning}.",
             "Do not train on them: look at class fidelity and at the distances."))
     return found
 

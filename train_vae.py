@@ -20,7 +20,7 @@ import model
 from args import (BooleanFlag, add_data_arguments, add_precision_arguments,
                   add_training_arguments, at_least, int_list, make_parser, parse_settings,
                   print_settings)
-from experiment import fail, say
+from experiment import fail, notice, say
 
 LOSSES = ("train/loss", "train/rec", "train/kl", "train/g_loss", "train/d_loss", "train/grad_norm")
 
@@ -267,6 +267,9 @@ def main(argv=None):
     batch, world_size = args.batch_per_device, procs.world_size
     epoch_steps = experiment.steps_per_epoch(len(train_set), batch, world_size)
     total_steps = experiment.count_steps(args, epoch_steps)
+    if args.disc_weight > 0 and args.disc_start >= total_steps and not k:
+        notice(f"no discriminator in this run: it would begin at step {args.disc_start}, the run "
+               f"ends after {total_steps}. Images stay blurred; give --disc_start={total_steps // 2}")
 
     # --- run folder, or the run to go on with ---
     run = experiment.Run(args, procs, "vae", f"ae_{args.task.lower()}_z{args.z_channels}", {

@@ -9,6 +9,7 @@ linear_path = True
 lr = 1e-3
 cooldown = 0.5
 batch_per_device = 4
+epochs = 100000
 max_steps = 12000
 disc_start = 6000
 disc_base_ch = 32
