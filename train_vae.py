@@ -268,8 +268,8 @@ def main(argv=None):
     epoch_steps = experiment.steps_per_epoch(len(train_set), batch, world_size)
     total_steps = experiment.count_steps(args, epoch_steps)
     if args.disc_weight > 0 and args.disc_start >= total_steps and not k:
-        notice(f"no discriminator in this run: it would begin at step {args.disc_start}, the run "
-               f"ends after {total_steps}. Images stay blurred; give --disc_start={total_steps // 2}")
+        notice(f"the discriminator would begin at step {args.disc_start}, but the run ends after "
+               f"{total_steps}, and images stay blurred: give --disc_start={total_steps // 2}")
 
     # --- run folder, or the run to go on with ---
     run = experiment.Run(args, procs, "vae", f"ae_{args.task.lower()}_z{args.z_channels}", {
