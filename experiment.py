@@ -1127,13 +1127,16 @@ class Run:
             self.writing = self.writer.submit(self._write, state, path or self.checkpoint_path)
 
     def save_best(self, state):
-        """Write ckpts/best.pt, unless a run that was started again has just found the same: then it
-        keeps its hash."""
+        """Write ckpts/best.pt, which is to sample from and not to go on from: the averaged weights
+        alone. Where a run that was started again has just found the same, it keeps its hash."""
         if not self.procs.main:
             return
         there = self.best_path.exists()
         if not there or peek(self.best_path, lambda stored: stored["best"]) != state["best"]:
-            self.save(state, self.best_path)
+            left_out = {"optimizer": None, "recent": None}
+            if state["ema"] is not None:
+                left_out["model"] = None
+            self.save(state | left_out, self.best_path)
 
     def _write(self, state, path):
         with open(self.metrics_path, "rb") as f:

@@ -8,7 +8,6 @@ Each mode is a set of defaults (PRESETS); an explicit flag wins. Typing the comm
 the run if it names one (--run_name or --resume_dir).
 """
 import contextlib
-import math
 import pathlib
 import re
 import time
@@ -20,6 +19,7 @@ import torch
 import data
 import diffusion
 import experiment
+import memorisation
 import metrics
 import model
 from args import (BooleanFlag, add_autoencoder_arguments, add_data_arguments,
@@ -309,6 +309,14 @@ def draw_versions(count, step, args, procs):
     return versions[experiment.own_places(procs, count)].numpy()
 
 
+def read_batches(latents, labels, index, step, args, procs):
+    """[MicroBatch] of the images `index` of this rank in a step."""
+    versions = draw_versions(len(index), step, args, procs)
+    parts = zip(np.split(index, args.grad_accum), np.split(versions, args.grad_accum), strict=True)
+    return [MicroBatch(latents.posterior(i, v), labels[torch.from_numpy(i).to(procs.device)],
+                       latents.how_augmented(i, v)) for i, v in parts]
+
+
 def sample_inputs(batch, scale, draws, denoiser, procs):
     """(x0, t, noise, y) of a MicroBatch, as Denoiser.forward takes them, and how it was augmented
     where the network is told; draws: of draw_inputs."""
@@ -366,115 +374,6 @@ class LossMeans:
             if means[f"count_t{q}"] > 0:
                 values[f"train/loss_t{q}"] = means[f"loss_t{q}"] / means[f"count_t{q}"]
         return values
-
-
-# --- memorisation -------------------------------------------------------------------------------
-
-PAIRS = 512  # of an image and a time, which val/loss is the mean of
-WINDOW = 8  # evaluations whose samples are searched for copies together
-MOST_SEARCHED = 10_000  # training images among which they are looked for
-
-
-class FixedInputs(NamedTuple):
-    """Inputs of Denoiser.forward that are the same at each evaluation, so that their loss changes
-    with the weights alone."""
-
-    x0: torch.Tensor  # [N, C, h, w]
-    t: torch.Tensor  # [N]
-    noise: torch.Tensor  # [N, C, h, w]
-    y: torch.Tensor  # [N]
-
-
-@torch.no_grad()
-def fixed_inputs(latents, index, scale, args, procs):
-    """FixedInputs of the images `index` of a data.LatentSet: about PAIRS, their times evenly spread
-    from 0 to 1, all from args.seed alone."""
-    parts = [latents.posterior(index[i:i + 64]) for i in range(0, len(index), 64)]
-    posterior = [torch.cat(part) for part in zip(*parts, strict=True)]
-    places = torch.arange(len(index)).repeat(max(1, PAIRS // len(index)))
-    rng = experiment.generator("cpu", args.seed, "validation")
-    t = (torch.randperm(len(places), generator=rng) + 0.5) / len(places)
-    noise = torch.randn(2, len(places), *posterior[0].shape[1:], generator=rng).to(procs.device)
-    places = places.to(procs.device)
-    x0 = model.Posterior(*(part[places] for part in posterior)).sample(noise[0]) * scale
-    y = torch.from_numpy(latents.images.labels[index]).to(procs.device)
-    return FixedInputs(x0, t.to(procs.device), noise[1], y[places])
-
-
-@torch.no_grad()
-def mean_loss(denoiser, inputs, procs):
-    """Loss of FixedInputs, the same on all ranks."""
-    sums = torch.zeros(2, dtype=torch.float64)
-    for part in torch.arange(procs.rank, len(inputs.t), procs.world_size).split(64):
-        part = part.to(procs.device)
-        with procs.autocast():
-            loss = denoiser(*(values[part] for values in inputs))
-        sums += torch.tensor([loss.double().sum().item(), len(part)])
-    experiment.average(procs, sums)
-    return (sums[0] / sums[1]).item()
-
-
-class Memorisation:
-    """What a model knows of its training images alone: their loss beside that of validation images,
-    and copies of them among the samples of the last evaluations.
-
-    recent: thumbnails [N, 1024] of those samples, part of a checkpoint.
-    """
-
-    def __init__(self, latents, vae, vae_sha256, scale, folder, args, procs):
-        """latents: data.LatentSet of the training images; folder: of the caches."""
-        self.procs, self.num_val, self.val, self.train = procs, 0, None, None
-        self.images, self.copy_test = latents.images, None
-        self.recent = torch.zeros(0, data.THUMBNAIL_SIZE**2)
-        self.thumbnails = data.cached_thumbnails(self.images, folder, procs)
-        if args.split == "val":
-            return  # it was trained on
-        val = data.open_images(args, procs, "val", optional=True, train=self.images,
-                               pixels=not args.cache_latents)
-        if val is None:
-            return
-        self.num_val = len(val)
-        of_val = data.LatentSet(val, vae, vae_sha256, folder, procs, args.cache_latents)
-        index = np.linspace(0, len(val) - 1, min(len(val), PAIRS)).astype(int)
-        likewise = []  # as many training images, with the same classes
-        for c, count in zip(*np.unique(val.labels[index], return_counts=True), strict=True):
-            members = np.flatnonzero(self.images.labels == c)
-            spread = np.linspace(0, len(members) - 1, min(count, len(members)))
-            likewise.append(members[spread.astype(int)])
-        self.val = fixed_inputs(of_val, index, scale, args, procs)
-        self.train = fixed_inputs(latents, np.concatenate(likewise), scale, args, procs)
-
-    def losses(self, denoiser):
-        """{val/loss, val/train_loss}, nothing without validation images. All ranks must call it."""
-        if self.val is None:
-            return {}
-        return {metrics.VAL: mean_loss(denoiser, self.val, self.procs),
-                metrics.VAL_TRAIN: mean_loss(denoiser, self.train, self.procs)}
-
-    def copies(self, x):
-        """{copies/...} once the samples x [N, 1, S, S] of an evaluation have joined the recent
-        ones; nothing for a handful of training images, or none at all."""
-        rows = data.thumbnails(x)
-        self.recent = torch.cat([self.recent, rows])[-WINDOW * len(rows):]
-        if self.copy_test is None:
-            some = np.linspace(0, len(self.images) - 1, min(len(self.images), MOST_SEARCHED))
-            train = self.thumbnails.rows(self.images.rows[some.astype(int)])
-            try:
-                self.copy_test = metrics.CopyTest(torch.from_numpy(train))
-            except ValueError:  # too few images
-                return {}
-        found = self.copy_test.search(self.recent)
-        return {metrics.COPIES: found["share"], metrics.COPIES_EXPECTED: found["expected"],
-                metrics.COPIES_PROBABILITY: found["probability"]}
-
-
-class Best(NamedTuple):
-    """The evaluation with the lowest val/loss so far, whose averaged weights are ckpts/best.pt."""
-
-    loss: float = math.inf
-    step: int = 0
-    epoch: int = 0
-    since: int = 0  # evaluations that came after it
 
 
 # --- evaluation ---------------------------------------------------------------------------------
@@ -612,9 +511,9 @@ def main(argv=None):
     latents = data.LatentSet(images, vae, vae_sha256, cache, procs, args.cache_latents,
                              versions=args.augment)
     reference = training_reference(latents, args, scale, vae, procs)
-    memorisation = None  # in overfit modes it is the goal
+    watch = None  # in overfit modes memorising is the goal
     if not args.overfit_k:
-        memorisation = Memorisation(latents, vae, vae_sha256, scale, cache, args, procs)
+        watch = memorisation.Watch(latents, vae, vae_sha256, scale, cache, args, procs)
     classes = sorted(set(images.labels.tolist()))
     epoch_len = len(images) * (args.repeat_len if args.overfit_one else 1)
     step_batch = experiment.step_batch(vars(args))  # images of this rank
@@ -626,7 +525,7 @@ def main(argv=None):
         "class_names": class_names, "img_size": args.img_size, "latent_shape": latent_shape,
         "latent_scale_factor": scale, "vae_sha256": vae_sha256, "data": images.summary})
     data.notice_changes(run.before.get("data"), images, f"{run.folder} was last started")
-    step, train_metrics, best = 0, {}, Best()
+    step, train_metrics, best = 0, {}, memorisation.Best()
     # Counted on the device: a look at each step would make the CPU wait for the GPU.
     bad_in_a_row = torch.zeros((), device=procs.device)
     if checkpoint := run.load():
@@ -640,9 +539,9 @@ def main(argv=None):
         experiment.set_groups(optimizer, weight_decay=args.weight_decay)
         step, train_metrics = checkpoint["step"], checkpoint["train_metrics"]
         bad_in_a_row = checkpoint["bad_steps"].to(procs.device)
-        best = Best(**checkpoint["best"])
-        if memorisation:
-            memorisation.recent = checkpoint["recent"]
+        best = memorisation.Best(**checkpoint["best"])
+        if watch:
+            watch.recent = checkpoint["recent"]
         run.check_steps(step, total_steps)
     elif args.init_from:
         init_weights(denoiser, ema, args, scale, vae_sha256, class_names)
@@ -651,7 +550,7 @@ def main(argv=None):
         return {"model": denoiser.state_dict(), "ema": ema.module.state_dict() if ema else None,
                 "optimizer": optimizer.state_dict(), "step": step, "bad_steps": bad_in_a_row,
                 "train_metrics": train_metrics, "best": best._asdict(),
-                "recent": memorisation.recent if memorisation else None,
+                "recent": watch.recent if watch else None,
                 "args": vars(args), "class_names": class_names,
                 "trained_classes": classes, "latent_shape": latent_shape,
                 "latent_scale_factor": scale, "vae_sha256": vae_sha256,
@@ -663,7 +562,7 @@ def main(argv=None):
             "run folder": run.folder, "continues at step": step, "autoencoder": ae_path,
             "latent scale factor": f"{scale:.6g}", "latent": "x".join(map(str, latent_shape)),
             "images": len(images), "classes": data.count_classes(images),
-            "validation images": memorisation.num_val if memorisation else 0,
+            "validation images": watch.num_val if watch else 0,
             "parameters": f"{parameters / 1e6:.1f} M",
             "steps": f"{total_steps} ({epoch_steps} per epoch)",
             "global batch": step_batch * procs.world_size,
@@ -705,18 +604,12 @@ def main(argv=None):
             sample_metrics, x, x_labels = evaluate(
                 averaged, vae, scale, classes, class_names, reference, args, procs,
                 f"epoch {epoch}: sampling", leave_if_asked)
-            if memorisation:
-                sample_metrics |= memorisation.losses(averaged) | memorisation.copies(x)
-
-            # --- the best so far ---
-            val_loss = sample_metrics.get(metrics.VAL)
-            if val_loss is not None:
-                best = best._replace(since=best.since + 1)
-            if val_loss is not None and val_loss < best.loss:
-                best = Best(val_loss, step, epoch)
-                # Averaged weights alone, under the name that the loader takes them from.
-                kept = {"optimizer": None, "recent": None} | ({"model": None} if ema else {})
-                run.save_best(state() | kept)
+            if watch:
+                sample_metrics |= watch.losses(averaged) | watch.copies(x)
+            if metrics.VAL in sample_metrics:
+                best = best.after(sample_metrics[metrics.VAL], step, epoch)
+                if best.since == 0:
+                    run.save_best(state())
             if procs.main:
                 paths = save_samples(run, epoch, x, x_labels, class_names, args)
                 verdicts = metrics.health(
@@ -737,12 +630,7 @@ def main(argv=None):
         index, epoch = experiment.batch_indices(step, epoch_len, step_batch, args.seed, procs.rank,
                                                 procs.world_size)
         index = index % len(images)  # overfit_one repeats its image
-        versions = draw_versions(len(index), step, args, procs)
-        micro_batches = [
-            MicroBatch(latents.posterior(i, v), labels[torch.from_numpy(i).to(procs.device)],
-                       latents.how_augmented(i, v))
-            for i, v in zip(np.split(index, args.grad_accum), np.split(versions, args.grad_accum),
-                            strict=True)]
+        micro_batches = read_batches(latents, labels, index, step, args, procs)
         warmup = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
         experiment.set_groups(optimizer, lr=args.lr * warmup)
         loss, t, grad_norm, bad = train_step(denoiser, ema, optimizer, loss_fn, micro_batches,

@@ -10,6 +10,7 @@ from conftest import read_jsonl, run
 import data
 import diffusion
 import experiment
+import memorisation
 import metrics
 import model
 import train_ldm
@@ -52,8 +53,7 @@ def test_val_loss_is_the_loss_of_the_averaged_weights(workspace, quick, ldm):
     denoiser, _, checkpoint = experiment.load_ldm(workspace.out / "r/ckpts/last.pt", ALONE)
     latents, vae, sha256, args = opened(workspace)
     scale = checkpoint["latent_scale_factor"]
-    watch = train_ldm.Memorisation(latents, vae, sha256, scale, workspace.out / "cache", args,
-                                   ALONE)
+    watch = memorisation.Watch(latents, vae, sha256, scale, workspace.out / "cache", args, ALONE)
     val = data.open_images(args, ALONE, "val", train=latents.images)
     encoded = model.Posterior(*data.LatentSet(val, vae, sha256, workspace.out, ALONE, False)
                               .posterior(np.arange(6)))
@@ -151,8 +151,7 @@ def test_copies_among_the_last_samples_are_seen(workspace):
     shutil.copy(root / "TB/train/tb/00003.png", root / "TB/val/tb/copy.png")
     workspace.common = [f"--data_root={root}", f"--output_root={workspace.root / 'o'}"]
     latents, vae, sha256, args = opened(workspace)
-    watch = train_ldm.Memorisation(latents, vae, sha256, 1.0, workspace.root / "o/cache", args,
-                                   ALONE)
+    watch = memorisation.Watch(latents, vae, sha256, 1.0, workspace.root / "o/cache", args, ALONE)
     assert watch.num_val == 6
     real = latents.images.images(np.arange(16))
     val = data.open_images(args, ALONE, "val", train=latents.images).images(np.arange(6))
@@ -162,9 +161,9 @@ def test_copies_among_the_last_samples_are_seen(workspace):
     found = watch.copies(slightly_off)
     assert found["copies/share"] == 16 / 22 and found["copies/expected"] == 1 / 17
     assert metrics.health(found)[0].level == "bad"
-    for _ in range(train_ldm.WINDOW):  # only the last evaluations count
+    for _ in range(memorisation.WINDOW):  # only the last evaluations count
         found = watch.copies(val)
-    assert len(watch.recent) == 6 * train_ldm.WINDOW and found["copies/share"] < 0.2
+    assert len(watch.recent) == 6 * memorisation.WINDOW and found["copies/share"] < 0.2
 
 
 # --- starting from another model ---
