@@ -58,18 +58,36 @@ def mean_loss(denoiser, inputs, procs):
     return (sums[0] / sums[1]).item()
 
 
+class Best(NamedTuple):
+    """The evaluation with the lowest val/loss so far, whose averaged weights are ckpts/best.pt."""
+
+    loss: float = math.inf
+    step: int = 0
+    epoch: int = 0
+    since: int = 0  # evaluations that came after it
+
+    def after(self, val_loss, step, epoch):
+        """Best once an evaluation has found this val/loss."""
+        if val_loss < self.loss:
+            return Best(val_loss, step, epoch)
+        return self._replace(since=self.since + 1)
+
+
 class Watch:
     """What a model knows of its training images alone: their loss beside that of validation images,
-    and copies of them among the samples of the last evaluations.
+    and copies of them among the samples of the last evaluations. In overfit modes, where that is
+    the goal, nothing is measured.
 
-    recent: thumbnails [N, 1024] of those samples, part of a checkpoint.
+    best: Best so far; recent: thumbnails [N, 1024] of those samples. Both are part of a checkpoint.
     """
 
     def __init__(self, latents, vae, vae_sha256, scale, folder, args, procs):
         """latents: data.LatentSet of the training images; folder: of the caches."""
         self.procs, self.num_val, self.val, self.train = procs, 0, None, None
-        self.images, self.copy_test = latents.images, None
-        self.recent = torch.zeros(0, data.THUMBNAIL_SIZE**2)
+        self.best, self.recent = Best(), torch.zeros(0, data.THUMBNAIL_SIZE**2)
+        self.images, self.copy_test, self.off = latents.images, None, args.overfit_k > 0
+        if self.off:
+            return
         self.thumbnails = data.cached_thumbnails(self.images, folder, procs)
         if args.split == "val":
             return  # it was trained on
@@ -87,6 +105,24 @@ class Watch:
             likewise.append(members[spread.astype(int)])
         self.val = fixed_inputs(of_val, index, scale, args, procs)
         self.train = fixed_inputs(latents, np.concatenate(likewise), scale, args, procs)
+
+    def state(self):
+        """What belongs into a checkpoint."""
+        return {"best": self.best._asdict(), "recent": self.recent}
+
+    def load(self, checkpoint):
+        """Go on from where a checkpoint was."""
+        self.best, self.recent = Best(**checkpoint["best"]), checkpoint["recent"]
+
+    def measure(self, denoiser, x, step, epoch):
+        """Metrics of an evaluation with samples x [N, 1, S, S], which `best` takes part in. All
+        ranks must call it."""
+        if self.off:
+            return {}
+        found = self.losses(denoiser) | self.copies(x)
+        if metrics.VAL in found:
+            self.best = self.best.after(found[metrics.VAL], step, epoch)
+        return found
 
     def losses(self, denoiser):
         """{val/loss, val/train_loss}, nothing without validation images. All ranks must call it."""
@@ -110,18 +146,3 @@ class Watch:
         found = self.copy_test.search(self.recent)
         return {metrics.COPIES: found["share"], metrics.COPIES_EXPECTED: found["expected"],
                 metrics.COPIES_PROBABILITY: found["probability"]}
-
-
-class Best(NamedTuple):
-    """The evaluation with the lowest val/loss so far, whose averaged weights are ckpts/best.pt."""
-
-    loss: float = math.inf
-    step: int = 0
-    epoch: int = 0
-    since: int = 0  # evaluations that came after it
-
-    def after(self, val_loss, step, epoch):
-        """Best once an evaluation has found this val/loss."""
-        if val_loss < self.loss:
-            return Best(val_loss, step, epoch)
-        return self._replace(since=self.since + 1)

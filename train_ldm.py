@@ -511,9 +511,7 @@ def main(argv=None):
     latents = data.LatentSet(images, vae, vae_sha256, cache, procs, args.cache_latents,
                              versions=args.augment)
     reference = training_reference(latents, args, scale, vae, procs)
-    watch = None  # in overfit modes memorising is the goal
-    if not args.overfit_k:
-        watch = memorisation.Watch(latents, vae, vae_sha256, scale, cache, args, procs)
+    watch = memorisation.Watch(latents, vae, vae_sha256, scale, cache, args, procs)
     classes = sorted(set(images.labels.tolist()))
     epoch_len = len(images) * (args.repeat_len if args.overfit_one else 1)
     step_batch = experiment.step_batch(vars(args))  # images of this rank
@@ -525,7 +523,7 @@ def main(argv=None):
         "class_names": class_names, "img_size": args.img_size, "latent_shape": latent_shape,
         "latent_scale_factor": scale, "vae_sha256": vae_sha256, "data": images.summary})
     data.notice_changes(run.before.get("data"), images, f"{run.folder} was last started")
-    step, train_metrics, best = 0, {}, memorisation.Best()
+    step, train_metrics = 0, {}
     # Counted on the device: a look at each step would make the CPU wait for the GPU.
     bad_in_a_row = torch.zeros((), device=procs.device)
     if checkpoint := run.load():
@@ -539,9 +537,7 @@ def main(argv=None):
         experiment.set_groups(optimizer, weight_decay=args.weight_decay)
         step, train_metrics = checkpoint["step"], checkpoint["train_metrics"]
         bad_in_a_row = checkpoint["bad_steps"].to(procs.device)
-        best = memorisation.Best(**checkpoint["best"])
-        if watch:
-            watch.recent = checkpoint["recent"]
+        watch.load(checkpoint)
         run.check_steps(step, total_steps)
     elif args.init_from:
         init_weights(denoiser, ema, args, scale, vae_sha256, class_names)
@@ -549,10 +545,9 @@ def main(argv=None):
     def state():
         return {"model": denoiser.state_dict(), "ema": ema.module.state_dict() if ema else None,
                 "optimizer": optimizer.state_dict(), "step": step, "bad_steps": bad_in_a_row,
-                "train_metrics": train_metrics, "best": best._asdict(),
-                "recent": watch.recent if watch else None,
-                "args": vars(args), "class_names": class_names,
-                "trained_classes": classes, "latent_shape": latent_shape,
+                "train_metrics": train_metrics, **watch.state(), "args": vars(args),
+                "class_names": class_names, "trained_classes": classes,
+                "latent_shape": latent_shape,
                 "latent_scale_factor": scale, "vae_sha256": vae_sha256,
                 "ae_ckpt_path": str(ae_path.resolve()), "train_stats": reference.stats}
 
@@ -562,7 +557,7 @@ def main(argv=None):
             "run folder": run.folder, "continues at step": step, "autoencoder": ae_path,
             "latent scale factor": f"{scale:.6g}", "latent": "x".join(map(str, latent_shape)),
             "images": len(images), "classes": data.count_classes(images),
-            "validation images": watch.num_val if watch else 0,
+            "validation images": watch.num_val,
             "parameters": f"{parameters / 1e6:.1f} M",
             "steps": f"{total_steps} ({epoch_steps} per epoch)",
             "global batch": step_batch * procs.world_size,
@@ -604,17 +599,14 @@ def main(argv=None):
             sample_metrics, x, x_labels = evaluate(
                 averaged, vae, scale, classes, class_names, reference, args, procs,
                 f"epoch {epoch}: sampling", leave_if_asked)
-            if watch:
-                sample_metrics |= watch.losses(averaged) | watch.copies(x)
-            if metrics.VAL in sample_metrics:
-                best = best.after(sample_metrics[metrics.VAL], step, epoch)
-                if best.since == 0:
-                    run.save_best(state())
+            sample_metrics |= watch.measure(averaged, x, step, epoch)
+            if watch.best.step == step:
+                run.save_best(state())
             if procs.main:
                 paths = save_samples(run, epoch, x, x_labels, class_names, args)
                 verdicts = metrics.health(
                     train_metrics | sample_metrics, run.history("train/loss"), reference.stats,
-                    overfit=args.overfit_k > 0, best_epoch=best.epoch,
+                    overfit=args.overfit_k > 0, best_epoch=watch.best.epoch,
                     val_history=(run.history(metrics.VAL), run.history(metrics.VAL_TRAIN)))
                 sample_metrics = metrics.sweep_objective(sample_metrics, verdicts)
                 run.log(step, epoch, sample_metrics)
@@ -622,7 +614,7 @@ def main(argv=None):
                 say(f"epoch {epoch}, step {step}: {', '.join(map(str, paths.values()))}")
                 say(metrics.format_verdicts(verdicts))
             log_step, log_time = step, time.perf_counter()  # images/s are those of training
-        patience_over = 0 < args.patience <= best.since
+        patience_over = 0 < args.patience <= watch.best.since
         if step >= total_steps or patience_over:
             break
 
@@ -667,17 +659,17 @@ def main(argv=None):
     if procs.main and args.overfit_k and not diverged:
         say(metrics.format_overfit(sample_metrics))
     if patience_over:
-        notice(f"stopped at step {step} of {total_steps}: no lower val/loss in {best.since} "
+        notice(f"stopped at step {step} of {total_steps}: no lower val/loss in {args.patience} "
                "evaluations (--patience)")
     run.finish(step, {**train_metrics, **sample_metrics, "train_stats": reference.stats,
-                      "best": best._asdict() if best.step else None,
+                      "best": watch.best._asdict(),
                       "verdicts": [v._asdict() for v in verdicts]}, diverged)
     if procs.main:
         ckpt = run.checkpoint_path
-        if best.step:
+        if watch.best.step:
             ckpt = run.best_path
-            say(f"the one to use: {ckpt}, of epoch {best.epoch}, with the lowest val/loss "
-                f"({best.loss:.4g})")
+            say(f"the one to use: {ckpt}, of epoch {watch.best.epoch}, with the lowest val/loss "
+                f"({watch.best.loss:.4g})")
         say("next: " + experiment.command_line("sample.py", ckpt=ckpt))
 
 
