@@ -146,7 +146,7 @@ def test_a_checkpoint_typed_inside_its_folder(workspace, quick):
     result = quick("evaluate.py", *workspace.common, "--ckpt=last.pt", "--classifier_steps=1",
                    *FEW, cwd=ckpts)
     assert result.code == 0 and (workspace.out / "l/evaluation.json").exists(), result.err
-    assert os.listdir(ckpts) == ["last.pt"]
+    assert sorted(os.listdir(ckpts)) == ["best.pt", "last.pt"]
 
 
 @pytest.mark.parametrize("name", ["../outside", "a/b", "/a", ".", "..", ".hidden", "a\0b", ""])
