@@ -240,7 +240,7 @@ def add_autoencoder_arguments(parser):
 def add_sampling_arguments(parser, samplers, sampler, num_sampling_steps, num_samples):
     """What is drawn from a trained model; samplers: the names there are, the rest are defaults."""
     add = parser.add_argument_group("sampling").add_argument
-    add("--ckpt", type=file_path, help="ckpts/last.pt of a train_ldm.py run")
+    add("--ckpt", type=file_path, help="ckpts/best.pt, or last.pt, of a train_ldm.py run")
     add("--ae_ckpt_path", type=file_path,
         help="the autoencoder's checkpoint, if it is not where training had it")
     add("--classes", help="comma list of class names; None: all")

@@ -1,6 +1,6 @@
 """Are the generated radiographs any good, are they copies of patients, and are they of use?
 
-    python evaluate.py --ckpt=runs/ldm_.../ckpts/last.pt --data_root=DATA --task=TB
+    python evaluate.py --ckpt=runs/ldm_.../ckpts/best.pt --data_root=DATA --task=TB
     python evaluate.py --samples_dir=FOLDER --data_root=DATA --task=TB
 
 compares samples of a model, or a folder of images, with held-out images (--split=val): distances of
@@ -858,7 +858,7 @@ def main(argv=None):
     if procs.world_size > 1:
         fail("evaluate.py runs in one process: start it with python, not torchrun")
     if bool(args.ckpt) == bool(args.samples_dir):
-        fail("what is to be measured? Give either --ckpt=runs/ldm_.../ckpts/last.pt or "
+        fail("what is to be measured? Give either --ckpt=runs/ldm_.../ckpts/best.pt or "
              "--samples_dir=FOLDER")
     if not args.ckpt and not args.data_root and not args.img_size:
         fail("without --data_root the samples are compared with the phantom set: give --img_size")

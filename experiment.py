@@ -682,7 +682,7 @@ def load_weights(module, state, path):
 
 
 def run_folder(ckpt_path):
-    """Folder of the run that RUN/ckpts/last.pt belongs to, also where a bare name was typed."""
+    """Folder of the run that RUN/ckpts/*.pt belongs to, also where a bare name was typed."""
     path = pathlib.Path(ckpt_path)
     if len(path.parts) < 3 or ".." in path.parts:
         path = pathlib.Path(os.path.abspath(path))
@@ -896,7 +896,7 @@ def prepare_sampling(args, procs):
     """TrainedModel from the flags of args.add_sampling_arguments; what is None there is set as in
     training. Ends the program where they ask for what the model cannot do."""
     if not args.ckpt:
-        fail("which model? Give --ckpt=runs/ldm_.../ckpts/last.pt")
+        fail("which model? Give --ckpt=runs/ldm_.../ckpts/best.pt")
     denoiser, vae, checkpoint = load_ldm(args.ckpt, procs, args.ae_ckpt_path, args.use_ema)
     class_names, trained = checkpoint["class_names"], checkpoint["trained_classes"]
     names = [class_names[c] for c in trained]

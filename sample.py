@@ -1,7 +1,7 @@
 """Stage 4: draw images from a trained latent diffusion model.
 
-    python sample.py --ckpt=runs/ldm_.../ckpts/last.pt --num_samples=8
-    torchrun --nproc_per_node=4 sample.py --ckpt=runs/ldm_.../ckpts/last.pt --num_samples=1000
+    python sample.py --ckpt=runs/ldm_.../ckpts/best.pt --num_samples=8
+    torchrun --nproc_per_node=4 sample.py --ckpt=runs/ldm_.../ckpts/best.pt --num_samples=1000
 
 Every sample has a seed of its own, made of (seed, class, number), so neither batch size nor the
 number of processes changes it. The checkpoint names its autoencoder and holds the latent scale
