@@ -1085,12 +1085,15 @@ def cached_thumbnails(images, folder, procs):
                         "making thumbnails", prepare)
 
 
-def find_copies(mine, train):
-    """[[row of mine, row of train]] of thumbnails [N, 1024] and [M, 1024] that are one image,
-    exactly or nearly (rescaled, re-compressed)."""
+def find_copies(images, train, folder, procs):
+    """[[position in images, position in train]] of images that stand in `train` too, exactly or
+    nearly (rescaled, re-compressed). All ranks must call it."""
+    of_images, of_train = (cached_thumbnails(of, folder, procs) for of in (images, train))
+    mine = torch.from_numpy(of_images.rows(images.rows))
     best, where = torch.full((len(mine),), -1.0), torch.zeros(len(mine), dtype=torch.long)
-    for start in range(0, len(train), 1024):
-        values, nearest = (mine @ train[start:start + 1024].T).max(1)
+    for start in range(0, len(train), 256):
+        others = torch.from_numpy(of_train.rows(train.rows[start:start + 256]))
+        values, nearest = (mine @ others.T).max(1)
         better = values > best
         best[better], where[better] = values[better], nearest[better] + start
     return [[i, int(where[i])] for i in (best > COPY_CORRELATION).nonzero()[:, 0].tolist()]
@@ -1105,16 +1108,13 @@ def _without_copies(images, train, folder, procs, where):
     key.update(images.rows.tobytes() + train.rows.tobytes())
     path = pathlib.Path(folder, f"copies_{key.hexdigest()[:16]}.json")
     if not experiment.on_main(procs, path.exists):
-        caches = [cached_thumbnails(of, folder, procs) for of in (images, train)]
+        found = find_copies(images, train, folder, procs)
 
-        def look():
-            mine, others = (torch.from_numpy(cache.rows(of.rows))
-                            for cache, of in zip(caches, (images, train), strict=True))
+        def write():
             with experiment.take_lock(path.with_suffix(".lock"), path, wait=True):
                 experiment.sweep(path.parent, name=path.name)
-                if not path.exists():  # no other run has looked meanwhile
-                    experiment.write_json(path, {"pairs": find_copies(mine, others)})
-        experiment.on_main(procs, look)
+                experiment.write_json(path, {"pairs": found})
+        experiment.on_main(procs, write)
     pairs = experiment.on_main(
         procs, lambda: experiment.read_json(path, "list of copies")["pairs"])
     if not pairs:

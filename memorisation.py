@@ -16,7 +16,7 @@ import model
 
 PAIRS = 512  # of an image and a time, which val/loss is the mean of
 WINDOW = 8  # evaluations whose samples are searched for copies together
-MOST_SEARCHED = 10_000  # training images among which they are looked for
+MOST_SEARCHED = 1000  # training images among which they are looked for
 
 
 class FixedInputs(NamedTuple):
@@ -138,9 +138,13 @@ class Watch:
         self.recent = torch.cat([self.recent, rows])[-WINDOW * len(rows):]
         if self.copy_test is None:
             some = np.linspace(0, len(self.images) - 1, min(len(self.images), MOST_SEARCHED))
-            train = self.thumbnails.rows(self.images.rows[some.astype(int)])
+            rows = self.images.rows[some.astype(int)]
+            train = torch.zeros(len(rows), data.THUMBNAIL_SIZE**2)
+            # In small parts: what a map of a file has touched counts as memory while it lives.
+            for i in range(0, len(rows), 64):
+                train[i:i + 64] = torch.from_numpy(self.thumbnails.rows(rows[i:i + 64]))
             try:
-                self.copy_test = metrics.CopyTest(torch.from_numpy(train))
+                self.copy_test = metrics.CopyTest(train)
             except ValueError:  # too few images
                 return {}
         found = self.copy_test.search(self.recent)

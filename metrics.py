@@ -376,7 +376,7 @@ class CopyTest:
         if len(self.index) < 6:
             raise ValueError(f"{len(self.index)} distinct training images are too few to search "
                              "for copies")
-        self.others = train[self.index]
+        self.others = train if len(self.index) == len(train) else train[self.index]
         reference, _ = closeness(self.others, self.others, torch.arange(len(self.others)))
         self.rank = max(1, int(alpha * (len(self.others) + 1)))
         self.threshold = reference.kthvalue(self.rank).values

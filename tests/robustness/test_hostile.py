@@ -1,5 +1,6 @@
 """Full disks, damaged files, random input: one clear line or the right result, no traceback."""
 import argparse
+import collections
 import contextlib
 import io
 import json
@@ -127,7 +128,9 @@ def test_one_command_survives_a_full_disk_at_every_file_it_writes(stages, tmp_pa
     args = trainer(stages, "train_ldm.py")
     assert quick(*args, f"--output_root={tmp_path}", "--run_name=whole", "--max_steps=4").code == 0
     whole, folder = tmp_path / "whole", disk.folder / "parts"
-    size = {p.name.split("_")[0] + p.suffix: pages(p) for p in (tmp_path / "cache").iterdir()}
+    size = collections.defaultdict(list)  # of the training and of the validation images
+    for p in sorted((tmp_path / "cache").iterdir(), key=pages, reverse=True):
+        size[p.name.split("_")[0] + p.suffix].append(pages(p))
     parts = [*args, f"--output_root={disk.folder}", "--run_name=parts", "--max_steps=4"]
 
     def refuse(room, what):
@@ -136,16 +139,22 @@ def test_one_command_survives_a_full_disk_at_every_file_it_writes(stages, tmp_pa
         disk.leave(room)
         refused(quick(*parts), what)
         assert not list(disk.folder.rglob(".*")), "something temporary is left"
-        indexed = {p.stem for p in (disk.folder / "cache").glob("*.json")}
+        indexed = {p.stem for p in (disk.folder / "cache").glob("*.json")
+                   if not p.name.startswith("copies_")}  # a list, not an index
         arrays = {p.stem for p in (disk.folder / "cache").glob("*.npy")}
         assert indexed == arrays  # none missing, none left over
 
     journal = PAGE  # of the rows that are done, until the index is there
-    refuse(size["images.npy"] - PAGE, "images_")
-    refuse(size["images.npy"] + journal, "images_")  # its index does not fit
-    refuse(size["images.npy"] + size["images.json"] + size["latents.npy"] - PAGE, "latents_")
-    refuse(size["latents.npy"] + journal, "latents_")
-    refuse(size["latents.npy"] + size["latents.json"] + journal, "last.pt")
+    before = 0  # what comes before the next file
+    for what in ("images", "latents", "thumbnails"):
+        rows, index = size[f"{what}.npy"][0], size[f"{what}.json"][0]
+        refuse(before + rows - PAGE, f"{what}_")
+        refuse(rows + journal, f"{what}_")  # its index does not fit
+        before = rows + index
+    # The caches of the validation images are of a few pages: more of them fit each time.
+    for room in range(before, before + 40 * PAGE, 8 * PAGE):
+        refuse(room, "cannot write")
+    refuse(8 * PAGE, "last.pt")
     # So that the next one does not look for a checkpoint.
     assert not (folder / "run_meta.json").exists()
     # The first one is smaller, without moments of the optimiser.
@@ -405,7 +414,6 @@ def test_a_damaged_cache_header_is_built_again(built, capsys, content):
 
 def test_damaged_json_through_the_command_line(workspace, quick):
     meta, scale = workspace.out / "l/run_meta.json", workspace.out / "v/latent_scale.json"
-    index, = (workspace.out / "cache").glob("latents_*.json")
     whole = scale.read_bytes()
     vae = f"--ae_ckpt_path={workspace.vae_ckpt}"
     new = ["train_ldm.py", *workspace.common, vae]
@@ -420,7 +428,8 @@ def test_damaged_json_through_the_command_line(workspace, quick):
     result = quick(*resume)  # goes on by what the checkpoint knows
     assert result.code == 0 and "run_meta.json is gone or damaged" in result.out, result.err
     assert experiment.read_meta(meta.parent)["args"]["prediction"] == "v"
-    index.write_bytes(NO_OBJECTS["no UTF-8"])
+    for index in (workspace.out / "cache").glob("latents_*.json"):
+        index.write_bytes(NO_OBJECTS["no UTF-8"])
     result = quick("find_latent_scale.py", *workspace.common, vae)
     assert result.code == 0 and "building it again" in result.out
     assert scale.read_bytes() == whole

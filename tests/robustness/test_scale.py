@@ -24,17 +24,21 @@ import atexit, json, os, re, runpy, sys
 root, out = sys.argv[1:3]
 sys.argv = sys.argv[3:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
-opened = {"images": 0, "pixels": 0, "latents": 0}
+opened = {"images": [], "pixels": [], "latents": []}  # appending is safe in threads, += is not
 def watch(event, args):
     if event == "open" and isinstance(args[0], str):
-        opened["images"] += args[0].startswith(root) and args[0].endswith(".png")
-        opened["pixels"] += "/cache/images_" in args[0] and args[0].endswith(".npy")
-        opened["latents"] += "/cache/latents_" in args[0] and args[0].endswith(".npy")
+        if args[0].startswith(root) and args[0].endswith(".png"):
+            opened["images"].append(1)
+        if "/cache/images_" in args[0] and args[0].endswith(".npy"):
+            opened["pixels"].append(1)
+        if "/cache/latents_" in args[0] and args[0].endswith(".npy"):
+            opened["latents"].append(1)
 sys.addaudithook(watch)
 runpy.run_path(sys.argv[0], run_name="__main__")
 peak = re.search("VmHWM:\\\\s*(\\\\d+) kB", open("/proc/self/status").read()).group(1)
 with open(out + os.environ.get("RANK", "0"), "w") as f:
-    json.dump(opened | {"peak_mb": int(peak) / 1024}, f)
+    counts = {what: len(times) for what, times in opened.items()}
+    json.dump(counts | {"peak_mb": int(peak) / 1024}, f)
 """
 
 

@@ -509,8 +509,9 @@ def test_two_runs_that_want_the_same_caches_build_them_once(command, together, q
     assert_same_run(tmp_path / "runs/a", tmp_path / "runs/b", "ldm")
     cache = tmp_path / "runs/cache"
     names = sorted(p.name.split("_")[0] + p.suffix for p in cache.iterdir())
-    assert names == [f"{kind}{suffix}" for kind in ("images", "latents")
-                     for suffix in (".json", ".lock", ".npy")]
+    of_both = [f"{kind}{suffix}" for kind in ("images", "latents", "thumbnails")
+               for suffix in (".json", ".lock", ".npy") for split in ("train", "val")]
+    assert names == sorted(["copies.json", "copies.lock", *of_both])
     assert not left_over(tmp_path / "runs")
     before = tree_hashes(cache)
     assert quick("train_ldm.py", *command("train_ldm", "c")).code == 0
