@@ -6,7 +6,7 @@ PY = .venv/bin/python
 RUNS ?= runs
 WORKERS ?= 2
 AE = $(RUNS)/ae_demo/ckpts/last.pt
-LDM = $(RUNS)/ldm_demo/ckpts/last.pt
+LDM = $(RUNS)/ldm_demo/ckpts/best.pt
 
 .PHONY: demo test test-all
 
