@@ -121,8 +121,7 @@ def own_ldm_step(args, procs):
     loss_fn = train_ldm.wrap(models[0], shape, settings, procs)
     means, steps = train_ldm.LossMeans(procs), itertools.count()
     mean, logvar, y = random_latents(args, procs.device)
-    how = torch.zeros(len(y), experiment.AUG_DIM, device=procs.device)
-    batch = train_ldm.MicroBatch((mean, logvar), y, how)
+    batch = train_ldm.MicroBatch((mean, logvar), y, None)
 
     def run():
         means.add(*train_ldm.train_step(*models, loss_fn, [batch], 1.0, next(steps), settings,

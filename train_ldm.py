@@ -265,7 +265,7 @@ def wrap(denoiser, latent_shape, args, procs):
     mean = torch.zeros(args.batch_per_device, *latent_shape, device=procs.device)
     y = torch.zeros(len(mean), dtype=torch.long, device=procs.device)
     draws = [d[:len(y)] for d in draw_inputs(latent_shape, "example", args, procs)]
-    how = torch.zeros(len(y), experiment.AUG_DIM, device=procs.device)
+    how = torch.zeros(len(y), experiment.AUG_DIM, device=procs.device) if args.augment else None
     example = sample_inputs(MicroBatch((mean, mean), y, how), 1.0, draws, denoiser, procs)
     loss_fn = torch.compile(denoiser) if procs.compile else denoiser
     return experiment.wrap_ddp(procs, loss_fn, *example)
@@ -294,7 +294,7 @@ class MicroBatch(NamedTuple):
 
     posterior: tuple  # (mean, logvar) of unscaled latents, each [B, C, h, w]
     y: torch.Tensor  # [B] class indices
-    how: torch.Tensor  # [B, 6]: how each was augmented, see data.augment
+    how: torch.Tensor  # [B, 6]: how each was augmented, see data.augment; None without --augment
 
 
 def draw_versions(count, step, args, procs):
@@ -314,7 +314,7 @@ def read_batches(latents, labels, index, step, args, procs):
     versions = draw_versions(len(index), step, args, procs)
     parts = zip(np.split(index, args.grad_accum), np.split(versions, args.grad_accum), strict=True)
     return [MicroBatch(latents.posterior(i, v), labels[torch.from_numpy(i).to(procs.device)],
-                       latents.how_augmented(i, v)) for i, v in parts]
+                       latents.how_augmented(i, v) if args.augment else None) for i, v in parts]
 
 
 def sample_inputs(batch, scale, draws, denoiser, procs):
@@ -324,7 +324,7 @@ def sample_inputs(batch, scale, draws, denoiser, procs):
     x0 = model.Posterior(*batch.posterior).sample(posterior_noise) * scale
     y = torch.where(dropped, denoiser.unet.null_class, batch.y)
     inputs = x0.contiguous(memory_format=procs.memory_format), t, noise, y
-    return inputs if denoiser.unet.aug_emb is None else (*inputs, batch.how)
+    return inputs if batch.how is None else (*inputs, batch.how)
 
 
 def train_step(denoiser, ema, optimizer, loss_fn, micro_batches, scale, step, args, procs):
