@@ -652,6 +652,22 @@ def cached_array(procs, folder, name, shape, dtype, label, prepare, check=None):
     return experiment.on_main(procs, finish)
 
 
+def _maker(images, batch_size, function):
+    """make(start, stop, tick) for cached_array: function(x, rows) of the decoded images x
+    [B, 1, S, S] of all files of an ImageSet, over and over where there are more rows than files.
+    All ranks must call it."""
+    decoded = dataclasses.replace(images.decoded(), rows=np.arange(images.num_files))
+
+    def make(start, stop, tick):
+        made = []
+        for first in range(start, stop, batch_size):
+            rows = np.arange(first, min(first + batch_size, stop))
+            made.append(function(decoded.images(rows % images.num_files), rows))
+            tick(len(rows))
+        return np.concatenate(made), {}
+    return make
+
+
 def _make_pieces(part, pieces, shape, dtype, make, procs, label):
     """Make the rows of some pieces, write them to the disk, and only then note that they are:
     {(start, stop): notes}."""
@@ -732,7 +748,7 @@ def _remove_leftovers(cache_folder, part):
     """Remove what builds that nobody went on with for a day have left; `part` is ours."""
     experiment.sweep(cache_folder, DAY)
     experiment.sweep(cache_folder, name=part.with_suffix(".json").name)  # ours: we have the lock
-    for kind in ("images", "latents"):
+    for kind in ("images", "latents", "thumbnails"):
         for left in [*cache_folder.glob(f"{kind}_*.npy"), *cache_folder.glob(f"{kind}_*.part")]:
             last = max(path.stat().st_mtime for path in (left, *left.glob("*")))
             ours = part in (left, left.with_suffix(".part"))
@@ -1066,21 +1082,10 @@ def thumbnails(x):
 def cached_thumbnails(images, folder, procs):
     """CachedArray float32 [num_files, 1024]: the thumbnails of all files of an ImageSet, made once
     by all ranks. rows(images.rows) are those of its own images."""
-    total = images.num_files
-
     def prepare():
-        decoded = dataclasses.replace(images.decoded(), rows=np.arange(total))
+        return _maker(images, BATCH, lambda x, _: thumbnails(x).numpy())
 
-        def make(start, stop, tick):
-            rows = []
-            for first in range(start, stop, BATCH):
-                index = np.arange(first, min(first + BATCH, stop))
-                rows.append(thumbnails(decoded.images(index)).numpy())
-                tick(len(index))
-            return np.concatenate(rows), {}
-        return make
-
-    shape = (total, THUMBNAIL_SIZE**2)
+    shape = (images.num_files, THUMBNAIL_SIZE**2)
     return cached_array(procs, folder, f"thumbnails_{images.key[:16]}", shape, np.float32,
                         "making thumbnails", prepare)
 
@@ -1192,21 +1197,12 @@ class LatentSet:
         key = hashlib.sha256(text.encode()).hexdigest()
         shape = (len(self.how), 2, *vae.latent_shape)
 
-        def encoder():
-            decoded = dataclasses.replace(images.decoded(), rows=np.arange(total))
-
-            def make(start, stop, tick):
-                rows = []
-                for first in range(start, stop, batch_size):
-                    index = np.arange(first, min(first + batch_size, stop))
-                    posterior = self._encode(self._augmented(decoded.images(index % total), index))
-                    rows.append(torch.stack(posterior, 1).cpu().numpy())  # [B, 2, C, h, w]
-                    tick(len(index))
-                return np.concatenate(rows), {}
-            return make
+        def encode(x, rows):
+            posterior = self._encode(self._augmented(x, rows))
+            return torch.stack(posterior, 1).cpu().numpy()  # [B, 2, C, h, w]
 
         self.cache = cached_array(procs, folder, f"latents_{key[:16]}", shape, np.float32,
-                                  "encoding latents", encoder)
+                                  "encoding latents", lambda: _maker(images, batch_size, encode))
         if procs.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(procs.device)
             mine = np.concatenate([images.rows + v * total for v in range(versions + 1)])
@@ -1226,22 +1222,25 @@ class LatentSet:
         # In float32 and without autocast, so that cached and fresh latents are the same.
         return self.vae.encode(x.to(self.device))
 
+    def _rows(self, indices, versions):
+        return self.images.rows[indices] + versions * self.images.num_files
+
     def posterior(self, indices, versions=0):
         """(mean, logvar), each float32 [B, C, h, w] on the device. versions [B]: of each image."""
         if self.resident is not None:
             index = torch.from_numpy(indices + versions * len(self.images)).to(self.device)
             both = self.resident[index]
-            return both[:, 0], both[:, 1]
-        rows = self.images.rows[indices] + versions * self.images.num_files
-        if self.cache is not None:
-            both = torch.from_numpy(self.cache.rows(rows)).to(self.device)
-            return both[:, 0], both[:, 1]
-        return tuple(self._encode(self._augmented(self.images.images(indices), rows)))
+        elif self.cache is not None:
+            rows = self.cache.rows(self._rows(indices, versions))
+            both = torch.from_numpy(rows).to(self.device)
+        else:
+            x = self._augmented(self.images.images(indices), self._rows(indices, versions))
+            return tuple(self._encode(x))
+        return both[:, 0], both[:, 1]
 
     def how_augmented(self, indices, versions):
         """float32 [B, 6] on the device: see augment; zeros for version 0."""
-        rows = self.images.rows[indices] + versions * self.images.num_files
-        return self.how[torch.from_numpy(rows)].to(self.device)
+        return self.how[torch.from_numpy(self._rows(indices, versions))].to(self.device)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,6 @@ class ImageGroup(NamedTuple):
     images: object  # data.ImageSet or Samples
     labels: torch.Tensor  # [N] class indices
     views: torch.Tensor  # [N, 1, 64, 64] in [-1, 1]: what the classifier sees
-    thumbnails: torch.Tensor  # [N, 1024]: what copies are looked for in
 
 
 class FeatureGroup(NamedTuple):
@@ -255,8 +254,7 @@ def power_rows(seen, classes, octaves):
 def reduce_images(images, procs):
     """ImageGroup of a data.ImageSet or Samples."""
     return ImageGroup(images, torch.from_numpy(images.labels),
-                      apply(view, data.batches(images), procs),
-                      apply(data.thumbnails, data.batches(images), procs))
+                      apply(view, data.batches(images), procs))
 
 
 # --- classifier ---------------------------------------------------------------------------------
@@ -943,7 +941,9 @@ def main(argv=None):
     # --- copies of training images ---
     written = [folder / "evaluation.json"]
     try:
-        copies = metrics.CopyTest(train_group.thumbnails).search(sample_group.thumbnails)
+        known = data.cached_thumbnails(train, pathlib.Path(args.output_root, "cache"), procs)
+        test = metrics.CopyTest(torch.from_numpy(known.rows(train.rows)))
+        copies = test.search(apply(data.thumbnails, data.batches(samples), procs))
     except ValueError as e:
         notice(e)
     else:

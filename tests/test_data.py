@@ -4,6 +4,7 @@ import os
 import pathlib
 import shutil
 import struct
+import time
 import zlib
 from types import SimpleNamespace
 
@@ -666,3 +667,18 @@ def test_the_written_phantom_set_has_no_image_twice(tmp_path):
     assert len(set(pixels)) == 10
     phantom.write_phantoms(tmp_path / "again", 3, 2, 32)
     assert [p.read_bytes() for p in sorted((tmp_path / "again").rglob("*.png"))] == pixels
+
+
+@pytest.mark.parametrize("kind", ["images", "latents", "thumbnails"])
+def test_a_build_that_nobody_went_on_with_for_a_day_is_removed(tmp_path, capsys, kind):
+    """Whatever is cached; one that is younger, and a whole cache, stay."""
+    for name, days in ((f"{kind}_old.part", 2), (f"{kind}_new.part", 0), (f"{kind}_half.npy", 2),
+                       (f"{kind}_whole.npy", 2)):
+        path = tmp_path / name
+        path.mkdir() if path.suffix == ".part" else path.touch()
+        os.utime(path, (time.time() - days * data.DAY,) * 2)
+    (tmp_path / f"{kind}_whole.json").touch()
+    data._remove_leftovers(tmp_path, tmp_path / "images_mine.part")
+    assert {p.name for p in tmp_path.iterdir()} == {
+        f"{kind}_new.part", f"{kind}_whole.npy", f"{kind}_whole.json"}
+    assert capsys.readouterr().out.count("never finished") == 2

@@ -132,7 +132,7 @@ def test_augmentation_never_flips():
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
 def test_damaged_weights_of_the_classifier_are_trained_again(tmp_path, capsys, damage):
     views = torch.rand(8, 1, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    train = evaluate.ImageGroup(SimpleNamespace(key="abc"), torch.arange(8) % 2, views, views[:, 0])
+    train = evaluate.ImageGroup(SimpleNamespace(key="abc"), torch.arange(8) % 2, views)
     args = SimpleNamespace(output_root=tmp_path, classifier_steps=2)
     net = evaluate.real_classifier(train, 2, 0, args, CPU)
     path, = (tmp_path / "cache").iterdir()
