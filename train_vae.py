@@ -51,6 +51,8 @@ def build_parser():
         help="decay of the averaged weights, which the later stages use")
     add("--cooldown", type=at_least(0, float, 1), default=0.0,
         help="last fraction of the run over which lr falls to 0 in a straight line")
+    add("--augment", action=BooleanFlag, default=False,
+        help="shift, zoom, rotate and expose half of the images a little otherwise; never flipped")
     add = parser.add_argument_group("loss").add_argument
     add("--pixel_weight", type=at_least(0, float), default=1.0, help="of the mean absolute error")
     add("--ssim_weight", type=at_least(0, float), default=0.2, help="of 1 - MS-SSIM")
@@ -79,6 +81,7 @@ def parse_args(argv=None):
     if args.disc_weight > 0 and args.img_size < least:
         fail(f"--img_size={args.img_size} is too small for the discriminator ({least} at least): "
              "give fewer --disc_layers, or --disc_weight=0")
+    args.augment = args.augment and not (args.overfit_one or args.overfit_k)
     return args
 
 
@@ -159,6 +162,20 @@ def cooldown(step, total_steps, fraction):
     """Factor of the learning rate at a step (from 0): 1, then in a straight line towards 0 over the
     last `fraction` of the run. After Haegele et al. 2024, section 3."""
     return min(1.0, (total_steps - step) / max(1.0, fraction * total_steps))
+
+
+def read_images(images, index, step, args, procs):
+    """The images `index` of this rank in a step, float32 [B, 1, S, S] on the device; with --augment
+    half of them changed, by numbers that depend on the seed, the step and the place in the global
+    batch."""
+    x = images.images(index).to(procs.device)
+    if args.augment:
+        rng = experiment.generator("cpu", args.seed, "augment", step)
+        total = procs.world_size * len(x)
+        how = torch.rand(total, experiment.AUG_DIM, generator=rng) * 2 - 1
+        how *= torch.rand(total, 1, generator=rng) < 0.5
+        x = data.augment(x, how[experiment.own_places(procs, len(x))].to(procs.device))
+    return x
 
 
 def train_step(models, vae_fn, disc_fn, perceptual, x, step, args, procs):
@@ -365,8 +382,8 @@ def main(argv=None):
         factor = cooldown(step, total_steps, args.cooldown)
         experiment.set_groups(models.vae_optimizer, lr=args.lr * factor)
         experiment.set_groups(models.disc_optimizer, lr=args.disc_lr * factor)
-        losses, bad = train_step(models, vae_fn, disc_fn, perceptual, train_set.images(index), step,
-                                 args, procs)
+        x = read_images(train_set, index, step, args, procs)
+        losses, bad = train_step(models, vae_fn, disc_fn, perceptual, x, step, args, procs)
         means.add(losses, bad)
         bad_in_a_row = (bad_in_a_row + 1) * bad
         step += 1

@@ -1,6 +1,7 @@
 """Few images: val/loss, copies, best.pt, --patience, --init_from and --augment."""
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import memorisation
 import metrics
 import model
 import train_ldm
+import train_vae
 
 ALONE = experiment.Processes(0, 1, torch.device("cpu"), torch.float32, False)
 
@@ -296,3 +298,21 @@ def test_what_was_augmented_does_not_show_in_samples(told):
                                "dpmpp_sde", 10, 1.0, (0, 1))
     off = centre(samples).abs().max(1).values
     assert (off.quantile(0.9) < 0.7) == told
+
+
+def test_the_autoencoder_sees_half_of_its_images_changed(workspace):
+    plain, *_ = opened(workspace)
+    images, index = plain.images, np.arange(16)
+    args = SimpleNamespace(augment=True, seed=0)
+    x = images.images(index)
+    seen = torch.cat([train_vae.read_images(images, index, step, args, ALONE) for step in range(8)])
+    same = (seen - x.repeat(8, 1, 1, 1)).abs().amax((1, 2, 3)) < 1e-3
+    assert 0.35 < same.float().mean() < 0.65
+    assert len(seen.flatten(1).unique(dim=0)) > 16 * 3  # another change in each step
+    first = [train_vae.read_images(images, index[r::2], 0, args, ALONE._replace(
+        rank=r, world_size=2)) for r in range(2)]
+    whole = train_vae.read_images(images, np.concatenate([index[::2], index[1::2]]), 0, args, ALONE)
+    assert torch.equal(torch.cat(first), whole)
+    args.augment = False
+    assert torch.equal(train_vae.read_images(images, index, 0, args, ALONE), x)
+    assert not train_vae.parse_args(["--augment", "--overfit_k=4"]).augment
