@@ -14,6 +14,7 @@ our precision, compilation and layout. What we measured: docs/benchmarks.md.
 """
 import importlib.util
 import itertools
+import math
 import os
 import pathlib
 import re
@@ -148,8 +149,7 @@ def own_sampling(args, procs):
     """A batch of latents, as sample.py draws it."""
     settings, shape = ldm_settings(args)
     denoiser, _, _ = train_ldm.build_models(settings, procs, shape, len(CLASSES))
-    if procs.compile:
-        denoiser.unet = torch.compile(denoiser.unet)
+    experiment.compile_for_sampling(denoiser, procs)
     wanted = [(i % len(CLASSES), i) for i in range(args.batch)]
     return lambda: experiment.sample_latents(denoiser, shape, wanted, CLASSES, settings, procs)
 
@@ -230,6 +230,18 @@ def tasks_of(part, args, procs):
     return tasks
 
 
+def sampling_shares(step, evaluation, batch):
+    """{number of images: fraction of a full_train's time that the samples of its evaluations take},
+    from seconds of a training step and of a network evaluation, on `batch` images each."""
+    preset = train_ldm.parse_args(["--mode=full_train"])
+    sampling = preset.num_sampling_steps * evaluation
+    shares = {}
+    for images in (106, 10_000, 100_000):
+        training = preset.sample_every * math.ceil(images / batch) * step
+        shares[images] = sampling / (sampling + training)
+    return shares
+
+
 def device_name(device):
     """Model of the GPU, or of the CPU with the vector instructions and threads that torch uses."""
     if device.type != "cpu":
@@ -283,8 +295,16 @@ def main(argv=None):
         new = measure(part, images, tasks, args.repeats, procs.device)
         print(*[ROW.format(**row) for row in new], sep="\n", flush=True)
         rows += new
+    shares = {}
+    seconds = {row["part"]: row["median"] for row in rows if row["name"] == "ours"}
+    if {"train", "sample"} <= seconds.keys():
+        evaluation = seconds["sample"] / args.sampling_steps
+        shares = sampling_shares(seconds["train"], evaluation, args.batch)
+        for images, share in shares.items():
+            print(f"of a full_train on {images:,} images, {share:.0%} of the time is sampling")
     if args.json:
-        experiment.write_json(args.json, {"facts": facts, "args": vars(args), "rows": rows})
+        experiment.write_json(args.json, {"facts": facts, "args": vars(args), "rows": rows,
+                                          "sampling_shares": shares})
 
 
 if __name__ == "__main__":

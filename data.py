@@ -1228,11 +1228,11 @@ class LatentSet:
     def posterior(self, indices, versions=0):
         """(mean, logvar), each float32 [B, C, h, w] on the device. versions [B]: of each image."""
         if self.resident is not None:
-            index = torch.from_numpy(indices + versions * len(self.images)).to(self.device)
-            both = self.resident[index]
+            index = torch.from_numpy(indices + versions * len(self.images))
+            both = self.resident[experiment.send(index, self.device)]
         elif self.cache is not None:
             rows = self.cache.rows(self._rows(indices, versions))
-            both = torch.from_numpy(rows).to(self.device)
+            both = experiment.send(torch.from_numpy(rows), self.device)
         else:
             x = self._augmented(self.images.images(indices), self._rows(indices, versions))
             return tuple(self._encode(x))
@@ -1240,7 +1240,8 @@ class LatentSet:
 
     def how_augmented(self, indices, versions):
         """float32 [B, 6] on the device: see augment; zeros for version 0."""
-        return self.how[torch.from_numpy(self._rows(indices, versions))].to(self.device)
+        how = self.how[torch.from_numpy(self._rows(indices, versions))]
+        return experiment.send(how, self.device)
 
 
 if __name__ == "__main__":

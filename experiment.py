@@ -326,6 +326,14 @@ def own_places(procs, batch):
     return slice(procs.rank * batch, (procs.rank + 1) * batch)
 
 
+def send(tensor, device):
+    """A CPU tensor on the device. From pinned memory, since any other copy to a GPU waits until the
+    GPU has done all that it was given before."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def draw(procs, batch, shape, *key):
     """(numbers [batch, *shape] of this rank on the device, generator) from a normal distribution.
 
@@ -814,6 +822,12 @@ def load_ldm(ckpt_path, procs, ae_ckpt_path=None, use_ema=None):
 # --- sampling -----------------------------------------------------------------------------------
 
 
+def compile_for_sampling(denoiser, procs):
+    """Compile its network in place where procs.compile says so; its weights keep their names."""
+    if procs.compile:
+        denoiser.unet.compile()
+
+
 def sample_latents(denoiser, latent_shape, wanted, class_names, args, procs, tick=None):
     """Normalised latents [B, C, h, w] on the device of `wanted`, a list of (class index, number).
 
@@ -826,7 +840,7 @@ def sample_latents(denoiser, latent_shape, wanted, class_names, args, procs, tic
 
     def noise():
         parts = torch.stack([torch.randn(latent_shape, generator=rng) for rng in rngs])
-        return parts.to(procs.device).contiguous(memory_format=procs.memory_format)
+        return send(parts, procs.device).contiguous(memory_format=procs.memory_format)
 
     return diffusion.sample(denoiser, y, noise, args.sampler, args.num_sampling_steps,
                             args.guidance_scale, args.guidance_interval, procs.autocast, tick)
@@ -854,6 +868,9 @@ def sample_batches(denoiser, vae, latent_scale_factor, wanted, class_names, args
     done = 0
     for start in range(0, len(wanted), batch_size):
         batch = wanted[start:start + batch_size]
+        full = batch
+        if procs.compile and start > 0:  # another size would be compiled once more
+            full = batch + batch[-1:] * (batch_size - len(batch))
 
         def count(batch=batch):
             nonlocal done
@@ -861,7 +878,8 @@ def sample_batches(denoiser, vae, latent_scale_factor, wanted, class_names, args
             tick(done)
 
         try:
-            z = sample_latents(denoiser, vae.latent_shape, batch, class_names, args, procs, count)
+            z = sample_latents(denoiser, vae.latent_shape, full, class_names, args, procs, count)
+            z = z[:len(batch)]
             x = decode_latents(vae, z, latent_scale_factor, procs)
         except RuntimeError as e:  # torch.OutOfMemoryError is one; a CPU "can't allocate memory"
             if "memory" not in str(e):
@@ -916,8 +934,7 @@ def prepare_sampling(args, procs):
     if args.guidance_scale != 1 and settings["prob_uncond"] == 0:
         fail("this model never trained its null class (prob_uncond was 0), so guidance has nothing "
              "to guide from: give --guidance_scale=1")
-    if procs.compile:
-        denoiser.unet = torch.compile(denoiser.unet)
+    compile_for_sampling(denoiser, procs)
     classes = [class_names.index(name) for name in dict.fromkeys(names)]
     return TrainedModel(denoiser, vae, checkpoint, classes)
 

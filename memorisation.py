@@ -51,7 +51,8 @@ def mean_loss(denoiser, inputs, procs):
     sums = torch.zeros(2, dtype=torch.float64)
     for part in torch.arange(procs.rank, len(inputs.t), procs.world_size).split(64):
         part = part.to(procs.device)
-        with procs.autocast():
+        # What is compiled for sampling would be compiled again for each of these sizes.
+        with procs.autocast(), torch.compiler.set_stance("force_eager"):
             loss = denoiser(*(values[part] for values in inputs))
         sums += torch.tensor([loss.double().sum().item(), len(part)])
     experiment.average(procs, sums)

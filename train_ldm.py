@@ -213,6 +213,8 @@ def build_models(args, procs, latent_shape, num_classes):
     denoiser = experiment.build_denoiser(vars(args), latent_shape, num_classes)
     denoiser = denoiser.to(procs.device, memory_format=procs.memory_format)
     ema = model.EMA(denoiser, args.ema_decay) if args.use_ema else None
+    if ema and procs.device.type == "cuda":  # on a CPU it takes minutes and gains nothing
+        experiment.compile_for_sampling(ema.module, procs)
     optimizer = torch.optim.AdamW(denoiser.parameters(), args.lr,
                                   weight_decay=args.weight_decay, fused=True)
     return denoiser, ema, optimizer
@@ -313,7 +315,8 @@ def read_batches(latents, labels, index, step, args, procs):
     """[MicroBatch] of the images `index` of this rank in a step."""
     versions = draw_versions(len(index), step, args, procs)
     parts = zip(np.split(index, args.grad_accum), np.split(versions, args.grad_accum), strict=True)
-    return [MicroBatch(latents.posterior(i, v), labels[torch.from_numpy(i).to(procs.device)],
+    return [MicroBatch(latents.posterior(i, v),
+                       labels[experiment.send(torch.from_numpy(i), procs.device)],
                        latents.how_augmented(i, v) if args.augment else None) for i, v in parts]
 
 

@@ -168,20 +168,21 @@ def read_images(images, index, step, args, procs):
     """The images `index` of this rank in a step, float32 [B, 1, S, S] on the device; with --augment
     half of them changed, by numbers that depend on the seed, the step and the place in the global
     batch."""
-    x = images.images(index).to(procs.device)
+    x = experiment.send(images.images(index), procs.device)
     if args.augment:
         rng = experiment.generator("cpu", args.seed, "augment", step)
         total = procs.world_size * len(x)
         how = torch.rand(total, experiment.AUG_DIM, generator=rng) * 2 - 1
         how *= torch.rand(total, 1, generator=rng) < 0.5
-        x = data.augment(x, how[experiment.own_places(procs, len(x))].to(procs.device))
+        how = how[experiment.own_places(procs, len(x))]
+        x = data.augment(x, experiment.send(how, procs.device))
     return x
 
 
 def train_step(models, vae_fn, disc_fn, perceptual, x, step, args, procs):
     """One step on images x [B, 1, S, S] of this rank: (the numbers of LOSSES, 1.0 if it was skipped
-    else 0.0), tensors on the device. bench.py times this function."""
-    x = x.to(procs.device, memory_format=procs.memory_format)
+    else 0.0), like x on the device. bench.py times this function."""
+    x = x.contiguous(memory_format=procs.memory_format)
     noise, _ = experiment.draw(procs, len(x), models.vae.latent_shape, args.seed, "vae", step)
     use_disc = args.disc_weight > 0 and step >= args.disc_start
     g_loss = d_loss = torch.zeros((), device=procs.device)
