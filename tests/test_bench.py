@@ -233,6 +233,13 @@ def test_tasks(args, monkeypatch):
     assert bench.tasks_of("train", args, procs) == [ours]
 
 
+def test_the_share_of_sampling_is_that_of_the_preset():
+    """500 evaluations of a batch of 16 every 10 epochs, which are 70 steps on 106 images."""
+    shares = bench.sampling_shares(step=0.01, evaluation=0.002, batch=16)
+    assert shares[106] == pytest.approx(1 / 1.7)
+    assert shares[10_000] == pytest.approx(1 / (1 + 62.5))
+
+
 # --- the program --------------------------------------------------------------------------------
 
 

@@ -116,6 +116,25 @@ def test_progress_counts_network_evaluations(denoiser):
     assert len(calls) == 4
 
 
+def test_a_last_batch_is_filled_up_where_another_size_would_be_compiled(denoiser):
+    vae, seen = model.AutoencoderKL(16, 2, 8, (1, 2), 1).eval(), []
+    sizes = denoiser.unet.register_forward_hook(lambda unet, inputs, out: seen.append(len(out)))
+    wanted = [(i % 3, i) for i in range(7)]
+    args = SimpleNamespace(seed=0, sampler="dpmpp_sde", num_sampling_steps=2, guidance_scale=1.0,
+                           guidance_interval=(0.0, 1.0))
+    drawn = {}
+    for compiled in (False, True):
+        procs = PROCS._replace(compile=compiled)
+        parts = list(experiment.sample_batches(denoiser, vae, 1.0, wanted, CLASSES, args, procs, 4,
+                                               lambda done: None))
+        assert [part for batch, _, _ in parts for part in batch] == wanted
+        assert [len(x) for _, _, x in parts] == [4, 3]
+        drawn[compiled] = torch.cat([z for _, z, _ in parts])
+    sizes.remove()
+    assert seen == [4, 4, 3, 3] + [4, 4, 4, 4]
+    torch.testing.assert_close(drawn[True], drawn[False], atol=1e-4, rtol=1e-4)
+
+
 @torch.no_grad()
 def test_decode_latents_divides_by_the_scale():
     torch.manual_seed(0)
