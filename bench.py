@@ -300,8 +300,8 @@ def main(argv=None):
     if {"train", "sample"} <= seconds.keys():
         evaluation = seconds["sample"] / args.sampling_steps
         shares = sampling_shares(seconds["train"], evaluation, args.batch)
-        for images, share in shares.items():
-            print(f"of a full_train on {images:,} images, {share:.0%} of the time is sampling")
+        print("time that sampling takes in a full_train:", ", ".join(
+            f"{share:.0%} on {images:,} images" for images, share in shares.items()))
     if args.json:
         experiment.write_json(args.json, {"facts": facts, "args": vars(args), "rows": rows,
                                           "sampling_shares": shares})

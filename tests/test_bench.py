@@ -253,7 +253,8 @@ def test_report(quick, tmp_path, dtype, precision):
     facts, rows = report["facts"], report["rows"]
     assert facts["precision"].startswith(precision) and f"--dtype={dtype}" in facts["precision"]
     assert facts["compile"] is False and report["args"]["vae_base_ch"] == 8
-    first, *lines = done.out.strip().splitlines()
+    first, *lines, last = done.out.strip().splitlines()
+    assert "on 10,000 images" in last and 0 < report["sampling_shares"]["106"] < 1
     assert all(str(value) in first for value in facts.values())
     assert [r["part"] for r in rows] == ["train", "vae", "sample"] and len(lines) == 3
     for line, r in zip(lines, rows, strict=True):
@@ -273,7 +274,7 @@ def test_only_some_parts_and_threads(capsys):
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
-    first, *lines = capsys.readouterr().out.splitlines()
+    first, *lines, _ = capsys.readouterr().out.splitlines()
     assert "2 threads" in first and [line.split()[0] for line in lines] == ["sample", "train"]
 
 
