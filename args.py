@@ -14,7 +14,7 @@ import shutil
 import sys
 import types
 
-from experiment import fail, first_line, named_folder, notice, read_run
+from experiment import MADE_BY, fail, first_line, named_folder, notice, read_run
 
 # --- types --------------------------------------------------------------------------------------
 
@@ -305,10 +305,13 @@ def as_flags(parser, settings, source):
     return flags
 
 
-def stored_flags(parser, folder):
-    """Flags of the run in `folder`, without those that this version does not know any more."""
+def stored_flags(parser, folder, kind):
+    """Flags of the run in `folder`, without those that this version does not know any more. Ends
+    the program where it is of another trainer, whose flags of that name may mean other things."""
     known = {a.dest for a in parser._actions} - {*NOT_STORED, "config"}
     meta = read_run(folder)
+    if meta.get("kind") in MADE_BY and meta["kind"] != kind:
+        fail(f"{folder} was not made by {MADE_BY[kind]} but by {MADE_BY[meta['kind']]}")
     if "created" not in meta:
         notice(f"{folder}/run_meta.json is gone or damaged: the settings are the checkpoint's")
     settings = {k: v for k, v in meta["args"].items() if k in known}
@@ -334,11 +337,12 @@ def end_with_one_line(kind, value, traceback):
         sys.__excepthook__(kind, value, traceback)
 
 
-def parse_settings(parser, argv=None, preset=None):
+def parse_settings(parser, argv=None, preset=None, kind=None):
     """Settings: defaults < preset < the run being continued < --config < command line.
 
     argv: the command line without the program. preset: function from the settings as they would be
-    without it to {name: new default}; raises ValueError where they contradict each other.
+    without it to {name: new default}; raises ValueError where they contradict each other. kind:
+    of the runs that this stage goes on with, 'vae' or 'ldm'.
     """
     for stream in (sys.stdout, sys.stderr):  # a file name may not fit the terminal's encoding
         if hasattr(stream, "reconfigure"):
@@ -349,7 +353,7 @@ def parse_settings(parser, argv=None, preset=None):
     from_config = as_flags(parser, read_config(config_path), config_path) if config_path else []
     given = [*from_config, *argv]
     folder = run_to_continue(parser.parse(given))
-    from_run = stored_flags(parser, folder) if folder else []
+    from_run = stored_flags(parser, folder, kind) if folder else []
     from_preset = []
     if preset:
         try:

@@ -76,7 +76,7 @@ def build_parser():
 
 def parse_args(argv=None):
     """Settings of this stage; ends the program on bad ones."""
-    args = parse_settings(build_parser(), argv)
+    args = parse_settings(build_parser(), argv, kind="vae")
     least = model.PatchDiscriminator.smallest(args.disc_layers)
     if args.disc_weight > 0 and args.img_size < least:
         fail(f"--img_size={args.img_size} is too small for the discriminator ({least} at least): "

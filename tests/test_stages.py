@@ -193,8 +193,8 @@ def test_a_stage_reads_every_flag_that_it_takes(workspace, quick, monkeypatch, n
     stage = importlib.import_module(name)
     names = set()
 
-    def spy(parser, argv=None, preset=None):
-        known = vars(command_line.parse_settings(parser, argv, preset))
+    def spy(parser, argv=None, preset=None, kind=None):
+        known = vars(command_line.parse_settings(parser, argv, preset, kind))
         names.update(known)
         READ.clear()
         return Spy(**known)
