@@ -14,7 +14,7 @@ import shutil
 import sys
 import types
 
-from experiment import MADE_BY, fail, first_line, named_folder, notice, read_run
+from experiment import check_kind, fail, first_line, named_folder, notice, read_run
 
 # --- types --------------------------------------------------------------------------------------
 
@@ -310,8 +310,7 @@ def stored_flags(parser, folder, kind):
     the program where it is of another trainer, whose flags of that name may mean other things."""
     known = {a.dest for a in parser._actions} - {*NOT_STORED, "config"}
     meta = read_run(folder)
-    if meta.get("kind") in MADE_BY and meta["kind"] != kind:
-        fail(f"{folder} was not made by {MADE_BY[kind]} but by {MADE_BY[meta['kind']]}")
+    check_kind(meta.get("kind", kind), kind, folder)
     if "created" not in meta:
         notice(f"{folder}/run_meta.json is gone or damaged: the settings are the checkpoint's")
     settings = {k: v for k, v in meta["args"].items() if k in known}

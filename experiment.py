@@ -653,11 +653,16 @@ def load_checkpoint(path, kind):
         state = load_archive(path)
     except Exception as e:
         fail_damaged(path, e)
-    found = state.get("kind") if isinstance(state, dict) else None
-    if found != kind:
-        by = f" but by {MADE_BY[found]}" if found in MADE_BY else ""
-        fail(f"{path} was not made by {MADE_BY[kind]}{by}")
+    check_kind(state.get("kind") if isinstance(state, dict) else None, kind, path)
     return state
+
+
+def check_kind(found, kind, path):
+    """End the program where what `path` holds is of kind `found` instead of `kind`."""
+    if found != kind:
+        made_by = [program for name, program in MADE_BY.items() if name == found]
+        by = f" but by {made_by[0]}" if made_by else ""
+        fail(f"{path} was not made by {MADE_BY[kind]}{by}")
 
 
 def check_complete(checkpoint, path):

@@ -356,3 +356,13 @@ def test_progress_writes_whole_lines_to_a_file(capsys, alone, monkeypatch):
     (7500, "2 h 05 min"), (273600, "3 d 04 h")])
 def test_time_text(seconds, text):
     assert experiment.time_text(seconds) == text
+
+
+@pytest.mark.parametrize("found, named", [("ldm", True), (None, False), ([1], False), (3, False)])
+def test_what_another_trainer_made_is_refused_whatever_it_says_it_is(found, named, capsys):
+    experiment.check_kind("vae", "vae", "here")
+    with pytest.raises(SystemExit):
+        experiment.check_kind(found, "vae", "here")
+    message = capsys.readouterr().err
+    assert "here was not made by train_vae.py" in message
+    assert ("but by train_ldm.py" in message) == named
