@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import experiment
+import interop
 import model
 import train_ldm
 import train_vae
@@ -158,19 +159,10 @@ def own_sampling(args, procs):
 
 
 def peer_unet(args, procs, tuned):
-    """UNet2DModel with the layers of model.UNet."""
+    """UNet2DModel that is model.UNet, as export.py makes it."""
     import diffusers
-    settings, (_, size, _) = ldm_settings(args)
-    widths = [settings.ldm_base_ch * m for m in settings.ldm_ch_mults]
-    attention = ["Attn" if size >> i in settings.ldm_attn_res else "" for i in range(len(widths))]
-    groups = model.norm(widths[0]).num_groups
-    net = diffusers.UNet2DModel(
-        sample_size=size, in_channels=Z, out_channels=Z, block_out_channels=widths,
-        down_block_types=[f"{a}DownBlock2D" for a in attention],
-        up_block_types=[f"{a}UpBlock2D" for a in reversed(attention)],
-        layers_per_block=settings.ldm_num_res_blocks, attention_head_dim=widths[0],
-        resnet_time_scale_shift="scale_shift", num_class_embeds=len(CLASSES) + 1,
-        norm_num_groups=groups, attn_norm_num_groups=groups)
+    settings, shape = ldm_settings(args)
+    net = diffusers.UNet2DModel(**interop.unet_config(vars(settings), shape, len(CLASSES)))
     # A convolution takes the layout of its weight: inputs need no change.
     net.to(procs.device, memory_format=procs.memory_format if tuned else torch.contiguous_format)
     return torch.compile(net) if procs.compile else net

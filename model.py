@@ -14,9 +14,19 @@ import torch.nn.functional as F
 # --- shared blocks ------------------------------------------------------------------------------
 
 
-def norm(channels):
-    """GroupNorm whose number of groups is the largest power of two up to 32 that fits."""
-    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
+def num_groups(base_ch):
+    """Groups of every GroupNorm of a network: the largest power of two up to 32 that fits."""
+    return math.gcd(32, base_ch)
+
+
+def head_dim(base_ch):
+    """Channels of each head of attention in a UNet: the largest power of two up to 64 that fits."""
+    return math.gcd(64, base_ch)
+
+
+def norm(channels, groups):
+    """GroupNorm of so many groups."""
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 def zero_init(layer):
@@ -32,11 +42,11 @@ class ResBlock(nn.Module):
     With `emb_dim`, an embedding [B, emb_dim] scales and shifts the second norm.
     """
 
-    def __init__(self, in_ch, out_ch, emb_dim=None):
+    def __init__(self, in_ch, out_ch, groups, emb_dim=None):
         super().__init__()
-        self.norm1 = norm(in_ch)
+        self.norm1 = norm(in_ch, groups)
         self.conv1 = nn.Conv2d(in_ch, out_ch, 3, padding=1)
-        self.norm2 = norm(out_ch)
+        self.norm2 = norm(out_ch, groups)
         self.conv2 = zero_init(nn.Conv2d(out_ch, out_ch, 3, padding=1))
         self.skip = nn.Conv2d(in_ch, out_ch, 1) if in_ch != out_ch else nn.Identity()
         self.emb = nn.Linear(emb_dim, 2 * out_ch) if emb_dim else None
@@ -53,12 +63,12 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all pixels, in heads of 64 channels (one where that does not fit)."""
+    """Self-attention over all pixels, in so many heads."""
 
-    def __init__(self, channels):
+    def __init__(self, channels, groups, heads):
         super().__init__()
-        self.heads = channels // 64 if channels % 64 == 0 else 1
-        self.norm = norm(channels)
+        self.heads = heads
+        self.norm = norm(channels, groups)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = zero_init(nn.Linear(channels, channels))
 
@@ -73,13 +83,21 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """3x3 convolution of stride 2."""
-    def __init__(self, channels):
+    """3x3 convolution of stride 2: [B, C, H, W] to [B, C, H/2, W/2].
+
+    padding 1: zeros all round, as UNets have it; 0: right and below only, as in the autoencoders of
+    LDM and diffusers.
+    """
+
+    def __init__(self, channels, padding):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.padding = padding
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x):
-        return self.conv(x)  # [B, C, H/2, W/2]
+        if self.padding == 0:
+            x = F.pad(x, (0, 1, 0, 1))
+        return self.conv(x)
 
 
 class Upsample(nn.Module):
@@ -130,12 +148,14 @@ class AutoencoderKL(nn.Module):
     between a latent and the square of pixels that it stands for, and the networks start as nothing.
     Principal components of such squares are a good autoencoder already (8 of 8 x 8 pixels: 33.5 dB
     on chest films of 128 px), which deep layers with norms take thousands of steps to find.
-    ValueError where img_size cannot be halved that often.
+    quant_conv: 1x1 convolutions around the latent, which published autoencoders have. ValueError
+    where img_size cannot be halved that often.
     """
 
     def __init__(self, img_size, z_channels, base_ch, ch_mults, num_res_blocks, attn_res=(),
-                 patch_size=1, linear_path=False):
+                 patch_size=1, linear_path=False, quant_conv=False):
         super().__init__()
+        groups = num_groups(base_ch)
         factor = patch_size * 2 ** (len(ch_mults) - 1)
         if img_size % factor:
             nearest = max(1, round(img_size / factor)) * factor
@@ -150,31 +170,37 @@ class AutoencoderKL(nn.Module):
         encoder = [nn.Conv2d(patch_size**2, ch, 3, padding=1)]
         for level, width in enumerate(widths):
             for _ in range(num_res_blocks):
-                encoder.append(ResBlock(ch, width))
+                encoder.append(ResBlock(ch, width, groups))
                 ch = width
                 if res in attn_res:
-                    encoder.append(Attention(ch))
+                    encoder.append(Attention(ch, groups, heads=1))
             if level < len(widths) - 1:
-                encoder.append(Downsample(ch))
+                encoder.append(Downsample(ch, padding=0))
                 res //= 2
-        encoder += [ResBlock(ch, ch), Attention(ch), ResBlock(ch, ch)]
-        encoder += [norm(ch), nn.SiLU(), nn.Conv2d(ch, 2 * z_channels, 3, padding=1)]
+        encoder += [ResBlock(ch, ch, groups), Attention(ch, groups, heads=1)]
+        encoder += [ResBlock(ch, ch, groups)]
+        encoder += [norm(ch, groups), nn.SiLU(), nn.Conv2d(ch, 2 * z_channels, 3, padding=1)]
         self.encoder = nn.Sequential(*encoder)
 
         decoder = [nn.Conv2d(z_channels, ch, 3, padding=1)]
-        decoder += [ResBlock(ch, ch), Attention(ch), ResBlock(ch, ch)]
+        decoder += [ResBlock(ch, ch, groups), Attention(ch, groups, heads=1)]
+        decoder += [ResBlock(ch, ch, groups)]
         for level, width in reversed(list(enumerate(widths))):
             for _ in range(num_res_blocks + 1):
-                decoder.append(ResBlock(ch, width))
+                decoder.append(ResBlock(ch, width, groups))
                 ch = width
                 if res in attn_res:
-                    decoder.append(Attention(ch))
+                    decoder.append(Attention(ch, groups, heads=1))
             if level > 0:
                 decoder.append(Upsample(ch))
                 res *= 2
-        decoder += [norm(ch), nn.SiLU(), nn.Conv2d(ch, patch_size**2, 3, padding=1)]
+        decoder += [norm(ch, groups), nn.SiLU(), nn.Conv2d(ch, patch_size**2, 3, padding=1)]
         self.decoder = nn.Sequential(*decoder)
 
+        self.quant_conv = self.post_quant_conv = nn.Identity()
+        if quant_conv:
+            self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
+            self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
         self.linear_encoder = self.linear_decoder = None
         if linear_path:
             self.linear_encoder = nn.Conv2d(1, z_channels, factor, stride=factor)
@@ -185,14 +211,14 @@ class AutoencoderKL(nn.Module):
     def encode(self, x):
         """Images [B, 1, H, W] in [-1, 1] to the Posterior of unscaled latents (float32)."""
         squares = F.pixel_unshuffle(x, self.patch_size)
-        mean, logvar = self.encoder(squares).float().chunk(2, dim=1)
+        mean, logvar = self.quant_conv(self.encoder(squares)).float().chunk(2, dim=1)
         if self.linear_encoder is not None:
             mean = mean + self.linear_encoder(x).float()
         return Posterior(mean, logvar.clamp(-30.0, 20.0))
 
     def decode(self, z):
         """Unscaled latents [B, z_channels, h, w] to images [B, 1, H, W], not clamped to [-1, 1]."""
-        x = F.pixel_shuffle(self.decoder(z).float(), self.patch_size)
+        x = F.pixel_shuffle(self.decoder(self.post_quant_conv(z)).float(), self.patch_size)
         if self.linear_decoder is not None:
             x = x + self.linear_decoder(z).float()
         return x
@@ -220,7 +246,7 @@ class PatchDiscriminator(nn.Module):
         for k in range(1, num_layers + 1):
             width, stride = base_ch * min(2**k, 8), 2 if k < num_layers else 1
             layers += [nn.Conv2d(ch, width, 4, stride, 1, bias=False)]
-            layers += [norm(width), nn.LeakyReLU(0.2)]
+            layers += [norm(width, num_groups(base_ch)), nn.LeakyReLU(0.2)]
             ch = width
         self.layers = nn.Sequential(*layers, nn.Conv2d(ch, 1, 4, 1, 1))
 
@@ -253,10 +279,10 @@ class UNet(nn.Module):
     Dhariwal & Nichol 2021).
 
     Class `num_classes` is the null class of classifier-free guidance. attn_res lists the latent
-    sizes that get attention; the middle block always has it. aug_dim: how many numbers tell how an
-    image was augmented, which the network is given so that it does not draw what was augmented
-    (Karras et al. 2022, appendix F.2). ValueError where the latents cannot be halved
-    len(ch_mults) - 1 times, or base_ch is odd.
+    sizes that get attention, in heads of up to 64 channels; the middle block always has it.
+    aug_dim: how many numbers tell how an image was augmented, which the network is given so that it
+    does not draw what was augmented (Karras et al. 2022, appendix F.2). ValueError where the
+    latents cannot be halved len(ch_mults) - 1 times, or base_ch is odd.
     """
 
     def __init__(self, latent_shape, num_classes, base_ch, ch_mults, num_res_blocks, attn_res,
@@ -274,6 +300,7 @@ class UNet(nn.Module):
         self.null_class = num_classes
         self.base_ch = base_ch
         emb_dim = 4 * base_ch
+        groups = num_groups(base_ch)
         self.time_mlp = nn.Sequential(
             nn.Linear(base_ch, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
         self.class_emb = nn.Embedding(num_classes + 1, emb_dim)
@@ -288,30 +315,32 @@ class UNet(nn.Module):
         skips = [ch]
         for level, mult in enumerate(ch_mults):
             for _ in range(num_res_blocks):
-                block = nn.ModuleList([ResBlock(ch, base_ch * mult, emb_dim)])
+                block = nn.ModuleList([ResBlock(ch, base_ch * mult, groups, emb_dim)])
                 ch = base_ch * mult
                 if res in attn_res:
-                    block.append(Attention(ch))
+                    block.append(Attention(ch, groups, ch // head_dim(base_ch)))
                 self.down.append(block)
                 skips.append(ch)
             if level < len(ch_mults) - 1:
-                self.down.append(nn.ModuleList([Downsample(ch)]))
+                self.down.append(nn.ModuleList([Downsample(ch, padding=1)]))
                 skips.append(ch)
                 res //= 2
-        self.mid = nn.ModuleList(
-            [ResBlock(ch, ch, emb_dim), Attention(ch), ResBlock(ch, ch, emb_dim)])
+        self.mid = nn.ModuleList([ResBlock(ch, ch, groups, emb_dim),
+                                  Attention(ch, groups, ch // head_dim(base_ch)),
+                                  ResBlock(ch, ch, groups, emb_dim)])
         self.up = nn.ModuleList()
         for level, mult in reversed(list(enumerate(ch_mults))):
             for i in range(num_res_blocks + 1):
-                block = nn.ModuleList([ResBlock(ch + skips.pop(), base_ch * mult, emb_dim)])
+                block = nn.ModuleList(
+                    [ResBlock(ch + skips.pop(), base_ch * mult, groups, emb_dim)])
                 ch = base_ch * mult
                 if res in attn_res:
-                    block.append(Attention(ch))
+                    block.append(Attention(ch, groups, ch // head_dim(base_ch)))
                 if i == num_res_blocks and level > 0:
                     block.append(Upsample(ch))
                     res *= 2
                 self.up.append(block)
-        self.norm_out = norm(ch)
+        self.norm_out = norm(ch, groups)
         self.conv_out = zero_init(nn.Conv2d(ch, in_ch, 3, padding=1))  # first, it predicts zero
 
     def forward(self, x, t, y, aug=None):

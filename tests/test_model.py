@@ -39,11 +39,13 @@ def attention_sizes(module, run):
 # --- shared blocks ---
 
 
-@pytest.mark.parametrize("channels", [1, 6, 32, 48, 96, 100])
-def test_norm_standardises_groups_of_any_width(channels):
+@pytest.mark.parametrize("base_ch", [1, 6, 32, 48, 96, 100])
+@pytest.mark.parametrize("mult", [1, 2])
+def test_norm_standardises_groups_of_any_width(base_ch, mult):
+    channels = base_ch * mult
     x = 5 + 3 * randn(2, channels, 8, 8)
-    layer = model.norm(channels)
-    assert layer.num_groups <= 32 and channels % layer.num_groups == 0
+    layer = model.norm(channels, model.num_groups(base_ch))
+    assert layer.num_groups <= 32 and base_ch % layer.num_groups == 0
     y = layer(x).view(2, layer.num_groups, -1)
     assert torch.allclose(y.mean(2), torch.zeros(()), atol=1e-5)
     assert torch.allclose(y.std(2, correction=0), torch.ones(()), atol=1e-4)
@@ -51,7 +53,7 @@ def test_norm_standardises_groups_of_any_width(channels):
 
 @pytest.mark.parametrize("channels, heads", [(128, 2), (48, 1), (64, 1)])
 def test_attention_matches_a_loop_over_heads_and_pixels(channels, heads):
-    layer = perturb(model.Attention(channels))
+    layer = perturb(model.Attention(channels, 16, heads))
     x = randn(2, channels, 3, 2)
     rows = layer.norm(x).flatten(2).transpose(1, 2)  # [B, HW, C]
     q, k, v = (rows @ layer.qkv.weight.T + layer.qkv.bias).chunk(3, dim=2)
@@ -68,7 +70,7 @@ def test_attention_matches_a_loop_over_heads_and_pixels(channels, heads):
 
 
 @pytest.mark.parametrize("block", [
-    model.ResBlock(8, 8, 16), model.ResBlock(8, 8), model.Attention(8)])
+    model.ResBlock(8, 8, 4, emb_dim=16), model.ResBlock(8, 8, 4), model.Attention(8, 4, 2)])
 def test_residual_blocks_start_as_identity_and_do_not_stay_it(block):
     x, emb = randn(2, 8, 4, 4), randn(2, 16, seed=1)
     args = (x, emb) if getattr(block, "emb", None) else (x,)
