@@ -217,7 +217,7 @@ def add_training_arguments(parser, lr, epochs, batch_per_device):
     add("--weight_decay", type=at_least(0, float), default=0.01, help="AdamW weight decay")
     add("--grad_clip", type=at_least(0, float), default=1.0, help="L2 norm of gradients; 0: off")
     add("--epochs", type=at_least(1), default=epochs, help="passes over the data")
-    add("--max_steps", type=at_least(0), default=0, help="most optimiser steps; 0: by epochs")
+    add("--max_steps", type=at_least(0), help="most optimiser steps; None: by epochs")
     add("--batch_per_device", type=at_least(1), default=batch_per_device,
         help="images per process and micro-step")
     add("--max_bad_steps", type=at_least(1), default=20,

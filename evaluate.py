@@ -872,7 +872,8 @@ def main(argv=None):
             fail(f"--img_size={args.img_size}, but {args.ckpt} was trained at {img_size}: leave it "
                  "out")
         sampling = {name: getattr(args, name) for name in experiment.SAMPLING_SETTINGS}
-        sampling["step"] = checkpoint["step"]
+        sampling |= {"step": checkpoint["step"], "ckpt": args.ckpt,
+                     "ckpt_sha256": experiment.sha256_file(args.ckpt)}
         folder = pathlib.Path(args.out_dir or experiment.run_folder(args.ckpt))
     else:
         root = args.data_root or phantom.phantom_root(args.output_root, args.img_size)

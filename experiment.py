@@ -354,7 +354,7 @@ def steps_per_epoch(num_items, batch, world_size):
 def count_steps(args, epoch_steps):
     """Steps of a whole run: --epochs, but at most --max_steps."""
     steps = args.epochs * epoch_steps
-    return min(steps, args.max_steps) if args.max_steps else steps
+    return steps if args.max_steps is None else min(steps, args.max_steps)
 
 
 def batch_indices(step, num_items, batch, seed, rank=0, world_size=1):
@@ -758,6 +758,11 @@ def check_class_names(names, path):
             fail(f"{path} has a class {name!r}, which is no file name: it is not loaded")
 
 
+# Settings that model.AutoencoderKL takes, in its order.
+VAE_SHAPE = ("img_size", "z_channels", "base_ch", "ch_mults", "num_res_blocks", "attn_res",
+             "patch_size", "linear_path", "quant_conv")
+
+
 def load_autoencoder(ckpt_path, procs, config_path=None):
     """(AutoencoderKL with its averaged weights on the device, its settings, sha256 of the file).
 
@@ -766,17 +771,15 @@ def load_autoencoder(ckpt_path, procs, config_path=None):
     checkpoint = load_checkpoint(ckpt_path, "vae")
     check_complete(checkpoint, ckpt_path)
     settings = checkpoint["args"]
-    names = ("img_size", "z_channels", "base_ch", "ch_mults", "num_res_blocks", "attn_res",
-             "patch_size", "linear_path")
-    check_names(names, settings, ckpt_path)
+    check_names(VAE_SHAPE, settings, ckpt_path)
     if config_path:
         described = read_meta(pathlib.Path(config_path).parent)["args"]
-        for name in names:
+        for name in VAE_SHAPE:
             stored = settings[name]
             if described.get(name) != (list(stored) if isinstance(stored, tuple) else stored):
                 fail(f"{config_path} says {name}={described.get(name)}, but {ckpt_path} has "
                      f"{stored}: the two are not of the same run")
-    vae = model.AutoencoderKL(*(settings[name] for name in names))
+    vae = model.AutoencoderKL(*(settings[name] for name in VAE_SHAPE))
     load_weights(vae, checkpoint["ema"], ckpt_path)
     vae = vae.to(procs.device, memory_format=procs.memory_format).eval().requires_grad_(False)
     return vae, settings, sha256_file(ckpt_path)
@@ -792,6 +795,15 @@ def build_denoiser(settings, latent_shape, num_classes):
                       AUG_DIM if settings["augment"] else 0)
     schedule = diffusion.NoiseSchedule(settings["noise_schedule"], settings["zero_terminal_snr"])
     return diffusion.Denoiser(unet, schedule, settings["prediction"], settings["loss_weighting"])
+
+
+def autoencoder_of(checkpoint, ckpt_path):
+    """Path of the autoencoder that the LDM checkpoint at ckpt_path was trained with; ends the
+    program where it is gone."""
+    path = find_moved(checkpoint["ae_ckpt_path"], run_folder(ckpt_path))
+    if not os.path.exists(path):
+        fail(f"the autoencoder is not at {path} any more: give its checkpoint with --ae_ckpt_path")
+    return path
 
 
 def load_ldm(ckpt_path, procs, ae_ckpt_path=None, use_ema=None):
@@ -814,9 +826,7 @@ def load_ldm(ckpt_path, procs, ae_ckpt_path=None, use_ema=None):
     load_weights(denoiser, checkpoint["ema" if averaged else "model"], ckpt_path)
     denoiser = denoiser.to(procs.device, memory_format=procs.memory_format)
     denoiser = denoiser.eval().requires_grad_(False)
-    path = ae_ckpt_path or find_moved(checkpoint["ae_ckpt_path"], run_folder(ckpt_path))
-    if not ae_ckpt_path and not os.path.exists(path):
-        fail(f"the autoencoder is not at {path} any more: give its checkpoint with --ae_ckpt_path")
+    path = ae_ckpt_path or autoencoder_of(checkpoint, ckpt_path)
     vae, _, vae_sha256 = load_autoencoder(path, procs)
     if vae_sha256 != checkpoint["vae_sha256"]:
         fail(f"{path} is not the autoencoder that {ckpt_path} was trained with (its hash differs); "

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 
 import data
 import experiment
+import interop
 import metrics
 import model
 from args import (BooleanFlag, add_data_arguments, add_precision_arguments,
-                  add_training_arguments, at_least, int_list, make_parser, parse_settings,
-                  print_settings)
+                  add_training_arguments, at_least, file_path, int_list, make_parser,
+                  parse_settings, print_settings, run_to_continue)
 from experiment import fail, notice, say
 
 LOSSES = ("train/loss", "train/rec", "train/kl", "train/g_loss", "train/d_loss", "train/grad_norm")
@@ -47,6 +48,11 @@ def build_parser():
     add("--linear_path", action=BooleanFlag, default=False,
         help="linear maps beside the networks, which learn far faster then; no longer the "
              "AutoencoderKL of LDM and diffusers either")
+    add("--quant_conv", action=BooleanFlag, default=False,
+        help="1x1 convolutions around the latent, which published autoencoders have")
+    add("--init_from", type=file_path,
+        help="weights and shape to start from: ckpts/last.pt of another run, or the folder of a "
+             "diffusers AutoencoderKL; with --max_steps=0 it is taken as it is")
     add("--ema_decay", type=at_least(0, float, 1), default=0.999,
         help="decay of the averaged weights, which the later stages use")
     add("--cooldown", type=at_least(0, float, 1), default=0.0,
@@ -74,9 +80,21 @@ def build_parser():
     return parser
 
 
+def preset(args):
+    """New defaults that follow from --init_from: the shape of that autoencoder."""
+    if not args.init_from or run_to_continue(args):
+        return {}
+    folder = interop.vae_folder(args.init_from)
+    if folder:
+        return interop.vae_settings(folder, args.img_size)
+    stored = experiment.load_checkpoint(args.init_from, "vae")["args"]
+    experiment.check_names(experiment.VAE_SHAPE, stored, args.init_from)
+    return {name: stored[name] for name in experiment.VAE_SHAPE}
+
+
 def parse_args(argv=None):
     """Settings of this stage; ends the program on bad ones."""
-    args = parse_settings(build_parser(), argv, kind="vae")
+    args = parse_settings(build_parser(), argv, preset, kind="vae")
     least = model.PatchDiscriminator.smallest(args.disc_layers)
     if args.disc_weight > 0 and args.img_size < least:
         fail(f"--img_size={args.img_size} is too small for the discriminator ({least} at least): "
@@ -104,7 +122,7 @@ def build_models(args, procs):
     torch.manual_seed(args.seed)
     vae = model.AutoencoderKL(args.img_size, args.z_channels, args.base_ch, args.ch_mults,
                               args.num_res_blocks, args.attn_res, args.patch_size,
-                              args.linear_path)
+                              args.linear_path, args.quant_conv)
     disc = model.PatchDiscriminator(args.disc_base_ch, args.disc_layers)
     vae = vae.to(procs.device, memory_format=procs.memory_format)
     disc = disc.to(procs.device, memory_format=procs.memory_format)
@@ -115,6 +133,17 @@ def build_models(args, procs):
                                  fused=True)
     return Models(vae, model.EMA(vae, args.ema_decay), disc, adamw(vae, args.lr),
                   adamw(disc, args.disc_lr))
+
+
+def init_weights(models, path):
+    """Start from the (averaged) weights of another autoencoder of the same shape, --init_from."""
+    folder = interop.vae_folder(path)
+    if folder:
+        state = interop.vae_weights(models.vae, folder)
+    else:
+        state = experiment.load_checkpoint(path, "vae")["ema"]
+    for module in (models.vae, models.ema.module):
+        experiment.load_weights(module, state, path)
 
 
 def wrap(models, args, procs):
@@ -285,7 +314,7 @@ def main(argv=None):
     batch, world_size = args.batch_per_device, procs.world_size
     epoch_steps = experiment.steps_per_epoch(len(train_set), batch, world_size)
     total_steps = experiment.count_steps(args, epoch_steps)
-    if args.disc_weight > 0 and args.disc_start >= total_steps and not k:
+    if args.disc_weight > 0 and 0 < total_steps <= args.disc_start and not k:
         notice(f"the discriminator would begin at step {args.disc_start}, but the run ends after "
                f"{total_steps}, and images stay blurred: give --disc_start={total_steps // 2}")
 
@@ -309,6 +338,8 @@ def main(argv=None):
         step, train_metrics = checkpoint["step"], checkpoint["train_metrics"]
         bad_in_a_row = checkpoint["bad_steps"].to(device)
         run.check_steps(step, total_steps)
+    elif args.init_from:
+        init_weights(models, args.init_from)
 
     def state():
         return {"model": models.vae.state_dict(), "ema": models.ema.module.state_dict(),
@@ -347,8 +378,8 @@ def main(argv=None):
 
     while True:
         # --- checkpoint: before an evaluation, so that a stop in there loses nothing ---
-        evaluating = step > 0 and (step == total_steps or
-                                   step % (args.sample_every * epoch_steps) == 0)
+        evaluating = step == total_steps or (
+            step > 0 and step % (args.sample_every * epoch_steps) == 0)
         save_due = time.perf_counter() - save_time > 60 * args.save_minutes
         stopping, saving = stop.poll(save_due)  # all ranks agree here
         # A finished run that is started again keeps its checkpoint, and so its hash, as it is.

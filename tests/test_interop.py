@@ -1,0 +1,324 @@
+"""To diffusers and back: the same numbers there as here, a card that tells the truth, and no
+patients handed on. Every network there is made by diffusers itself."""
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, error_of, run
+from PIL import Image
+
+import diffusion
+import experiment
+import export
+import interop
+import model
+import train_vae
+
+diffusers = pytest.importorskip("diffusers")
+CPU = experiment.Processes(0, 1, torch.device("cpu"), torch.float32, False)
+LDM = {"ldm_base_ch": 32, "ldm_ch_mults": (1, 2), "ldm_num_res_blocks": 2, "ldm_attn_res": (4,),
+       "augment": 0, "zero_terminal_snr": True, "loss_weighting": "uniform", "prediction": "flow",
+       "noise_schedule": "flow", "guidance_scale": 3.0, "guidance_interval": (0.3, 0.7)}
+VAE = {"img_size": 32, "z_channels": 3, "base_ch": 16, "ch_mults": (1, 2, 3), "num_res_blocks": 1,
+       "attn_res": (16,), "patch_size": 1, "linear_path": False, "quant_conv": False}
+LATENT = (3, 8, 8)
+
+
+def randomised(module, seed=0):
+    """Random weights of about the size that training leaves, also where they start at zero."""
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            fan_in = p[0].numel() if p.ndim > 1 else 1
+            noise = torch.randn(p.shape, generator=rng)
+            p.copy_(noise / fan_in**0.5 if p.ndim > 1 else p + 0.1 * noise)
+    return module.eval().requires_grad_(False)
+
+
+def exported(folder, ldm=None, vae=None):
+    """(Denoiser, AutoencoderKL, module of the pipeline.py there) of random networks in a folder."""
+    ldm, vae = {**LDM, **(ldm or {})}, {**VAE, **(vae or {})}
+    net = randomised(model.AutoencoderKL(*(vae[name] for name in experiment.VAE_SHAPE)))
+    denoiser = experiment.build_denoiser(ldm, net.latent_shape, 2)
+    randomised(denoiser, seed=1)
+    export.write_parts(folder, denoiser, net, vae, {
+        "args": ldm, "class_names": ["normal", "tb"], "trained_classes": [0, 1],
+        "latent_shape": net.latent_shape, "latent_scale_factor": 0.7})
+    import exported_pipeline
+    return denoiser, net, exported_pipeline.Pipeline(folder)
+
+
+def largest(a, b):
+    return (a - b).abs().max().item()
+
+
+# --- to diffusers ---
+
+
+@pytest.mark.parametrize("ldm", [
+    {}, {"ldm_attn_res": (8, 4), "ldm_base_ch": 48}, {"ldm_num_res_blocks": 1, "augment": 7},
+    {"ldm_ch_mults": (1, 1, 2), "ldm_attn_res": ()}])
+def test_the_unet_gives_the_same_output_there(tmp_path, ldm):
+    denoiser, _, pipeline = exported(tmp_path, ldm)
+    theirs = diffusers.UNet2DModel.from_pretrained(tmp_path / "unet")
+    x, t = torch.randn(3, *LATENT), torch.tensor([0.0, 0.37, 1.0])
+    for y in ([0, 1, 2], [2, 0, 1]):
+        y = torch.tensor(y)
+        ours = denoiser.unet(x, t, y)
+        assert largest(ours, theirs(x, 1000 * t, y).sample) < 1e-5
+        assert ours.std() > 0.1
+        assert largest(ours, denoiser.unet(x, t, y.flip(0))) > 1e-3  # the class matters
+
+
+@pytest.mark.parametrize("vae", [
+    {}, {"quant_conv": True, "attn_res": ()}, {"ch_mults": (1, 1, 2), "num_res_blocks": 2}])
+def test_the_autoencoder_gives_the_same_output_there(tmp_path, vae):
+    _, net, _ = exported(tmp_path, vae=vae)
+    theirs = diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae")
+    x, z = torch.rand(2, 1, 32, 32) * 2 - 1, torch.randn(2, *LATENT)
+    posterior = theirs.encode(x).latent_dist
+    assert largest(net.encode(x).mean, posterior.mean) < 1e-5
+    assert largest(net.encode(x).logvar, posterior.logvar) < 1e-5
+    assert largest(net.decode(z), theirs.decode(z).sample) < 1e-5
+    assert theirs.config.scaling_factor == 0.7
+
+
+@pytest.mark.parametrize("vae", [
+    {"patch_size": 2, "ch_mults": (1, 2)}, {"linear_path": True},
+    {"patch_size": 4, "ch_mults": (1,), "linear_path": True, "quant_conv": True}])
+def test_so_does_one_that_only_the_pipeline_knows(tmp_path, vae):
+    _, net, pipeline = exported(tmp_path, vae=vae)
+    x, z = torch.rand(2, 1, 32, 32) * 2 - 1, torch.randn(2, *net.latent_shape)
+    posterior = pipeline.vae.encode(x).latent_dist
+    assert largest(net.encode(x).mean, posterior.mean) < 1e-5
+    assert largest(net.encode(x).logvar, posterior.logvar) < 1e-5
+    assert largest(net.decode(z), pipeline.vae.decode(z).sample) < 1e-5
+
+
+@pytest.mark.parametrize("process", [
+    {}, {"prediction": "v", "noise_schedule": "cosine"},
+    {"prediction": "x0", "noise_schedule": "linear"},
+    {"prediction": "eps", "noise_schedule": "linear", "zero_terminal_snr": False},
+    {"guidance_scale": 1.0}])
+def test_a_sample_is_the_same_image_there(tmp_path, process):
+    denoiser, vae, pipeline = exported(tmp_path, process)
+    settings = {**LDM, **process}
+    noise, y = pipeline.noise(2, seed=3), torch.tensor([1, 1])
+    z = diffusion.sample(denoiser, y, lambda: noise, "ddim", 20, settings["guidance_scale"],
+                         settings["guidance_interval"])
+    ours = vae.decode(z / 0.7).clamp(-1, 1)
+    theirs = pipeline.sample(noise, "tb", steps=20)
+    assert largest(ours, theirs) < 2e-3  # a quarter of a grey level
+    assert ours.std() > 0.05 and largest(ours, pipeline.sample(noise, "normal", steps=20)) > 0.01
+
+
+@pytest.mark.parametrize("process", [
+    {"prediction": "v"}, {"noise_schedule": "cosine"}, {"zero_terminal_snr": False}])
+def test_a_process_without_a_scheduler_there_is_refused(tmp_path, capsys, process):
+    assert "no scheduler" in error_of(capsys, exported, tmp_path, process)
+
+
+# --- the command ---
+
+
+@pytest.fixture
+def evaluated(workspace):
+    """workspace whose LDM has an evaluation.json with hardly any copies."""
+    w = workspace
+    report = {
+        "ckpt": str(w.ldm_ckpt), "ckpt_sha256": experiment.sha256_file(w.ldm_ckpt), "split": "val",
+        "sampler": "dpmpp_sde", "num_sampling_steps": 20, "guidance_scale": 1.0,
+        "features": {"vae": "means"}, "groups": {"vae": {"all": {
+            "samples": {"num": 200, "fid": 1.25, "kid": 0.5}, "baseline": {"num": 16, "fid": 0.75,
+                                                                         "kid": 0.25}}}},
+        "copies": {"share": 0.02, "expected": 0.01, "probability": 0.2, "distinct": 16},
+        "verdicts": [{"metric": "copies/share", "level": "ok", "value": "0.02", "meaning": "m"}]}
+
+    def write(**changes):
+        path = w.out / "l" / "evaluation.json"
+        path.write_text(json.dumps({**report, **changes}))
+        return path
+    w.write_evaluation = write
+    write()
+    return w
+
+
+def test_export_writes_a_folder_that_samples_by_itself(evaluated, tmp_path):
+    folder = tmp_path / "handed on"
+    out, _ = run("export.py", evaluated.ldm_ckpt, folder)
+    assert str(folder) in out
+    moved = shutil.move(folder, tmp_path / "elsewhere")
+    shutil.rmtree(evaluated.out)  # it needs nothing of ours
+    subprocess.run([sys.executable, moved / "pipeline.py", "--num_samples=2", "--steps=4"],
+                   cwd=tmp_path, check=True, env={"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"})
+    made = sorted(path.name for path in (tmp_path / "samples").iterdir())
+    assert made == [f"{name}_{i:05d}.png" for name in ("normal", "tb") for i in range(2)]
+    with Image.open(tmp_path / "samples" / made[0]) as image:
+        assert image.size == (32, 32) and np.asarray(image).std() > 1
+    card = (moved / "README.md").read_text()
+    for text in ("normal (8), tb (8)", "synthetic", "1.25 | 0.75", "0.5 | 0.25", "2.0 % of 200",
+                 "0.8 to 5.0 %", "scale factor"):
+        assert text in card, text
+
+
+def test_copies_are_not_handed_on_unless_asked_for(evaluated, tmp_path, capsys):
+    copies = {"share": 0.5, "expected": 0.01, "probability": 1e-9, "distinct": 16}
+    evaluated.write_evaluation(copies=copies, verdicts=[{
+        "metric": "copies/share", "level": "bad", "value": "0.5", "meaning": "so many"}])
+    argv = [str(evaluated.ldm_ckpt), str(tmp_path / "made")]
+    assert "50.0 % of the samples" in error_of(capsys, export.main, argv)
+    assert not (tmp_path / "made").exists()
+    export.main([*argv, "--allow_copies"])
+    card = (tmp_path / "made" / "README.md").read_text()
+    assert "50.0 % of 200" in card and "BAD copies/share 0.5: so many" in card
+
+
+def test_a_model_that_was_not_evaluated_is_not_handed_on(evaluated, tmp_path, capsys):
+    argv = [str(evaluated.ldm_ckpt), str(tmp_path / "made")]
+    for changes, reason in (({"ckpt_sha256": "another"}, "not of"), ({}, "no ")):
+        path = evaluated.write_evaluation(**changes)
+        if not changes:
+            path.unlink()
+        message = error_of(capsys, export.main, argv)
+        assert reason in message and "evaluate.py --ckpt=" in message
+        assert f"--data_root={evaluated.data}" in message
+    export.main([*argv, "--without_evaluation"])
+    assert "Not evaluated" in (tmp_path / "made" / "README.md").read_text()
+
+
+def test_a_folder_with_something_in_it_is_left_alone(evaluated, tmp_path, capsys):
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "mine.txt").write_text("mine")
+    argv = [str(evaluated.ldm_ckpt), str(tmp_path / "made")]
+    assert "is there already" in error_of(capsys, export.main, argv)
+    assert [p.name for p in (tmp_path / "made").iterdir()] == ["mine.txt"]
+
+
+def test_what_breaks_off_leaves_nothing(evaluated, tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise OSError("No space left on device")
+    monkeypatch.setattr(export, "model_card", full)
+    before = sorted(tmp_path.iterdir())
+    message = error_of(capsys, export.main, [str(evaluated.ldm_ckpt), str(tmp_path / "made")])
+    assert "No space left" in message and sorted(tmp_path.iterdir()) == before
+
+
+# --- from diffusers ---
+
+
+def make_theirs(folder, channels=3, widths=(32, 64), attention=False, quant_conv=True):
+    """A random AutoencoderKL of diffusers, saved in a folder."""
+    kind = "AttnDownEncoderBlock2D" if attention else "DownEncoderBlock2D"
+    kinds = ["DownEncoderBlock2D"] * (len(widths) - 1) + [kind]
+    net = diffusers.AutoencoderKL(
+        in_channels=channels, out_channels=channels, down_block_types=kinds,
+        up_block_types=[k.replace("DownEncoder", "UpDecoder") for k in reversed(kinds)],
+        block_out_channels=widths, layers_per_block=2, latent_channels=4, norm_num_groups=32,
+        use_quant_conv=quant_conv, use_post_quant_conv=quant_conv)
+    randomised(net).save_pretrained(folder)
+    return net
+
+
+SD = (128, 256, 512, 512)  # sd-vae-ft-mse
+
+
+@pytest.mark.parametrize("channels, widths, attention, quant_conv, size", [
+    (3, (32, 64), False, True, 32), (1, (32, 32, 64), True, False, 32), (3, SD, False, True, 64)])
+def test_an_autoencoder_of_theirs_is_the_same_here(tmp_path, channels, widths, attention,
+                                                   quant_conv, size):
+    theirs = make_theirs(tmp_path / "vae", channels, widths, attention, quant_conv)
+    args = train_vae.parse_args([f"--init_from={tmp_path}", f"--img_size={size}"])
+    models = train_vae.build_models(args, CPU)
+    train_vae.init_weights(models, args.init_from)
+    x = torch.rand(1, 1, size, size) * 2 - 1
+    z = torch.randn(1, *models.vae.latent_shape)
+    with torch.no_grad():
+        posterior = theirs.encode(x.expand(-1, channels, -1, -1)).latent_dist
+        decoded = theirs.decode(z).sample.mean(1, keepdim=True)
+        for vae in (models.vae, models.ema.module):
+            assert largest(vae.encode(x).mean, posterior.mean) < 1e-5
+            assert largest(vae.encode(x).logvar, posterior.logvar) < 1e-5
+            assert largest(vae.decode(z), decoded) < 1e-5
+
+
+def test_old_names_and_bin_files_are_read_and_run_no_code(tmp_path, capsys):
+    theirs = make_theirs(tmp_path / "new")
+    state = theirs.state_dict()
+    old = {new: name for name, new in interop.OLD_NAMES.items()}
+    renamed = {}
+    for key, value in state.items():
+        for new, name in old.items():
+            key = key.replace(f".{new}.", f".{name}.") if ".attentions." in key else key
+        renamed[key] = value
+    assert renamed.keys() != state.keys()
+    folder = tmp_path / "old"
+    folder.mkdir()
+    shutil.copy(tmp_path / "new" / "config.json", folder)
+    torch.save(renamed, folder / "diffusion_pytorch_model.bin")
+    args = train_vae.parse_args([f"--init_from={folder}", "--img_size=32"])
+    models = train_vae.build_models(args, CPU)
+    train_vae.init_weights(models, args.init_from)
+    z = torch.randn(1, *models.vae.latent_shape)
+    assert largest(models.vae.decode(z), theirs.decode(z).sample.mean(1, keepdim=True)) < 1e-5
+
+    class Evil:
+        def __reduce__(self):
+            return (print, ("run",))
+    torch.save({"encoder.conv_in.weight": Evil()}, folder / "diffusion_pytorch_model.bin")
+    assert "damaged" in error_of(capsys, train_vae.init_weights, models, str(folder))
+
+
+@pytest.mark.parametrize("change, reason", [
+    ({"norm_num_groups": 16}, "norm_num_groups=16"), ({"_class_name": "VQModel"}, "VQModel"),
+    ({"act_fn": "gelu"}, "act_fn"), ({"in_channels": 4}, "in_channels=4"),
+    ({"block_out_channels": []}, "describes no AutoencoderKL")])
+def test_another_architecture_is_refused_by_name(tmp_path, capsys, change, reason):
+    make_theirs(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert reason in error_of(capsys, train_vae.parse_args, [f"--init_from={tmp_path}"])
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path, capsys):
+    make_theirs(tmp_path)
+    args = train_vae.parse_args([f"--init_from={tmp_path}", "--img_size=32", "--no-quant_conv"])
+    models = train_vae.build_models(args, CPU)
+    assert "quant_conv" in error_of(capsys, train_vae.init_weights, models, args.init_from)
+
+
+def test_the_stages_go_on_from_it_without_training(stages, tmp_path):
+    make_theirs(tmp_path / "theirs")
+    common = [f"--data_root={stages.data}", f"--output_root={tmp_path}"]
+    out, _ = run("train_vae.py", *common, f"--init_from={tmp_path / 'theirs'}", "--img_size=32",
+                 "--max_steps=0", "--run_name=v")
+    assert "val/psnr" in out and (tmp_path / "v/samples/recon_ep0000.png").exists()
+    shutil.rmtree(tmp_path / "theirs")  # it is in the run now
+    run("train_vae.py", "--resume_dir", tmp_path / "v", f"--output_root={tmp_path}")
+    run("find_latent_scale.py", *common, f"--ae_ckpt_path={tmp_path}/v/ckpts/last.pt")
+    run("train_ldm.py", *common, f"--config={stages.ldm_config}", "--run_name=l", "--max_steps=4",
+        f"--ae_ckpt_path={tmp_path}/v/ckpts/last.pt")
+    run("export.py", tmp_path / "l/ckpts/best.pt", tmp_path / "out", "--without_evaluation")
+    again, _, _ = experiment.load_autoencoder(tmp_path / "v/ckpts/last.pt", CPU)
+    back = diffusers.AutoencoderKL.from_pretrained(tmp_path / "out" / "vae")
+    z = torch.randn(1, *again.latent_shape)
+    with torch.no_grad():
+        assert largest(again.decode(z), back.decode(z).sample) < 1e-5
+
+
+def test_a_run_of_ours_is_a_start_too(stages, tmp_path):
+    common = [f"--data_root={stages.data}", f"--output_root={tmp_path}"]
+    out, _ = run("train_vae.py", *common, f"--init_from={stages.vae_ckpt}", "--max_steps=0",
+                 "--run_name=v")
+    before, after = (experiment.load_checkpoint(path, "vae")
+                     for path in (stages.vae_ckpt, tmp_path / "v/ckpts/last.pt"))
+    for name, value in before["ema"].items():
+        assert torch.equal(after["model"][name], value)
+        assert torch.equal(after["ema"][name], value)
+    run("train_vae.py", *common, f"--init_from={stages.vae_ckpt}", "--max_steps=3",
+        "--run_name=w")
+    trained = experiment.load_checkpoint(tmp_path / "w/ckpts/last.pt", "vae")
+    assert any(not torch.equal(trained["model"][k], v) for k, v in before["ema"].items())
