@@ -212,6 +212,8 @@ def add_training_arguments(parser, lr, epochs, batch_per_device):
     add("--wandb_entity", help="W&B user or team")
     add("--wandb_tags", default="", help="comma list")
     add("--wandb_id", help="W&B run to continue")
+    add("--wandb_artifacts", action=BooleanFlag, default=False,
+        help="upload the checkpoint to use at the end")
     add = parser.add_argument_group("optimiser").add_argument
     add("--lr", type=at_least(0, float), default=lr, help="AdamW learning rate after warm-up")
     add("--weight_decay", type=at_least(0, float), default=0.01, help="AdamW weight decay")

@@ -10,6 +10,7 @@ synthetic, test on real). Beside every distance stands the real-data baseline, w
 images get, and how much chance moves the difference. A distance means something only together with
 its feature space and its number of images.
 """
+import argparse
 import dataclasses
 import functools
 import hashlib
@@ -29,8 +30,8 @@ import diffusion
 import experiment
 import metrics
 import phantom
-from args import (add_data_arguments, add_precision_arguments, add_sampling_arguments, at_least,
-                  file_path, make_parser, parse_settings)
+from args import (BooleanFlag, add_data_arguments, add_precision_arguments, add_sampling_arguments,
+                  at_least, file_path, make_parser, parse_settings)
 from experiment import fail, notice
 
 CLASSIFIER_SIZE = 64  # side in pixels of what the classifier sees
@@ -67,6 +68,8 @@ def build_parser():
         "paths of TorchScript networks; None: classifier and vae, where they can be had")
     add("--classifier_steps", type=at_least(1), default=600,
         help="training of each classifier, 32 images per step")
+    add("--wandb", action=BooleanFlag, default=True,
+        help="show the report on the W&B page of the model's run, if it has one")
     return parser
 
 
@@ -847,6 +850,42 @@ def print_report(report):
         print(f"AUROC, trained on {name:<39} {value:.3f} ({low:.3f} to {high:.3f}){note}")
 
 
+def report_to_wandb(ckpt, report, found, pairs):
+    """The report, its verdicts and the picture of pairs on the W&B page of the checkpoint's run,
+    where that was logged to W&B. found: metrics.Verdicts; pairs: path, None where there is none."""
+    folder = experiment.run_folder(ckpt)
+    try:
+        meta = experiment.parse_json(folder / "run_meta.json")
+        settings, wandb_id = argparse.Namespace(**meta["args"]), meta["wandb_id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    session = None
+    if wandb_id:
+        session = experiment.start_wandb(settings, folder, wandb_id, None)
+    if session is None:
+        return
+    import wandb
+    rows = [[space, group, row, values["num"], *(values.get(name) for name in COLUMNS)]
+            for space, groups in report["groups"].items() for group, rows in groups.items()
+            for row, values in rows.items() if "num" in values]
+    shown = {
+        "step": report["step"],
+        "evaluation/distances": wandb.Table(["features", "group", "row", "num", *COLUMNS], rows),
+        "evaluation/verdicts": wandb.Table([*metrics.Verdict._fields], [[*v] for v in found])}
+    if pairs:
+        shown["evaluation/pairs"] = wandb.Image(
+            str(pairs), caption="the ten samples closest to a training image, and that image")
+    numbers = {f"evaluation/{v.metric}": float(v.value) for v in found}
+    try:
+        session.log(shown)
+        session.summary.update(numbers | {
+            f"evaluation/{name}": level
+            for name, level in experiment.verdict_levels(found).items()})
+        session.finish()
+    except Exception as e:
+        notice(f"W&B did not take the report ({experiment.first_line(e)})")
+
+
 # --- the stage ----------------------------------------------------------------------------------
 
 
@@ -968,6 +1007,8 @@ def main(argv=None):
     print_report(report)
     print(metrics.format_verdicts(found))
     print(f"written: {', '.join(map(str, written))}")
+    if args.ckpt and args.wandb:
+        report_to_wandb(args.ckpt, report, found, written[1] if len(written) > 1 else None)
 
 
 if __name__ == "__main__":

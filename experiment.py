@@ -1127,7 +1127,10 @@ class Run:
             self.save(state)  # a folder with run_meta.json always has a checkpoint
             self.wait_for_checkpoint()
         if args.wandb:
-            self.wandb = start_wandb(args, self)
+            config = {**vars(args), "world_size": self.procs.world_size}
+            self.wandb = start_wandb(args, self.folder, self.meta["wandb_id"], config)
+            if self.wandb is not None:
+                self.meta["wandb_id"] = self.wandb.id
         write_json(self.folder / "run_meta.json", self.meta)
 
     def _mend_log(self, size):
@@ -1210,13 +1213,20 @@ class Run:
                        "everything")
                 self.wandb = None
 
-    def log_images(self, step, paths):
+    def log_images(self, step, epoch, paths):
         """Hand picture files to W&B: {name: path} as samples/NAME."""
         if self.wandb is not None:
             import wandb
-            images = {f"samples/{name}": wandb.Image(str(path)) for name, path in paths.items()}
+            images = {f"samples/{name}": wandb.Image(str(path), caption=f"{name}, epoch {epoch}")
+                      for name, path in paths.items()}
             with contextlib.suppress(Exception):
                 self.wandb.log({"step": step, **images})
+
+    def log_verdicts(self, verdicts):
+        """The level of each metrics.Verdict on the run's W&B page."""
+        if self.wandb is not None:
+            with contextlib.suppress(Exception):
+                self.wandb.summary.update(verdict_levels(verdicts))
 
     def history(self, name):
         """All logged values of a metric in order; null reads as NaN."""
@@ -1239,6 +1249,13 @@ class Run:
         """The command that continues this run."""
         return command_line(MADE_BY[self.kind], resume_dir=self.folder, **flags)
 
+    def _upload(self, checkpoint):
+        name = re.sub(r"[^\w.-]", "_", self.folder.name)  # what W&B takes
+        try:
+            self.wandb.log_artifact(str(checkpoint), name=name, type="model")
+        except Exception as e:
+            notice(f"W&B did not take {checkpoint} ({first_line(e)})")
+
     def _finish_wandb(self, exit_code):
         if self.wandb is not None:
             with contextlib.suppress(Exception):
@@ -1256,15 +1273,19 @@ class Run:
                f"{self.resume_command()}")
         raise SystemExit(EXIT_STOPPED)
 
-    def finish(self, step, summary, diverged):
-        """Write summary.json and close W&B; diverged: end the program, saying how to go on."""
+    def finish(self, step, summary, verdicts, checkpoint, diverged):
+        """Write summary.json with the metrics.Verdicts and close W&B, which with --wandb_artifacts
+        gets the checkpoint, a path, too; diverged: end the program, saying how to go on."""
         if self.procs.main:
-            summary = {"step": step, "diverged": diverged, **summary}
+            summary = {"step": step, "diverged": diverged, **summary,
+                       "verdicts": [v._asdict() for v in verdicts]}
             write_json(self.folder / "summary.json", summary)
         if self.wandb is not None:
             numbers = {k: v for k, v in summary.items() if isinstance(v, (int, float))}
             with contextlib.suppress(Exception):
-                self.wandb.summary.update(numbers)
+                self.wandb.summary.update(numbers | verdict_levels(verdicts))
+            if self.meta["args"]["wandb_artifacts"] and not diverged:
+                self._upload(checkpoint)
         self._finish_wandb(int(diverged))
         if diverged and not self.procs.main:
             raise SystemExit(EXIT_FAILED)
@@ -1281,8 +1302,14 @@ def tag_list(text):
     return [tag for tag in tags if tag]
 
 
-def start_wandb(args, run):
-    """A W&B run, offline where there is no account or network; never a prompt. None if it fails."""
+def verdict_levels(verdicts):
+    """{verdict/METRIC: level} of metrics.Verdicts."""
+    return {f"verdict/{verdict.metric}": verdict.level for verdict in verdicts}
+
+
+def start_wandb(args, folder, wandb_id, config):
+    """A W&B run for a run folder, offline where there is no account or network; never a prompt.
+    None if it fails. wandb_id: of the one to go on with, if any; config: settings to show."""
     try:
         import wandb
         mode = os.environ.get("WANDB_MODE", "online")
@@ -1292,11 +1319,9 @@ def start_wandb(args, run):
                    "`wandb sync` the folder)")
             mode = "offline"
         options = dict(
-            project=args.wandb_project, entity=args.wandb_entity, name=run.folder.name,
-            dir=str(run.folder), tags=tag_list(args.wandb_tags),
-            id=run.meta["wandb_id"], resume="allow",
-            config={**vars(args), "world_size": run.procs.world_size},
-            settings=wandb.Settings(init_timeout=30, silent=True))
+            project=args.wandb_project, entity=args.wandb_entity, name=folder.name,
+            dir=str(folder), tags=tag_list(args.wandb_tags), id=wandb_id, resume="allow",
+            config=config, settings=wandb.Settings(init_timeout=30, silent=True))
         try:
             session = wandb.init(mode=mode, **options)
         except Exception as e:
@@ -1306,11 +1331,9 @@ def start_wandb(args, run):
             session = wandb.init(mode="offline", **options)
         session.define_metric("step")
         session.define_metric("*", step_metric="step")  # a resumed run counts its own from 0
-        run.meta["wandb_id"] = session.id
         return session
     except Exception as e:
-        notice(f"W&B could not start ({type(e).__name__}: {first_line(e)}); training goes on "
-               "without it")
+        notice(f"W&B could not start ({type(e).__name__}: {first_line(e)}); going on without it")
         return None
 
 

@@ -613,7 +613,8 @@ def main(argv=None):
                     val_history=(run.history(metrics.VAL), run.history(metrics.VAL_TRAIN)))
                 sample_metrics = metrics.sweep_objective(sample_metrics, verdicts)
                 run.log(step, epoch, sample_metrics)
-                run.log_images(step, paths)
+                run.log_images(step, epoch, paths)
+                run.log_verdicts(verdicts)
                 say(f"epoch {epoch}, step {step}: {', '.join(map(str, paths.values()))}")
                 say(metrics.format_verdicts(verdicts))
             log_step, log_time = step, time.perf_counter()  # images/s are those of training
@@ -664,13 +665,11 @@ def main(argv=None):
     if patience_over:
         notice(f"stopped at step {step} of {total_steps}: no lower val/loss in {args.patience} "
                "evaluations (--patience)")
+    ckpt = run.best_path if watch.best.step else run.checkpoint_path
     run.finish(step, {**train_metrics, **sample_metrics, "train_stats": reference.stats,
-                      "best": watch.best._asdict(),
-                      "verdicts": [v._asdict() for v in verdicts]}, diverged)
+                      "best": watch.best._asdict()}, verdicts, ckpt, diverged)
     if procs.main:
-        ckpt = run.checkpoint_path
         if watch.best.step:
-            ckpt = run.best_path
             say(f"the one to use: {ckpt}, of epoch {watch.best.epoch}, with the lowest val/loss "
                 f"({watch.best.loss:.4g})")
         say("next: " + experiment.command_line("sample.py", ckpt=ckpt))

@@ -400,7 +400,7 @@ def main(argv=None):
                 shown = val_set or train_set
                 save_reconstructions(path, models.ema.module, shown, procs, epoch)
                 run.log(step, epoch, val_metrics)
-                run.log_images(step, {"recon": path})
+                run.log_images(step, epoch, {"recon": path})
                 progress.clear()
                 numbers = "".join(f"  {k} {v:.4f}" for k, v in val_metrics.items())
                 say(f"epoch {epoch}:{numbers}  {path}")
@@ -446,8 +446,7 @@ def main(argv=None):
         # Not of train/loss: the adversarial part of it has no trend, since its judge learns too.
         verdicts = metrics.health(train_metrics, run.history("train/rec"), diverged=diverged)
         say(metrics.format_verdicts(verdicts))
-    run.finish(step, {**train_metrics, **val_metrics,
-                      "verdicts": [v._asdict() for v in verdicts]}, diverged)
+    run.finish(step, {**train_metrics, **val_metrics}, verdicts, run.checkpoint_path, diverged)
     if procs.main:
         say("next: " + experiment.command_line(
             "find_latent_scale.py", ae_ckpt_path=run.checkpoint_path,

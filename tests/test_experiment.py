@@ -245,7 +245,7 @@ def test_non_finite_numbers_are_null_in_json_files(tmp_path, alone):
     run.start(args, {})
     run.log(1, 0, {"train/loss": math.nan, "train/lr": 1.0})
     assert math.isnan(run.history("train/loss")[0]) and run.history("train/lr") == [1.0]
-    run.finish(1, {"train/loss": math.nan}, diverged=False)
+    run.finish(1, {"train/loss": math.nan}, [], run.checkpoint_path, diverged=False)
 
     def refuse(name):
         raise AssertionError(f"{name} is no JSON")
