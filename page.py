@@ -18,10 +18,13 @@ body { margin: 0 auto; padding: 16px; max-width: 1200px; background: var(--paper
 h1 { font-size: 24px; margin: 0 0 8px } h2 { font-size: 19px; margin: 32px 0 8px }
 h3 { font-size: 15px; margin: 20px 0 4px } p { margin: 4px 0 } code { font-size: 13px }
 img { display: block; max-width: 100%; height: auto; margin: 4px 0 }
-figure { margin: 0; min-width: 0 } svg { display: block; width: 100%; height: auto }
+figure { margin: 0; min-width: 0; display: flex; flex-direction: column;
+  justify-content: space-between } svg { display: block; width: 100%; height: auto }
 figcaption span { margin-right: 12px; white-space: nowrap; font-size: 13px }
 .grid { display: grid; gap: 20px; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)) }
-.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: 13px }
+.scroll { overflow-x: auto } .pairs td { overflow-wrap: anywhere; white-space: normal }
+td:first-child { white-space: nowrap } summary { cursor: pointer; margin: 8px 0 }
+table { border-collapse: collapse; font-size: 13px }
 td, th { padding: 3px 14px 3px 0; text-align: left; vertical-align: top; min-width: 60px;
   border-bottom: 1px solid var(--faint); overflow-wrap: normal }
 ul { list-style: none; padding: 0; margin: 8px 0 } li { margin: 10px 0 }
@@ -30,7 +33,8 @@ ul { list-style: none; padding: 0; margin: 8px 0 } li { margin: 10px 0 }
 .badge.ok { background: var(--ok) } .badge.watch { background: var(--watch) }
 .badge.bad { background: var(--bad) } td.watch { color: var(--watch) } td.bad { color: var(--bad) }
 .zone { opacity: .13 } .zone.ok { fill: var(--ok) } .zone.watch { fill: var(--watch) }
-.zone.bad { fill: var(--bad) } .axis { stroke: var(--faint) } text { fill: var(--ink);
+.zone.bad { fill: var(--bad) } .axis { stroke: var(--faint) }
+.mark { stroke: var(--ink); stroke-dasharray: 2 3; opacity: .7 } text { fill: var(--ink);
   font-size: 11px } .curve { fill: none; stroke: currentColor; stroke-width: 1.6;
   stroke-linecap: round; stroke-linejoin: round } .dashed { stroke-dasharray: 4 4 }
 .c0 { color: #2f7ed8 } .c1 { color: #e4761b } .c2 { color: #22a06b } .c3 { color: #b04bc9 }
@@ -64,13 +68,13 @@ def show(value):
 
 
 def table(rows, head=()):
-    """Rows of cells under a row of headings, in a box that scrolls by itself where it is too wide.
-    A cell that is a `td` already stays one."""
+    """Rows of cells under headings, in a box that scrolls by itself where it is too wide; without
+    headings, names and values that are wrapped. A cell that is a `td` already stays one."""
     lines = [tag("tr", *(tag("th", x) for x in head))] if head else []
     for row in rows:
         cells = [x if isinstance(x, Html) and x.startswith("<td") else tag("td", x) for x in row]
         lines.append(tag("tr", *cells))
-    return tag("div", tag("table", *lines), class_="scroll")
+    return tag("div", tag("table", *lines), class_="scroll" if head else "pairs")
 
 
 def nested_table(groups):
@@ -89,15 +93,22 @@ def side_by_side(columns, only_different=False):
     return table(rows, ["", *columns])
 
 
+def badge(level):
+    """A coloured OK, WATCH, BAD, PASS or FAIL."""
+    colour = {"pass": "ok", "fail": "bad"}.get(level, level)
+    return tag("span", level.upper(), class_=f"badge {colour}")
+
+
 def verdict_list(verdicts):
-    """metrics.Verdicts, the worst first, with the advice of those that are not ok."""
-    items = []
-    for v in sorted(verdicts, key=lambda v: ("bad", "watch", "ok").index(v.level)):
-        badge = tag("span", v.level.upper(), class_=f"badge {v.level}")
-        advice = "" if v.level == "ok" else tag("p", v.advice, class_="advice")
-        items.append(tag("li", badge, " ", tag("code", v.metric), " ", tag("b", v.value),
-                         tag("p", v.meaning), advice))
-    return tag("ul", *items)
+    """metrics.Verdicts: the bad ones and what to do, those to watch, the others behind a click."""
+    items = {level: [] for level in ("bad", "watch", "ok")}
+    for v in verdicts:
+        advice = "" if v.level == "ok" else tag("p", v.advice)
+        items[v.level].append(tag("li", badge(v.level), " ", tag("code", v.metric), " ",
+                                  tag("b", v.value), tag("p", v.meaning), advice))
+    fine = tag("summary", badge("ok"), f" {len(items['ok'])} of {len(verdicts)}")
+    return tag("div", tag("ul", *items["bad"], *items["watch"]),
+               tag("details", fine, tag("ul", *items["ok"])))
 
 
 def picture(path, text):
@@ -202,11 +213,13 @@ def draw(title, curves, log=False, level_at=None, mark=None, dashed=(), x_names=
         x, text = mark
         right = across(x) > WIDTH / 2
         parts.append(tag("line", x1=across(x), x2=across(x), y1=TOP, y2=HEIGHT - BOTTOM,
-                         class_="axis mark"))
+                         class_="mark"))
         parts.append(tag("text", text, x=across(x) + (-4 if right else 4), y=TOP + 10,
                          text_anchor="end" if right else "start"))
     legend = [tag("b", title), tag("br")]
     for i, (label, points) in enumerate(curves.items()):
+        if not points:  # but its colour is taken, so that a run has the same in all figures
+            continue
         words, pen = [], "M"
         for x, y in points:
             if drawable(y):  # h0: a point between two gaps is a dot
@@ -214,7 +227,7 @@ def draw(title, curves, log=False, level_at=None, mark=None, dashed=(), x_names=
             pen = "L" if drawable(y) else "M"
         style = f"c{i % 8} dashed" if label in dashed else f"c{i % 8}"
         parts.append(tag("path", tag("title", label), d="".join(words), class_=f"curve {style}"))
-        shown = f"{label} {show(points[-1][1])}" if points else label
-        legend.append(tag("span", tag("b", "┄ " if label in dashed else "━ ", class_=style), shown))
+        line = tag("b", "┄ " if label in dashed else "━ ", class_=style)
+        legend.append(tag("span", line, f"{label} {show(points[-1][1])}"))
     svg = tag("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=title)
     return tag("figure", tag("figcaption", *legend), svg)

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import experiment
 import metrics
 from args import HelpFormatter, Parser, file_path
-from page import draw, nested_table, page, picture, show, side_by_side, table, tag, verdict_list
+from page import (badge, draw, nested_table, page, picture, show, side_by_side, table, tag,
+                  verdict_list)
 from run_files import MEASURED, grids, read_run
 
 REAL = "sample_diversity/real_pairwise_mse_mean"
@@ -126,16 +127,18 @@ def evaluation(run):
              for row, values in power["all"].items()}
     octaves = dict.fromkeys(name for values in power["all"].values() for name in values)
     octaves.pop("num", None)
+    lines["held-out images"] = [(i, 1.0) for i in range(len(octaves))]
     intervals = {f"two-sample, {group}": rows
                  for group, rows in found.get("two_sample", {}).items()}
     intervals |= {name: found[name] for name in ("mirrored", "auroc", "gain")
                   if isinstance(found.get(name), dict)}
     parts += [tag("h3", "Power by cycles per image, relative to held-out images"),
-              tag("div", draw("All classes", lines, x_names=octaves), class_="grid"),
+              tag("div", draw("All classes", lines, dashed=("held-out images",),
+                               x_names=octaves), class_="grid"),
               nested_table(power), tag("h3", "Looks"), nested_table(found.get("looks", {})),
               tag("h3", "Classifiers"),
               table([[name, row, *values] for name, rows in intervals.items()
-                     for row, values in rows.items()], ["", "", "AUROC", "95 % from", "to"]),
+                     for row, values in rows.items()], ["", "", "value", "95 % from", "to"]),
               tag("h3", "Copies of training images"), table(found.get("copies", {}).items()),
               picture(run.folder / "evaluation_pairs.png", "the ten closest pairs")]
     return tag("div", *parts)
@@ -145,13 +148,17 @@ def report(run):
     """The page of one run."""
     name, settings = run.folder.resolve().name, run.meta["args"]
     overfit = {k: v for k, v in run.latest.items() if k.startswith("overfit/")}
-    judged = [tag("p", metrics.format_overfit(overfit))] if "overfit/passed" in overfit else []
-    judged.append(verdict_list(run.verdicts()))
+    judged = [verdict_list(run.verdicts())]
+    if "overfit/passed" in overfit:
+        passed, text = metrics.format_overfit(overfit).split(": ", 1)
+        judged.append(tag("p", badge(passed.lower()), " memorising: ", text))
     if run.evaluation:
         judged += [tag("h3", "by evaluate.py"), verdict_list(run.evaluated())]
-    shades = "Shaded by the verdict on a value: green ok, amber watch, red bad."
-    parts = [tag("h1", name), tag("h2", "Verdicts"), *judged, tag("h2", "Run"),
-             table(facts(run).items()), tag("h2", "Curves"), tag("p", shades), curves(run),
+    about, shades = facts(run), ("Over the steps of the run. Where the verdict depends on the "
+                                 "value alone: green is ok, amber to watch, red bad.")
+    parts = [tag("h1", name), tag("p", about["state"]), tag("h2", "Verdicts"), *judged,
+             tag("h2", "Run"), table(about.items()),
+             tag("h2", "Curves"), tag("p", shades), curves(run),
              tag("h2", "Samples"), samples(run)]
     if run.meta.get("kind") == "ldm":
         parts += [tag("h2", "Evaluation"), evaluation(run)]
@@ -178,7 +185,7 @@ def comparison(runs):
     figures, pictures = [], []
     for chart in CHARTS:
         for metric in (name for name in chart.names if name not in REFERENCES):
-            lines = {name: points for name, run in runs.items() if (points := run.points(metric))}
+            lines = {name: run.points(metric) for name, run in runs.items()}
             figures.append(draw(metric, lines, chart.log))
     for name, run in runs.items():
         for kind, paths in grids(run).items():
@@ -201,12 +208,15 @@ def main(argv=None):
     parser.add_argument("--out", type=file_path, help="the page; None: in the first run's folder")
     args = parser.parse(sys.argv[1:] if argv is None else argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # a name may not fit the terminal's encoding
-    runs = {path: read_run(path) for path in args.runs}
-    first = runs[args.runs[0]]
-    name, made = "report.html", report(first)
-    if len(runs) > 1:
-        name, made = "comparison.html", comparison(runs)
-    path = pathlib.Path(args.out or first.folder / name)
+    runs = [read_run(path) for path in args.runs]
+    if len(runs) == 1:
+        name, made = "report.html", report(runs[0])
+    else:
+        names = [run.folder.resolve().name for run in runs]
+        unique = len(set(names)) == len(runs)
+        by_name = dict(zip(names if unique else args.runs, runs, strict=True))
+        name, made = "comparison.html", comparison(by_name)
+    path = pathlib.Path(args.out or runs[0].folder / name)
     experiment.write_atomic(path, lambda f: f.write(made))
     print(f"report: {path}")
 

@@ -51,7 +51,7 @@ class Run(NamedTuple):
     def verdicts(self):
         """[metrics.Verdict]: its own at the end, until then on the last numbers."""
         if self.summary:
-            return [metrics.Verdict(**v) for v in self.summary["verdicts"]]
+            return [metrics.Verdict(**v) for v in self.summary.get("verdicts", ())]
         val, val_train, rec, loss = ([y for _, y in self.points(name)] for name in (
             metrics.VAL, metrics.VAL_TRAIN, "train/rec", metrics.LOSS))
         values = dict(self.latest)
