@@ -456,7 +456,7 @@ VISIBLE = """element => {
     const box = element.getBoundingClientRect();
     const frame = element.ownerSVGElement.getBoundingClientRect();
     const style = getComputedStyle(element);
-    return style.stroke !== 'none' && style.visibility === 'visible' && box.width > 50 &&
+    return style.stroke !== 'none' && style.visibility === 'visible' && box.width > 0 &&
         box.left >= frame.left && box.right <= frame.right + 1 &&
         box.top >= frame.top && box.bottom <= frame.bottom && frame.right <= innerWidth;
 }"""
