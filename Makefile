@@ -1,6 +1,6 @@
-# make demo: all four stages on the phantom set, and a page about it. make test: what must hold, in minutes.
-# make test-all: everything, with kill storms and, where one answers, a Slurm.
-# Each makes .venv by itself.
+# make demo: all four stages on the phantom set, and a page about it. make test: what must hold, in
+# minutes. make test-all: everything, with kill storms and, where one answers, a Slurm. Each makes
+# .venv by itself.
 PYTHON ?= python3
 PY = .venv/bin/python
 RUNS ?= runs

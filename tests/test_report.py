@@ -4,20 +4,20 @@ import html.parser
 import json
 import math
 import os
+import pathlib
 import re
 import shlex
 import shutil
 
 import numpy as np
 import pytest
-from conftest import TINY_LDM, error_of, run, start
+from conftest import error_of
 from PIL import Image
 
 import experiment
 import metrics
 import page
 import report
-import run_files
 
 NASTY = "<img src=x onerror=alert(1)>"
 CHROMIUM = shutil.which("chromium-headless-shell") or shutil.which("chromium")
@@ -112,7 +112,7 @@ def made(capsys, *argv):
     report.main([*map(str, argv)])
     word, path = capsys.readouterr().out.strip().split(": ", 1)
     assert word == "report"
-    return Seen(run_files.pathlib.Path(path))
+    return Seen(pathlib.Path(path))
 
 
 def logged(count, name="train/loss", value=lambda i: 1 / (i + 1)):
