@@ -1,6 +1,6 @@
-# make demo: all four stages on the phantom set. make test: what must hold, in minutes.
-# make test-all: everything, with kill storms and, where one answers, a Slurm.
-# Each makes .venv by itself.
+# make demo: all four stages on the phantom set, and a page about it. make test: what must hold, in
+# minutes. make test-all: everything, with kill storms and, where one answers, a Slurm. Each makes
+# .venv by itself.
 PYTHON ?= python3
 PY = .venv/bin/python
 RUNS ?= runs
@@ -17,6 +17,7 @@ demo: .venv/runtime
 		--ae_ckpt_path=$(AE)
 	$(PY) sample.py --ckpt=$(LDM) --sampler=dpmpp_sde --num_sampling_steps=20 --guidance_scale=2 \
 		--real_dir=$(RUNS)/cache/phantom_64/TB/val
+	$(PY) report.py $(RUNS)/ldm_demo
 
 test: .venv/dev
 	$(PY) -m pytest --numprocesses=$(WORKERS) --ignore=tests/robustness -m "not slow"

@@ -371,16 +371,23 @@ def parse_settings(parser, argv=None, preset=None, kind=None):
     return args
 
 
+def changed_settings(args, parser):
+    """Names of the settings whose value is not the default, in the parser's order."""
+    return [action.dest for action in parser._actions if action.dest not in NOT_STORED
+            and getattr(args, action.dest) != action.default]
+
+
 def print_settings(args, parser, facts):
     """Table of all settings by group, `*` before what is no default; then facts {name: text}."""
     print(parser.description.split("\n")[0])
+    changed = changed_settings(args, parser)
     for group in parser._action_groups:
         cells = []
         for action in group._group_actions:
             if action.dest in NOT_STORED:
                 continue
             value = getattr(args, action.dest)
-            mark = " " if value == action.default else "*"
+            mark = "*" if action.dest in changed else " "
             text = ",".join(map(str, value)) if isinstance(value, tuple) else value
             cells.append(f"{mark}{action.dest:<21} {text!s:<14}")
         if cells:

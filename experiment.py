@@ -71,10 +71,11 @@ def first_line(error):
     return (str(error).strip().splitlines() or [""])[0][:200]
 
 
-def command_line(program, **flags):
-    """A command to paste: `python PROGRAM --name=value ...`, quoted, without what is None."""
-    words = [f"--{name}={value}" for name, value in flags.items() if value is not None]
-    return shlex.join(["python", program, *words])
+def command_line(program, *words, **flags):
+    """A command to paste: `python PROGRAM WORD ... --name=value ...`, quoted, without what is
+    None."""
+    flags = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+    return shlex.join(["python", program, *map(str, words), *flags])
 
 
 def data_flags(args):
@@ -1082,6 +1083,7 @@ class Run:
             "packages": {"python": sys.version.split()[0], "torch": torch.__version__,
                          "numpy": np.__version__, "pillow": PIL.__version__}}
         self.before = {}  # the description of the run that is continued
+        self.begun, self.seconds_before = time.perf_counter(), 0.0
         if self.resumed:
             old = self.before = on_main(procs, lambda: read_run(self.folder))
             self.meta["created"] = old.get("created")
@@ -1110,7 +1112,14 @@ class Run:
 
     def load(self):
         """The checkpoint of a run that is continued, else None."""
-        return load_checkpoint(self.checkpoint_path, self.kind) if self.resumed else None
+        checkpoint = load_checkpoint(self.checkpoint_path, self.kind) if self.resumed else None
+        if checkpoint:
+            self.seconds_before = checkpoint.get("seconds", math.nan)  # of an earlier version
+        return checkpoint
+
+    def seconds(self):
+        """What the run has taken so far: up to the checkpoint that it went on from, and since."""
+        return self.seconds_before + time.perf_counter() - self.begun
 
     def start(self, args, state):
         """Make the folder and its first checkpoint, or cut metrics.jsonl back to the checkpoint."""
@@ -1158,7 +1167,8 @@ class Run:
         if self.procs.main:
             self.wait_for_checkpoint()
             size = self.metrics_path.stat().st_size
-            state = on_cpu({**state, "metrics_bytes": size, "world_size": self.procs.world_size})
+            state = on_cpu({**state, "metrics_bytes": size, "world_size": self.procs.world_size,
+                            "seconds": self.seconds()})
             self.writing = self.writer.submit(self._write, state, path or self.checkpoint_path)
 
     def save_best(self, state):
@@ -1277,9 +1287,14 @@ class Run:
         """Write summary.json with the metrics.Verdicts and close W&B, which with --wandb_artifacts
         gets the checkpoint, a path, too; diverged: end the program, saying how to go on."""
         if self.procs.main:
-            summary = {"step": step, "diverged": diverged, **summary,
+            path, seconds = self.folder / "summary.json", self.seconds()
+            with contextlib.suppress(OSError, ValueError):
+                before = parse_json(path)
+                if before.get("step") == step:  # started again after its end, to do nothing
+                    seconds = before.get("wall_seconds")
+            summary = {"step": step, "diverged": diverged, "wall_seconds": seconds, **summary,
                        "verdicts": [v._asdict() for v in verdicts]}
-            write_json(self.folder / "summary.json", summary)
+            write_json(path, summary)
         if self.wandb is not None:
             numbers = {k: v for k, v in summary.items() if isinstance(v, (int, float))}
             with contextlib.suppress(Exception):

@@ -10,7 +10,6 @@ factor.
 import pathlib
 import shutil
 
-import numpy as np
 import torch
 
 import data
@@ -44,14 +43,13 @@ def real_rows(folder, class_names, img_size):
         fail(f"no folder --real_dir={folder}")
     rows = {}
     for name in class_names:
-        files = [file for file in listing.files if file.class_name == name]
-        shown = [files[i] for i in np.linspace(0, len(files) - 1, min(ROW, len(files))).astype(int)]
+        paths = [pathlib.Path(listing.root, file.path) for file in listing.files
+                 if file.class_name == name]
         try:
-            decoded = [data.decode(pathlib.Path(listing.root, f.path), img_size) for f in shown]
+            if paths:
+                rows[name] = data.decode_some(paths, img_size, ROW)
         except (OSError, ValueError) as e:
             fail(f"an image in {folder} cannot be decoded: {e}")
-        if decoded:
-            rows[name] = data.to_float(np.stack(decoded))
     return rows
 
 

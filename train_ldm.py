@@ -8,6 +8,7 @@ Each mode is a set of defaults (PRESETS); an explicit flag wins. Typing the comm
 the run if it names one (--run_name or --resume_dir).
 """
 import contextlib
+import os
 import pathlib
 import re
 import time
@@ -22,9 +23,10 @@ import experiment
 import memorisation
 import metrics
 import model
+import phantom
 from args import (BooleanFlag, add_autoencoder_arguments, add_data_arguments,
-                  add_precision_arguments, add_training_arguments, at_least, file_path, int_list,
-                  interval, make_parser, parse_settings, print_settings)
+                  add_precision_arguments, add_training_arguments, at_least, changed_settings,
+                  file_path, int_list, interval, make_parser, parse_settings, print_settings)
 from experiment import fail, notice, say
 
 # --- modes and arguments ------------------------------------------------------------------------
@@ -461,6 +463,26 @@ def save_samples(run, epoch, x, labels, class_names, args):
     return paths
 
 
+def save_real(folder, images, args):
+    """Grids of eight training images of each class of an ImageSet, to see the samples beside:
+    FOLDER/real_<class>.png. Those that are there stay, so that only a run's first start reads these
+    few films."""
+    root = args.data_root or phantom.phantom_root(args.output_root, args.img_size)
+    for c in np.unique(images.labels):
+        name = images.class_names[c]
+        path = folder / f"real_{name}.png"
+        if path.exists():
+            continue
+        files = images.names[images.labels == c]
+        paths = [os.path.join(root, os.fsdecode(file)) for file in files]
+        try:
+            x = data.decode_some(paths, args.img_size, 8)
+        except (OSError, ValueError) as e:
+            notice(f"no {path}: {e}")  # it was decoded once, and training does not need it
+        else:
+            experiment.save_grid(path, [x], [f"{name}, real"])
+
+
 def check_resumed(checkpoint, folder, args, scale, vae_sha256, class_names):
     """End the program where the weights of a checkpoint mean nothing with today's settings."""
     experiment.check_names(("best", "recent"), checkpoint, folder)
@@ -524,7 +546,8 @@ def main(argv=None):
     # --- run folder, or the run to go on with ---
     run = experiment.Run(args, procs, "ldm", f"ldm_{args.task.lower()}_{args.mode}", {
         "class_names": class_names, "img_size": args.img_size, "latent_shape": latent_shape,
-        "latent_scale_factor": scale, "vae_sha256": vae_sha256, "data": images.summary})
+        "latent_scale_factor": scale, "vae_sha256": vae_sha256, "data": images.summary,
+        "changed": changed_settings(args, build_parser())})
     data.notice_changes(run.before.get("data"), images, f"{run.folder} was last started")
     step, train_metrics = 0, {}
     # Counted on the device: a look at each step would make the CPU wait for the GPU.
@@ -568,6 +591,8 @@ def main(argv=None):
                       f"compile {'on' if procs.compile else 'off'}"})
     stop = experiment.StopSignal(procs)  # from here on there is something to lose
     run.start(args, checkpoint or state())
+    if procs.main:
+        save_real(run.folder / "samples", images, args)
     # Only now, with the settings on the screen: compiling takes minutes.
     loss_fn = wrap(denoiser, latent_shape, args, procs)
     labels = torch.from_numpy(images.labels).to(procs.device)
@@ -672,6 +697,7 @@ def main(argv=None):
         if watch.best.step:
             say(f"the one to use: {ckpt}, of epoch {watch.best.epoch}, with the lowest val/loss "
                 f"({watch.best.loss:.4g})")
+        say("report: " + experiment.command_line("report.py", run.folder))
         say("next: " + experiment.command_line("sample.py", ckpt=ckpt))
 
 

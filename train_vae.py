@@ -19,8 +19,8 @@ import interop
 import metrics
 import model
 from args import (BooleanFlag, add_data_arguments, add_precision_arguments,
-                  add_training_arguments, at_least, file_path, int_list, make_parser,
-                  parse_settings, print_settings, run_to_continue)
+                  add_training_arguments, at_least, changed_settings, file_path, int_list,
+                  make_parser, parse_settings, print_settings, run_to_continue)
 from experiment import fail, notice, say
 
 LOSSES = ("train/loss", "train/rec", "train/kl", "train/g_loss", "train/d_loss", "train/grad_norm")
@@ -321,7 +321,8 @@ def main(argv=None):
     # --- run folder, or the run to go on with ---
     run = experiment.Run(args, procs, "vae", f"ae_{args.task.lower()}_z{args.z_channels}", {
         "class_names": train_set.class_names, "img_size": args.img_size,
-        "latent_shape": models.vae.latent_shape, "data": train_set.summary})
+        "latent_shape": models.vae.latent_shape, "data": train_set.summary,
+        "changed": changed_settings(args, build_parser())})
     data.notice_changes(run.before.get("data"), train_set, f"{run.folder} was last started")
     step, train_metrics = 0, {}
     # Counted on the device: a look at each step would make the CPU wait for the GPU.
@@ -448,6 +449,7 @@ def main(argv=None):
         say(metrics.format_verdicts(verdicts))
     run.finish(step, {**train_metrics, **val_metrics}, verdicts, run.checkpoint_path, diverged)
     if procs.main:
+        say("report: " + experiment.command_line("report.py", run.folder))
         say("next: " + experiment.command_line(
             "find_latent_scale.py", ae_ckpt_path=run.checkpoint_path,
             **experiment.data_flags(args)))

@@ -1,0 +1,496 @@
+"""report.py: the page of a run as a parser and a browser see it."""
+import base64
+import html.parser
+import json
+import math
+import os
+import pathlib
+import re
+import shlex
+import shutil
+
+import numpy as np
+import pytest
+from conftest import error_of
+from PIL import Image
+
+import experiment
+import metrics
+import page
+import report
+
+NASTY = "<img src=x onerror=alert(1)>"
+CHROMIUM = shutil.which("chromium-headless-shell") or shutil.which("chromium")
+
+
+class Seen(html.parser.HTMLParser):
+    """What is on a page; every element is closed, and nothing leads out of the page."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.open, self.figure = [], None
+        self.curves = {}  # {title of a figure: {curve: its path}}
+        self.zones = {}  # {title of a figure: [(y, height, level)]}
+        self.pictures, self.words = [], []  # [(text, bytes)], [text]
+        self.path, self.text = None, path.read_text()
+        self.feed(self.text)
+        assert not self.open, self.open
+        self.words = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attributes):
+        attrs = dict(attributes)
+        assert tag not in ("script", "link", "iframe", "object", "a", "base"), tag
+        for name, value in attributes:
+            assert not name.startswith("on") and name not in ("href", "style", "srcset"), name
+            assert not re.match("https?:|//", value or ""), value
+        if tag not in page.VOID:
+            self.open.append(tag)
+        if tag == "img":
+            kind, data = attrs["src"].split(",", 1)
+            assert kind == "data:image/png;base64"
+            self.pictures.append((attrs["alt"], base64.b64decode(data, validate=True)))
+        elif tag == "svg":
+            self.figure = attrs["aria-label"]
+            self.curves[self.figure], self.zones[self.figure] = {}, []
+        elif tag == "path":
+            self.path = attrs["d"]
+        elif tag == "rect":
+            place = float(attrs["y"]), float(attrs["height"])
+            self.zones[self.figure].append((*place, attrs["class"].split()[1]))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-2:] == ["path", "title"]:
+            self.curves[self.figure][data] = self.path
+        elif self.open and self.open[-1] == "style":
+            assert "url(" not in data and "@import" not in data
+        else:
+            self.words.append(data)
+
+    def names(self):
+        """All curves."""
+        return {name for curves in self.curves.values() for name in curves}
+
+
+def figure(seen, part):
+    """The title of the figure that has `part` in it."""
+    title, = (title for title in seen.curves if part in title)
+    return title
+
+
+def heights(path):
+    """y of each point of a curve, 0 at the top."""
+    return [float(y) for y in re.findall(r"[ML]\S+ ([\d.]+)", path)]
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """make_run(NAME, records, ...) -> a run folder made by hand; summary None: it goes on."""
+    def make(name, records, summary=None, kind="ldm", classes=(), epochs=(1,), **args):
+        folder = tmp_path / name
+        (folder / "samples").mkdir(parents=True)
+        meta = {"kind": kind, "args": {"lr": 1e-3, **args}, "changed": ["lr"],
+                "git_commit": "abc123", "packages": {"torch": "2.0"}, "command": ["train_ldm.py"],
+                "data": [[c, 5, "0"] for c in classes]}
+        (folder / "run_meta.json").write_text(json.dumps(meta))
+        lines = [json.dumps(r) if isinstance(r, dict) else r for r in records]
+        (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
+        if summary is not None:
+            (folder / "summary.json").write_text(json.dumps(summary))
+        for c in classes:
+            for epoch in epochs:
+                Image.new("L", (8, 8), epoch).save(folder / f"samples/sample_ep{epoch:04d}_{c}.png")
+            Image.new("L", (8, 8)).save(folder / f"samples/real_{c}.png")
+        return folder
+    return make
+
+
+def made(capsys, *argv):
+    """What is on the page that report.py says it has written."""
+    report.main([*map(str, argv)])
+    word, path = capsys.readouterr().out.strip().split(": ", 1)
+    assert word == "report"
+    return Seen(pathlib.Path(path))
+
+
+def logged(count, name="train/loss", value=lambda i: 1 / (i + 1)):
+    return [{"step": 10 * i, "epoch": i, name: value(i)} for i in range(1, count + 1)]
+
+
+# --- real runs ---
+
+
+def test_the_command_that_training_prints_makes_the_page_of_a_diffusion_model(stages, workspace,
+                                                                              quick):
+    command = re.search("^report: python (.*)$", stages.stdout["train_ldm"], re.M).group(1)
+    folder = workspace.out / "l"
+    words = shlex.split(command.replace(str(stages.out), str(workspace.out)))
+    assert words == ["report.py", str(folder)]
+    result = quick(*words)
+    assert result.code == 0 and result.out == f"report: {folder}/report.html\n", result.err
+    seen = Seen(folder / "report.html")
+    assert seen.names() == {
+        "train/loss", "val/loss", "val/train_loss", *(f"train/loss_t{q}" for q in range(4)),
+        "train/grad_norm", "sample_diversity/pairwise_mse_mean_raw",
+        "sample_diversity/real_pairwise_mse_mean", "final_latent_stats/std",
+        "final_latent_stats/target_std", "copies/share", "copies/expected",
+        "train/images_per_second"}
+    wanted = [f"{kind}_{c}.png" for c in ("normal", "tb")
+              for kind in ("real", "sample_ep0005", "sample_ep0010")]
+    assert [data for _, data in seen.pictures] == [
+        (folder / "samples" / name).read_bytes() for name in wanted]
+    summary = json.loads((folder / "summary.json").read_text())
+    for v in summary["verdicts"]:
+        assert f"{v['level'].upper()} {v['metric']} {v['value']} {v['meaning']}" in seen.words
+        assert v["level"] == "ok" or v["advice"] in seen.words
+    meta = experiment.read_meta(folder)
+    assert meta["git_commit"] in seen.words and f"torch {meta['packages']['torch']}" in seen.words
+    assert "finished at step 20" in seen.words and "normal 8, tb 8" in seen.words
+    assert f"wall time {experiment.time_text(summary['wall_seconds'])}" in seen.words
+    assert f"evaluate.py --ckpt={folder}/ckpts/best.pt" in seen.words
+    changed = seen.words.split("Settings that are not the defaults")[1].split("all settings")[0]
+    assert "lr 0.001" in changed and "seed" not in changed
+
+
+def test_the_page_of_an_autoencoder(stages, workspace, capsys):
+    assert f"report: python report.py {stages.out / 'v'}\n" in stages.stdout["train_vae"]
+    seen = made(capsys, workspace.out / "v")
+    names = ("psnr", "ssim", "detail", "power_fine", "power_finest")
+    assert seen.names() == {
+        *(f"val/{name}" for name in names), "train/images_per_second",
+        *(f"train/{name}" for name in ("loss", "rec", "kl", "g_loss", "d_loss", "grad_norm"))}
+    assert seen.pictures[0][1] == (workspace.out / "v/samples/recon_ep0050.png").read_bytes()
+    assert "Evaluation" not in seen.words
+
+
+def test_the_page_of_an_evaluation(workspace, quick, capsys):
+    result = quick("evaluate.py", *workspace.common, f"--ckpt={workspace.ldm_ckpt}",
+                   "--num_samples=6", "--num_sampling_steps=2", "--classifier_steps=2")
+    assert result.code == 0, result.err
+    folder = workspace.out / "l"
+    found = json.loads((folder / "evaluation.json").read_text())
+    seen = made(capsys, folder)
+    for v in found["verdicts"]:
+        assert f"{v['metric']} {v['value']} {v['meaning']}" in seen.words
+    power = seen.curves[figure(seen, "All classes")]
+    assert set(power) == {"samples", "baseline", "decoded", "held-out images"}
+    octaves = [name for name in found["power"]["all"]["samples"] if name != "num"]
+    assert len(heights(power["samples"])) == len(octaves) and " ".join(octaves) in seen.words
+    for name, (value, low, high) in found["auroc"].items():
+        assert f"{name} {value:.4g} {low:.4g} {high:.4g}" in seen.words
+    for rows in found["groups"].values():
+        for row in ("samples", "baseline", "spread"):
+            assert f"all {row}" in seen.words and f"{rows['all'][row]['fid']:.4g}" in seen.words
+    if "copies" in found:
+        assert seen.pictures[-1][1] == (folder / "evaluation_pairs.png").read_bytes()
+
+
+# --- curves ---
+
+
+def test_zones_are_those_of_the_table_of_verdicts(make_run, capsys):
+    target = 2.0
+    records = [{"step": i, "epoch": i, metrics.Z_STD: target * s, metrics.TARGET_STD: target}
+               for i, s in enumerate((0.2, 1, 3))]
+    seen = made(capsys, make_run("r", records))
+    zones = sorted(seen.zones[figure(seen, "latents")])
+    assert [level for _, _, level in zones] == ["bad", "watch", "ok", "watch", "bad"]
+    assert all(y + height == pytest.approx(below[0], abs=0.2)
+               for (y, height, _), below in zip(zones, zones[1:]))
+    low, high = (heights(seen.curves[figure(seen, "latents")][metrics.Z_STD])[i] for i in (0, 2))
+    per_unit = (low - high) / (2.8 * target)
+    for border, (y, height, _) in zip((2, 1.25, 0.8, 0.5), zones):
+        value = (low - (y + height)) / per_unit + 0.2 * target
+        assert value / target == pytest.approx(border, abs=0.03)  # a band is 1/80 of the axis
+
+
+@pytest.mark.parametrize("name, values, levels", [
+    (metrics.GRAD, (1e-7, 1, 1e4), ["bad", "ok", "bad"]),
+    (f"{metrics.MSE_MEAN}_raw", (0.001, 3.9), ["watch", "ok", "watch", "bad"])])
+def test_zones_of_gradient_and_diversity(make_run, capsys, name, values, levels):
+    real = {"sample_diversity/real_pairwise_mse_mean": 2.0}
+    records = [{"step": i, "epoch": i, name: v, **real} for i, v in enumerate(values)]
+    seen = made(capsys, make_run("r", records))
+    zones = [zone for title in seen.zones for zone in seen.zones[title] if name in
+             seen.curves[title]]
+    assert [level for _, _, level in sorted(zones)] == levels
+    if name != metrics.GRAD:  # in an overfit mode diversity is not the goal, and not judged
+        seen = made(capsys, make_run("k", records, overfit_k=8))
+        assert not any(seen.zones.values())
+
+
+def test_a_long_run_is_thinned_and_keeps_its_spikes(make_run, capsys):
+    records = logged(20000, value=lambda i: 9.0 if i == 7777 else 1 + 0.01 * (i % 2))
+    seen = made(capsys, make_run("r", records))
+    points = heights(seen.curves["Loss"]["train/loss"])
+    assert 300 < len(points) <= 401
+    assert sum(y < 40 for y in points) == 1  # at the top of the figure
+    assert sorted(points)[1] > 150
+
+
+def test_what_is_not_finite_is_a_gap_and_a_point_by_itself_a_dot(make_run, capsys):
+    values = [1, None, 2, 3, math.nan, None]
+    records = [{"step": i, "epoch": 0, "train/loss": v} for i, v in enumerate(values)]
+    seen = made(capsys, make_run("r", records))
+    path = seen.curves["Loss"]["train/loss"]
+    assert re.findall("[ML]", path) == ["M", "M", "L"] and path.count("h0") == 2
+    assert "BAD train/loss nan" in seen.words
+    # In a figure with nothing but NaN there is nothing to draw.
+    nothing = logged(3, "train/grad_norm", lambda i: None)
+    assert not made(capsys, make_run("n", nothing)).curves
+
+
+def test_the_epoch_of_the_lowest_val_loss_is_marked_and_shown(make_run, capsys):
+    losses = [5, 4, 3, 2, 2.5, 3, 3.5, 4, 4.5, 5.0]
+    records = [{"step": 10 * e, "epoch": e, metrics.VAL: float(losses[e - 1]),
+                metrics.VAL_TRAIN: 5.0 - 0.1 * e} for e in range(1, 11)]
+    folder = make_run("r", records, classes=["tb"], epochs=range(1, 11))
+    seen = made(capsys, folder)
+    assert "lowest val/loss: epoch 4" in seen.words
+    assert "BAD val/loss 5 Memorising: val/loss was lowest in epoch 4" in seen.words
+    shown = [int(text.rsplit(" ", 1)[1]) for text, _ in seen.pictures if "epoch" in text]
+    assert len(shown) == 6 and shown == sorted(shown)
+    assert {1, 4, 10} <= set(shown)
+
+
+# --- names and damage ---
+
+
+def test_names_are_text_and_nothing_else(make_run, capsys):
+    records = [*logged(3), {"step": 40, "epoch": 4, f"{NASTY}": 1.0}]
+    verdict = metrics.Verdict(NASTY, "bad", "1", NASTY, NASTY)._asdict()
+    folder = make_run(f"run {NASTY}", records, {"step": 40, "verdicts": [verdict]},
+                      classes=[NASTY], note=NASTY)
+    (folder / "evaluation.json").write_text(json.dumps({
+        "verdicts": [verdict], "features": {"f": NASTY}, "copies": {NASTY: NASTY},
+        "groups": {"f": {NASTY: {NASTY: {NASTY: 1.0}}}}, "auroc": {NASTY: [1, 0, 1]}}))
+    other = make_run(f"other {NASTY}", records, classes=[NASTY])
+    seen = made(capsys, folder)  # Seen refuses what is not a data URI, and attributes like onerror
+    assert seen.words.count(NASTY) > 10
+    assert NASTY not in seen.text
+    assert made(capsys, folder, other).words.count(NASTY) > 5
+
+
+@pytest.mark.parametrize("what", ["no log", "no log lines", "damaged lines", "damaged files"])
+def test_a_run_that_is_new_or_damaged_has_a_page(make_run, capsys, what):
+    damaged = ["{", "\0\0", "[1]", '{"step": "x"}', '{"train/loss": 1}', "[" * 5000]
+    records = {"damaged lines": [*damaged, *logged(2), *damaged], "damaged files": logged(2)}
+    folder = make_run("r", records.get(what, []))
+    if what == "no log":
+        (folder / "metrics.jsonl").unlink()
+    if what == "damaged files":
+        for name in ("summary.json", "evaluation.json"):
+            (folder / name).write_bytes(b'{"step": 9')
+        (folder / "ckpts").mkdir()
+        (folder / "ckpts/last.pt").write_bytes(b"PK")
+    seen = made(capsys, folder)
+    new = what.startswith("no log")
+    state = "nothing logged yet" if new else "not finished; last logged: step 20, epoch 2"
+    assert state in seen.words and "wall time –" in seen.words
+    assert bool(seen.curves) == (not new)
+    assert new or len(heights(seen.curves["Loss"]["train/loss"])) == 2
+
+
+def test_a_run_that_went_on_after_its_end_is_not_finished(make_run, capsys):
+    folder = make_run("r", logged(3), {"step": 20, "verdicts": []})
+    assert "not finished; last logged: step 30" in made(capsys, folder).words
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_an_overfit_run_shows_its_verdict(make_run, capsys, passed):
+    values = {"nearest_mse": 0.05, "nearest_psnr": 30.0, "coverage": 1.0, "mse_threshold": 0.1,
+              "psnr_threshold": 25.0, "coverage_threshold": 0.5, "passed": passed}
+    record = {"step": 40, "epoch": 4, **{f"overfit/{k}": v for k, v in values.items()},
+              metrics.MSE_MEAN: 0.0, f"{metrics.MSE_MEAN}_raw": 0.0}
+    seen = made(capsys, make_run("r", [*logged(3), record], overfit_k=8))
+    assert f"{'PASS' if passed else 'FAIL'} memorising: nearest training latent" in seen.words
+    assert "Collapse" not in seen.words
+
+
+def test_what_is_no_run_is_one_line(workspace, make_run, tmp_path, quick):
+    def refused(*argv):
+        result = quick("report.py", *argv)
+        lines = result.err.splitlines()
+        assert result.code == experiment.EXIT_FAILED and len(lines) == 1, result.err
+        return lines[0]
+
+    assert f"give {workspace.out / 'l'}" in refused(workspace.ldm_ckpt)
+    assert f"give {workspace.out / 'l'}" in refused(workspace.out / "l/samples")
+    assert "no run folder" in refused(workspace.out)
+    assert "no run folder" in refused(tmp_path / "nowhere")
+    assert "RUN" in refused()
+    assert "did you mean --out?" in refused(workspace.out / "l", "--ou=x")
+    assert "cannot write" in refused(workspace.out / "l", f"--out={tmp_path}/no/x.html")
+    assert not list(workspace.out.rglob("*.html"))
+    result = quick("report.py", "--help")
+    assert result.code == 0 and "comparison.html" in result.out and "--out" in result.out
+
+
+def test_the_page_is_written_whole_or_not_at_all(make_run, capsys, monkeypatch):
+    folder = make_run("r", logged(3))
+    made(capsys, folder)
+    before = (folder / "report.html").read_bytes()
+    with open(folder / "metrics.jsonl", "a") as f:
+        f.write(json.dumps(logged(4)[-1]) + "\n")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(experiment.os, "fsync", full)
+    assert "No space left" in error_of(capsys, report.main, [str(folder)])
+    assert (folder / "report.html").read_bytes() == before
+    assert sorted(os.listdir(folder)) == ["metrics.jsonl", "report.html", "run_meta.json",
+                                          "samples"]
+
+
+# --- several runs ---
+
+
+def test_a_comparison_shows_what_differs(make_run, capsys, tmp_path):
+    runs = [make_run(f"{name}/x", logged(4, value=lambda i, lr=lr: lr / i), lr=lr, epochs=(1, 2),
+                     classes=["tb"], same=77) for name, lr in (("a", 0.5), ("b", 0.25))]
+    runs.append(make_run("v/ae", logged(2, "val/psnr", lambda i: 20.0 + i), kind="vae", lr=0.5))
+    seen = made(capsys, *runs)
+    assert (runs[0] / "comparison.html").exists() and not (runs[0] / "report.html").exists()
+    assert "lr 0.5 0.25 0.5" in seen.words and "same 77 77 –" in seen.words
+    assert "train/loss 0.125 0.0625 –" in seen.words and "val/psnr – – 22" in seen.words
+    assert set(seen.curves["train/loss"]) == {str(run) for run in runs[:2]}
+    assert set(seen.curves["val/psnr"]) == {str(runs[2])}
+    assert [text for text, _ in seen.pictures] == ["tb", "tb"]
+    last = (runs[0] / "samples/sample_ep0002_tb.png").read_bytes()
+    assert seen.pictures[0][1] == last
+    made(capsys, *runs[:2], f"--out={tmp_path}/c.html")
+    seen = Seen(tmp_path / "c.html")
+    assert "same" not in seen.words  # the same in both
+    assert set(made(capsys, runs[0], runs[2]).curves["train/loss"]) == {"x"}  # short where unique
+
+
+# --- what training writes for it ---
+
+
+def test_real_images_are_written_once_and_training_does_not_need_them(workspace, quick):
+    argv = ["train_ldm.py", *workspace.common, f"--config={workspace.ldm_config}",
+            f"--ae_ckpt_path={workspace.vae_ckpt}"]
+    data = workspace.root / "data"
+    shutil.copytree(workspace.data, data)
+    argv.append(f"--data_root={data}")
+    assert quick(*argv, "--run_name=x", "--max_steps=1").code == 0
+    grid = np.asarray(Image.open(workspace.out / "x/samples/real_tb.png"))
+    films = sorted((data / "TB/train/tb").glob("*.png"))
+    assert grid.shape == (32 + 16, 8 * 34 + 2) and len(films) == 8
+    for i, film in enumerate(films):
+        shown = grid[14:46, 2 + 34 * i:34 + 34 * i].astype(int)
+        assert abs(shown - np.asarray(Image.open(film).convert("L"))).max() <= 1
+    for film in data.glob("TB/train/*/*.png"):  # as before by size and time, but no image any more
+        stat = film.stat()
+        film.write_bytes(b"x" * stat.st_size)
+        os.utime(film, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    result = quick(*argv, "--run_name=x", "--max_steps=2")
+    assert result.code == 0 and "real_tb.png" not in result.out, result.err
+    result = quick(*argv, "--run_name=y", "--max_steps=1")
+    assert result.code == 0 and "note: no " in result.out and "real_tb.png" in result.out
+    assert not list((workspace.out / "y/samples").glob("real_*"))
+
+
+def test_the_time_of_a_run_goes_on_over_stops(workspace, quick):
+    argv = ["train_ldm.py", *workspace.common, f"--config={workspace.ldm_config}",
+            f"--ae_ckpt_path={workspace.vae_ckpt}", "--run_name=x"]
+
+    def seconds():
+        checkpoint = experiment.load_checkpoint(workspace.out / "x/ckpts/last.pt", "ldm")
+        summary = json.loads((workspace.out / "x/summary.json").read_text())
+        return checkpoint["seconds"], summary["wall_seconds"]
+
+    assert quick(*argv, "--max_steps=2").code == 0
+    first, first_wall = seconds()
+    assert 0 < first < first_wall
+    # As if it had taken an hour: the next start adds to it.
+    path = workspace.out / "x/ckpts/last.pt"
+    checkpoint = experiment.load_checkpoint(path, "ldm")
+    experiment.save_checkpoint(path, "ldm", checkpoint | {"seconds": 3600.0})
+    assert quick(*argv, "--max_steps=4").code == 0
+    second, second_wall = seconds()
+    assert 3600 < second < second_wall
+    (workspace.out / "x/summary.json").unlink()
+    assert quick("report.py", workspace.out / "x").code == 0  # as a run that was stopped
+    assert "wall time 1 h 00 min" in Seen(workspace.out / "x/report.html").words
+
+
+def test_a_checkpoint_without_its_time_is_a_run_without_one(workspace, quick):
+    path = workspace.ldm_ckpt
+    checkpoint = experiment.load_checkpoint(path, "ldm")
+    del checkpoint["seconds"]
+    experiment.save_checkpoint(path, "ldm", checkpoint)
+    folder = workspace.out / "l"
+    assert quick("train_ldm.py", f"--resume_dir={folder}", "--max_steps=21").code == 0
+    assert json.loads((folder / "summary.json").read_text())["wall_seconds"] is None
+    assert quick("report.py", folder).code == 0
+    assert "wall time –" in Seen(folder / "report.html").words
+
+
+def test_the_description_names_the_settings_that_are_no_defaults(stages):
+    for name in ("train_vae", "train_ldm"):
+        folder = stages.out / {"train_vae": "v", "train_ldm": "l"}[name]
+        changed = experiment.read_meta(folder)["changed"]
+        starred = re.findall(r"\*(\w+)", stages.stdout[name].split("-- this run")[0])
+        assert sorted(changed) == sorted(starred)
+        assert "run_name" in changed and "seed" not in changed
+
+
+# --- in a browser ---
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    if not CHROMIUM:
+        pytest.skip("needs chromium-headless-shell or chromium, as of Debian's packages")
+    with sync_api.sync_playwright() as play:
+        started = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+VISIBLE = """element => {
+    const box = element.getBoundingClientRect();
+    const frame = element.ownerSVGElement.getBoundingClientRect();
+    const style = getComputedStyle(element);
+    return style.stroke !== 'none' && style.visibility === 'visible' && box.width > 0 &&
+        box.left >= frame.left && box.right <= frame.right + 1 &&
+        box.top >= frame.top && box.bottom <= frame.bottom && frame.right <= innerWidth;
+}"""
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_in_a_browser(stages, workspace, make_run, browser, capsys, width, scheme):
+    long = "a-name-without-a-space-" * 8
+    many = make_run("many", logged(500), classes=[NASTY], note=long, path="/x" * 90)
+    made(capsys, workspace.out / "l")
+    made(capsys, workspace.out / "v")
+    made(capsys, many)
+    made(capsys, workspace.out / "l", workspace.out / "v", many)
+    for path in (workspace.out / "l/report.html", workspace.out / "l/comparison.html",
+                 workspace.out / "v/report.html", many / "report.html"):
+        tab = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        messages, requests = [], []
+        tab.on("console", lambda message: messages.append(message.text))
+        tab.on("pageerror", lambda error: messages.append(str(error)))
+        tab.on("request", lambda request: requests.append(request.url))
+        tab.goto(path.as_uri())
+        assert not messages
+        assert [url for url in requests if not url.startswith("data:image/png")] == [path.as_uri()]
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        seen = Seen(path)
+        curves = tab.query_selector_all("svg path")
+        assert len(curves) == sum(map(len, seen.curves.values())) > 0
+        dots = [curve for curve in curves if "L" not in curve.get_attribute("d")]
+        assert all(curve.evaluate(VISIBLE) for curve in curves if curve not in dots)
+        loaded = tab.evaluate("[...document.images].map(i => i.complete && i.naturalWidth > 0)")
+        assert len(loaded) == len(seen.pictures) and all(loaded)
+        ink, paper = tab.evaluate(
+            "['color', 'backgroundColor'].map(name => getComputedStyle(document.body)[name])")
+        dark = [sum(map(int, re.findall(r"\d+", colour)[:3])) < 384 for colour in (ink, paper)]
+        assert dark == [scheme == "light", scheme == "dark"]
+        tab.close()
