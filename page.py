@@ -24,7 +24,8 @@ figcaption span { margin-right: 12px; white-space: nowrap; font-size: 13px }
 .grid { display: grid; gap: 20px; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)) }
 .scroll { overflow-x: auto } .pairs td { overflow-wrap: anywhere; white-space: normal }
 td:first-child { white-space: nowrap }
-@media (max-width: 600px) { td:first-child { white-space: normal; overflow-wrap: anywhere } }
+@media (max-width: 600px) { td:first-child { white-space: normal; overflow-wrap: anywhere;
+  min-width: 84px } }
 summary { cursor: pointer; margin: 8px 0 }
 table { border-collapse: collapse; font-size: 13px }
 td, th { padding: 3px 14px 3px 0; text-align: left; vertical-align: top; min-width: 60px;

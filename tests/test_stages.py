@@ -220,7 +220,7 @@ def test_a_stage_reads_every_flag_that_it_takes(workspace, quick, monkeypatch, n
 
 
 def test_nothing_imports_a_stage_but_tests_and_the_benchmark():
-    stages = {"train_vae", "train_ldm", "find_latent_scale", "sample", "evaluate", "report",
+    stages = {"train_vae", "train_ldm", "find_latent_scale", "sample", "evaluate", "report", "export",
               "bench"}
     for path in [*ROOT.glob("*.py"), *ROOT.glob("slurm/*.py"), *ROOT.glob("config/*.py")]:
         nodes = list(ast.walk(ast.parse(path.read_text())))
