@@ -40,6 +40,7 @@ ul { list-style: none; padding: 0; margin: 8px 0 } li { margin: 10px 0 }
 .mark { stroke: var(--ink); stroke-dasharray: 2 3; opacity: .7 } text { fill: var(--ink);
   font-size: 11px } .curve { fill: none; stroke: currentColor; stroke-width: 1.6;
   stroke-linecap: round; stroke-linejoin: round } .dashed { stroke-dasharray: 4 4 }
+.dots { stroke-width: 6; stroke-dasharray: none }
 .c0 { color: #2f7ed8 } .c1 { color: #e4761b } .c2 { color: #22a06b } .c3 { color: #b04bc9 }
 .c4 { color: #8b7a1e } .c5 { color: #d6336c } .c6 { color: #14a3b8 } .c7 { color: #7a6ff0 }
 """
@@ -160,7 +161,9 @@ def ticks(low, high, log):
         marks = [factor * 10.0**exponent for factor in factors
                  for exponent in range(math.floor(low), math.ceil(high) + 1)]
         marks = sorted(mark for mark in marks if low <= math.log10(mark) <= high)
-        return marks[::math.ceil(len(marks) / 6)] if marks else [10 ** ((low + high) / 2)]
+        if len(marks) > 1:
+            return marks[::math.ceil(len(marks) / 6)]
+        low, high = 10**low, 10**high
     step = 10.0 ** math.floor(math.log10(high - low))
     step *= next(part for part in (0.1, 0.2, 0.5, 1, 2) if (high - low) / (step * part) <= 5)
     return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
@@ -229,7 +232,9 @@ def draw(title, curves, log=False, level_at=None, mark=None, dashed=(), x_names=
                 words.append(f"{pen}{across(x)} {down(scale(y))}{'h0' if pen == 'M' else ''}")
             pen = "L" if drawable(y) else "M"
         style = f"c{i % 8} dashed" if label in dashed else f"c{i % 8}"
-        parts.append(tag("path", tag("title", label), d="".join(words), class_=f"curve {style}"))
+        dots = "" if any(word[0] == "L" for word in words) else " dots"  # else too thin to be seen
+        parts.append(tag("path", tag("title", label), d="".join(words),
+                         class_=f"curve {style}{dots}"))
         line = tag("b", "┄ " if label in dashed else "━ ", class_=style)
         legend.append(tag("span", line, f"{label} {show(points[-1][1])}"))
     svg = tag("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=title)

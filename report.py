@@ -115,7 +115,8 @@ def evaluation(run):
     """What evaluate.py found."""
     found = run.evaluation
     if not found:
-        command = experiment.command_line("evaluate.py", ckpt=run.folder / "ckpts" / "best.pt")
+        best, last = (run.folder / "ckpts" / name for name in ("best.pt", "last.pt"))
+        command = experiment.command_line("evaluate.py", ckpt=best if best.exists() else last)
         return tag("p", "Not measured yet: ", tag("code", command))
     names = ("ckpt", "step", "split", *experiment.SAMPLING_SETTINGS)
     parts = [table([(name, found[name]) for name in names if name in found])]

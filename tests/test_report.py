@@ -237,6 +237,9 @@ def test_what_is_not_finite_is_a_gap_and_a_point_by_itself_a_dot(make_run, capsy
     path = seen.curves["Loss"]["train/loss"]
     assert re.findall("[ML]", path) == ["M", "M", "L"] and path.count("h0") == 2
     assert "BAD train/loss nan" in seen.words
+    assert "dots" not in seen.text.split("</style>")[1]
+    one = made(capsys, make_run("one", logged(1)))
+    assert 'class="curve c0 dots"' in one.text  # alone it is large enough to be seen
     # In a figure with nothing but NaN there is nothing to draw.
     nothing = logged(3, "train/grad_norm", lambda i: None)
     assert not made(capsys, make_run("n", nothing)).curves
