@@ -404,7 +404,7 @@ def test_class_dropout_trains_the_null_row_and_only_it(tmp_path, prob_uncond, tr
             pixels = np.random.default_rng([i, len(name)]).integers(0, 256, (8, 8), np.uint8)
             Image.fromarray(pixels).save(folder / f"{i}.png")
     settings = dict(img_size=8, z_channels=2, base_ch=8, ch_mults=(1, 1), num_res_blocks=1,
-                    attn_res=(), patch_size=1, linear_path=False)
+                    attn_res=(), patch_size=1, linear_path=False, quant_conv=False)
     vae = model.AutoencoderKL(*settings.values()).state_dict()
     ae_path = tmp_path / "ae" / "ckpts" / "last.pt"
     ae_path.parent.mkdir(parents=True)
