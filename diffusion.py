@@ -154,15 +154,42 @@ class Denoiser(nn.Module):
 
 
 # --- samplers -----------------------------------------------------------------------------------
-# Each starts from x = sigma(1) noise at t = 1 and walks `steps` equal steps in t down to 0, where
-# x is x0-hat. denoise(x, t) gives x0-hat at a float t; noise() gives standard normal noise like x.
+# Each starts from x = sigma(1) noise at t = 1 and takes `steps` steps down to t = 0, where x is
+# x0-hat. denoise(x, t) gives x0-hat at a float t; noise() gives standard normal noise like x.
+
+
+def with_levels(schedule, t):
+    """[(t, alpha, sigma)] of times [N], as Python floats."""
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    return list(zip(t.tolist(), alpha.tolist(), sigma.tolist(), strict=True))
 
 
 def time_grid(schedule, steps):
-    """[(t, alpha, sigma)] at steps + 1 equal distances from 1 to 0, as Python floats."""
-    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-    return list(zip(t.tolist(), alpha.tolist(), sigma.tolist(), strict=True))
+    """[(t, alpha, sigma)] at steps + 1 equal distances from 1 to 0."""
+    return with_levels(schedule, torch.linspace(1, 0, steps + 1, dtype=torch.float64))
+
+
+def lambda_grid(schedule, steps):
+    """[(t, alpha, sigma)] of 1, of steps - 1 times at equal distances in lambda = log(alpha /
+    sigma), and of 0, for solvers that take their steps in lambda.
+
+    The times are the middles of equal parts of -log(6 steps) to log(6 steps), which grows as the
+    ends of equal distances in t do, or from lambda(1), where the schedule ends before that.
+    """
+    def log_ratio(t):
+        return torch.log(schedule.alpha(t) / schedule.sigma(t))
+
+    high = math.log(6 * steps)
+    low = max(-high, log_ratio(torch.ones((), dtype=torch.float64)).item())
+    middles = (torch.arange(steps - 1, dtype=torch.float64) + 0.5) / max(1, steps - 1)
+    wanted = low + (high - low) * middles
+    below, above = torch.zeros_like(wanted), torch.ones_like(wanted)
+    for _ in range(60):  # halves of where t must be: lambda falls as t grows
+        middle = (below + above) / 2
+        early = log_ratio(middle) > wanted
+        below, above = torch.where(early, middle, below), torch.where(early, above, middle)
+    ends = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    return with_levels(schedule, torch.cat([ends[:1], below, ends[1:]]))
 
 
 def ancestral(denoise, schedule, x, steps, noise):
@@ -196,39 +223,41 @@ def lambda_step(alpha_t, sigma_t, alpha_s, sigma_s):
     return math.log(alpha_s * sigma_t / (alpha_t * sigma_s))
 
 
-def second_order(x0, x0_before, h, h_before):
-    """x0-hat in the middle of the step, on the line through the last two; x0 itself on the first
-    and the last step, with zero terminal SNR on the first two."""
-    if x0_before is None or math.isinf(h):
+def second_order(x0, x0_before, h, h_before, dt, dt_before):
+    """x0-hat in the middle of the step, on the line through the last two over lambda; over t where
+    a step in lambda is infinite, as the first and the last are. x0 itself on the first step."""
+    if x0_before is None:
         return x0
+    if math.isinf(h) or math.isinf(h_before):
+        h, h_before = dt, dt_before
     return x0 + h / (2 * h_before) * (x0 - x0_before)
 
 
 def dpmpp(denoise, schedule, x, steps, noise):
     """DPM-Solver++ 2M (Lu et al. 2022, alg. 2): deterministic."""
-    grid = time_grid(schedule, steps)
-    x0_before = h_before = None
-    for (t, alpha_t, sigma_t), (_, alpha_s, sigma_s) in zip(grid, grid[1:], strict=False):
+    grid = lambda_grid(schedule, steps)
+    x0_before = h_before = dt_before = None
+    for (t, alpha_t, sigma_t), (s, alpha_s, sigma_s) in zip(grid, grid[1:], strict=False):
         x0 = denoise(x, t)
-        h = lambda_step(alpha_t, sigma_t, alpha_s, sigma_s)
-        direction = second_order(x0, x0_before, h, h_before)
+        h, dt = lambda_step(alpha_t, sigma_t, alpha_s, sigma_s), t - s
+        direction = second_order(x0, x0_before, h, h_before, dt, dt_before)
         x = sigma_s / sigma_t * x - (alpha_t * sigma_s / sigma_t - alpha_s) * direction
-        x0_before, h_before = x0, h
+        x0_before, h_before, dt_before = x0, h, dt
     return x
 
 
 def dpmpp_sde(denoise, schedule, x, steps, noise):
     """SDE-DPM-Solver++ 2M (Lu et al. 2022): `ancestral`, of second order."""
-    grid = time_grid(schedule, steps)
-    x0_before = h_before = None
-    for (t, alpha_t, sigma_t), (_, alpha_s, sigma_s) in zip(grid, grid[1:], strict=False):
+    grid = lambda_grid(schedule, steps)
+    x0_before = h_before = dt_before = None
+    for (t, alpha_t, sigma_t), (s, alpha_s, sigma_s) in zip(grid, grid[1:], strict=False):
         x0 = denoise(x, t)
-        h = lambda_step(alpha_t, sigma_t, alpha_s, sigma_s)
-        direction = second_order(x0, x0_before, h, h_before)
+        h, dt = lambda_step(alpha_t, sigma_t, alpha_s, sigma_s), t - s
+        direction = second_order(x0, x0_before, h, h_before, dt, dt_before)
         kept = math.exp(-2 * h)  # fraction of x_t's noise that is kept; the rest is drawn anew
         x = sigma_s / sigma_t * math.exp(-h) * x + alpha_s * (1 - kept) * direction
         x = x + sigma_s * math.sqrt(1 - kept) * noise()
-        x0_before, h_before = x0, h
+        x0_before, h_before, dt_before = x0, h, dt
     return x
 
 
