@@ -1,6 +1,6 @@
 # make demo: all four stages on the phantom set, and a page about it. make test: what must hold, in
-# minutes. make test-all: everything, with kill storms and, where one answers, a Slurm. Each makes
-# .venv by itself.
+# minutes. make test-all: everything, with kill storms and, where one answers, a Slurm. Each of these
+# makes .venv by itself. make gpu-check: for a machine with a GPU.
 PYTHON ?= python3
 PY = .venv/bin/python
 RUNS ?= runs
@@ -8,7 +8,7 @@ WORKERS ?= 2
 AE = $(RUNS)/ae_demo/ckpts/last.pt
 LDM = $(RUNS)/ldm_demo/ckpts/best.pt
 
-.PHONY: demo test test-all
+.PHONY: demo test test-all gpu-check
 
 demo: .venv/runtime
 	$(PY) train_vae.py --config=config/demo_vae.py --output_root=$(RUNS) --run_name=ae_demo
@@ -24,6 +24,10 @@ test: .venv/dev
 
 test-all: .venv/dev
 	$(PY) -m pytest --numprocesses=$(WORKERS)
+
+# What only a GPU can show. Where PyTorch is there already, as on a cluster: PY=python.
+gpu-check:
+	$(PY) gpu_check.py
 
 .venv/runtime: requirements.txt
 	$(PYTHON) -m venv .venv

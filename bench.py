@@ -60,6 +60,16 @@ def count_flops(function):
     return flops.get_total_flops()
 
 
+def call_memory(function, device):
+    """Bytes that a call takes on a GPU above what lies there before it; 0 elsewhere."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    function()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
 def peak_candidates(device, dtype):
     """[(function, FLOPs)]: a matrix product and a 3x3 convolution, on a CPU small enough to take
     less than a second each where bf16 is emulated."""
@@ -94,6 +104,7 @@ def measure(part, images, tasks, repeats, device, warmup=2):
             "part": part, "name": name, "seconds": seconds,
             "median": median, "min": min(seconds), "max": max(seconds),
             "images_per_second": images / median, "gflop_per_image": flops / images / 1e9,
+            "call_gib": call_memory(run, device) / 2**30,
             "peak_gflops": peaks[dtype] / 1e9, "fraction_of_peak": flops / median / peaks[dtype],
             "ratio": statistics.median(times[i] / times[0] for times in rounds)})
     return rows

@@ -220,8 +220,8 @@ def test_a_stage_reads_every_flag_that_it_takes(workspace, quick, monkeypatch, n
 
 
 def test_nothing_imports_a_stage_but_tests_and_the_benchmark():
-    stages = {"train_vae", "train_ldm", "find_latent_scale", "sample", "evaluate", "report", "export",
-              "bench"}
+    stages = {"train_vae", "train_ldm", "find_latent_scale", "sample", "evaluate", "report",
+              "export", "bench", "gpu_check"}
     for path in [*ROOT.glob("*.py"), *ROOT.glob("slurm/*.py"), *ROOT.glob("config/*.py")]:
         nodes = list(ast.walk(ast.parse(path.read_text())))
         imported = {a.name for node in nodes if isinstance(node, ast.Import) for a in node.names}
