@@ -78,23 +78,24 @@ def build_parser():
 
 
 def read_evaluation(args, settings):
-    """The evaluation.json of this checkpoint, None with --without_evaluation. Ends the program
-    where it is missing, or where it says that samples are copies of patients. settings: of its
-    training."""
+    """The evaluation.json of this checkpoint; None where there is none and --without_evaluation
+    allows that. Ends the program where it is missing, or where it says that samples are copies of
+    patients. settings: of its training."""
     path = pathlib.Path(args.evaluation or experiment.run_folder(args.ckpt) / "evaluation.json")
-    if args.without_evaluation:
+    report, missing = {}, f"no {path}"
+    if path.exists():
+        report = experiment.read_json(path, "evaluation")
+        missing = f"{path} is of {report.get('ckpt', 'other samples')}, not of {args.ckpt}"
+    if report.get("ckpt_sha256") == experiment.sha256_file(args.ckpt):
+        missing = f"{path} holds no search for copies: there are too few training images"
+        if "copies" in report:
+            missing = None
+    if missing and args.without_evaluation:
         return None
-    command = experiment.command_line("evaluate.py", ckpt=args.ckpt, **experiment.data_flags(
-        argparse.Namespace(**settings)))
-    advice = f"measure it with `{command}`, or give --without_evaluation"
-    if not path.exists():
-        fail(f"no {path}: {advice}")
-    report = experiment.read_json(path, "evaluation")
-    if report.get("ckpt_sha256") != experiment.sha256_file(args.ckpt):
-        fail(f"{path} is of {report.get('ckpt', 'other samples')}, not of {args.ckpt}: {advice}")
-    if "copies" not in report:
-        fail(f"{path} holds no search for copies (too few training images): give "
-             "--without_evaluation")
+    if missing:
+        command = experiment.command_line("evaluate.py", ckpt=args.ckpt, **experiment.data_flags(
+            argparse.Namespace(**settings)))
+        fail(f"{missing}: measure it with `{command}`, or give --without_evaluation")
     above = [v for v in report["verdicts"] if v["metric"] == "copies/share" and v["level"] != "ok"]
     if above and not args.allow_copies:
         fail(f"{100 * report['copies']['share']:.1f} % of the samples of {args.ckpt} are copies of "

@@ -170,7 +170,8 @@ def test_copies_are_not_handed_on_unless_asked_for(evaluated, tmp_path, capsys):
     evaluated.write_evaluation(copies=copies, verdicts=[{
         "metric": "copies/share", "level": "bad", "value": "0.5", "meaning": "so many"}])
     argv = [str(evaluated.ldm_ckpt), str(tmp_path / "made")]
-    assert "50.0 % of the samples" in error_of(capsys, export.main, argv)
+    for flags in ((), ("--without_evaluation",)):  # it was evaluated, and it counts
+        assert "50.0 % of the samples" in error_of(capsys, export.main, [*argv, *flags])
     assert not (tmp_path / "made").exists()
     export.main([*argv, "--allow_copies"])
     card = (tmp_path / "made" / "README.md").read_text()
