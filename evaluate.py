@@ -59,7 +59,7 @@ def build_parser():
     add_data_arguments(parser, split="val", img_size=None)
     add_precision_arguments(parser)
     add_sampling_arguments(parser, tuple(diffusion.SAMPLERS), sampler="dpmpp_sde",
-                           num_sampling_steps=20, num_samples=64)
+                           num_sampling_steps=8, num_samples=64)
     add = parser.add_argument_group("evaluation").add_argument
     add("--samples_dir", type=file_path,
         help="measure this folder: what its manifest.json lists, else CLASS/*.png, CLASS_*.png")

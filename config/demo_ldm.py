@@ -8,6 +8,6 @@ warmup_steps = 100
 max_steps = 1200
 sample_every = 100
 sampler = "dpmpp_sde"
-num_sampling_steps = 20
+num_sampling_steps = 8
 guidance_scale = 2.0
 wandb = False

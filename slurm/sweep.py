@@ -16,4 +16,4 @@ wandb_entity = os.environ.get("WANDB_ENTITY")
 epochs = 100
 sample_every = 25
 sampler = "dpmpp_sde"
-num_sampling_steps = 20
+num_sampling_steps = 8
