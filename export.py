@@ -35,13 +35,16 @@ patient, and none says anything about one.
     pip install torch diffusers safetensors pillow
     python pipeline.py --num_samples=4 --out=samples
 
+(`--steps` must divide 1000, unless the scheduler is FlowMatchEulerDiscreteScheduler.)
+
 | | |
 | --- | --- |
 | data set | {data} |
 | classes, training images | {classes} |
 | images | {img_size} x {img_size} pixels, grey, from -1 (black) to 1 |
 | latents | {latent}, scale factor {scale:.6g} |
-| training | {step} steps of {batch} images, averaged weights |
+| training | {step} steps of {batch} images, averaged weights; {start} |
+| autoencoder | {autoencoder} |
 | process | prediction {prediction}, noise schedule {noise_schedule}, guidance {guidance_scale:g} |
 | code | commit {commit} |
 
@@ -52,10 +55,10 @@ patient, and none says anything about one.
 ## Intended use
 
 Research on generative models and on training with synthetic images. Not for diagnosis, nor as
-evidence of what a disease looks like: the model knows the {count} films that it was trained on,
-their sites and their devices, and nothing else. Before you publish samples, look for copies among
-them with evaluate.py.
+evidence of what a disease looks like: the model knows the films that it, its autoencoder and any
+model that it started from were trained on, their sites and their devices, and nothing else.
 """
+FEWEST_SAMPLES = 100  # of an evaluation, to say that a model makes no copies
 
 
 def build_parser():
@@ -77,27 +80,37 @@ def build_parser():
 # --- may it be handed on? -----------------------------------------------------------------------
 
 
-def read_evaluation(args, settings):
+def incomplete(report, class_names):
+    """Why an evaluation.json is not enough to judge a model of these classes by; None: it is."""
+    if "copies" not in report:
+        return "holds no search for copies: there were too few training images"
+    drawn = report["num_samples"]
+    if lacking := [name for name in class_names if name not in drawn]:
+        return f"has no samples of class {', '.join(lacking)}"
+    if sum(drawn.values()) < FEWEST_SAMPLES:
+        return f"is of {sum(drawn.values())} samples, under {FEWEST_SAMPLES}"
+    return None
+
+
+def read_evaluation(args, settings, class_names):
     """The evaluation.json of this checkpoint; None where there is none and --without_evaluation
     allows that. Ends the program where it is missing, or where it says that samples are copies of
-    patients. settings: of its training."""
+    patients. settings: of its training; class_names: those that it was trained on."""
     path = pathlib.Path(args.evaluation or experiment.run_folder(args.ckpt) / "evaluation.json")
     report, missing = {}, f"no {path}"
     if path.exists():
         report = experiment.read_json(path, "evaluation")
         missing = f"{path} is of {report.get('ckpt', 'other samples')}, not of {args.ckpt}"
     if report.get("ckpt_sha256") == experiment.sha256_file(args.ckpt):
-        missing = f"{path} holds no search for copies: there are too few training images"
-        if "copies" in report:
-            missing = None
+        missing = incomplete(report, class_names)
+        missing = missing and f"{path} {missing}"
     if missing and args.without_evaluation:
         return None
     if missing:
         command = experiment.command_line("evaluate.py", ckpt=args.ckpt, **experiment.data_flags(
             argparse.Namespace(**settings)))
         fail(f"{missing}: measure it with `{command}`, or give --without_evaluation")
-    above = [v for v in report["verdicts"] if v["metric"] == "copies/share" and v["level"] != "ok"]
-    if above and not args.allow_copies:
+    if report["copies"]["probability"] < 0.025 and not args.allow_copies:
         fail(f"{100 * report['copies']['share']:.1f} % of the samples of {args.ckpt} are copies of "
              "training images, more than chance allows, so it would hand patients on: train for "
              "fewer steps or on more images, or give --allow_copies")
@@ -164,17 +177,18 @@ def describe_evaluation(report):
              "| --- | --- | --- | --- | --- | --- |"]
     for space, groups in report["groups"].items():
         ours, real = groups["all"]["samples"], groups["all"].get("baseline", {})
-        cells = [f"{row[name]:.4g}" if name in row else ""
+        cells = [f"{row[name]:.4g}" if row.get(name) is not None else ""
                  for name in ("fid", "kid") for row in (ours, real)]
         lines.append(f"| {report['features'][space]} | {ours['num']} | {' | '.join(cells)} |")
     copies = report["copies"]
-    total = next(iter(report["groups"].values()))["all"]["samples"]["num"]
+    total = sum(report["num_samples"].values())
     low, high = metrics.binomial_interval(round(copies["share"] * total), total)
     lines += ["", f"**Copies of training images**: {100 * copies['share']:.1f} % of {total} "
               f"samples (95 % interval {100 * low:.1f} to {100 * high:.1f} %) lie closer to one of "
-              f"{copies['distinct']} training images than these lie to one another; by chance "
-              f"{100 * copies['expected']:.1f} %, as many or more with a probability of "
-              f"{copies['probability']:.2g}.", ""]
+              f"{copies['distinct']} training images than these lie to one another. By chance "
+              f"{100 * copies['expected']:.1f} % would, and as many as here or more with a "
+              f"probability of {copies['probability']:.2g}. Copies of the images that made its "
+              "autoencoder, or a model that it started from, were not looked for.", ""]
     for name, (value, low, high) in report.get("auroc", {}).items():
         lines.append(f"- AUROC of a classifier trained on {name}: {value:.2f} ({low:.2f} to "
                      f"{high:.2f})")
@@ -185,17 +199,36 @@ def describe_evaluation(report):
     return "\n".join(lines)
 
 
-def model_card(checkpoint, meta, report):
+def describe_data(settings):
+    """Which images a dict of a trainer's settings names, without the path to them."""
+    if not settings["data_root"]:
+        return "procedural phantoms: no patient was involved"
+    root = pathlib.Path(settings["data_root"]).resolve().name
+    return f"{root}/{settings['task']}, split {settings['split']}"
+
+
+def model_card(checkpoint, vae_settings, meta, report):
     """README.md of the folder; meta: of the run's run_meta.json."""
-    settings, root = checkpoint["args"], checkpoint["args"]["data_root"]
-    data = f"{pathlib.Path(root).resolve().name}/{settings['task']}, split {settings['split']}"
-    counts = {name: count for name, count, _ in meta["data"]}
+    settings = checkpoint["args"]
+    trained = [checkpoint["class_names"][c] for c in checkpoint["trained_classes"]]
+    counts = {name: count for name, count, _ in meta["data"] if name in trained}
+    classes = ", ".join(f"{name} ({count})" for name, count in counts.items())
+    if settings["overfit_k"]:
+        classes += f"; {settings['overfit_k']} of these images, to memorise them"
+    start = "started from random weights"
+    if settings["init_from"]:
+        parent = experiment.run_folder(settings["init_from"]).name
+        start = f"started from the model {parent}, which was trained on images of its own"
+    if settings["augment"]:
+        start += f"; {settings['augment']} augmented versions of each image"
+    autoencoder = f"trained on {describe_data(vae_settings)}"
+    if vae_settings["init_from"]:
+        autoencoder += f"; started from {pathlib.Path(vae_settings['init_from']).name}"
     return CARD.format(
         **{name: settings[name] for name in ("task", "img_size", "prediction", "noise_schedule",
                                              "guidance_scale")},
-        data=data if root else "procedural phantoms: no patient was involved",
-        classes=", ".join(f"{name} ({count})" for name, count in counts.items()),
-        count=sum(counts.values()), latent="x".join(map(str, checkpoint["latent_shape"])),
+        data=describe_data(settings), classes=classes, start=start, autoencoder=autoencoder,
+        latent="x".join(map(str, checkpoint["latent_shape"])),
         scale=checkpoint["latent_scale_factor"], step=checkpoint["step"],
         batch=experiment.step_batch(settings) * meta["world_size"],
         commit=meta["git_commit"] or "unknown", evaluation=describe_evaluation(report))
@@ -218,10 +251,14 @@ def main(argv=None):
     denoiser, vae, checkpoint = experiment.load_ldm(args.ckpt, procs, args.ae_ckpt_path)
     ae_path = args.ae_ckpt_path or experiment.autoencoder_of(checkpoint, args.ckpt)
     _, vae_settings, _ = experiment.load_autoencoder(ae_path, procs)
-    report = read_evaluation(args, checkpoint["args"])
+    trained = [checkpoint["class_names"][c] for c in checkpoint["trained_classes"]]
     run = experiment.run_folder(args.ckpt)
-    meta = experiment.read_meta(run)
-    experiment.check_names(("data", "world_size", "git_commit"), meta, run / "run_meta.json")
+    try:
+        report = read_evaluation(args, checkpoint["args"], trained)
+        card = model_card(checkpoint, vae_settings, experiment.read_meta(run), report)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
+        fail(f"run_meta.json or the evaluation of {run} is damaged or of another version "
+             f"({type(e).__name__}: {experiment.first_line(e)}): run evaluate.py again")
     experiment.make_folder(folder.parent)
     # Whole or not at all: made beside its place, and put there at once.
     try:
@@ -229,7 +266,7 @@ def main(argv=None):
             made = pathlib.Path(temporary, "made")
             made.mkdir()
             write_parts(made, denoiser, vae, vae_settings, checkpoint)
-            (made / "README.md").write_text(model_card(checkpoint, meta, report))
+            (made / "README.md").write_text(card)
             os.replace(made, folder)
     except (OSError, safetensors.SafetensorError) as e:
         fail(f"cannot write {folder}: {experiment.first_line(e)}")

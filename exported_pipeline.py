@@ -78,11 +78,10 @@ class Pipeline:
         self.classes, self.guidance_scale = told["classes"], told["guidance_scale"]
         self.guidance_interval = told["guidance_interval"]
 
-    def noise(self, num_samples, seed=0):
-        """Where `sample` starts: standard normal [N, C, h, w]."""
+    def noise(self, num_samples, rng):
+        """Where `sample` starts: standard normal [N, C, h, w] of a torch.Generator."""
         config = self.unet.config
         shape = (num_samples, config.in_channels, config.sample_size, config.sample_size)
-        rng = torch.Generator().manual_seed(seed)
         return torch.randn(shape, generator=rng).to(self.unet.device)
 
     @torch.no_grad()
@@ -101,7 +100,7 @@ class Pipeline:
             x = x * (1 - self.scheduler.alphas_cumprod[1000]) ** 0.5
             how = {"use_clipped_model_output": True}
         else:
-            raise ValueError(f"{steps} steps do not divide 1000")
+            raise SystemExit(f"error: DDIM's steps must divide 1000, and {steps} do not: give 50")
         for t in times:
             out = self.unet(x, t, y).sample
             if self.guidance_scale != 1 and low <= t / 1000 <= high:
@@ -115,16 +114,20 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--num_samples", type=int, default=4, help="of each class")
     parser.add_argument("--steps", type=int, default=50, help="network evaluations per image")
+    parser.add_argument("--batch_size", type=int, default=16, help="images drawn at once")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("samples"))
     args = parser.parse_args()
     pipeline = Pipeline(device=args.device)
     args.out.mkdir(parents=True, exist_ok=True)
+    rng = torch.Generator().manual_seed(args.seed)  # goes on: no two classes share their noise
     for name in pipeline.classes:
-        x = pipeline.sample(pipeline.noise(args.num_samples, args.seed), name, args.steps)
-        for i, image in enumerate(((x[:, 0] + 1) * 127.5).round().byte().cpu().numpy()):
-            Image.fromarray(image).save(args.out / f"{name}_{i:05d}.png")
+        for start in range(0, args.num_samples, args.batch_size):
+            count = min(args.batch_size, args.num_samples - start)
+            x = pipeline.sample(pipeline.noise(count, rng), name, args.steps)
+            for i, image in enumerate(((x[:, 0] + 1) * 127.5).round().byte().cpu().numpy()):
+                Image.fromarray(image).save(args.out / f"{name}_{start + i:05d}.png")
     print(f"{args.num_samples} images of each class ({', '.join(pipeline.classes)}) in {args.out}")
 
 

@@ -18,7 +18,7 @@ import metrics
 from args import HelpFormatter, Parser, file_path
 from page import (badge, draw, nested_table, page, picture, show, side_by_side, table, tag,
                   verdict_list)
-from run_files import MEASURED, grids, read_run
+from run_files import MEASURED, grids, open_run
 
 REAL = "sample_diversity/real_pairwise_mse_mean"
 REFERENCES = (REAL, metrics.TARGET_STD, metrics.COPIES_EXPECTED)  # what another curve should be at
@@ -145,27 +145,47 @@ def evaluation(run):
     return tag("div", *parts)
 
 
-def report(run):
-    """The page of one run."""
-    name, settings = run.folder.resolve().name, run.meta["args"]
+def verdicts(run):
+    """What the run, memorising and evaluate.py were found to be."""
+    parts = [verdict_list(run.verdicts())]
     overfit = {k: v for k, v in run.latest.items() if k.startswith("overfit/")}
-    judged = [verdict_list(run.verdicts())]
     if "overfit/passed" in overfit:
         passed, text = metrics.format_overfit(overfit).split(": ", 1)
-        judged.append(tag("p", badge(passed.lower()), " memorising: ", text))
+        parts.append(tag("p", badge(passed.lower()), " memorising: ", text))
     if run.evaluation:
-        judged += [tag("h3", "by evaluate.py"), verdict_list(run.evaluated())]
-    about, shades = facts(run), ("Over the steps of the run. Where the verdict depends on the "
-                                 "value alone: green is ok, amber to watch, red bad.")
-    parts = [tag("h1", name), tag("p", about["state"]), tag("h2", "Verdicts"), *judged,
-             tag("h2", "Run"), table(about.items()),
-             tag("h2", "Curves"), tag("p", shades), curves(run),
-             tag("h2", "Samples"), samples(run)]
+        parts += [tag("h3", "by evaluate.py"), verdict_list(run.evaluated())]
+    return tag("div", *parts)
+
+
+def settings(run):
+    """Those that are not the defaults; all of them behind a click."""
+    own = run.meta["args"]
+    changed = [(name, own.get(name)) for name in run.meta.get("changed", ())]
+    return tag("div", table(changed),
+               tag("details", tag("summary", "all settings"), table(own.items())))
+
+
+def shown(section, *what):
+    """Html of a section; where a damaged file keeps it from being made, why."""
+    try:
+        return section(*what)
+    except Exception as e:  # whatever JSON of another shape raises
+        return tag("p", "Not shown, since a file in the run folder is damaged "
+                   f"({type(e).__name__}: {experiment.first_line(e)}).")
+
+
+def report(run):
+    """The page of one run."""
+    name = run.folder.resolve().name
+    shades = ("Over the steps of the run. Where the verdict depends on the value alone: green is "
+              "ok, amber to watch, red bad.")
+    parts = [tag("h1", name), tag("h2", "Verdicts"), shown(verdicts, run),
+             tag("h2", "Run"), shown(lambda: table(facts(run).items())),
+             tag("h2", "Curves"), tag("p", shades), shown(curves, run),
+             tag("h2", "Samples"), shown(samples, run)]
     if run.meta.get("kind") == "ldm":
-        parts += [tag("h2", "Evaluation"), evaluation(run)]
-    changed = [(name, settings.get(name)) for name in run.meta.get("changed", ())]
-    parts += [tag("h2", "Settings that are not the defaults"), table(changed),
-              tag("details", tag("summary", "all settings"), table(settings.items()))]
+        parts += [tag("h2", "Evaluation"), shown(evaluation, run)]
+    parts += [tag("h2", "Settings that are not the defaults"), shown(settings, run)]
     return page(name, *parts)
 
 
@@ -187,18 +207,18 @@ def comparison(runs):
     for chart in CHARTS:
         for metric in (name for name in chart.names if name not in REFERENCES):
             lines = {name: run.points(metric) for name, run in runs.items()}
-            figures.append(draw(metric, lines, chart.log))
+            figures.append(shown(draw, metric, lines, chart.log))
     for name, run in runs.items():
         for kind, paths in grids(run).items():
             epoch = max(paths)
             pictures += [tag("h3", f"{name}: {kind} epoch {epoch}"), picture(paths[epoch], kind)]
     return page(
         "comparison", tag("h1", f"{len(runs)} runs"),
-        side_by_side({name: facts(run) for name, run in runs.items()}),
+        shown(lambda: side_by_side({name: facts(run) for name, run in runs.items()})),
         tag("h2", "Settings that differ"),
         side_by_side({name: run.meta["args"] for name, run in runs.items()}, only_different=True),
         tag("h2", "Numbers at the end"),
-        side_by_side({name: numbers(run) for name, run in runs.items()}),
+        shown(lambda: side_by_side({name: numbers(run) for name, run in runs.items()})),
         tag("h2", "Curves"), tag("div", *figures, class_="grid"), tag("h2", "Last samples"),
         *pictures)
 
@@ -209,7 +229,8 @@ def main(argv=None):
     parser.add_argument("--out", type=file_path, help="the page; None: in the first run's folder")
     args = parser.parse(sys.argv[1:] if argv is None else argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # a name may not fit the terminal's encoding
-    runs = [read_run(path) for path in args.runs]
+    args.runs = list(dict.fromkeys(args.runs))
+    runs = [open_run(path) for path in args.runs]
     if len(runs) == 1:
         name, made = "report.html", report(runs[0])
     else:

@@ -1,5 +1,5 @@
-"""What a run folder holds, read back to be shown. What is missing or damaged is left out: a report
-is wanted most of a run that went wrong."""
+"""What a run folder holds, read back to be shown. What is missing is left out, as are files and
+lines that are no JSON: a report is wanted most of a run that went wrong."""
 import contextlib
 import math
 import pathlib
@@ -66,7 +66,7 @@ class Run(NamedTuple):
         return [metrics.Verdict(**v) for v in self.evaluation.get("verdicts", ())]
 
 
-def read_run(path):
+def open_run(path):
     """Run of a folder; ends the program where it is none. A file in it that is missing or damaged
     is left out, as is a damaged line of metrics.jsonl."""
     folder = pathlib.Path(path)
@@ -87,7 +87,8 @@ def read_run(path):
     records = [r for r in map(experiment.parse_record, lines) if isinstance(r.get("step"), int)]
     latest = {name: math.nan if v is None else v for r in records for name, v in r.items()}
     summary = read("summary.json")
-    if not summary.get("step", -1) >= latest.get("step", 0):  # it has gone on since
+    ended = summary.get("step")
+    if not isinstance(ended, int) or ended < latest.get("step", 0):  # it has gone on since
         summary = {}
     return Run(folder, experiment.read_run(folder), records, latest, summary,
                read("evaluation.json"))

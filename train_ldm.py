@@ -136,6 +136,8 @@ def parse_args(argv=None):
         args.noise_schedule = "flow" if args.prediction == "flow" else "cosine"
     if args.zero_terminal_snr is None:
         args.zero_terminal_snr = args.prediction != "eps"
+    if args.max_steps == 0:
+        fail("--max_steps=0 trains nothing: leave it out")
     if args.prob_uncond == 1:
         fail("--prob_uncond=1 replaces every label, so that no class is learned: give 0.1")
     if args.guidance_scale != 1 and args.prob_uncond == 0:
@@ -543,6 +545,9 @@ def main(argv=None):
     epoch_steps = experiment.steps_per_epoch(epoch_len, step_batch, procs.world_size)
     total_steps = experiment.count_steps(args, epoch_steps)
 
+    if args.init_from and not args.resume_dir:
+        init_weights(denoiser, ema, args, scale, vae_sha256, class_names)
+
     # --- run folder, or the run to go on with ---
     run = experiment.Run(args, procs, "ldm", f"ldm_{args.task.lower()}_{args.mode}", {
         "class_names": class_names, "img_size": args.img_size, "latent_shape": latent_shape,
@@ -565,8 +570,6 @@ def main(argv=None):
         bad_in_a_row = checkpoint["bad_steps"].to(procs.device)
         watch.load(checkpoint)
         run.check_steps(step, total_steps)
-    elif args.init_from:
-        init_weights(denoiser, ema, args, scale, vae_sha256, class_names)
 
     def state():
         return {"model": denoiser.state_dict(), "ema": ema.module.state_dict() if ema else None,

@@ -95,6 +95,12 @@ def preset(args):
 def parse_args(argv=None):
     """Settings of this stage; ends the program on bad ones."""
     args = parse_settings(build_parser(), argv, preset, kind="vae")
+    for name, value in preset(args).items():
+        now = getattr(args, name)
+        if now != value and name != "img_size":  # it is convolutional
+            fail(f"--init_from={args.init_from} has {name}={value}, not {now}: leave --{name} out")
+    if args.max_steps == 0 and not args.init_from:
+        fail("--max_steps=0 trains nothing: give --init_from, or leave it out")
     least = model.PatchDiscriminator.smallest(args.disc_layers)
     if args.disc_weight > 0 and args.img_size < least:
         fail(f"--img_size={args.img_size} is too small for the discriminator ({least} at least): "
@@ -300,6 +306,8 @@ def main(argv=None):
         models = build_models(args, procs)
     except ValueError as e:
         fail(e)
+    if args.init_from and not args.resume_dir:
+        init_weights(models, args.init_from)
     perceptual = load_lpips(device) if args.perceptual_weight > 0 else None
     train_set = data.open_images(args, procs, args.split)
     k = 1 if args.overfit_one else args.overfit_k
@@ -339,8 +347,6 @@ def main(argv=None):
         step, train_metrics = checkpoint["step"], checkpoint["train_metrics"]
         bad_in_a_row = checkpoint["bad_steps"].to(device)
         run.check_steps(step, total_steps)
-    elif args.init_from:
-        init_weights(models, args.init_from)
 
     def state():
         return {"model": models.vae.state_dict(), "ema": models.ema.module.state_dict(),
@@ -446,6 +452,7 @@ def main(argv=None):
     if procs.main:
         # Not of train/loss: the adversarial part of it has no trend, since its judge learns too.
         verdicts = metrics.health(train_metrics, run.history("train/rec"), diverged=diverged)
+    if verdicts:
         say(metrics.format_verdicts(verdicts))
     run.finish(step, {**train_metrics, **val_metrics}, verdicts, run.checkpoint_path, diverged)
     if procs.main:

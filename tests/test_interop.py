@@ -107,7 +107,7 @@ def test_so_does_one_that_only_the_pipeline_knows(tmp_path, vae):
 def test_a_sample_is_the_same_image_there(tmp_path, process):
     denoiser, vae, pipeline = exported(tmp_path, process)
     settings = {**LDM, **process}
-    noise, y = pipeline.noise(2, seed=3), torch.tensor([1, 1])
+    noise, y = pipeline.noise(2, torch.Generator().manual_seed(3)), torch.tensor([1, 1])
     z = diffusion.sample(denoiser, y, lambda: noise, "ddim", 20, settings["guidance_scale"],
                          settings["guidance_interval"])
     ours = vae.decode(z / 0.7).clamp(-1, 1)
@@ -132,7 +132,8 @@ def evaluated(workspace):
     report = {
         "ckpt": str(w.ldm_ckpt), "ckpt_sha256": experiment.sha256_file(w.ldm_ckpt), "split": "val",
         "sampler": "dpmpp_sde", "num_sampling_steps": 20, "guidance_scale": 1.0,
-        "features": {"vae": "means"}, "groups": {"vae": {"all": {
+        "num_samples": {"normal": 100, "tb": 100}, "features": {"vae": "means"},
+        "groups": {"vae": {"all": {
             "samples": {"num": 200, "fid": 1.25, "kid": 0.5}, "baseline": {"num": 16, "fid": 0.75,
                                                                          "kid": 0.25}}}},
         "copies": {"share": 0.02, "expected": 0.01, "probability": 0.2, "distinct": 16},
@@ -157,8 +158,10 @@ def test_export_writes_a_folder_that_samples_by_itself(evaluated, tmp_path):
                    cwd=tmp_path, check=True, env={"CUDA_VISIBLE_DEVICES": ""})
     made = sorted(path.name for path in (tmp_path / "samples").iterdir())
     assert made == [f"{name}_{i:05d}.png" for name in ("normal", "tb") for i in range(2)]
-    with Image.open(tmp_path / "samples" / made[0]) as image:
-        assert image.size == (32, 32) and np.asarray(image).std() > 1
+    drawn = [np.asarray(Image.open(tmp_path / "samples" / name)) for name in made]
+    assert drawn[0].shape == (32, 32) and drawn[0].std() > 1
+    for one, other in ((0, 1), (0, 2)):  # of a class, and of two with the same number
+        assert np.abs(drawn[one].astype(int) - drawn[other]).mean() > 3
     card = (moved / "README.md").read_text()
     for text in ("normal (8), tb (8)", "synthetic", "1.25 | 0.75", "0.5 | 0.25", "2.0 % of 200",
                  "0.8 to 5.0 %", "scale factor"):
@@ -180,7 +183,9 @@ def test_copies_are_not_handed_on_unless_asked_for(evaluated, tmp_path, capsys):
 
 def test_a_model_that_was_not_evaluated_is_not_handed_on(evaluated, tmp_path, capsys):
     argv = [str(evaluated.ldm_ckpt), str(tmp_path / "made")]
-    for changes, reason in (({"ckpt_sha256": "another"}, "not of"), ({}, "no ")):
+    for changes, reason in (
+            ({"ckpt_sha256": "another"}, "not of"), ({"num_samples": {"tb": 200}}, "class normal"),
+            ({"num_samples": {"normal": 3, "tb": 3}}, "6 samples"), ({}, "no ")):
         path = evaluated.write_evaluation(**changes)
         if not changes:
             path.unlink()
@@ -189,6 +194,28 @@ def test_a_model_that_was_not_evaluated_is_not_handed_on(evaluated, tmp_path, ca
         assert f"--data_root={evaluated.data}" in message
     export.main([*argv, "--without_evaluation"])
     assert "Not evaluated" in (tmp_path / "made" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("damage", [
+    {"groups": None}, {"copies": {"share": 0.0, "probability": 1.0}}, {"verdicts": [1]},
+    {"features": {}}])
+def test_a_damaged_evaluation_is_one_line(evaluated, tmp_path, capsys, damage):
+    evaluated.write_evaluation(**damage)
+    message = error_of(capsys, export.main, [str(evaluated.ldm_ckpt), str(tmp_path / "made")])
+    assert "run evaluate.py again" in message and not (tmp_path / "made").exists()
+
+
+def test_the_card_says_what_the_model_was_made_of(evaluated, tmp_path):
+    w = evaluated
+    common = [*w.common, f"--config={w.ldm_config}", f"--ae_ckpt_path={w.vae_ckpt}"]
+    run("train_ldm.py", *common, f"--init_from={w.ldm_ckpt}", "--class_filter=1", "--augment=2",
+        "--max_steps=2", "--run_name=child")
+    run("export.py", w.out / "child/ckpts/last.pt", tmp_path / "made", "--without_evaluation")
+    card = (tmp_path / "made" / "README.md").read_text()
+    assert "| tb (8) |" in card and "normal" not in card
+    for text in ("started from the model l,", "2 augmented versions", "trained on phantom/TB"):
+        assert text in card, text
+    assert json.loads((tmp_path / "made/classes.json").read_text())["classes"] == {"tb": 1}
 
 
 def test_a_folder_with_something_in_it_is_left_alone(evaluated, tmp_path, capsys):
@@ -202,7 +229,7 @@ def test_a_folder_with_something_in_it_is_left_alone(evaluated, tmp_path, capsys
 def test_what_breaks_off_leaves_nothing(evaluated, tmp_path, monkeypatch, capsys):
     def full(*args):
         raise OSError("No space left on device")
-    monkeypatch.setattr(export, "model_card", full)
+    monkeypatch.setattr(export.shutil, "copyfile", full)
     before = sorted(tmp_path.iterdir())
     message = error_of(capsys, export.main, [str(evaluated.ldm_ckpt), str(tmp_path / "made")])
     assert "No space left" in message and sorted(tmp_path.iterdir()) == before
@@ -286,9 +313,30 @@ def test_another_architecture_is_refused_by_name(tmp_path, capsys, change, reaso
 
 def test_weights_that_do_not_fit_are_named(tmp_path, capsys):
     make_theirs(tmp_path)
-    args = train_vae.parse_args([f"--init_from={tmp_path}", "--img_size=32", "--no-quant_conv"])
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {
+        "use_quant_conv": False, "use_post_quant_conv": False}))
+    args = train_vae.parse_args([f"--init_from={tmp_path}", "--img_size=32"])
     models = train_vae.build_models(args, CPU)
     assert "quant_conv" in error_of(capsys, train_vae.init_weights, models, args.init_from)
+
+
+def test_another_shape_than_that_of_the_start_is_refused(tmp_path, capsys):
+    make_theirs(tmp_path)
+    message = error_of(capsys, train_vae.parse_args, [f"--init_from={tmp_path}", "--z_channels=8"])
+    assert "z_channels=4, not 8" in message
+    assert "--init_from" in error_of(capsys, train_vae.parse_args, ["--max_steps=0"])
+
+
+def test_a_start_that_is_refused_leaves_no_run(stages, tmp_path, quick):
+    make_theirs(tmp_path / "theirs")
+    (tmp_path / "theirs/diffusion_pytorch_model.safetensors").unlink()
+    for argv in (["train_vae.py", f"--init_from={tmp_path}/theirs", "--img_size=32"],
+                 ["train_ldm.py", f"--init_from={stages.vae_ckpt}", f"--config={stages.ldm_config}",
+                  f"--ae_ckpt_path={stages.vae_ckpt}"]):
+        done = quick(*argv, f"--data_root={stages.data}", f"--output_root={tmp_path}/runs")
+        assert done.code == experiment.EXIT_FAILED and done.err.count("\n") == 1
+        assert not [p for p in (tmp_path / "runs").glob("*") if p.name != "cache"]
 
 
 def test_the_stages_go_on_from_it_without_training(stages, tmp_path):

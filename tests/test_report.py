@@ -296,6 +296,40 @@ def test_a_run_that_is_new_or_damaged_has_a_page(make_run, capsys, what):
     assert new or len(heights(seen.curves["Loss"]["train/loss"])) == 2
 
 
+def places(value, path=()):
+    """Where something lies in a JSON value: [keys and positions]."""
+    yield path
+    inside = value.items() if isinstance(value, dict) else (
+        enumerate(value) if isinstance(value, list) else ())
+    for key, part in inside:
+        yield from places(part, (*path, key))
+
+
+@pytest.mark.parametrize("name", ["summary.json", "evaluation.json", "run_meta.json"])
+def test_whatever_a_damaged_file_holds_there_is_a_page(make_run, capsys, name):
+    verdict = metrics.Verdict("train/loss", "bad", "1", "m", "a")._asdict()
+    folder = make_run("r", logged(3), {"step": 30, "wall_seconds": 5.0, "verdicts": [verdict]},
+                      classes=["tb"])
+    row = {"num": 5, "fid": 1.0}
+    (folder / "evaluation.json").write_text(json.dumps({
+        "verdicts": [verdict], "features": {"f": "what"}, "copies": {"share": 0.0}, "step": 30,
+        "groups": {"f": {"all": {"samples": row}}}, "looks": {"all": {"samples": row}},
+        "power": {"all": {"samples": {"num": 5, "2-4": 1.0}}}, "auroc": {"x": [1, 0, 1]},
+        "two_sample": {"all": {"samples": [1, 0, 1]}}}))
+    whole = json.loads((folder / name).read_text())
+    found = [path for path in places(whole) if path and path != ("args",)]
+    assert len(found) > 5
+    for path in found:
+        for wrong in (None, [], [1], {}, "text", -1, 1e308):
+            damaged = json.loads(json.dumps(whole))
+            place = damaged
+            for key in path[:-1]:
+                place = place[key]
+            place[path[-1]] = wrong
+            (folder / name).write_text(json.dumps(damaged))
+            assert "Loss" in made(capsys, folder, f"--out={folder}/page.html").curves
+
+
 def test_a_run_that_went_on_after_its_end_is_not_finished(make_run, capsys):
     folder = make_run("r", logged(3), {"step": 20, "verdicts": []})
     assert "not finished; last logged: step 30" in made(capsys, folder).words
