@@ -107,8 +107,9 @@ def read_evaluation(args, settings, class_names):
     if missing and args.without_evaluation:
         return None
     if missing:
-        command = experiment.command_line("evaluate.py", ckpt=args.ckpt, **experiment.data_flags(
-            argparse.Namespace(**settings)))
+        command = experiment.command_line(
+            "evaluate.py", ckpt=args.ckpt, num_samples=FEWEST_SAMPLES,
+            **experiment.data_flags(argparse.Namespace(**settings)))
         fail(f"{missing}: measure it with `{command}`, or give --without_evaluation")
     if report["copies"]["probability"] < 0.025 and not args.allow_copies:
         fail(f"{100 * report['copies']['share']:.1f} % of the samples of {args.ckpt} are copies of "

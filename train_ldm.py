@@ -467,8 +467,8 @@ def save_samples(run, epoch, x, labels, class_names, args):
 
 def save_real(folder, images, args):
     """Grids of eight training images of each class of an ImageSet, to see the samples beside:
-    FOLDER/real_<class>.png. Those that are there stay, so that only a run's first start reads these
-    few films."""
+    FOLDER/real_<class>.png. Those that are there stay: only a run's first evaluation reads these
+    few films, and no start."""
     root = args.data_root or phantom.phantom_root(args.output_root, args.img_size)
     for c in np.unique(images.labels):
         name = images.class_names[c]
@@ -594,8 +594,6 @@ def main(argv=None):
                       f"compile {'on' if procs.compile else 'off'}"})
     stop = experiment.StopSignal(procs)  # from here on there is something to lose
     run.start(args, checkpoint or state())
-    if procs.main:
-        save_real(run.folder / "samples", images, args)
     # Only now, with the settings on the screen: compiling takes minutes.
     loss_fn = wrap(denoiser, latent_shape, args, procs)
     labels = torch.from_numpy(images.labels).to(procs.device)
@@ -634,6 +632,7 @@ def main(argv=None):
             if watch.best.step == step:
                 run.save_best(state())
             if procs.main:
+                save_real(run.folder / "samples", images, args)
                 paths = save_samples(run, epoch, x, x_labels, class_names, args)
                 verdicts = metrics.health(
                     train_metrics | sample_metrics, run.history("train/loss"), reference.stats,

@@ -592,5 +592,5 @@ def test_nan_is_never_ok():
 
 def test_defaults_are_the_fast_sampler():
     args = flags.parse_settings(evaluate.build_parser(), ["--ckpt=x"])
-    assert args.sampler == "dpmpp_sde" and args.num_sampling_steps == 20
+    assert args.sampler == "dpmpp_sde" and args.num_sampling_steps == 8
     assert args.sampler in diffusion.SAMPLERS and args.split == "val"

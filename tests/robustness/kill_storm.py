@@ -135,7 +135,11 @@ class Storm:
     def open_files(self, kind):
         """Files that are there only while something is made, or was when a start was killed."""
         pattern = "storm/ckpts/.*.tmp" if kind == "checkpoint" else "cache/*.part/*.jsonl"
-        return set(self.out.glob(pattern))
+        while True:
+            try:
+                return set(self.out.glob(pattern))
+            except FileNotFoundError:  # a folder that was put in its place meanwhile
+                continue
 
     def kill(self, aim, moment, skip):
         """Start the run and kill it; returns what it was doing.

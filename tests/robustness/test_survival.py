@@ -488,14 +488,14 @@ def test_a_nan_on_one_rank_is_skipped_by_both(command, together, tmp_path, stage
 # --- two runs that build the same caches --------------------------------------------------------
 
 BUILD = """
-def slowly(place):
+def slowly(place, at):
     def note(call, *args):
-        if call == 1:
+        if call == at:
             pathlib.Path({folder!r}, place + "." + str(os.getpid())).touch()
             time.sleep(3)  # the other one comes to the lock
     before(place, note)
-slowly("data.read_grey")
-slowly("data.LatentSet._encode")
+slowly("data.read_grey", 17)  # 16 more are shown beside the samples, by each run
+slowly("data.LatentSet._encode", 1)
 """
 
 
