@@ -14,7 +14,8 @@ import shutil
 import sys
 import types
 
-from experiment import check_kind, fail, first_line, named_folder, notice, read_run
+from experiment import (check_kind, fail, first_line, holds_run, named_folder, notice,
+                        read_run)
 
 # --- types --------------------------------------------------------------------------------------
 
@@ -149,9 +150,14 @@ def closest(name, known):
     return f"; did you mean {match[0]}?" if match else ""
 
 
+def bare_parser(doc):
+    """Parser without a flag; doc: the program's docstring."""
+    return Parser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
+
+
 def make_parser(doc):
     """Parser of one stage with the flags that every stage has; doc: the stage's docstring."""
-    parser = Parser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = bare_parser(doc)
     add = parser.add_argument_group("run").add_argument
     add("--config", type=file_path,
         help="Python file of `name = value` lines; the command line wins over it")
@@ -322,8 +328,7 @@ def stored_flags(parser, folder, kind):
 def run_to_continue(args):
     """Folder of the run that --resume_dir or --run_name names, None where there is none yet."""
     folder = named_folder(args)
-    signs = ("run_meta.json", "ckpts/last.pt")
-    if folder and any(os.path.exists(os.path.join(folder, sign)) for sign in signs):
+    if folder and holds_run(folder):
         return folder
     if getattr(args, "resume_dir", None):
         fail(f"--resume_dir={folder} is no run folder (no run_meta.json in it)")
@@ -338,6 +343,21 @@ def end_with_one_line(kind, value, traceback):
         sys.__excepthook__(kind, value, traceback)
 
 
+def set_up_console():
+    """Have what is printed fit any terminal, and Ctrl-C leave one line."""
+    for stream in (sys.stdout, sys.stderr):  # a file name may not fit the terminal's encoding
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    sys.excepthook = end_with_one_line
+
+
+def parse_bare(parser, argv=None):
+    """Arguments of a program without config file, preset or run to go on with; ends the program on
+    bad ones. argv: the command line without the program."""
+    set_up_console()
+    return parser.parse(sys.argv[1:] if argv is None else argv)
+
+
 def parse_settings(parser, argv=None, preset=None, kind=None):
     """Settings: defaults < preset < the run being continued < --config < command line.
 
@@ -345,10 +365,7 @@ def parse_settings(parser, argv=None, preset=None, kind=None):
     without it to {name: new default}; raises ValueError where they contradict each other. kind:
     of the runs that this stage goes on with, 'vae' or 'ldm'.
     """
-    for stream in (sys.stdout, sys.stderr):  # a file name may not fit the terminal's encoding
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    sys.excepthook = end_with_one_line
+    set_up_console()
     argv = sys.argv[1:] if argv is None else argv
     config_path = parser.parse(argv).config
     from_config = as_flags(parser, read_config(config_path), config_path) if config_path else []

@@ -810,6 +810,11 @@ def batches(images):
         yield images.images(np.arange(start, min(start + BATCH, len(images))))
 
 
+def image_root(args):
+    """Folder that holds the images of the settings: --data_root, else that of the phantom set."""
+    return args.data_root or phantom.phantom_root(args.output_root, args.img_size)
+
+
 def adopt_root(args, settings, what):
     """Without --data_root, take that of a model's settings: what was trained on real images is not
     measured on phantoms by mistake."""
@@ -848,7 +853,7 @@ def open_images(args, procs, split, optional=False, class_names=None, train=None
 
     def look():
         nonlocal listing
-        root = args.data_root or phantom.phantom_root(args.output_root, args.img_size)
+        root = image_root(args)
         listing = _list_split(args, root, split, optional, class_names)
         return listing and (len(listing.files), fingerprint(listing, args.img_size),
                             os.path.join(root, args.task, split))

@@ -188,8 +188,7 @@ def lambda_grid(schedule, steps):
         middle = (below + above) / 2
         early = log_ratio(middle) > wanted
         below, above = torch.where(early, middle, below), torch.where(early, above, middle)
-    ends = torch.tensor([1.0, 0.0], dtype=torch.float64)
-    return with_levels(schedule, torch.cat([ends[:1], below, ends[1:]]))
+    return with_levels(schedule, torch.cat([below.new_ones(1), below, below.new_zeros(1)]))
 
 
 def ancestral(denoise, schedule, x, steps, noise):

@@ -29,7 +29,6 @@ import data
 import diffusion
 import experiment
 import metrics
-import phantom
 from args import (BooleanFlag, add_data_arguments, add_precision_arguments, add_sampling_arguments,
                   at_least, file_path, make_parser, parse_settings)
 from experiment import fail, notice
@@ -687,7 +686,7 @@ def verdicts(report):
     found = []
     if "copies" in report:
         copies = report["copies"]
-        above = copies["probability"] < 0.025
+        above = copies["probability"] < metrics.BY_CHANCE
         found.append(verdict(
             "copies/share", copies["share"], above and copies["share"] > 0.2, above,
             "Share of samples as close to one training image as hardly any training image is to "
@@ -916,8 +915,7 @@ def main(argv=None):
                      "ckpt_sha256": experiment.sha256_file(args.ckpt)}
         folder = pathlib.Path(args.out_dir or experiment.run_folder(args.ckpt))
     else:
-        root = args.data_root or phantom.phantom_root(args.output_root, args.img_size)
-        class_names = data.scan(root, args.task, "train").class_names
+        class_names = data.scan(data.image_root(args), args.task, "train").class_names
         samples = read_samples(args.samples_dir, class_names, args.img_size)
         img_size = samples.rows.shape[-1]
         if args.ae_ckpt_path:

@@ -572,6 +572,12 @@ def read_json(path, what):
         fail(f"{path} is no readable {what}: {e}")
 
 
+def holds_run(folder):
+    """Whether there is a run in a folder, be it one whose description is gone."""
+    signs = ("run_meta.json", "ckpts/last.pt")
+    return any(os.path.exists(os.path.join(folder, sign)) for sign in signs)
+
+
 def read_meta(folder):
     """The dict in a run folder's run_meta.json; ends the program where it is none."""
     meta = read_json(os.path.join(folder, "run_meta.json"), "run description")
@@ -639,9 +645,8 @@ def fail_damaged(path, error):
          f"({type(error).__name__}: {first_line(error)})")
 
 
-def load_checkpoint(path, kind):
-    """The dict that save_checkpoint wrote, on the CPU; a damaged file ends the program with one
-    line instead of training on with wrong weights."""
+def check_there(path):
+    """End the program where there is no checkpoint at `path`, saying where one is near by."""
     if not os.path.isfile(path):
         inside = os.path.join(path, "ckpts", "best.pt")
         if not os.path.exists(inside):
@@ -650,6 +655,12 @@ def load_checkpoint(path, kind):
         if os.path.exists(inside):
             hint = f", which is a run folder: give {inside}"
         fail(f"no checkpoint at {path}{hint}")
+
+
+def load_checkpoint(path, kind):
+    """The dict that save_checkpoint wrote, on the CPU; a damaged file ends the program with one
+    line instead of training on with wrong weights."""
+    check_there(path)
     try:
         state = load_archive(path)
     except Exception as e:
@@ -684,6 +695,15 @@ def peek(path, look):
         return look(torch.load(path, mmap=True, weights_only=True))
     except Exception as e:
         fail_damaged(path, e)
+
+
+def stored_settings(path, kind):
+    """The settings in a checkpoint, while its weights stay on the disk; ends the program as
+    load_checkpoint does."""
+    check_there(path)
+    found, settings = peek(path, lambda stored: (stored["kind"], dict(stored["args"])))
+    check_kind(found, kind, path)
+    return settings
 
 
 def load_weights(module, state, path):

@@ -19,7 +19,7 @@ import diffusion
 import experiment
 import interop
 import metrics
-from args import BooleanFlag, HelpFormatter, Parser, file_path
+from args import BooleanFlag, bare_parser, file_path, parse_bare
 from experiment import fail
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -63,7 +63,7 @@ FEWEST_SAMPLES = 100  # of an evaluation, to say that a model makes no copies
 
 def build_parser():
     """Parser of this program."""
-    parser = Parser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = bare_parser(__doc__)
     add = parser.add_argument
     add("ckpt", type=file_path, help="ckpts/best.pt, or last.pt, of a train_ldm.py run")
     add("folder", type=file_path, help="folder to make")
@@ -102,8 +102,8 @@ def read_evaluation(args, settings, class_names):
         report = experiment.read_json(path, "evaluation")
         missing = f"{path} is of {report.get('ckpt', 'other samples')}, not of {args.ckpt}"
     if report.get("ckpt_sha256") == experiment.sha256_file(args.ckpt):
-        missing = incomplete(report, class_names)
-        missing = missing and f"{path} {missing}"
+        lacks = incomplete(report, class_names)
+        missing = f"{path} {lacks}" if lacks else None
     if missing and args.without_evaluation:
         return None
     if missing:
@@ -111,7 +111,7 @@ def read_evaluation(args, settings, class_names):
             "evaluate.py", ckpt=args.ckpt, num_samples=FEWEST_SAMPLES,
             **experiment.data_flags(argparse.Namespace(**settings)))
         fail(f"{missing}: measure it with `{command}`, or give --without_evaluation")
-    if report["copies"]["probability"] < 0.025 and not args.allow_copies:
+    if report["copies"]["probability"] < metrics.BY_CHANCE and not args.allow_copies:
         fail(f"{100 * report['copies']['share']:.1f} % of the samples of {args.ckpt} are copies of "
              "training images, more than chance allows, so it would hand patients on: train for "
              "fewer steps or on more images, or give --allow_copies")
@@ -239,7 +239,7 @@ def model_card(checkpoint, vae_settings, meta, report):
 
 
 def main(argv=None):
-    args = build_parser().parse(argv)
+    args = parse_bare(build_parser(), argv)
     try:
         import diffusers  # noqa: F401
         import safetensors
@@ -251,7 +251,7 @@ def main(argv=None):
     procs = experiment.setup_processes(argparse.Namespace(device="cpu"))
     denoiser, vae, checkpoint = experiment.load_ldm(args.ckpt, procs, args.ae_ckpt_path)
     ae_path = args.ae_ckpt_path or experiment.autoencoder_of(checkpoint, args.ckpt)
-    _, vae_settings, _ = experiment.load_autoencoder(ae_path, procs)
+    vae_settings = experiment.stored_settings(ae_path, "vae")
     trained = [checkpoint["class_names"][c] for c in checkpoint["trained_classes"]]
     run = experiment.run_folder(args.ckpt)
     try:

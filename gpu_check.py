@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 import experiment
-from args import HelpFormatter, Parser, at_least
+from args import at_least, bare_parser, parse_bare
 
 HERE = pathlib.Path(__file__).resolve().parent
 
@@ -94,11 +94,11 @@ def table(report):
 
 
 def main(argv=None):
-    parser = Parser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = bare_parser(__doc__)
     parser.add_argument("--json", default="gpu_check.json", help="file for all that was found")
     parser.add_argument("--minutes", type=at_least(0, float), default=8.0,
                         help="begin no part after these, and cut one off then")
-    args = parser.parse(sys.argv[1:] if argv is None else argv)
+    args = parse_bare(parser, argv)
     gpus = torch.cuda.device_count()
     end = time.perf_counter() + 60 * args.minutes
     name = torch.cuda.get_device_name() if gpus else "no GPU: the tests skip, the rest is the CPU's"

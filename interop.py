@@ -119,11 +119,16 @@ def from_diffusers(module, names, state):
 # --- what diffusers makes a network from --------------------------------------------------------
 
 
+def attention_kinds(size, levels, attn_res):
+    """"Attn" or "" for each level of a network that starts at `size`: how names of blocks begin."""
+    return ["Attn" if size >> level in attn_res else "" for level in range(levels)]
+
+
 def unet_config(settings, latent_shape, num_classes):
     """Arguments of the UNet2DModel that is model.UNet of a dict of train_ldm.py's settings."""
     base = settings["ldm_base_ch"]
-    kinds = ["Attn" if latent_shape[1] >> level in settings["ldm_attn_res"] else ""
-             for level in range(len(settings["ldm_ch_mults"]))]
+    kinds = attention_kinds(latent_shape[1], len(settings["ldm_ch_mults"]),
+                            settings["ldm_attn_res"])
     return {"sample_size": latent_shape[1], "in_channels": latent_shape[0],
             "out_channels": latent_shape[0],
             "block_out_channels": [base * mult for mult in settings["ldm_ch_mults"]],
@@ -141,8 +146,7 @@ def vae_config(settings, latent_scale_factor):
     settings; with patch_size or linear_path, of exported_pipeline.CXRAutoencoder."""
     patch, base, quant_conv = (settings[k] for k in ("patch_size", "base_ch", "quant_conv"))
     size = settings["img_size"] // patch
-    kinds = ["Attn" if size >> level in settings["attn_res"] else ""
-             for level in range(len(settings["ch_mults"]))]
+    kinds = attention_kinds(size, len(settings["ch_mults"]), settings["attn_res"])
     config = {"in_channels": patch**2, "out_channels": patch**2, "sample_size": size,
               "block_out_channels": [base * mult for mult in settings["ch_mults"]],
               "down_block_types": [f"{kind}DownEncoderBlock2D" for kind in kinds],

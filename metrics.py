@@ -355,6 +355,9 @@ def closeness(rows, others, own=None):
     return torch.cat(ratios), torch.cat(nearest)
 
 
+BY_CHANCE = 0.025  # probability under which so many copies are no longer put down to chance
+
+
 class CopyTest:
     """Are more samples close to one training image than chance allows?
 

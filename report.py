@@ -10,12 +10,11 @@ import functools
 import math
 import pathlib
 import shlex
-import sys
 from typing import NamedTuple
 
 import experiment
 import metrics
-from args import HelpFormatter, Parser, file_path
+from args import bare_parser, file_path, parse_bare
 from page import (badge, draw, nested_table, page, picture, show, side_by_side, table, tag,
                   verdict_list)
 from run_files import MEASURED, grids, open_run
@@ -196,8 +195,8 @@ def numbers(run):
     """{name: td} of what runs are compared by, coloured by its verdict."""
     names = [name for chart in CHARTS for name in chart.names if name in run.latest]
     found = {name: tag("td", run.latest[name]) for name in names}
-    for prefix, verdicts in (("", run.verdicts()), ("evaluate.py: ", run.evaluated())):
-        found |= {prefix + v.metric: tag("td", v.value, class_=v.level) for v in verdicts}
+    for prefix, judged in (("", run.verdicts()), ("evaluate.py: ", run.evaluated())):
+        found |= {prefix + v.metric: tag("td", v.value, class_=v.level) for v in judged}
     return found
 
 
@@ -224,11 +223,10 @@ def comparison(runs):
 
 
 def main(argv=None):
-    parser = Parser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = bare_parser(__doc__)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=file_path, help="run folder")
     parser.add_argument("--out", type=file_path, help="the page; None: in the first run's folder")
-    args = parser.parse(sys.argv[1:] if argv is None else argv)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a name may not fit the terminal's encoding
+    args = parse_bare(parser, argv)
     args.runs = list(dict.fromkeys(args.runs))
     runs = [open_run(path) for path in args.runs]
     if len(runs) == 1:

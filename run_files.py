@@ -70,9 +70,8 @@ def open_run(path):
     """Run of a folder; ends the program where it is none. A file in it that is missing or damaged
     is left out, as is a damaged line of metrics.jsonl."""
     folder = pathlib.Path(path)
-    signs = ("run_meta.json", "ckpts/last.pt")
-    if not any((folder / sign).is_file() for sign in signs):
-        near = [p for p in folder.absolute().parents if (p / signs[0]).is_file()]
+    if not experiment.holds_run(folder):
+        near = [p for p in folder.absolute().parents if (p / "run_meta.json").is_file()]
         hint = f"give {near[0]}" if near else "give a folder with a run_meta.json, as runs/ldm_tb"
         experiment.fail(f"{path} is no run folder: {hint}")
 

@@ -23,7 +23,6 @@ import experiment
 import memorisation
 import metrics
 import model
-import phantom
 from args import (BooleanFlag, add_autoencoder_arguments, add_data_arguments,
                   add_precision_arguments, add_training_arguments, at_least, changed_settings,
                   file_path, int_list, interval, make_parser, parse_settings, print_settings)
@@ -469,7 +468,7 @@ def save_real(folder, images, args):
     """Grids of eight training images of each class of an ImageSet, to see the samples beside:
     FOLDER/real_<class>.png. Those that are there stay: only a run's first evaluation reads these
     few films, and no start."""
-    root = args.data_root or phantom.phantom_root(args.output_root, args.img_size)
+    root = data.image_root(args)
     for c in np.unique(images.labels):
         name = images.class_names[c]
         path = folder / f"real_{name}.png"

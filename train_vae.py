@@ -87,7 +87,7 @@ def preset(args):
     folder = interop.vae_folder(args.init_from)
     if folder:
         return interop.vae_settings(folder, args.img_size)
-    stored = experiment.load_checkpoint(args.init_from, "vae")["args"]
+    stored = experiment.stored_settings(args.init_from, "vae")
     experiment.check_names(experiment.VAE_SHAPE, stored, args.init_from)
     return {name: stored[name] for name in experiment.VAE_SHAPE}
 
