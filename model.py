@@ -11,6 +11,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import cpu_ops
+
 # --- shared blocks ------------------------------------------------------------------------------
 
 
@@ -24,9 +26,39 @@ def head_dim(base_ch):
     return math.gcd(64, base_ch)
 
 
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm; an embedding scales and shifts what it gives, and SiLU may follow."""
+
+    def forward(self, x, scale_shift=None, silu=False):
+        """x [B, C, H, W], scale_shift [B, 2 C]: scale - 1 and shift of each channel."""
+        if cpu_ops.usable(x):
+            scale, shift = self.weight.expand(len(x), -1), self.bias.expand(len(x), -1)
+            if scale_shift is not None:
+                s, t = scale_shift.float().chunk(2, dim=1)
+                scale, shift = scale * (1 + s), shift * (1 + s) + t
+            return cpu_ops.GroupNorm.apply(x, scale, shift, self.num_groups, self.eps, silu)
+        h = super().forward(x)
+        if scale_shift is not None:
+            scale, shift = scale_shift[:, :, None, None].chunk(2, dim=1)  # each [B, C, 1, 1]
+            h = h * (1 + scale) + shift
+        return F.silu(h) if silu else h
+
+
 def norm(channels, groups):
     """GroupNorm of so many groups."""
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+    return GroupNorm(groups, channels, eps=1e-6)
+
+
+class Conv3x3(nn.Conv2d):
+    """3x3 convolution that keeps the size."""
+
+    def __init__(self, in_ch, out_ch):
+        super().__init__(in_ch, out_ch, 3, padding=1)
+
+    def forward(self, x):
+        if cpu_ops.conv3x3_usable(x, self.weight):
+            return cpu_ops.Conv3x3.apply(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        return super().forward(x)
 
 
 def zero_init(layer):
@@ -45,20 +77,16 @@ class ResBlock(nn.Module):
     def __init__(self, in_ch, out_ch, groups, emb_dim=None):
         super().__init__()
         self.norm1 = norm(in_ch, groups)
-        self.conv1 = nn.Conv2d(in_ch, out_ch, 3, padding=1)
+        self.conv1 = Conv3x3(in_ch, out_ch)
         self.norm2 = norm(out_ch, groups)
-        self.conv2 = zero_init(nn.Conv2d(out_ch, out_ch, 3, padding=1))
+        self.conv2 = zero_init(Conv3x3(out_ch, out_ch))
         self.skip = nn.Conv2d(in_ch, out_ch, 1) if in_ch != out_ch else nn.Identity()
         self.emb = nn.Linear(emb_dim, 2 * out_ch) if emb_dim else None
 
     def forward(self, x, emb=None):
-        h = self.conv1(F.silu(self.norm1(x)))  # [B, out_ch, H, W]
-        h = self.norm2(h)
-        if self.emb is not None:
-            scale_shift = self.emb(F.silu(emb))[:, :, None, None]
-            scale, shift = scale_shift.chunk(2, dim=1)  # each [B, out_ch, 1, 1]
-            h = h * (1 + scale) + shift
-        h = self.conv2(F.silu(h))
+        h = self.conv1(self.norm1(x, silu=True))  # [B, out_ch, H, W]
+        scale_shift = None if self.emb is None else self.emb(F.silu(emb))
+        h = self.conv2(self.norm2(h, scale_shift, silu=True))
         return self.skip(x) + h
 
 
@@ -77,7 +105,11 @@ class Attention(nn.Module):
         h = self.norm(x).permute(0, 2, 3, 1).reshape(B, H * W, C)  # a view in channels_last
         qkv = self.qkv(h).view(B, H * W, 3, self.heads, C // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        h = F.scaled_dot_product_attention(q, k, v)  # [B, heads, HW, C / heads]
+        if cpu_ops.usable(x) and H * W <= 256:
+            scores = (q / math.sqrt(C // self.heads)) @ k.transpose(2, 3)
+            h = scores.softmax(3) @ v
+        else:
+            h = F.scaled_dot_product_attention(q, k, v)  # [B, heads, HW, C / heads]
         h = self.proj(h.transpose(1, 2).reshape(B, H * W, C))
         return x + h.view(B, H, W, C).permute(0, 3, 1, 2)
 
@@ -109,9 +141,11 @@ class Upsample(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x):
+        if cpu_ops.usable(x):
+            return self.conv(F.interpolate(x, scale_factor=2.0))
         w = self.conv.weight.flip(2, 3)
         w = F.avg_pool2d(w, 2, stride=1, padding=1, divisor_override=1)  # sums: [out, in, 4, 4]
         return F.conv_transpose2d(x, w.transpose(0, 1), self.conv.bias, stride=2, padding=1)
@@ -167,7 +201,7 @@ class AutoencoderKL(nn.Module):
         widths = [base_ch * m for m in ch_mults]
 
         ch, res = base_ch, img_size // patch_size
-        encoder = [nn.Conv2d(patch_size**2, ch, 3, padding=1)]
+        encoder = [Conv3x3(patch_size**2, ch)]
         for level, width in enumerate(widths):
             for _ in range(num_res_blocks):
                 encoder.append(ResBlock(ch, width, groups))
@@ -179,10 +213,10 @@ class AutoencoderKL(nn.Module):
                 res //= 2
         encoder += [ResBlock(ch, ch, groups), Attention(ch, groups, heads=1)]
         encoder += [ResBlock(ch, ch, groups)]
-        encoder += [norm(ch, groups), nn.SiLU(), nn.Conv2d(ch, 2 * z_channels, 3, padding=1)]
+        encoder += [norm(ch, groups), nn.SiLU(), Conv3x3(ch, 2 * z_channels)]
         self.encoder = nn.Sequential(*encoder)
 
-        decoder = [nn.Conv2d(z_channels, ch, 3, padding=1)]
+        decoder = [Conv3x3(z_channels, ch)]
         decoder += [ResBlock(ch, ch, groups), Attention(ch, groups, heads=1)]
         decoder += [ResBlock(ch, ch, groups)]
         for level, width in reversed(list(enumerate(widths))):
@@ -194,7 +228,7 @@ class AutoencoderKL(nn.Module):
             if level > 0:
                 decoder.append(Upsample(ch))
                 res *= 2
-        decoder += [norm(ch, groups), nn.SiLU(), nn.Conv2d(ch, patch_size**2, 3, padding=1)]
+        decoder += [norm(ch, groups), nn.SiLU(), Conv3x3(ch, patch_size**2)]
         self.decoder = nn.Sequential(*decoder)
 
         self.quant_conv = self.post_quant_conv = nn.Identity()
@@ -310,7 +344,7 @@ class UNet(nn.Module):
             nn.init.zeros_(self.aug_emb.weight)
 
         ch = base_ch
-        self.conv_in = nn.Conv2d(in_ch, ch, 3, padding=1)
+        self.conv_in = Conv3x3(in_ch, ch)
         self.down = nn.ModuleList()
         skips = [ch]
         for level, mult in enumerate(ch_mults):
@@ -341,7 +375,7 @@ class UNet(nn.Module):
                     res *= 2
                 self.up.append(block)
         self.norm_out = norm(ch, groups)
-        self.conv_out = zero_init(nn.Conv2d(ch, in_ch, 3, padding=1))  # first, it predicts zero
+        self.conv_out = zero_init(Conv3x3(ch, in_ch))  # first, it predicts zero
 
     def forward(self, x, t, y, aug=None):
         """x [B, C, h, w], t [B] in [0, 1], y [B] class index or null_class: float32 like x.
@@ -363,7 +397,7 @@ class UNet(nn.Module):
             h = torch.cat([h, skips.pop()], dim=1)
             for layer in block:
                 h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
-        return self.conv_out(F.silu(self.norm_out(h))).float()
+        return self.conv_out(self.norm_out(h, silu=True)).float()
 
 
 # --- EMA ----------------------------------------------------------------------------------------

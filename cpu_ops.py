@@ -1,0 +1,123 @@
+"""Group norm and 3x3 convolution in bf16 and channels_last, for CPUs with bf16 units (Intel AMX).
+
+Their matrix units make oneDNN's convolutions up to three times as fast in channels_last as in the
+plain layout, but PyTorch's own group norm takes it all back there: its backward pass is slow by a
+factor of 30. And oneDNN's convolutions of small maps with many channels spend their time on
+rearranging weights. Both are written here as plain operations on rows of pixels, with a backward
+pass by hand; model.py uses them where `usable` says so. What they gain: docs/benchmarks.md.
+"""
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+
+def usable(x):
+    """Whether x [B, C, H, W] is what this file is for. A compiled network does without: the
+    compiler writes kernels of its own."""
+    return (x.device.type == "cpu" and x.dtype == torch.bfloat16
+            and x.is_contiguous(memory_format=torch.channels_last)
+            and not torch.compiler.is_compiling())
+
+
+def as_rows(x):
+    """[B, C, H, W] as rows of pixels, [B, HW, C]: a view in channels_last."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def as_images(rows, height, width):
+    """Inverse of as_rows."""
+    return rows.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
+# --- group norm ---------------------------------------------------------------------------------
+
+
+class GroupNorm(torch.autograd.Function):
+    """scale * x_hat + shift with SiLU behind it or not, x_hat being x [B, C, H, W] normalised by
+    group (Wu & He 2018); scale and shift [B, C] in float32, one for each image."""
+
+    @staticmethod
+    def forward(ctx, x, scale, shift, groups, eps, silu):
+        rows = as_rows(x)
+
+        def by_group(channels):  # means over a group's channels, for each of them: [B, C]
+            means = channels.unflatten(1, (groups, -1)).mean(2, keepdim=True)
+            return means.expand(-1, -1, channels.shape[1] // groups).flatten(1)
+
+        if rows.shape[1] >= 1024:
+            B, C, H, W = x.shape
+            h, mean, inv_std = torch.native_group_norm(x, None, None, B, C, H * W, groups, eps)
+            mean, inv_std = (v.float()[:, :, None].expand(-1, -1, C // groups).flatten(1) for v in (mean, inv_std))
+            h = torch.addcmul(shift.to(x.dtype)[:, None], as_rows(h), scale.to(x.dtype)[:, None])
+            ctx.save_for_backward(rows, h if silu else None, scale, mean, inv_std)
+            ctx.by_group = by_group
+            return as_images(F.silu(h) if silu else h, *x.shape[2:])
+        # In float32: a variance is the small difference of two large numbers.
+        wide = rows.float()
+        mean = by_group(wide.mean(1))
+        variance = by_group(wide.square().mean(1)) - mean.square()
+        inv_std = (variance.clamp(min=0) + eps).rsqrt()
+        gain = scale * inv_std
+        h = torch.addcmul((shift - mean * gain)[:, None], wide, gain[:, None]).to(x.dtype)
+        ctx.save_for_backward(rows, h if silu else None, scale, mean, inv_std)
+        ctx.by_group = by_group
+        return as_images(F.silu(h) if silu else h, *x.shape[2:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        rows, h, scale, mean, inv_std = ctx.saved_tensors
+        height, width = grad.shape[2:]
+        grad = as_rows(grad)
+        if h is not None:
+            grad = torch.ops.aten.silu_backward(grad, h)  # of scale * x_hat + shift
+        grad_shift = grad.sum(1).float()
+        grad_scale = inv_std * ((grad * rows).sum(1) - mean * grad_shift)
+        # x_hat neither moves with a constant nor with itself: what grad has of either in a group
+        # is taken out. As constant + slope * x + gain * grad, one pass for each sign.
+        pixels = rows.shape[1]
+        slope = -inv_std.square() * ctx.by_group(scale * grad_scale) / pixels
+        constant = -inv_std * ctx.by_group(scale * grad_shift) / pixels - mean * slope
+        constant, slope, gain = (c[:, None].to(rows.dtype)
+                                 for c in (constant, slope, scale * inv_std))
+        grad_x = torch.addcmul(torch.addcmul(constant, rows, slope), grad, gain)
+        return as_images(grad_x, height, width), grad_scale, grad_shift, None, None, None
+
+
+# --- 3x3 convolution ----------------------------------------------------------------------------
+
+
+def conv3x3_usable(x, weight):
+    """Whether conv3x3 is faster than oneDNN's convolution: few pixels, many weights."""
+    B, _, H, W = x.shape
+    return usable(x) and weight.numel() > 1000 * B * H * W
+
+
+class Conv3x3(torch.autograd.Function):
+    """3x3 convolution with padding 1 as one matrix product: x [B, in, H, W], weight
+    [out, in, 3, 3] in channels_last and bias [out], all bf16, to [B, out, H, W]."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        B, C, H, W = x.shape
+        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+        # The nine neighbours of each pixel side by side: [BHW, 9 in].
+        columns = torch.cat([padded[:, i:i + H, j:j + W] for i in range(3) for j in range(3)], 3)
+        columns = columns.view(B * H * W, 9 * C)
+        matrix = weight.permute(0, 2, 3, 1).flatten(1)  # [out, 9 in]
+        ctx.save_for_backward(columns, matrix)
+        return as_images(torch.addmm(bias, columns, matrix.t()).view(B, H * W, -1), H, W)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        columns, matrix = ctx.saved_tensors
+        B, out, H, W = grad.shape
+        grad = as_rows(grad).flatten(0, 1)  # [BHW, out]
+        grad_weight = (grad.t() @ columns).view(out, 3, 3, -1).permute(0, 3, 1, 2)
+        neighbours = (grad @ matrix).view(B, H, W, 3, 3, -1)
+        grad_x = neighbours.new_zeros(B, H + 2, W + 2, neighbours.shape[-1])
+        for i in range(3):
+            for j in range(3):
+                grad_x[:, i:i + H, j:j + W] += neighbours[:, :, :, i, j]
+        return grad_x[:, 1:-1, 1:-1].permute(0, 3, 1, 2), grad_weight, grad.sum(0)
