@@ -1,7 +1,7 @@
 """Measure speed on this machine: the training step of both trainers, and sampling.
 
     python bench.py                               # about two minutes on two idle CPU cores
-    python bench.py --only=train,sample --peer    # in turn with diffusers (pip install diffusers)
+    python bench.py --peer                        # in turn with diffusers (pip install diffusers)
 
 What is compared runs in one process in turn, A B C A B C ...; the last column, as in `1.20 x`, is
 the median over the rounds of a row's time by that of the first row of its part: above 1 is slower.
@@ -142,15 +142,21 @@ def own_ldm_step(args, procs):
     return run
 
 
-def own_vae_step(args, procs):
-    """A step of train_vae.py, without its discriminator, which starts late."""
+def vae_settings(args, procs):
+    """(settings of train_vae.py, a batch of images)."""
     settings = train_vae.parse_args([
         f"--img_size={args.img_size}", f"--base_ch={args.vae_base_ch}", "--num_res_blocks=1",
         "--disc_weight=0", f"--batch_per_device={args.vae_batch}", f"--seed={args.seed}"])
+    size = (args.vae_batch, 1, args.img_size, args.img_size)
+    return settings, torch.rand(size, device=procs.device) * 2 - 1
+
+
+def own_vae_step(args, procs):
+    """A step of train_vae.py, without its discriminator, which starts late."""
+    settings, x = vae_settings(args, procs)
     models = train_vae.build_models(settings, procs)
     wrapped = train_vae.wrap(models, settings, procs)
     means, steps = experiment.RunningMeans(procs, train_vae.LOSSES), itertools.count()
-    x = torch.rand(args.vae_batch, 1, args.img_size, args.img_size, device=procs.device) * 2 - 1
 
     def run():
         means.add(*train_vae.train_step(models, *wrapped, None, x, next(steps), settings, procs))
@@ -169,25 +175,43 @@ def own_sampling(args, procs):
 # --- the peer: likewise -------------------------------------------------------------------------
 
 
+def lay_out(net, procs, tuned):
+    """Move a network of diffusers to the device, and if tuned into the faster layout."""
+    # A convolution takes the layout of its weight: inputs need no change. On CPUs PyTorch's group
+    # norm is slow in channels_last.
+    fast = torch.channels_last if procs.device.type == "cuda" else torch.contiguous_format
+    return net.to(procs.device, memory_format=fast if tuned else torch.contiguous_format)
+
+
 def peer_unet(args, procs, tuned):
     """UNet2DModel that is model.UNet, as export.py makes it."""
     import diffusers
     settings, shape = ldm_settings(args)
     net = diffusers.UNet2DModel(**interop.unet_config(vars(settings), shape, len(CLASSES)))
-    # A convolution takes the layout of its weight: inputs need no change. On CPUs PyTorch's group
-    # norm is slow in channels_last.
-    fast = torch.channels_last if procs.device.type == "cuda" else torch.contiguous_format
-    net.to(procs.device, memory_format=fast if tuned else torch.contiguous_format)
+    net = lay_out(net, procs, tuned)
     return torch.compile(net) if procs.compile else net
+
+
+def peer_step(net, tuned):
+    """Function that takes a loss and does with it what its training scripts do."""
+    from diffusers.training_utils import EMAModel
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-4, fused=tuned or None)
+    ema = EMAModel(net.parameters(), foreach=tuned)
+
+    def step(loss):
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(net.parameters())
+    return step
 
 
 def peer_ldm_step(args, procs, tuned):
     """A training step as its training script does it."""
     from diffusers import DDPMScheduler
-    from diffusers.training_utils import EMAModel
     net, scheduler = peer_unet(args, procs, tuned), DDPMScheduler(num_train_timesteps=1000)
-    optimizer = torch.optim.AdamW(net.parameters(), 1e-4, fused=tuned or None)
-    ema = EMAModel(net.parameters(), foreach=tuned)
+    step = peer_step(net, tuned)
     mean, logvar, y = random_latents(args, procs.device)
 
     def run():
@@ -195,11 +219,28 @@ def peer_ldm_step(args, procs, tuned):
         noise, t = torch.randn_like(x0), torch.randint(0, 1000, (len(x0),), device=x0.device)
         with procs.autocast():
             output = net(scheduler.add_noise(x0, noise, t), t, class_labels=y).sample
-        torch.nn.functional.mse_loss(output.float(), noise).backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.step(net.parameters())
+        step(torch.nn.functional.mse_loss(output.float(), noise))
+    return run
+
+
+def peer_vae_step(args, procs, tuned):
+    """A training step of its autoencoder with our loss."""
+    import diffusers
+    settings, x = vae_settings(args, procs)
+    net = diffusers.AutoencoderKL(**interop.vae_config(vars(settings), 1.0))
+    step = peer_step(lay_out(net, procs, tuned), tuned)
+
+    def forward(x):
+        posterior = net.encode(x).latent_dist
+        return net.decode(posterior.sample()).sample.float(), posterior.kl().mean()
+
+    forward = torch.compile(forward) if procs.compile else forward
+
+    def run():
+        with procs.autocast():
+            rec, kl = forward(x)
+            loss = train_vae.reconstruction_loss(rec, x, settings) + settings.kl_weight * kl
+        step(loss)
     return run
 
 
@@ -222,7 +263,7 @@ def peer_sampling(args, procs, tuned):
 # --- the program --------------------------------------------------------------------------------
 
 OURS = {"train": own_ldm_step, "vae": own_vae_step, "sample": own_sampling}
-PEERS = {"train": peer_ldm_step, "sample": peer_sampling}
+PEERS = {"train": peer_ldm_step, "vae": peer_vae_step, "sample": peer_sampling}
 
 
 def tasks_of(part, args, procs):
@@ -263,7 +304,7 @@ def build_parser():
     add_precision_arguments(parser)
     add = parser.add_argument_group("benchmark").add_argument
     add("--only", default=",".join(OURS), help="comma list of parts")
-    add("--peer", action=BooleanFlag, default=False, help="train and sample by diffusers, in turn")
+    add("--peer", action=BooleanFlag, default=False, help="the same by diffusers, in turn")
     add("--repeats", type=at_least(1), default=5, help="timed rounds")
     add("--threads", type=at_least(0), default=0, help="of the CPU; 0: as in training")
     add("--json", help="file for all numbers")

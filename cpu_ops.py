@@ -32,56 +32,61 @@ def as_images(rows, height, width):
 # --- group norm ---------------------------------------------------------------------------------
 
 
+def over_group(channels, groups):
+    """Means over a group's channels, for each of them: [B, C] to [B, C]."""
+    means = channels.unflatten(1, (groups, -1)).mean(2, keepdim=True)
+    return means.expand(-1, -1, channels.shape[1] // groups).flatten(1)
+
+
 class GroupNorm(torch.autograd.Function):
-    """scale * x_hat + shift with SiLU behind it or not, x_hat being x [B, C, H, W] normalised by
-    group (Wu & He 2018); scale and shift [B, C] in float32, one for each image."""
+    """scale * x_hat + shift, and SiLU behind it where told: x [B, C, H, W] to [B, C, H, W].
+
+    x_hat is x normalised by group (Wu & He 2018, equation 1); scale and shift are float32 and
+    [B, C], or [1, C] where all images share them.
+    """
 
     @staticmethod
     def forward(ctx, x, scale, shift, groups, eps, silu):
+        B, C, H, W = x.shape
         rows = as_rows(x)
-
-        def by_group(channels):  # means over a group's channels, for each of them: [B, C]
-            means = channels.unflatten(1, (groups, -1)).mean(2, keepdim=True)
-            return means.expand(-1, -1, channels.shape[1] // groups).flatten(1)
-
-        if rows.shape[1] >= 1024:
-            B, C, H, W = x.shape
-            h, mean, inv_std = torch.native_group_norm(x, None, None, B, C, H * W, groups, eps)
-            mean, inv_std = (v.float()[:, :, None].expand(-1, -1, C // groups).flatten(1) for v in (mean, inv_std))
-            h = torch.addcmul(shift.to(x.dtype)[:, None], as_rows(h), scale.to(x.dtype)[:, None])
-            ctx.save_for_backward(rows, h if silu else None, scale, mean, inv_std)
-            ctx.by_group = by_group
-            return as_images(F.silu(h) if silu else h, *x.shape[2:])
-        # In float32: a variance is the small difference of two large numbers.
-        wide = rows.float()
-        mean = by_group(wide.mean(1))
-        variance = by_group(wide.square().mean(1)) - mean.square()
-        inv_std = (variance.clamp(min=0) + eps).rsqrt()
-        gain = scale * inv_std
-        h = torch.addcmul((shift - mean * gain)[:, None], wide, gain[:, None]).to(x.dtype)
+        if H * W >= 1024:  # where PyTorch's forward pass is fast in channels_last too
+            affine = (scale[0], shift[0]) if len(scale) == 1 else (None, None)
+            h, mean, inv_std = torch.native_group_norm(x, *affine, B, C, H * W, groups, eps)
+            mean, inv_std = (v.float().repeat_interleave(C // groups, 1) for v in (mean, inv_std))
+            h = as_rows(h)
+            if len(scale) == B > 1:
+                h = torch.addcmul(shift[:, None].to(x.dtype), h, scale[:, None].to(x.dtype))
+        else:
+            wide = rows.float()  # a variance is the small difference of two large numbers
+            mean = over_group(wide.mean(1), groups)
+            variance = over_group(wide.square().mean(1), groups) - mean.square()
+            inv_std = (variance.clamp(min=0) + eps).rsqrt()
+            gain = scale * inv_std
+            h = torch.addcmul((shift - mean * gain)[:, None], wide, gain[:, None]).to(x.dtype)
         ctx.save_for_backward(rows, h if silu else None, scale, mean, inv_std)
-        ctx.by_group = by_group
-        return as_images(F.silu(h) if silu else h, *x.shape[2:])
+        ctx.groups = groups
+        return as_images(F.silu(h) if silu else h, H, W)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         rows, h, scale, mean, inv_std = ctx.saved_tensors
-        height, width = grad.shape[2:]
+        H, W = grad.shape[2:]
         grad = as_rows(grad)
         if h is not None:
-            grad = torch.ops.aten.silu_backward(grad, h)  # of scale * x_hat + shift
+            grad = torch.ops.aten.silu_backward(grad, h)
         grad_shift = grad.sum(1).float()
         grad_scale = inv_std * ((grad * rows).sum(1) - mean * grad_shift)
-        # x_hat neither moves with a constant nor with itself: what grad has of either in a group
-        # is taken out. As constant + slope * x + gain * grad, one pass for each sign.
-        pixels = rows.shape[1]
-        slope = -inv_std.square() * ctx.by_group(scale * grad_scale) / pixels
-        constant = -inv_std * ctx.by_group(scale * grad_shift) / pixels - mean * slope
-        constant, slope, gain = (c[:, None].to(rows.dtype)
-                                 for c in (constant, slope, scale * inv_std))
+        # x_hat changes neither with a constant added to a group nor with a factor on it, so what
+        # the gradient has of either is taken out: gain * grad + slope * x + constant.
+        slope = -inv_std.square() * over_group(scale * grad_scale, ctx.groups) / (H * W)
+        constant = -inv_std * over_group(scale * grad_shift, ctx.groups) / (H * W) - mean * slope
+        gain, slope, constant = (c[:, None].to(rows.dtype)
+                                 for c in (scale * inv_std, slope, constant))
         grad_x = torch.addcmul(torch.addcmul(constant, rows, slope), grad, gain)
-        return as_images(grad_x, height, width), grad_scale, grad_shift, None, None, None
+        if len(scale) == 1:
+            grad_scale, grad_shift = grad_scale.sum(0, True), grad_shift.sum(0, True)
+        return as_images(grad_x, H, W), grad_scale, grad_shift, None, None, None
 
 
 # --- 3x3 convolution ----------------------------------------------------------------------------
@@ -114,7 +119,7 @@ class Conv3x3(torch.autograd.Function):
         columns, matrix = ctx.saved_tensors
         B, out, H, W = grad.shape
         grad = as_rows(grad).flatten(0, 1)  # [BHW, out]
-        grad_weight = (grad.t() @ columns).view(out, 3, 3, -1).permute(0, 3, 1, 2)
+        grad_weight = (grad.t().contiguous() @ columns).view(out, 3, 3, -1).permute(0, 3, 1, 2)
         neighbours = (grad @ matrix).view(B, H, W, 3, 3, -1)
         grad_x = neighbours.new_zeros(B, H + 2, W + 2, neighbours.shape[-1])
         for i in range(3):

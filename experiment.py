@@ -467,6 +467,16 @@ def clip_and_step(module, optimizer, grad_clip):
     return grad_norm, bad
 
 
+def load_optimizer(optimizer, state):
+    """load_state_dict, with moments in the layout of their weights: a fused step on a CPU goes
+    through the memory of both in order, and a GPU's checkpoint may come in another layout."""
+    optimizer.load_state_dict(state)
+    for parameter, moments in optimizer.state.items():
+        for name, moment in moments.items():
+            if moment.shape == parameter.shape:
+                moments[name] = torch.empty_like(parameter).copy_(moment)
+
+
 def set_groups(optimizer, **settings):
     """Set lr, weight_decay, ... of all parameter groups: load_state_dict brings the stored ones."""
     for group in optimizer.param_groups:

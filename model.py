@@ -32,7 +32,7 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x, scale_shift=None, silu=False):
         """x [B, C, H, W], scale_shift [B, 2 C]: scale - 1 and shift of each channel."""
         if cpu_ops.usable(x):
-            scale, shift = self.weight.expand(len(x), -1), self.bias.expand(len(x), -1)
+            scale, shift = self.weight[None], self.bias[None]
             if scale_shift is not None:
                 s, t = scale_shift.float().chunk(2, dim=1)
                 scale, shift = scale * (1 + s), shift * (1 + s) + t

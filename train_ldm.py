@@ -562,7 +562,7 @@ def main(argv=None):
         if ema:
             averaged = checkpoint["ema"] or checkpoint["model"]
             experiment.load_weights(ema.module, averaged, run.checkpoint_path)
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        experiment.load_optimizer(optimizer, checkpoint["optimizer"])
         # The stored settings came along; those of the command line win.
         experiment.set_groups(optimizer, weight_decay=args.weight_decay)
         step, train_metrics = checkpoint["step"], checkpoint["train_metrics"]

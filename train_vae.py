@@ -339,8 +339,8 @@ def main(argv=None):
         experiment.load_weights(models.vae, checkpoint["model"], run.checkpoint_path)
         experiment.load_weights(models.ema.module, checkpoint["ema"], run.checkpoint_path)
         experiment.load_weights(models.disc, checkpoint["disc"], run.checkpoint_path)
-        models.vae_optimizer.load_state_dict(checkpoint["vae_optimizer"])
-        models.disc_optimizer.load_state_dict(checkpoint["disc_optimizer"])
+        experiment.load_optimizer(models.vae_optimizer, checkpoint["vae_optimizer"])
+        experiment.load_optimizer(models.disc_optimizer, checkpoint["disc_optimizer"])
         # The stored setting came along; that of the command line wins.
         for optimizer in (models.vae_optimizer, models.disc_optimizer):
             experiment.set_groups(optimizer, weight_decay=args.weight_decay)

@@ -1,4 +1,5 @@
 """Batch order, optimiser step, files, checkpoints and signals of experiment.py."""
+import copy
 import io
 import json
 import math
@@ -112,6 +113,62 @@ def test_a_bad_gradient_changes_neither_weights_nor_optimiser(poison, clip):
     _, bad = experiment.clip_and_step(module, optimizer, clip)
     assert bad.item() == 0 and not torch.equal(before[0], module.weight)
     assert optimizer.state[module.weight]["step"].item() == 3
+
+
+@pytest.mark.parametrize("clip", [0.5, 0.0])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_step_in_any_layout_is_that_of_the_reference(layout, clip):
+    torch.manual_seed(0)
+    module = torch.nn.Conv2d(6, 5, 3).to(memory_format=layout)
+    other = copy.deepcopy(module).to(memory_format=torch.contiguous_format)
+    optimizer = torch.optim.AdamW(module.parameters(), 0.1, weight_decay=0.01, fused=True)
+    plain = torch.optim.AdamW(other.parameters(), 0.1, weight_decay=0.01, foreach=False)
+    for _ in range(3):
+        x = torch.randn(2, 6, 7, 7)
+        for net in (module, other):
+            net(x).square().sum().backward()
+        experiment.clip_and_step(module, optimizer, clip)
+        torch.nn.utils.clip_grad_norm_(other.parameters(), clip or math.inf)
+        plain.step()
+        plain.zero_grad()
+    assert torch.allclose(module.weight, other.weight, atol=1e-5)
+
+
+def test_an_optimiser_goes_on_in_another_layout():
+    # A checkpoint of a GPU is in channels_last; the fused step on a CPU mixed up its moments.
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 9, 9)
+    module = torch.nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(module.parameters(), 0.1, fused=True)
+    module(x).square().mean().backward()
+    experiment.clip_and_step(module, optimizer, 0.0)
+    weights = []
+    for layout in (torch.channels_last, torch.contiguous_format):
+        other = copy.deepcopy(module).to(memory_format=layout)
+        resumed = torch.optim.AdamW(other.parameters(), 0.1, fused=True)
+        experiment.load_optimizer(resumed, copy.deepcopy(optimizer.state_dict()))
+        other(x).square().mean().backward()
+        experiment.clip_and_step(other, resumed, 0.0)
+        weights.append(other.weight)
+    assert torch.allclose(*weights, atol=1e-5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+def test_freed_memory_is_kept_for_the_next_step():
+    faults = """import resource, torch, experiment
+{}
+def step():
+    return [torch.ones(2_000_000) for _ in range(8)]
+step(); step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
+
+    def count(line):
+        return int(subprocess.run([sys.executable, "-c", faults.format(line)], check=True,
+                                  capture_output=True, cwd=ROOT, text=True).stdout)
+    assert count("experiment.keep_memory()") < 1000 < count("")
 
 
 def test_a_good_step_is_plain_adamw():

@@ -1,0 +1,140 @@
+"""cpu_ops.py: the operations against PyTorch's own, and where the networks use them."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+import cpu_ops
+import experiment
+import model
+
+CL = torch.channels_last
+
+
+def random_images(*shape, dtype=torch.float32):
+    """Images of which each channel has a mean and a spread of its own."""
+    x = torch.randn(shape) * torch.linspace(0.2, 3, shape[1])[:, None, None]
+    x = x + torch.linspace(-2, 2, shape[1])[:, None, None]
+    return x.to(dtype).contiguous(memory_format=CL).requires_grad_()
+
+
+def values_and_gradients(function, inputs, upstream):
+    """What function gives for inputs, and the gradients of all inputs for that of its output."""
+    out = function(*inputs)
+    return [out.detach(), *torch.autograd.grad(out, inputs, upstream.to(out.dtype))]
+
+
+@pytest.mark.parametrize("side", [6, 32], ids=["small maps", "maps of 1024 pixels"])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("batch, groups", [(3, 4), (3, 12), (1, 4)])
+def test_group_norm_is_the_one_of_pytorch(side, shared, silu, batch, groups):
+    torch.manual_seed(0)
+    x = random_images(batch, 12, side, side)
+    scale = (1 + 0.5 * torch.randn(1 if shared else batch, 12)).requires_grad_()
+    shift = torch.randn(1 if shared else batch, 12).requires_grad_()
+
+    def reference(x, scale, shift):
+        h = F.group_norm(x, groups, eps=1e-3) * scale[:, :, None, None] + shift[:, :, None, None]
+        return F.silu(h) if silu else h
+
+    def own(x, scale, shift):
+        return cpu_ops.GroupNorm.apply(x, scale, shift, groups, 1e-3, silu)
+    upstream = torch.randn(batch, 12, side, side)
+    wide = [tensor.detach().double().requires_grad_() for tensor in (x, scale, shift)]
+    got = values_and_gradients(own, (x, scale, shift), upstream)
+    for a, b in zip(got, values_and_gradients(reference, wide, upstream), strict=True):
+        assert torch.allclose(a.double(), b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
+    assert got[0].is_contiguous(memory_format=CL) and got[1].is_contiguous(memory_format=CL)
+
+
+@pytest.mark.parametrize("batch, height, width", [(2, 4, 4), (1, 1, 3), (3, 5, 2)])
+def test_the_convolution_is_the_one_of_pytorch(batch, height, width):
+    torch.manual_seed(0)
+    x = random_images(batch, 6, height, width)
+    weight = torch.randn(8, 6, 3, 3).contiguous(memory_format=CL).requires_grad_()
+    bias = torch.randn(8).requires_grad_()
+    upstream = torch.randn(batch, 8, height, width).contiguous(memory_format=CL)
+    inputs = (x, weight, bias)
+    got = values_and_gradients(cpu_ops.Conv3x3.apply, inputs, upstream)
+    wanted = values_and_gradients(lambda *a: F.conv2d(*a, padding=1), inputs, upstream)
+    for a, b in zip(got, wanted, strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
+    assert got[0].is_contiguous(memory_format=CL) and got[2].is_contiguous(memory_format=CL)
+
+
+def test_they_are_for_bf16_in_channels_last_that_is_not_compiled():
+    x = torch.randn(2, 8, 4, 4)
+    rows = x.bfloat16().contiguous(memory_format=CL)
+    assert cpu_ops.usable(rows)
+    assert not cpu_ops.usable(x.contiguous(memory_format=CL))
+    assert not cpu_ops.usable(x.bfloat16())
+    assert not cpu_ops.usable(rows.to("meta"))
+    assert not torch.compile(cpu_ops.usable, backend="eager")(rows)
+
+
+def test_only_a_convolution_of_many_weights_and_few_pixels_is_a_product():
+    def usable(channels, side):
+        x = torch.zeros(1, channels, side, side, dtype=torch.bfloat16)
+        weight = torch.zeros(channels, channels, 3, 3, device="meta")
+        return cpu_ops.conv3x3_usable(x.contiguous(memory_format=CL), weight)
+    assert usable(64, 4) and not usable(64, 8) and not usable(32, 4) and usable(512, 32)
+
+
+def networks():
+    """[(network, inputs)] with weights that are nowhere zero."""
+    unet = model.UNet((4, 8, 8), 2, 32, (1, 2, 4), 1, (4,))
+    vae = model.AutoencoderKL(32, 4, 32, (1, 2), 1, attn_res=(16,))
+    disc = model.PatchDiscriminator(16, 2)
+    t, y = torch.tensor([0.2, 0.9]), torch.tensor([0, 2])
+    for net in (unet, vae, disc):
+        for weight in net.parameters():
+            torch.nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
+    return [(unet, lambda x: unet(x, t, y), (2, 4, 8, 8)),
+            (vae, lambda x: vae(x, torch.ones(2, *vae.latent_shape))[0], (2, 1, 32, 32)),
+            (disc, disc, (2, 1, 64, 64))]
+
+
+def test_networks_give_in_bf16_and_channels_last_what_they_give_in_float32():
+    torch.manual_seed(0)
+    for net, call, shape in networks():
+        x = torch.randn(shape)
+        results = []
+        for bf16 in (False, True):
+            net.to(memory_format=CL if bf16 else torch.contiguous_format)
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                out = call(x.contiguous(memory_format=CL) if bf16 else x)
+            weights = list(net.parameters())
+            loss = (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum()
+            results.append([out.detach(), *torch.autograd.grad(loss, weights)])
+        exact, rounded = (torch.cat([v.flatten() for v in values[1:]]) for values in results)
+        assert (results[0][0] - results[1][0]).norm() < 0.03 * results[0][0].norm()
+        assert (exact - rounded).norm() < 0.05 * exact.norm()
+
+
+def nodes(output):
+    """Names of all that the gradient of a tensor goes through."""
+    todo, seen = [output.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [following for following, _ in node.next_functions]
+    return [node.name() for node in seen]
+
+
+def test_all_norms_of_the_networks_use_them_in_bf16_and_channels_last():
+    for net, call, shape in networks():
+        net.to(memory_format=CL)
+        norms = sum(isinstance(m, torch.nn.GroupNorm) for m in net.modules())
+        with torch.autocast("cpu", torch.bfloat16):
+            names = nodes(call(torch.randn(shape).contiguous(memory_format=CL)))
+        assert norms and names.count("GroupNormBackward") == norms
+        assert not any("NativeGroupNorm" in name for name in names)
+
+
+@pytest.mark.parametrize("dtype, compiled, layout", [
+    (torch.bfloat16, False, CL), (torch.bfloat16, True, torch.contiguous_format),
+    (torch.float32, False, torch.contiguous_format)])
+def test_the_layout_on_a_cpu_follows_the_precision(dtype, compiled, layout):
+    procs = experiment.Processes(0, 1, torch.device("cpu"), dtype, compiled)
+    assert procs.memory_format == layout
