@@ -269,7 +269,7 @@ PEERS = {"train": peer_ldm_step, "vae": peer_vae_step, "sample": peer_sampling}
 def tasks_of(part, args, procs):
     """[(name, dtype, run)] of a part: ours and, with --peer, both of the peer."""
     tasks = [("ours", procs.dtype, OURS[part](args, procs))]
-    if args.peer and part in PEERS:
+    if args.peer:
         script = procs._replace(dtype=torch.float32, compile=False)
         tasks += [("diffusers, script", script.dtype, PEERS[part](args, script, tuned=False)),
                   ("diffusers, tuned", procs.dtype, PEERS[part](args, procs, tuned=True))]

@@ -208,13 +208,34 @@ def test_peer_trains(args, peer, monkeypatch, dtype, tuned):
     assert all(p.grad is None and p.dtype == torch.float32 for p in after)
 
 
-def test_layouts_of_the_peer(args, peer, monkeypatch):
-    """The script's is plain; tuned, it is that of our own training."""
-    monkeypatch.setattr(experiment.Processes, "memory_format", torch.channels_last)
-    for tuned in (False, True):
-        weight = bench.peer_unet(args, PROCS, tuned).conv_in.weight
-        assert weight.is_contiguous(memory_format=torch.channels_last) == tuned
-        assert weight.is_contiguous() != tuned
+@pytest.mark.parametrize("tuned", [False, True])
+def test_the_peer_is_plain_on_a_cpu(args, peer, tuned):
+    """Where group norm is slow in channels_last, whatever our own layout is."""
+    procs = PROCS._replace(dtype=torch.bfloat16)
+    assert procs.memory_format == torch.channels_last
+    assert all(weight.is_contiguous() for weight in bench.peer_unet(args, procs, tuned).parameters())
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+def test_the_autoencoder_of_the_peer_does_the_same_work_and_trains(args, peer, kept, tuned,
+                                                                   monkeypatch):
+    ours = bench.count_flops(bench.own_vae_step(args, PROCS))
+    nets = []
+
+    def lay_out(*args, original=bench.lay_out):
+        nets.append(original(*args))
+        return nets[0]
+    monkeypatch.setattr(bench, "lay_out", lay_out)
+    run = bench.peer_vae_step(args, PROCS, tuned)
+    assert parameters(nets[0]) == parameters(kept[0].vae)
+    before = [p.clone() for p in nets[0].parameters()]
+    theirs = bench.count_flops(run)
+    vae = bench.vae_settings(args, PROCS)[0]
+    size = vae.img_size // 2 ** (len(vae.ch_mults) - 1)
+    widths = [vae.base_ch * mult for mult in reversed(vae.ch_mults)]
+    saved = sum(saved_by_upsampling(ch, size << i) for i, ch in enumerate(widths[:-1]))
+    assert theirs - ours == 3 * saved
+    assert not any(torch.equal(a, b) for a, b in zip(before, nets[0].parameters(), strict=True))
 
 
 def test_tasks(args, monkeypatch):
@@ -223,12 +244,11 @@ def test_tasks(args, monkeypatch):
             monkeypatch.setitem(table, part, lambda args, procs, **how: (procs.compile, how))
     procs = PROCS._replace(dtype=torch.bfloat16, compile=True)
     ours = ("ours", torch.bfloat16, (True, {}))
-    for part in ("train", "sample"):
+    for part in bench.OURS:
         assert bench.tasks_of(part, args, procs) == [
             ours,
             ("diffusers, script", torch.float32, (False, {"tuned": False})),
             ("diffusers, tuned", torch.bfloat16, (True, {"tuned": True}))]
-    assert bench.tasks_of("vae", args, procs) == [ours]
     args.peer = False
     assert bench.tasks_of("train", args, procs) == [ours]
 
