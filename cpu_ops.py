@@ -32,12 +32,6 @@ def as_images(rows, height, width):
 # --- group norm ---------------------------------------------------------------------------------
 
 
-def over_group(channels, groups):
-    """Means over a group's channels, for each of them: [B, C] to [B, C]."""
-    means = channels.unflatten(1, (groups, -1)).mean(2, keepdim=True)
-    return means.expand(-1, -1, channels.shape[1] // groups).flatten(1)
-
-
 class GroupNorm(torch.autograd.Function):
     """scale * x_hat + shift, and SiLU behind it where told: x [B, C, H, W] to [B, C, H, W].
 
@@ -50,43 +44,50 @@ class GroupNorm(torch.autograd.Function):
         B, C, H, W = x.shape
         rows = as_rows(x)
         if H * W >= 1024:  # where PyTorch's forward pass is fast in channels_last too
-            affine = (scale[0], shift[0]) if len(scale) == 1 else (None, None)
+            shared = len(scale) == 1
+            # Its mean and standard deviation are float32 only where its weights are.
+            affine = (scale[0], shift[0]) if shared else (scale.new_ones(C), scale.new_zeros(C))
             h, mean, inv_std = torch.native_group_norm(x, *affine, B, C, H * W, groups, eps)
-            mean, inv_std = (v.float().repeat_interleave(C // groups, 1) for v in (mean, inv_std))
-            h = as_rows(h)
-            if len(scale) == B > 1:
-                h = torch.addcmul(shift[:, None].to(x.dtype), h, scale[:, None].to(x.dtype))
+            h, mean, inv_std = as_rows(h), mean[:, :, None], inv_std[:, :, None]
+            if not shared:
+                h = torch.addcmul(shift[:, None].to(h.dtype), h, scale[:, None].to(h.dtype))
         else:
             wide = rows.float()  # a variance is the small difference of two large numbers
-            mean = over_group(wide.mean(1), groups)
-            variance = over_group(wide.square().mean(1), groups) - mean.square()
-            inv_std = (variance.clamp(min=0) + eps).rsqrt()
-            gain = scale * inv_std
-            h = torch.addcmul((shift - mean * gain)[:, None], wide, gain[:, None]).to(x.dtype)
+            moments = torch.stack([wide.mean(1), wide.square().mean(1)])
+            mean, square = moments.unflatten(2, (groups, -1)).mean(3, keepdim=True)  # [B, groups, 1]
+            inv_std = ((square - mean.square()).clamp(min=0) + eps).rsqrt()
+            gain = scale.unflatten(1, (groups, -1)) * inv_std
+            offset = shift - (mean * gain).flatten(1)
+            h = torch.addcmul(offset[:, None], wide, gain.flatten(1)[:, None]).to(x.dtype)
         ctx.save_for_backward(rows, h if silu else None, scale, mean, inv_std)
-        ctx.groups = groups
         return as_images(F.silu(h) if silu else h, H, W)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        rows, h, scale, mean, inv_std = ctx.saved_tensors
-        H, W = grad.shape[2:]
+        rows, h, scale, mean, inv_std = ctx.saved_tensors  # the last two [B, groups, 1]
+        B, C, H, W = grad.shape
         grad = as_rows(grad)
         if h is not None:
             grad = torch.ops.aten.silu_backward(grad, h)
-        grad_shift = grad.sum(1).float()
-        grad_scale = inv_std * ((grad * rows).sum(1) - mean * grad_shift)
+        by_group = (mean.shape[1], C // mean.shape[1])
+        scale_of = scale.unflatten(1, by_group)
+        grad_shift = grad.sum(1).float().unflatten(1, by_group)
+        products = (grad * rows).sum(1).float().unflatten(1, by_group)
+        grad_scale = inv_std * (products - mean * grad_shift)  # [B, groups, C / groups]
         # x_hat changes neither with a constant added to a group nor with a factor on it, so what
         # the gradient has of either is taken out: gain * grad + slope * x + constant.
-        slope = -inv_std.square() * over_group(scale * grad_scale, ctx.groups) / (H * W)
-        constant = -inv_std * over_group(scale * grad_shift, ctx.groups) / (H * W) - mean * slope
-        gain, slope, constant = (c[:, None].to(rows.dtype)
-                                 for c in (scale * inv_std, slope, constant))
+        surplus = (torch.stack([grad_scale, grad_shift]) * scale_of).mean(3, keepdim=True)
+        surplus = surplus * inv_std / -(H * W)
+        slope = surplus[0] * inv_std
+        constant = surplus[1] - mean * slope
+        factors = torch.stack(torch.broadcast_tensors(scale_of * inv_std, slope, constant))
+        gain, slope, constant = factors.to(rows.dtype).view(3, B, 1, C)
         grad_x = torch.addcmul(torch.addcmul(constant, rows, slope), grad, gain)
         if len(scale) == 1:
             grad_scale, grad_shift = grad_scale.sum(0, True), grad_shift.sum(0, True)
-        return as_images(grad_x, H, W), grad_scale, grad_shift, None, None, None
+        return (as_images(grad_x, H, W), grad_scale.flatten(1), grad_shift.flatten(1),
+                None, None, None)
 
 
 # --- 3x3 convolution ----------------------------------------------------------------------------
