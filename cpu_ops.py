@@ -1,10 +1,10 @@
 """Group norm and 3x3 convolution in bf16 and channels_last, for CPUs with bf16 units (Intel AMX).
 
-Their matrix units make oneDNN's convolutions up to three times as fast in channels_last as in the
-plain layout, but PyTorch's own group norm takes it all back there: its backward pass is slow by a
-factor of 30. And oneDNN's convolutions of small maps with many channels spend their time on
-rearranging weights. Both are written here as plain operations on rows of pixels, with a backward
-pass by hand; model.py uses them where `usable` says so. What they gain: docs/benchmarks.md.
+There oneDNN's convolutions are faster in channels_last than in the plain layout, but PyTorch's
+group norm takes it all back: its backward pass is up to forty times as slow. And oneDNN's
+convolutions of small maps with many channels spend their time on rearranging weights. Both are
+written here in plain operations on rows of pixels, with a backward pass by hand; model.py uses them
+where `usable` says so. What they gain: docs/benchmarks.md.
 """
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 
 
 def usable(x):
-    """Whether x [B, C, H, W] is what this file is for. A compiled network does without: the
-    compiler writes kernels of its own."""
+    """Whether x [B, C, H, W] is what this file is for. A compiled network does without: the compiler
+    writes kernels of its own."""
     return (x.device.type == "cpu" and x.dtype == torch.bfloat16
             and x.is_contiguous(memory_format=torch.channels_last)
             and not torch.compiler.is_compiling())
@@ -94,7 +94,7 @@ class GroupNorm(torch.autograd.Function):
 
 
 def conv3x3_usable(x, weight):
-    """Whether conv3x3 is faster than oneDNN's convolution: few pixels, many weights."""
+    """Whether Conv3x3 is faster than oneDNN's convolution: a thousand weights for each pixel."""
     B, _, H, W = x.shape
     return usable(x) and weight.numel() > 1000 * B * H * W
 

@@ -27,10 +27,10 @@ def head_dim(base_ch):
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm; an embedding scales and shifts what it gives, and SiLU may follow."""
+    """GroupNorm, whose result an embedding may scale and shift, and SiLU may follow."""
 
     def forward(self, x, scale_shift=None, silu=False):
-        """x [B, C, H, W], scale_shift [B, 2 C]: scale - 1 and shift of each channel."""
+        """x [B, C, H, W]; scale_shift [B, 2 C]: first what is added to a scale of 1."""
         if cpu_ops.usable(x):
             scale, shift = self.weight[None], self.bias[None]
             if scale_shift is not None:
@@ -105,7 +105,7 @@ class Attention(nn.Module):
         h = self.norm(x).permute(0, 2, 3, 1).reshape(B, H * W, C)  # a view in channels_last
         qkv = self.qkv(h).view(B, H * W, 3, self.heads, C // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        if cpu_ops.usable(x) and H * W <= 256:
+        if cpu_ops.usable(x) and H * W <= 256:  # where PyTorch's backward pass takes twice as long
             scores = (q / math.sqrt(C // self.heads)) @ k.transpose(2, 3)
             h = scores.softmax(3) @ v
         else:
@@ -144,7 +144,7 @@ class Upsample(nn.Module):
         self.conv = Conv3x3(channels, channels)
 
     def forward(self, x):
-        if cpu_ops.usable(x):
+        if cpu_ops.usable(x):  # where a transposed convolution is slow, the two apart are not
             return self.conv(F.interpolate(x, scale_factor=2.0))
         w = self.conv.weight.flip(2, 3)
         w = F.avg_pool2d(w, 2, stride=1, padding=1, divisor_override=1)  # sums: [out, in, 4, 4]
