@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 
 
 def usable(x):
-    """Whether x [B, C, H, W] is what this file is for. A compiled network does without: the compiler
-    writes kernels of its own."""
+    """Whether x [B, C, H, W] is what this file is for. A compiled network does without: its kernels
+    are the compiler's."""
     return (x.device.type == "cpu" and x.dtype == torch.bfloat16
             and x.is_contiguous(memory_format=torch.channels_last)
             and not torch.compiler.is_compiling())
@@ -54,7 +54,8 @@ class GroupNorm(torch.autograd.Function):
         else:
             wide = rows.float()  # a variance is the small difference of two large numbers
             moments = torch.stack([wide.mean(1), wide.square().mean(1)])
-            mean, square = moments.unflatten(2, (groups, -1)).mean(3, keepdim=True)  # [B, groups, 1]
+            moments = moments.unflatten(2, (groups, -1)).mean(3, keepdim=True)
+            mean, square = moments  # each [B, groups, 1]
             inv_std = ((square - mean.square()).clamp(min=0) + eps).rsqrt()
             gain = scale.unflatten(1, (groups, -1)) * inv_std
             offset = shift - (mean * gain).flatten(1)

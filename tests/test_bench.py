@@ -213,7 +213,8 @@ def test_the_peer_is_plain_on_a_cpu(args, peer, tuned):
     """Where group norm is slow in channels_last, whatever our own layout is."""
     procs = PROCS._replace(dtype=torch.bfloat16)
     assert procs.memory_format == torch.channels_last
-    assert all(weight.is_contiguous() for weight in bench.peer_unet(args, procs, tuned).parameters())
+    net = bench.peer_unet(args, procs, tuned)
+    assert all(weight.is_contiguous() for weight in net.parameters())
 
 
 @pytest.mark.parametrize("tuned", [False, True])
