@@ -105,7 +105,8 @@ class Attention(nn.Module):
         h = self.norm(x).permute(0, 2, 3, 1).reshape(B, H * W, C)  # a view in channels_last
         qkv = self.qkv(h).view(B, H * W, 3, self.heads, C // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        if cpu_ops.usable(x) and H * W <= 256:  # where PyTorch's backward pass takes twice as long
+        if q.requires_grad and cpu_ops.usable(x) and H * W <= 256:
+            # PyTorch's backward pass is slow here: both passes together take twice as long.
             scores = (q / math.sqrt(C // self.heads)) @ k.transpose(2, 3)
             h = scores.softmax(3) @ v
         else:
