@@ -33,6 +33,7 @@ from args import (BooleanFlag, add_data_arguments, add_precision_arguments, add_
                   at_least, file_path, make_parser, parse_settings)
 from experiment import fail, notice
 
+SMALLEST = 16  # side in pixels of the images that the classifiers take
 CLASSIFIER_SIZE = 64  # side in pixels of what the classifier sees
 BASELINE_DRAWS = 8  # choices of training images that the baseline is the mean of
 BOOTSTRAPS = 50  # choices of images that the spread of a distance is taken from
@@ -922,6 +923,9 @@ def main(argv=None):
             vae, _, _ = experiment.load_autoencoder(args.ae_ckpt_path, procs)
         folder = pathlib.Path(args.out_dir or args.samples_dir)
     args.img_size = img_size
+    if img_size < SMALLEST:
+        fail(f"images of {img_size} x {img_size} pixels are too small for what is measured: it takes "
+             f"{SMALLEST} at least")
 
     # --- real images of that size: before sampling, since mistakes show here ---
     train = data.open_images(args, procs, "train", class_names=class_names)

@@ -475,7 +475,10 @@ def test_samples_of_sample_py_are_measured_like_the_model(workspace, quick):
     assert of_folder == of_model and of_folder["vae"]["all"]["samples"]["num"] == 8
 
 
-def test_bad_input_is_one_line(workspace, quick):
+def test_bad_input_is_one_line(workspace, quick, tmp_path):
+    samples = tmp_path / "samples"
+    for name in ("normal", "tb"):
+        write_png(samples / name / "0.png", np.zeros((32, 32), np.uint8))
     for split in ("train", "val"):
         for name in ("a", "b"):
             for i in range(3):
@@ -488,6 +491,7 @@ def test_bad_input_is_one_line(workspace, quick):
             ([ckpt, "--samples_dir=x"], "either"),
             (["--samples_dir=x"], "--img_size"),
             ([*workspace.common, ckpt, "--img_size=64"], "was trained at 32"),
+            ([*workspace.common, f"--samples_dir={samples}", "--img_size=15"], "16 at least"),
             ([*workspace.common, ckpt, "--features=x"], "TorchScript")):
         result = quick("evaluate.py", f"--output_root={workspace.out}", "--num_samples=2",
                        "--num_sampling_steps=2", "--classifier_steps=1", *argv)
