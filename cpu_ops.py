@@ -32,6 +32,9 @@ def as_images(rows, height, width):
 # --- group norm ---------------------------------------------------------------------------------
 
 
+SMALL = 2**17  # elements of x below which PyTorch's group norm with a copy on each side is faster
+
+
 class GroupNorm(torch.autograd.Function):
     """scale * x_hat + shift, and SiLU behind it where told: x [B, C, H, W] to [B, C, H, W].
 

@@ -924,8 +924,8 @@ def main(argv=None):
         folder = pathlib.Path(args.out_dir or args.samples_dir)
     args.img_size = img_size
     if img_size < SMALLEST:
-        fail(f"images of {img_size} x {img_size} pixels are too small for what is measured: it takes "
-             f"{SMALLEST} at least")
+        fail(f"images of {img_size} x {img_size} pixels are too small for what is measured: it "
+             f"takes {SMALLEST} at least")
 
     # --- real images of that size: before sampling, since mistakes show here ---
     train = data.open_images(args, procs, "train", class_names=class_names)

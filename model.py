@@ -31,17 +31,19 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x, scale_shift=None, silu=False):
         """x [B, C, H, W]; scale_shift [B, 2 C]: first what is added to a scale of 1."""
-        if cpu_ops.usable(x):
+        usable = cpu_ops.usable(x)
+        if usable and x.numel() >= cpu_ops.SMALL:
             scale, shift = self.weight[None], self.bias[None]
             if scale_shift is not None:
                 s, t = scale_shift.float().chunk(2, dim=1)
                 scale, shift = scale * (1 + s), shift * (1 + s) + t
             return cpu_ops.GroupNorm.apply(x, scale, shift, self.num_groups, self.eps, silu)
-        h = super().forward(x)
+        h = super().forward(x.contiguous() if usable else x)
         if scale_shift is not None:
             scale, shift = scale_shift[:, :, None, None].chunk(2, dim=1)  # each [B, C, 1, 1]
             h = h * (1 + scale) + shift
-        return F.silu(h) if silu else h
+        h = F.silu(h) if silu else h
+        return h.contiguous(memory_format=torch.channels_last) if usable else h
 
 
 def norm(channels, groups):

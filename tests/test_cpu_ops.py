@@ -83,18 +83,20 @@ def test_only_a_convolution_of_many_weights_and_few_pixels_is_a_product():
 def networks():
     """[(network, inputs)] with weights that are nowhere zero."""
     unet = model.UNet((4, 8, 8), 2, 32, (1, 2, 4), 1, (4,))
-    vae = model.AutoencoderKL(32, 4, 32, (1, 2), 1, attn_res=(16,))
+    vae = model.AutoencoderKL(16, 4, 32, (1, 2), 1, attn_res=(8,))
     disc = model.PatchDiscriminator(16, 2)
     t, y = torch.tensor([0.2, 0.9]), torch.tensor([0, 2])
     for net in (unet, vae, disc):
         for weight in net.parameters():
             torch.nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
     return [(unet, lambda x: unet(x, t, y), (2, 4, 8, 8)),
-            (vae, lambda x: vae(x, torch.ones(2, *vae.latent_shape))[0], (2, 1, 32, 32)),
+            (vae, lambda x: vae(x, torch.ones(2, *vae.latent_shape))[0], (2, 1, 16, 16)),
             (disc, disc, (2, 1, 64, 64))]
 
 
-def test_networks_give_in_bf16_and_channels_last_what_they_give_in_float32():
+@pytest.mark.parametrize("small", [0, cpu_ops.SMALL])
+def test_networks_give_in_bf16_and_channels_last_what_they_give_in_float32(small, monkeypatch):
+    monkeypatch.setattr(cpu_ops, "SMALL", small)
     torch.manual_seed(0)
     for net, call, shape in networks():
         x = torch.randn(shape)
@@ -122,14 +124,25 @@ def nodes(output):
     return [node.name() for node in seen]
 
 
-def test_all_norms_of_the_networks_use_them_in_bf16_and_channels_last():
+@pytest.mark.parametrize("small", [True, False])
+def test_norms_of_the_networks_are_pytorchs_where_the_maps_are_small(small, monkeypatch):
+    monkeypatch.setattr(cpu_ops, "SMALL", cpu_ops.SMALL if small else 0)
     for net, call, shape in networks():
         net.to(memory_format=CL)
         norms = sum(isinstance(m, torch.nn.GroupNorm) for m in net.modules())
         with torch.autocast("cpu", torch.bfloat16):
             names = nodes(call(torch.randn(shape).contiguous(memory_format=CL)))
-        assert norms and names.count("GroupNormBackward") == norms
-        assert not any("NativeGroupNorm" in name for name in names)
+        own = names.count("GroupNormBackward")
+        native = sum("NativeGroupNorm" in name for name in names)
+        assert norms and (own, native) == ((0, norms) if small else (norms, 0))
+
+
+def test_group_norm_keeps_the_layout():
+    for side in (4, 64):  # either side of SMALL
+        x = torch.randn(2, 32, side, side).bfloat16().contiguous(memory_format=CL)
+        with torch.autocast("cpu", torch.bfloat16):
+            h = model.norm(32, 8)(x, silu=True)
+        assert h.is_contiguous(memory_format=CL) and h.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype, compiled, layout", [
