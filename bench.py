@@ -179,8 +179,9 @@ def lay_out(net, procs, tuned):
     """Move a network of diffusers to the device, and if tuned into the faster layout."""
     # A convolution takes the layout of its weight: inputs need no change. On CPUs PyTorch's group
     # norm is slow in channels_last.
-    fast = torch.channels_last if procs.device.type == "cuda" else torch.contiguous_format
-    return net.to(procs.device, memory_format=fast if tuned else torch.contiguous_format)
+    on_gpu = procs.device.type == "cuda"
+    layout = torch.channels_last if tuned and on_gpu else torch.contiguous_format
+    return net.to(procs.device, memory_format=layout)
 
 
 def peer_unet(args, procs, tuned):

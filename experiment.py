@@ -176,10 +176,13 @@ def own_cores():
 def keep_memory():
     """Have glibc keep what is freed for the next step, which needs as much: else it gives a large
     tensor back to Linux, which has to clear its pages every time anew."""
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
         m_trim_threshold, m_mmap_threshold = -1, -3
-        ctypes.CDLL(None).mallopt(m_mmap_threshold, 32 * 2**20)  # the most that it takes
-        ctypes.CDLL(None).mallopt(m_trim_threshold, 2**30)
+        libc.mallopt(m_mmap_threshold, 32 * 2**20)  # the most that it takes
+        libc.mallopt(m_trim_threshold, 2**30)
 
 
 def end_with_parent():
