@@ -3,9 +3,12 @@
 There oneDNN's convolutions are faster in channels_last than in the plain layout, but PyTorch's
 group norm takes it all back: its backward pass is up to forty times as slow. And oneDNN's
 convolutions of small maps with many channels spend their time on rearranging weights. Both are
-written here in plain operations on rows of pixels, with a backward pass by hand; model.py uses them
-where `usable` says so. What they gain: docs/benchmarks.md.
+written here on rows of channels, with a backward pass by hand; model.py uses them where `usable`
+and `group_norm_usable` say so. What they gain: docs/benchmarks.md.
 """
+import functools
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -19,20 +22,99 @@ def usable(x):
             and not torch.compiler.is_compiling())
 
 
-def as_rows(x):
-    """[B, C, H, W] as rows of pixels, [B, HW, C]: a view in channels_last."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2)
+@functools.cache
+def can_compile():
+    """Whether torch.compile works on this CPU, for which it needs a C++ compiler."""
+    try:
+        torch.compile(torch.neg)(torch.zeros(8))
+    except torch._dynamo.exc.TorchDynamoException as e:
+        warnings.warn(f"without a C++ compiler bf16 networks are slower on CPUs: {e}", stacklevel=2)
+        return False
+    return True
 
 
-def as_images(rows, height, width):
-    """Inverse of as_rows."""
-    return rows.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+def fused(function):
+    """The function as one loop over memory in place of one for each operation: memory is what takes
+    the time. Compiled for all shapes when it is first called, a second or two each; kept on disk.
+    """
+    compiled = torch.compile(function, dynamic=True, recompile_limit=64)
+
+    @functools.wraps(function)
+    def run(*args):
+        if not can_compile():
+            return function(*args)
+        # Tensors with and without a gradient would be compiled apart.
+        return compiled(*(a.detach() if isinstance(a, torch.Tensor) else a for a in args))
+    return run
 
 
 # --- group norm ---------------------------------------------------------------------------------
 
 
-SMALL = 2**17  # elements of x below which PyTorch's group norm with a copy on each side is faster
+SMALL = 2**18  # elements of x below which PyTorch's group norm with a copy on each side is as fast
+
+
+def group_norm_usable(x):
+    """Whether GroupNorm is faster than PyTorch's with a copy on each side."""
+    return usable(x) and x.numel() >= SMALL and can_compile()
+
+
+@fused
+def normalisation(rows, scale, shift, groups, eps):
+    """(gain, offset) [B, C] of the map that normalises by group and then scales and shifts;
+    (mean, 1 / standard deviation) [B, groups, 1]."""
+    x = rows.float()
+    moments = torch.stack([x.mean(1), x.square().mean(1)]).unflatten(2, (groups, -1))
+    mean, square = moments.mean(3, keepdim=True)
+    inv_std = ((square - mean.square()).clamp(min=0) + eps).rsqrt()
+    gain = scale.unflatten(1, (groups, -1)) * inv_std
+    return gain.flatten(1), shift - (mean * gain).flatten(1), mean, inv_std
+
+
+@fused
+def affine(rows, gain, offset):
+    """gain * x + offset."""
+    return torch.addcmul(offset[:, None], rows.float(), gain[:, None]).to(rows.dtype)
+
+
+@fused
+def affine_silu(rows, gain, offset):
+    """SiLU of gain * x + offset, and SiLU's derivative there."""
+    h = torch.addcmul(offset[:, None], rows.float(), gain[:, None])
+    s = h.sigmoid()
+    return (h * s).to(rows.dtype), (s * (1 + h * (1 - s))).to(rows.dtype)
+
+
+def before_silu(grad, derivative):
+    """The gradient of what SiLU was taken of; derivative None: there was no SiLU."""
+    return grad.float() if derivative is None else grad.float() * derivative.float()
+
+
+@fused
+def grad_normalisation(grad, derivative, rows, scale, mean, inv_std):
+    """Gradients [B, C] of scale and shift, and the factors [3, B, C] of that of x in grad_affine.
+    """
+    grad = before_silu(grad, derivative)
+    by_group = (mean.shape[1], -1)
+    scale = scale.unflatten(1, by_group)
+    grad_shift = grad.sum(1).unflatten(1, by_group)
+    products = (grad * rows.float()).sum(1).unflatten(1, by_group)
+    grad_scale = inv_std * (products - mean * grad_shift)
+    # x_hat changes neither with a constant added to a group nor with a factor on it, so what the
+    # gradient has of either is taken out.
+    surplus = (torch.stack([grad_scale, grad_shift]) * scale).mean(3, keepdim=True)
+    surplus = surplus * inv_std / -rows.shape[1]
+    slope = surplus[0] * inv_std
+    constant = surplus[1] - mean * slope
+    factors = torch.broadcast_tensors(scale * inv_std, slope, constant)
+    return grad_scale.flatten(1), grad_shift.flatten(1), torch.stack(factors).flatten(2)
+
+
+@fused
+def grad_affine(grad, derivative, rows, factors):
+    """gain * gradient + slope * x + constant, with (gain, slope, constant) = factors."""
+    gain, slope, constant = factors[:, :, None]
+    return (before_silu(grad, derivative) * gain + rows.float() * slope + constant).to(rows.dtype)
 
 
 class GroupNorm(torch.autograd.Function):
@@ -44,54 +126,40 @@ class GroupNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, scale, shift, groups, eps, silu):
-        B, C, H, W = x.shape
+        ctx.shared = len(scale) == 1
+        scale = scale.expand(len(x), -1).contiguous()
+        shift = shift.expand(len(x), -1).contiguous()
         rows = as_rows(x)
-        if H * W >= 1024:  # where PyTorch's forward pass is fast in channels_last too
-            shared = len(scale) == 1
-            # Its mean and standard deviation are float32 only where its weights are.
-            affine = (scale[0], shift[0]) if shared else (scale.new_ones(C), scale.new_zeros(C))
-            h, mean, inv_std = torch.native_group_norm(x, *affine, B, C, H * W, groups, eps)
-            h, mean, inv_std = as_rows(h), mean[:, :, None], inv_std[:, :, None]
-            if not shared:
-                h = torch.addcmul(shift[:, None].to(h.dtype), h, scale[:, None].to(h.dtype))
+        gain, offset, mean, inv_std = normalisation(rows, scale, shift, groups, eps)
+        derivative = None
+        if silu:
+            h, derivative = affine_silu(rows, gain, offset)
         else:
-            wide = rows.float()  # a variance is the small difference of two large numbers
-            moments = torch.stack([wide.mean(1), wide.square().mean(1)])
-            moments = moments.unflatten(2, (groups, -1)).mean(3, keepdim=True)
-            mean, square = moments  # each [B, groups, 1]
-            inv_std = ((square - mean.square()).clamp(min=0) + eps).rsqrt()
-            gain = scale.unflatten(1, (groups, -1)) * inv_std
-            offset = shift - (mean * gain).flatten(1)
-            h = torch.addcmul(offset[:, None], wide, gain.flatten(1)[:, None]).to(x.dtype)
-        ctx.save_for_backward(rows, h if silu else None, scale, mean, inv_std)
-        return as_images(F.silu(h) if silu else h, H, W)
+            h = affine(rows, gain, offset)
+        ctx.save_for_backward(derivative, rows, scale, mean, inv_std)
+        return as_images(h, *x.shape[2:])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        rows, h, scale, mean, inv_std = ctx.saved_tensors  # the last two [B, groups, 1]
-        B, C, H, W = grad.shape
-        grad = as_rows(grad)
-        if h is not None:
-            grad = torch.ops.aten.silu_backward(grad, h)
-        by_group = (mean.shape[1], C // mean.shape[1])
-        scale_of = scale.unflatten(1, by_group)
-        grad_shift = grad.sum(1).float().unflatten(1, by_group)
-        products = (grad * rows).sum(1).float().unflatten(1, by_group)
-        grad_scale = inv_std * (products - mean * grad_shift)  # [B, groups, C / groups]
-        # x_hat changes neither with a constant added to a group nor with a factor on it, so what
-        # the gradient has of either is taken out: gain * grad + slope * x + constant.
-        surplus = (torch.stack([grad_scale, grad_shift]) * scale_of).mean(3, keepdim=True)
-        surplus = surplus * inv_std / -(H * W)
-        slope = surplus[0] * inv_std
-        constant = surplus[1] - mean * slope
-        factors = torch.stack(torch.broadcast_tensors(scale_of * inv_std, slope, constant))
-        gain, slope, constant = factors.to(rows.dtype).view(3, B, 1, C)
-        grad_x = torch.addcmul(torch.addcmul(constant, rows, slope), grad, gain)
-        if len(scale) == 1:
+        derivative, rows, scale, mean, inv_std = ctx.saved_tensors
+        grad_rows = as_rows(grad).contiguous()
+        grad_scale, grad_shift, factors = grad_normalisation(
+            grad_rows, derivative, rows, scale, mean, inv_std)
+        grad_x = grad_affine(grad_rows, derivative, rows, factors)
+        if ctx.shared:
             grad_scale, grad_shift = grad_scale.sum(0, True), grad_shift.sum(0, True)
-        return (as_images(grad_x, H, W), grad_scale.flatten(1), grad_shift.flatten(1),
-                None, None, None)
+        return as_images(grad_x, *grad.shape[2:]), grad_scale, grad_shift, None, None, None
+
+
+def as_rows(x):
+    """[B, C, H, W] as rows of channels, [B, HW, C]: a view in channels_last."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def as_images(rows, height, width):
+    """Inverse of as_rows."""
+    return rows.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
 # --- 3x3 convolution ----------------------------------------------------------------------------
@@ -103,6 +171,16 @@ def conv3x3_usable(x, weight):
     return usable(x) and weight.numel() > 1000 * B * H * W
 
 
+@fused
+def sum_over_neighbours(products):
+    """[B, H, W, C]: for each pixel the sum of what it has in its neighbours' products
+    [B, H, W, 3, 3, C]."""
+    H, W = products.shape[1:3]
+    padded = F.pad(products, (0, 0, 0, 0, 0, 0, 1, 1, 1, 1))
+    return sum(padded[:, 2 - i:2 - i + H, 2 - j:2 - j + W, i, j]
+               for i in range(3) for j in range(3))
+
+
 class Conv3x3(torch.autograd.Function):
     """3x3 convolution with padding 1 as one matrix product: x [B, in, H, W], weight
     [out, in, 3, 3] in channels_last and bias [out], all bf16, to [B, out, H, W]."""
@@ -111,9 +189,8 @@ class Conv3x3(torch.autograd.Function):
     def forward(ctx, x, weight, bias):
         B, C, H, W = x.shape
         padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
-        # The nine neighbours of each pixel side by side: [BHW, 9 in].
-        columns = torch.cat([padded[:, i:i + H, j:j + W] for i in range(3) for j in range(3)], 3)
-        columns = columns.view(B * H * W, 9 * C)
+        neighbours = padded.unfold(1, 3, 1).unfold(2, 3, 1)  # [B, H, W, in, 3, 3]
+        columns = neighbours.permute(0, 1, 2, 4, 5, 3).reshape(B * H * W, 9 * C)
         matrix = weight.permute(0, 2, 3, 1).flatten(1)  # [out, 9 in]
         ctx.save_for_backward(columns, matrix)
         return as_images(torch.addmm(bias, columns, matrix.t()).view(B, H * W, -1), H, W)
@@ -125,9 +202,5 @@ class Conv3x3(torch.autograd.Function):
         B, out, H, W = grad.shape
         grad = as_rows(grad).flatten(0, 1)  # [BHW, out]
         grad_weight = (grad.t().contiguous() @ columns).view(out, 3, 3, -1).permute(0, 3, 1, 2)
-        neighbours = (grad @ matrix).view(B, H, W, 3, 3, -1)
-        grad_x = neighbours.new_zeros(B, H + 2, W + 2, neighbours.shape[-1])
-        for i in range(3):
-            for j in range(3):
-                grad_x[:, i:i + H, j:j + W] += neighbours[:, :, :, i, j]
-        return grad_x[:, 1:-1, 1:-1].permute(0, 3, 1, 2), grad_weight, grad.sum(0)
+        products = (grad @ matrix).view(B, H, W, 3, 3, -1)
+        return sum_over_neighbours(products).permute(0, 3, 1, 2), grad_weight, grad.sum(0)

@@ -31,13 +31,13 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x, scale_shift=None, silu=False):
         """x [B, C, H, W]; scale_shift [B, 2 C]: first what is added to a scale of 1."""
-        usable = cpu_ops.usable(x)
-        if usable and x.numel() >= cpu_ops.SMALL:
+        if cpu_ops.group_norm_usable(x):
             scale, shift = self.weight[None], self.bias[None]
             if scale_shift is not None:
                 s, t = scale_shift.float().chunk(2, dim=1)
                 scale, shift = scale * (1 + s), shift * (1 + s) + t
             return cpu_ops.GroupNorm.apply(x, scale, shift, self.num_groups, self.eps, silu)
+        usable = cpu_ops.usable(x)
         h = super().forward(x.contiguous() if usable else x)
         if scale_shift is not None:
             scale, shift = scale_shift[:, :, None, None].chunk(2, dim=1)  # each [B, C, 1, 1]

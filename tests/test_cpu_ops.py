@@ -1,4 +1,8 @@
 """cpu_ops.py: the operations against PyTorch's own, and where the networks use them."""
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -6,6 +10,7 @@ import torch.nn.functional as F
 import cpu_ops
 import experiment
 import model
+from conftest import ROOT
 
 CL = torch.channels_last
 
@@ -23,13 +28,22 @@ def values_and_gradients(function, inputs, upstream):
     return [out.detach(), *torch.autograd.grad(out, inputs, upstream.to(out.dtype))]
 
 
-@pytest.mark.parametrize("side", [6, 32], ids=["small maps", "maps of 1024 pixels"])
+@pytest.fixture(params=["compiled", "as it stands"])
+def each_way(request, monkeypatch):
+    """Once with loops over memory as they are where there is a compiler, once as where there is
+    none."""
+    if request.param == "as it stands":
+        monkeypatch.setattr(cpu_ops, "can_compile", lambda: False)
+    elif not cpu_ops.can_compile():
+        pytest.skip("no C++ compiler")
+
+
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("silu", [False, True])
-@pytest.mark.parametrize("batch, groups", [(3, 4), (3, 12), (1, 4)])
-def test_group_norm_is_the_one_of_pytorch(side, shared, silu, batch, groups):
+@pytest.mark.parametrize("batch, groups", [(3, 4), (1, 12)])
+def test_group_norm_is_the_one_of_pytorch(shared, silu, batch, groups, each_way):
     torch.manual_seed(0)
-    x = random_images(batch, 12, side, side)
+    x = random_images(batch, 12, 6, 5)
     scale = (1 + 0.5 * torch.randn(1 if shared else batch, 12)).requires_grad_()
     shift = torch.randn(1 if shared else batch, 12).requires_grad_()
 
@@ -39,7 +53,7 @@ def test_group_norm_is_the_one_of_pytorch(side, shared, silu, batch, groups):
 
     def own(x, scale, shift):
         return cpu_ops.GroupNorm.apply(x, scale, shift, groups, 1e-3, silu)
-    upstream = torch.randn(batch, 12, side, side)
+    upstream = torch.randn(batch, 12, 6, 5)
     wide = [tensor.detach().double().requires_grad_() for tensor in (x, scale, shift)]
     got = values_and_gradients(own, (x, scale, shift), upstream)
     for a, b in zip(got, values_and_gradients(reference, wide, upstream), strict=True):
@@ -48,7 +62,7 @@ def test_group_norm_is_the_one_of_pytorch(side, shared, silu, batch, groups):
 
 
 @pytest.mark.parametrize("batch, height, width", [(2, 4, 4), (1, 1, 3), (3, 5, 2)])
-def test_the_convolution_is_the_one_of_pytorch(batch, height, width):
+def test_the_convolution_is_the_one_of_pytorch(batch, height, width, each_way):
     torch.manual_seed(0)
     x = random_images(batch, 6, height, width)
     weight = torch.randn(8, 6, 3, 3).contiguous(memory_format=CL).requires_grad_()
@@ -70,6 +84,32 @@ def test_they_are_for_bf16_in_channels_last_that_is_not_compiled():
     assert not cpu_ops.usable(x.bfloat16())
     assert not cpu_ops.usable(rows.to("meta"))
     assert not torch.compile(cpu_ops.usable, backend="eager")(rows)
+
+
+def test_large_maps_are_normed_here_where_there_is_a_compiler(monkeypatch):
+    def usable(side):
+        x = torch.zeros(1, 64, side, side, dtype=torch.bfloat16)
+        return cpu_ops.group_norm_usable(x.contiguous(memory_format=CL))
+    monkeypatch.setattr(cpu_ops, "can_compile", lambda: True)
+    assert usable(64) and not usable(32)
+    monkeypatch.setattr(cpu_ops, "can_compile", lambda: False)
+    assert not usable(64)
+
+
+def test_without_a_compiler_there_is_a_warning_and_the_same_result(tmp_path):
+    code = """
+import torch, model
+norm = model.norm(32, 8)
+x = torch.randn(2, 32, 64, 64).to(torch.bfloat16, memory_format=torch.channels_last)
+with torch.autocast("cpu", torch.bfloat16):
+    h = norm(x, silu=True)
+wanted = torch.nn.functional.silu(torch.nn.GroupNorm.forward(norm, x.float()))
+assert x.numel() >= model.cpu_ops.SMALL and (h - wanted).abs().max() < 0.05
+"""
+    nothing = {"CXX": str(tmp_path / "c++"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | nothing, cwd=ROOT,
+                          capture_output=True, text=True, check=True)
+    assert done.stderr.count("without a C++ compiler") == 1
 
 
 def test_only_a_convolution_of_many_weights_and_few_pixels_is_a_product():
@@ -94,9 +134,10 @@ def networks():
             (disc, disc, (2, 1, 64, 64))]
 
 
-@pytest.mark.parametrize("small", [0, cpu_ops.SMALL])
+@pytest.mark.parametrize("small", [True, False])
 def test_networks_give_in_bf16_and_channels_last_what_they_give_in_float32(small, monkeypatch):
-    monkeypatch.setattr(cpu_ops, "SMALL", small)
+    if not small:
+        monkeypatch.setattr(cpu_ops, "group_norm_usable", cpu_ops.usable)
     torch.manual_seed(0)
     for net, call, shape in networks():
         x = torch.randn(shape)
@@ -126,7 +167,8 @@ def nodes(output):
 
 @pytest.mark.parametrize("small", [True, False])
 def test_norms_of_the_networks_are_pytorchs_where_the_maps_are_small(small, monkeypatch):
-    monkeypatch.setattr(cpu_ops, "SMALL", cpu_ops.SMALL if small else 0)
+    if not small:
+        monkeypatch.setattr(cpu_ops, "group_norm_usable", cpu_ops.usable)
     for net, call, shape in networks():
         net.to(memory_format=CL)
         norms = sum(isinstance(m, torch.nn.GroupNorm) for m in net.modules())
@@ -138,7 +180,7 @@ def test_norms_of_the_networks_are_pytorchs_where_the_maps_are_small(small, monk
 
 
 def test_group_norm_keeps_the_layout():
-    for side in (4, 64):  # either side of SMALL
+    for side in (4, 128):  # either side of SMALL
         x = torch.randn(2, 32, side, side).bfloat16().contiguous(memory_format=CL)
         with torch.autocast("cpu", torch.bfloat16):
             h = model.norm(32, 8)(x, silu=True)
