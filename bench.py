@@ -249,6 +249,7 @@ def peer_sampling(args, procs, tuned):
     """A batch of latents by its DPM-Solver++."""
     from diffusers import DPMSolverMultistepScheduler
     net, scheduler = peer_unet(args, procs, tuned), DPMSolverMultistepScheduler()
+    net = experiment.cast_weights(net, procs) if tuned else net
     mean, _, y = random_latents(args, procs.device)
 
     def run():

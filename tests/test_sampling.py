@@ -27,12 +27,12 @@ def denoiser():
 
 
 def latents(denoiser, samples, sampler="ancestral", seed=0, class_names=CLASSES, steps=4, scale=3.0,
-            progress=None, interval=(0.0, 1.0)):
+            progress=None, interval=(0.0, 1.0), procs=PROCS):
     args = SimpleNamespace(
         seed=seed, sampler=sampler, num_sampling_steps=steps, guidance_scale=scale,
         guidance_interval=interval)
     return experiment.sample_latents(
-        denoiser, LATENT, samples, class_names, args, PROCS, progress)
+        denoiser, LATENT, samples, class_names, args, procs, progress)
 
 
 def test_guidance_is_on_inside_its_interval_only(denoiser, monkeypatch):
@@ -50,6 +50,18 @@ def test_guidance_is_on_inside_its_interval_only(denoiser, monkeypatch):
     assert not torch.allclose(guided, plain)
     assert not torch.allclose(guided, full)
     assert torch.equal(latents(denoiser, [(0, 0)], "ddim", interval=(0.3, 0.4)), plain)
+
+
+def test_in_bf16_weights_are_cast_once_for_the_same_samples(denoiser, monkeypatch):
+    procs = PROCS._replace(dtype=torch.bfloat16)
+    dtypes = {p.dtype for p in experiment.cast_weights(denoiser, procs).parameters()}
+    assert dtypes == {torch.bfloat16, torch.float32}  # those of norms and embeddings stay
+    for other in (PROCS, procs._replace(compile=True)):
+        assert experiment.cast_weights(denoiser, other) is denoiser
+    once = latents(denoiser, [(0, 0), (1, 1)], procs=procs)
+    assert {p.dtype for p in denoiser.parameters()} == {torch.float32}
+    monkeypatch.setattr(experiment, "cast_weights", lambda module, procs: module)
+    assert torch.equal(once, latents(denoiser, [(0, 0), (1, 1)], procs=procs))
 
 
 @pytest.mark.parametrize("text", ["0.2", "0.8,0.2", "-1,1", "0,2", "a,b", "0,0.5,1"])
