@@ -10,7 +10,7 @@ matrix products and 3x3 convolutions of the same precision reached between the r
 
 The peer is diffusers with the same channels, blocks and attention. `script` is how its training
 script runs: float32, eager, plain layout, nothing fused. `tuned` has fused AdamW, foreach EMA and
-our precision, compilation and layout. What we measured: docs/benchmarks.md.
+our precision, compilation, layout and cast weights in sampling. What we measured: docs/benchmarks.md.
 """
 import importlib.util
 import itertools
