@@ -9,8 +9,9 @@ FLOPs are those of convolutions and matrix products, forward and backward. The p
 matrix products and 3x3 convolutions of the same precision reached between the rounds.
 
 The peer is diffusers with the same channels, blocks and attention. `script` is how its training
-script runs: float32, eager, plain layout, nothing fused. `tuned` has fused AdamW, foreach EMA and
-our precision, compilation, layout and cast weights in sampling. What we measured: docs/benchmarks.md.
+script runs: float32, eager, plain layout, nothing fused. `tuned` has fused AdamW, foreach EMA, our
+precision and compilation, the faster layout and, for sampling, weights that are cast once. What we
+measured: docs/benchmarks.md.
 """
 import importlib.util
 import itertools
