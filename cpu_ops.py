@@ -24,27 +24,34 @@ def usable(x):
 
 @functools.cache
 def can_compile():
-    """Whether torch.compile works on this CPU, for which it needs a C++ compiler."""
+    """Whether torch.compile works, for which it needs a C++ compiler and a place for its files, and
+    is not switched off (TORCH_COMPILE_DISABLE=1)."""
+    def probe(x):
+        return x + 1 if torch.compiler.is_compiling() else x
+
     try:
-        torch.compile(torch.neg)(torch.zeros(8))
+        with torch.compiler.set_stance("default"):  # the caller may have forced eager mode
+            return torch.compile(probe)(torch.zeros(8)).sum().item() == 8
     except torch._dynamo.exc.TorchDynamoException as e:
-        warnings.warn(f"without a C++ compiler bf16 networks are slower on CPUs: {e}", stacklevel=2)
+        reason = str(e).partition("\n")[0]
+        warnings.warn(f"torch.compile does not work, so bf16 is slower: {reason}", stacklevel=2)
         return False
-    return True
 
 
 def fused(function):
     """The function as one loop over memory in place of one for each operation: memory is what takes
     the time. Compiled for all shapes when it is first called, a second or two each; kept on disk.
     """
-    compiled = torch.compile(function, dynamic=True, recompile_limit=64)
+    @functools.cache
+    def compiled():  # only when it is needed: PyTorch's compiler takes a second to import
+        return torch.compile(function, dynamic=True, recompile_limit=64)
 
     @functools.wraps(function)
     def run(*args):
         if not can_compile():
             return function(*args)
         # Tensors with and without a gradient would be compiled apart.
-        return compiled(*(a.detach() if isinstance(a, torch.Tensor) else a for a in args))
+        return compiled()(*(a.detach() if isinstance(a, torch.Tensor) else a for a in args))
     return run
 
 

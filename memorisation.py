@@ -52,7 +52,8 @@ def mean_loss(denoiser, inputs, procs):
     for part in torch.arange(procs.rank, len(inputs.t), procs.world_size).split(64):
         part = part.to(procs.device)
         # What is compiled for sampling would be compiled again for each of these sizes.
-        with procs.autocast(), torch.compiler.set_stance("force_eager"):
+        stance = "force_eager" if procs.compile else "default"
+        with procs.autocast(), torch.compiler.set_stance(stance):
             loss = denoiser(*(values[part] for values in inputs))
         sums += torch.tensor([loss.double().sum().item(), len(part)])
     experiment.average(procs, sums)

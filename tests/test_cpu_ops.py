@@ -97,20 +97,29 @@ def test_large_maps_are_normed_here_where_there_is_a_compiler(monkeypatch):
     assert not usable(128, True)
 
 
-def test_without_a_compiler_there_is_a_warning_and_the_same_result(tmp_path):
+@pytest.mark.parametrize("missing", [{"CXX": "{}/c++", "TORCHINDUCTOR_CACHE_DIR": "{}/cache"},
+                                     {"TORCH_COMPILE_DISABLE": "1"}],
+                         ids=["compiler", "wish"])
+def test_where_nothing_can_be_compiled_the_result_is_the_same(missing, tmp_path):
     code = """
 import torch, model
 norm = model.norm(32, 8)
 x = torch.randn(2, 32, 128, 128).to(torch.bfloat16, memory_format=torch.channels_last)
-with torch.autocast("cpu", torch.bfloat16):
+with torch.autocast("cpu", torch.bfloat16), torch.compiler.set_stance("force_eager"):
     h = norm(x, silu=True)
 wanted = torch.nn.functional.silu(torch.nn.GroupNorm.forward(norm, x.float()))
 assert x.numel() >= 4 * model.cpu_ops.SMALL and (h - wanted).abs().max() < 0.05
+assert not model.cpu_ops.can_compile()
 """
-    nothing = {"CXX": str(tmp_path / "c++"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | nothing, cwd=ROOT,
-                          capture_output=True, text=True, check=True)
-    assert done.stderr.count("without a C++ compiler") == 1
+    env = os.environ | {name: value.format(tmp_path) for name, value in missing.items()}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True,
+                          text=True, check=True)
+    assert done.stderr.count("torch.compile does not work") == ("TORCH_COMPILE" not in str(missing))
+
+
+def test_programs_start_without_the_compiler():
+    code = "import sys, model; assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_only_a_convolution_of_many_weights_and_few_pixels_is_a_product():
