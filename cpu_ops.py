@@ -22,6 +22,16 @@ def usable(x):
             and not torch.compiler.is_compiling())
 
 
+def as_rows(x):
+    """[B, C, H, W] as rows of channels, [B, HW, C]: a view in channels_last."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def as_images(rows, height, width):
+    """Inverse of as_rows."""
+    return rows.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
 @functools.cache
 def can_compile():
     """Whether torch.compile works, for which it needs a C++ compiler and a place for its files, and
@@ -159,16 +169,6 @@ class GroupNorm(torch.autograd.Function):
         if ctx.shared:
             grad_scale, grad_shift = grad_scale.sum(0, True), grad_shift.sum(0, True)
         return as_images(grad_x, *grad.shape[2:]), grad_scale, grad_shift, None, None, None
-
-
-def as_rows(x):
-    """[B, C, H, W] as rows of channels, [B, HW, C]: a view in channels_last."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2)
-
-
-def as_images(rows, height, width):
-    """Inverse of as_rows."""
-    return rows.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
 # --- 3x3 convolution ----------------------------------------------------------------------------

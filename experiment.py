@@ -899,7 +899,8 @@ def compile_for_sampling(denoiser, procs):
 
 def cast_weights(module, procs):
     """A copy with weights in bf16 where autocast would cast them anew in every evaluation: in bf16,
-    uncompiled. The results are the same. Else the module itself."""
+    uncompiled. Else the module itself. On a CPU the results are the same bit for bit; elsewhere
+    model.Upsample sums up weights that are rounded already."""
     if procs.dtype != torch.bfloat16 or procs.compile:
         return module
     module = copy.deepcopy(module)
