@@ -188,7 +188,7 @@ def add_precision_arguments(parser):
     add("--dtype", choices=("auto", "bf16", "fp32"), default="auto",
         help="autocast type; auto: bf16 where the hardware multiplies it")
     add("--compile", choices=("auto", "on", "off"), default="auto",
-        help="torch.compile; auto: on for CUDA")
+        help="torch.compile of whole networks; auto: on for CUDA")
 
 
 def add_check_argument(parser):
