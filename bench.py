@@ -169,6 +169,7 @@ def own_sampling(args, procs):
     settings, shape = ldm_settings(args)
     denoiser, _, _ = train_ldm.build_models(settings, procs, shape, len(CLASSES))
     experiment.compile_for_sampling(denoiser, procs)
+    denoiser = experiment.cast_weights(denoiser, procs)
     wanted = [(i % len(CLASSES), i) for i in range(args.batch)]
     return lambda: experiment.sample_latents(denoiser, shape, wanted, CLASSES, settings, procs)
 

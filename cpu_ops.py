@@ -139,16 +139,12 @@ def grad_affine(grad, derivative, rows, factors):
 class GroupNorm(torch.autograd.Function):
     """scale * x_hat + shift, and SiLU behind it where told: x [B, C, H, W] to [B, C, H, W].
 
-    x_hat is x normalised by group (Wu & He 2018, equation 1); scale and shift are float32 and
-    [B, C], or [1, C] where all images share them.
+    x_hat is x normalised by group (Wu & He 2018, equation 1); scale and shift are float32, [B, C].
     """
 
     @staticmethod
     def forward(ctx, x, scale, shift, groups, eps, silu):
-        ctx.shared = len(scale) == 1
-        scale = scale.expand(len(x), -1).contiguous()
-        shift = shift.expand(len(x), -1).contiguous()
-        rows = as_rows(x)
+        rows, scale, shift = as_rows(x), scale.contiguous(), shift.contiguous()
         gain, offset, mean, inv_std = normalisation(rows, scale, shift, groups, eps)
         derivative = None
         if silu:
@@ -166,8 +162,6 @@ class GroupNorm(torch.autograd.Function):
         grad_scale, grad_shift, factors = grad_normalisation(
             grad_rows, derivative, rows, scale, mean, inv_std)
         grad_x = grad_affine(grad_rows, derivative, rows, factors)
-        if ctx.shared:
-            grad_scale, grad_shift = grad_scale.sum(0, True), grad_shift.sum(0, True)
         return as_images(grad_x, *grad.shape[2:]), grad_scale, grad_shift, None, None, None
 
 

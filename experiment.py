@@ -919,7 +919,6 @@ def sample_latents(denoiser, latent_shape, wanted, class_names, args, procs, tic
     """
     rngs = [generator("cpu", args.seed, "sample", class_names[c], number) for c, number in wanted]
     y = torch.tensor([c for c, _ in wanted], device=procs.device)
-    denoiser = cast_weights(denoiser, procs)
 
     def noise():
         parts = torch.stack([torch.randn(latent_shape, generator=rng) for rng in rngs])
@@ -948,6 +947,7 @@ def sample_batches(denoiser, vae, latent_scale_factor, wanted, class_names, args
     args as in sample_latents; tick(done) is called before each network evaluation, with the number
     of single-image evaluations that will then be done of len(wanted) * num_sampling_steps.
     """
+    denoiser = cast_weights(denoiser, procs)
     done = 0
     for start in range(0, len(wanted), batch_size):
         batch = wanted[start:start + batch_size]

@@ -32,7 +32,7 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x, scale_shift=None, silu=False):
         """x [B, C, H, W]; scale_shift [B, 2 C]: first what is added to a scale of 1."""
         if cpu_ops.group_norm_usable(x):
-            scale, shift = self.weight[None], self.bias[None]
+            scale, shift = self.weight.expand(len(x), -1), self.bias.expand(len(x), -1)
             if scale_shift is not None:
                 s, t = scale_shift.float().chunk(2, dim=1)
                 scale, shift = scale * (1 + s), shift * (1 + s) + t

@@ -52,6 +52,7 @@ def test_group_norm_is_the_one_of_pytorch(shared, silu, batch, groups, each_way)
         return F.silu(h) if silu else h
 
     def own(x, scale, shift):
+        scale, shift = scale.expand(batch, -1), shift.expand(batch, -1)
         return cpu_ops.GroupNorm.apply(x, scale, shift, groups, 1e-3, silu)
     upstream = torch.randn(batch, 12, 6, 5)
     wide = [tensor.detach().double().requires_grad_() for tensor in (x, scale, shift)]

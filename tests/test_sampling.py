@@ -52,16 +52,32 @@ def test_guidance_is_on_inside_its_interval_only(denoiser, monkeypatch):
     assert torch.equal(latents(denoiser, [(0, 0)], "ddim", interval=(0.3, 0.4)), plain)
 
 
-def test_in_bf16_weights_are_cast_once_for_the_same_samples(denoiser, monkeypatch):
+def test_in_bf16_weights_are_cast_once_for_the_same_samples(denoiser):
     procs = PROCS._replace(dtype=torch.bfloat16)
-    dtypes = {p.dtype for p in experiment.cast_weights(denoiser, procs).parameters()}
+    cast = experiment.cast_weights(denoiser, procs)
+    dtypes = {p.dtype for p in cast.parameters()}
     assert dtypes == {torch.bfloat16, torch.float32}  # those of norms and embeddings stay
     for other in (PROCS, procs._replace(compile=True)):
         assert experiment.cast_weights(denoiser, other) is denoiser
-    once = latents(denoiser, [(0, 0), (1, 1)], procs=procs)
+    once = latents(cast, [(0, 0), (1, 1)], procs=procs)
     assert {p.dtype for p in denoiser.parameters()} == {torch.float32}
-    monkeypatch.setattr(experiment, "cast_weights", lambda module, procs: module)
     assert torch.equal(once, latents(denoiser, [(0, 0), (1, 1)], procs=procs))
+
+
+def test_all_batches_share_the_cast_weights(denoiser, monkeypatch):
+    seen = []
+
+    def spy(net, shape, wanted, *rest):
+        seen.append(net)
+        return torch.zeros(len(wanted), *LATENT)
+    monkeypatch.setattr(experiment, "sample_latents", spy)
+    monkeypatch.setattr(experiment, "decode_latents", lambda vae, z, *rest: z)
+    procs = PROCS._replace(dtype=torch.bfloat16)
+    vae = SimpleNamespace(latent_shape=LATENT)
+    list(experiment.sample_batches(denoiser, vae, 1.0, [(0, 0), (0, 1)], CLASSES, None, procs, 1,
+                                   None))
+    assert seen[0] is seen[1]
+    assert {p.dtype for p in seen[0].parameters()} == {torch.bfloat16, torch.float32}
 
 
 @pytest.mark.parametrize("text", ["0.2", "0.8,0.2", "-1,1", "0,2", "a,b", "0,0.5,1"])
