@@ -232,7 +232,7 @@ def second_order(x0, x0_before, h, h_before, dt, dt_before):
     return x0 + h / (2 * h_before) * (x0 - x0_before)
 
 
-def dpmpp(denoise, schedule, x, steps, noise):
+def dpmpp_2m(denoise, schedule, x, steps, noise):
     """DPM-Solver++ 2M (Lu et al. 2022, alg. 2): deterministic."""
     grid = lambda_grid(schedule, steps)
     x0_before = h_before = dt_before = None
@@ -245,7 +245,7 @@ def dpmpp(denoise, schedule, x, steps, noise):
     return x
 
 
-def dpmpp_sde(denoise, schedule, x, steps, noise):
+def dpmpp_2m_sde(denoise, schedule, x, steps, noise):
     """SDE-DPM-Solver++ 2M (Lu et al. 2022): `ancestral`, of second order."""
     grid = lambda_grid(schedule, steps)
     x0_before = h_before = dt_before = None
@@ -260,7 +260,8 @@ def dpmpp_sde(denoise, schedule, x, steps, noise):
     return x
 
 
-SAMPLERS = {"ancestral": ancestral, "ddim": ddim, "dpmpp": dpmpp, "dpmpp_sde": dpmpp_sde}
+SAMPLERS = {"ancestral": ancestral, "ddim": ddim, "dpmpp_2m": dpmpp_2m,
+            "dpmpp_2m_sde": dpmpp_2m_sde}
 
 
 @torch.no_grad()

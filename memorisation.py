@@ -1,6 +1,6 @@
 """How much of its training images does a diffusion model know by heart, while it trains?
 
-Two answers, at every evaluation of train_ldm.py: the loss on validation images beside that on
+Two answers at every evaluation of train_ldm.py: the loss on validation images beside that on
 training images, and copies of training images among the samples.
 """
 import math
@@ -10,13 +10,12 @@ import numpy as np
 import torch
 
 import data
-import experiment
-import metrics
 import model
+from lib import metrics
 
-PAIRS = 512  # of an image and a time, which val/loss is the mean of
+PAIRS = 512  # of an image and a time, whose mean loss val/loss is
 WINDOW = 8  # evaluations whose samples are searched for copies together
-MOST_SEARCHED = 1000  # training images among which they are looked for
+MOST_SEARCHED = 1000  # training images that samples are compared with
 
 
 class FixedInputs(NamedTuple):
@@ -30,33 +29,33 @@ class FixedInputs(NamedTuple):
 
 
 @torch.no_grad()
-def fixed_inputs(latents, index, scale, args, procs):
-    """FixedInputs of the images `index` of a data.LatentSet: about PAIRS, their times evenly spread
-    from 0 to 1, all from args.seed alone."""
+def fixed_inputs(latents, index, scale, args, ctx):
+    """FixedInputs of the images `index` of a data.LatentSet: about PAIRS of them, with times spread
+    evenly over 0 to 1, all from args.seed alone."""
     parts = [latents.posterior(index[i:i + 64]) for i in range(0, len(index), 64)]
     posterior = [torch.cat(part) for part in zip(*parts, strict=True)]
     places = torch.arange(len(index)).repeat(max(1, PAIRS // len(index)))
-    rng = experiment.generator("cpu", args.seed, "validation")
+    rng = ctx.generator(args.seed, "validation")
     t = (torch.randperm(len(places), generator=rng) + 0.5) / len(places)
-    noise = torch.randn(2, len(places), *posterior[0].shape[1:], generator=rng).to(procs.device)
-    places = places.to(procs.device)
+    noise = torch.randn(2, len(places), *posterior[0].shape[1:], generator=rng).to(ctx.device)
+    places = places.to(ctx.device)
     x0 = model.Posterior(*(part[places] for part in posterior)).sample(noise[0]) * scale
-    y = torch.from_numpy(latents.images.labels[index]).to(procs.device)
-    return FixedInputs(x0, t.to(procs.device), noise[1], y[places])
+    y = torch.from_numpy(latents.images.labels[index]).to(ctx.device)
+    return FixedInputs(x0, t.to(ctx.device), noise[1], y[places])
 
 
 @torch.no_grad()
-def mean_loss(denoiser, inputs, procs):
+def mean_loss(denoiser, inputs, ctx):
     """Loss of FixedInputs, the same on all ranks."""
     sums = torch.zeros(2, dtype=torch.float64)
-    for part in torch.arange(procs.rank, len(inputs.t), procs.world_size).split(64):
-        part = part.to(procs.device)
-        # What is compiled for sampling would be compiled again for each of these sizes.
-        stance = "force_eager" if procs.compile else "default"
-        with procs.autocast(), torch.compiler.set_stance(stance):
+    for part in torch.arange(ctx.rank, len(inputs.t), ctx.world_size).split(64):
+        part = part.to(ctx.device)
+        # A network compiled for sampling would be compiled again for each of these sizes.
+        stance = "force_eager" if ctx.compile else "default"
+        with ctx.autocast(), torch.compiler.set_stance(stance):
             loss = denoiser(*(values[part] for values in inputs))
         sums += torch.tensor([loss.double().sum().item(), len(part)])
-    experiment.average(procs, sums)
+    ctx.average(sums)
     return (sums[0] / sums[1]).item()
 
 
@@ -75,80 +74,70 @@ class Best(NamedTuple):
         return self._replace(since=self.since + 1)
 
 
-class Watch:
-    """What a model knows of its training images alone: their loss beside that of validation images,
-    and copies of them among the samples of the last evaluations. In overfit modes, where that is
-    the goal, nothing is measured.
+class MemorisationMonitor:
+    """Measures what a model knows of its training images only. In overfit modes, where memorising
+    is the goal, it measures nothing.
 
-    best: Best so far; recent: thumbnails [N, 1024] of those samples. Both are part of a checkpoint.
+    best: Best so far; recent: thumbnails [N, 1024] of the last evaluations' samples. Both are part
+    of a checkpoint.
     """
 
-    def __init__(self, latents, vae, vae_sha256, scale, folder, args, procs):
-        """latents: data.LatentSet of the training images; folder: of the caches."""
-        self.procs, self.num_val, self.val, self.train = procs, 0, None, None
+    def __init__(self, latents, vae, vae_sha256, scale, cache, args, ctx):
+        """latents: data.LatentSet of the training images; cache: folder of the caches."""
+        self.ctx, self.images, self.num_val = ctx, latents.images, 0
+        self.val = self.train = self.copy_test = None
         self.best, self.recent = Best(), torch.zeros(0, data.THUMBNAIL_SIZE**2)
-        self.images, self.copy_test, self.off = latents.images, None, args.overfit_k > 0
+        self.off = args.overfit_k > 0
         if self.off:
             return
-        self.thumbnails = data.cached_thumbnails(self.images, folder, procs)
+        self.thumbnails = data.cached_thumbnails(self.images, cache, ctx)
         if args.split == "val":
             return  # it was trained on
-        val = data.open_images(args, procs, "val", optional=True, train=self.images,
-                               pixels=not args.cache_latents)
+        val = data.open_images(args, ctx, "val", optional=True, train=self.images)
         if val is None:
             return
         self.num_val = len(val)
-        of_val = data.LatentSet(val, vae, vae_sha256, folder, procs, args.cache_latents)
+        val_latents = data.LatentSet(val, vae, vae_sha256, cache, ctx, args.cache_latents)
         index = np.linspace(0, len(val) - 1, min(len(val), PAIRS)).astype(int)
-        likewise = []  # as many training images, with the same classes
+        matched = []  # as many training images, with the same classes
         for c, count in zip(*np.unique(val.labels[index], return_counts=True), strict=True):
             members = np.flatnonzero(self.images.labels == c)
-            spread = np.linspace(0, len(members) - 1, min(count, len(members)))
-            likewise.append(members[spread.astype(int)])
-        self.val = fixed_inputs(of_val, index, scale, args, procs)
-        self.train = fixed_inputs(latents, np.concatenate(likewise), scale, args, procs)
+            chosen = np.linspace(0, len(members) - 1, min(count, len(members)))
+            matched.append(members[chosen.astype(int)])
+        self.val = fixed_inputs(val_latents, index, scale, args, ctx)
+        self.train = fixed_inputs(latents, np.concatenate(matched), scale, args, ctx)
 
     def state(self):
-        """What belongs into a checkpoint."""
+        """What belongs in a checkpoint."""
         return {"best": self.best._asdict(), "recent": self.recent}
 
     def load(self, checkpoint):
-        """Go on from where a checkpoint was."""
+        """Go on from a checkpoint."""
         self.best, self.recent = Best(**checkpoint["best"]), checkpoint["recent"]
 
     def measure(self, denoiser, x, step, epoch):
-        """Metrics of an evaluation with samples x [N, 1, S, S], which `best` takes part in. All
-        ranks must call it."""
+        """Metrics val/* and copies/* of an evaluation with samples x [N, 1, S, S]; updates `best`.
+        All ranks must call it."""
         if self.off:
             return {}
-        found = self.losses(denoiser) | self.copies(x)
-        if metrics.VAL in found:
-            self.best = self.best.after(found[metrics.VAL], step, epoch)
-        return found
-
-    def losses(self, denoiser):
-        """{val/loss, val/train_loss}, nothing without validation images. All ranks must call it."""
-        if self.val is None:
-            return {}
-        return {metrics.VAL: mean_loss(denoiser, self.val, self.procs),
-                metrics.VAL_TRAIN: mean_loss(denoiser, self.train, self.procs)}
+        values = self.copies(x)
+        if self.val is not None:
+            values |= {"val/loss": mean_loss(denoiser, self.val, self.ctx),
+                       "val/train_loss": mean_loss(denoiser, self.train, self.ctx)}
+            self.best = self.best.after(values["val/loss"], step, epoch)
+        return values
 
     def copies(self, x):
-        """{copies/...} once the samples x [N, 1, S, S] of an evaluation have joined the recent
-        ones; nothing for a handful of training images, or none at all."""
+        """Metrics copies/* once the samples x [N, 1, S, S] have joined the recent ones; nothing if
+        there are too few training images."""
         rows = data.thumbnails(x)
         self.recent = torch.cat([self.recent, rows])[-WINDOW * len(rows):]
         if self.copy_test is None:
             some = np.linspace(0, len(self.images) - 1, min(len(self.images), MOST_SEARCHED))
-            rows = self.images.rows[some.astype(int)]
-            train = torch.zeros(len(rows), data.THUMBNAIL_SIZE**2)
-            # In small parts: what a map of a file has touched counts as memory while it lives.
-            for i in range(0, len(rows), 64):
-                train[i:i + 64] = torch.from_numpy(self.thumbnails.rows(rows[i:i + 64]))
+            train = torch.from_numpy(self.thumbnails.rows(self.images.rows[some.astype(int)]))
             try:
                 self.copy_test = metrics.CopyTest(train)
             except ValueError:  # too few images
                 return {}
-        found = self.copy_test.search(self.recent)
-        return {metrics.COPIES: found["share"], metrics.COPIES_EXPECTED: found["expected"],
-                metrics.COPIES_PROBABILITY: found["probability"]}
+        result = self.copy_test.search(self.recent)
+        return {f"copies/{name}": result[name] for name in ("share", "expected", "probability")}

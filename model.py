@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import cpu_ops
+import diffusion
 
 # --- shared blocks ------------------------------------------------------------------------------
 
@@ -27,44 +27,29 @@ def head_dim(base_ch):
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm, whose result an embedding may scale and shift, and SiLU may follow."""
+    """GroupNorm that an embedding may scale and shift, and that SiLU may follow."""
 
     def forward(self, x, scale_shift=None, silu=False):
         """x [B, C, H, W]; scale_shift [B, 2 C]: first what is added to a scale of 1."""
-        if cpu_ops.group_norm_usable(x):
-            scale, shift = self.weight.expand(len(x), -1), self.bias.expand(len(x), -1)
-            if scale_shift is not None:
-                s, t = scale_shift.float().chunk(2, dim=1)
-                scale, shift = scale * (1 + s), shift * (1 + s) + t
-            return cpu_ops.GroupNorm.apply(x, scale, shift, self.num_groups, self.eps, silu)
-        usable = cpu_ops.usable(x)
-        h = super().forward(x.contiguous() if usable else x)
+        h = super().forward(x)
         if scale_shift is not None:
             scale, shift = scale_shift[:, :, None, None].chunk(2, dim=1)  # each [B, C, 1, 1]
             h = h * (1 + scale) + shift
-        h = F.silu(h) if silu else h
-        return h.contiguous(memory_format=torch.channels_last) if usable else h
+        return F.silu(h) if silu else h
 
 
 def norm(channels, groups):
-    """GroupNorm of so many groups."""
+    """GroupNorm with this many groups."""
     return GroupNorm(groups, channels, eps=1e-6)
 
 
-class Conv3x3(nn.Conv2d):
+def conv3x3(in_ch, out_ch):
     """3x3 convolution that keeps the size."""
-
-    def __init__(self, in_ch, out_ch):
-        super().__init__(in_ch, out_ch, 3, padding=1)
-
-    def forward(self, x):
-        if cpu_ops.conv3x3_usable(x, self.weight):
-            return cpu_ops.Conv3x3.apply(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
-        return super().forward(x)
+    return nn.Conv2d(in_ch, out_ch, 3, padding=1)
 
 
 def zero_init(layer):
-    """Zero a layer's weights, so that the residual branch which it ends starts as nothing."""
+    """Zero a layer's weights, so that the residual branch that it ends starts as zero."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -79,9 +64,9 @@ class ResBlock(nn.Module):
     def __init__(self, in_ch, out_ch, groups, emb_dim=None):
         super().__init__()
         self.norm1 = norm(in_ch, groups)
-        self.conv1 = Conv3x3(in_ch, out_ch)
+        self.conv1 = conv3x3(in_ch, out_ch)
         self.norm2 = norm(out_ch, groups)
-        self.conv2 = zero_init(Conv3x3(out_ch, out_ch))
+        self.conv2 = zero_init(conv3x3(out_ch, out_ch))
         self.skip = nn.Conv2d(in_ch, out_ch, 1) if in_ch != out_ch else nn.Identity()
         self.emb = nn.Linear(emb_dim, 2 * out_ch) if emb_dim else None
 
@@ -93,7 +78,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all pixels, in so many heads."""
+    """Self-attention over all pixels."""
 
     def __init__(self, channels, groups, heads):
         super().__init__()
@@ -107,20 +92,19 @@ class Attention(nn.Module):
         h = self.norm(x).permute(0, 2, 3, 1).reshape(B, H * W, C)  # a view in channels_last
         qkv = self.qkv(h).view(B, H * W, 3, self.heads, C // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        if q.requires_grad and cpu_ops.usable(x) and H * W <= 256:
-            # PyTorch's backward pass is slow here: both passes together take twice as long.
-            scores = (q / math.sqrt(C // self.heads)) @ k.transpose(2, 3)
-            h = scores.softmax(3) @ v
-        else:
-            h = F.scaled_dot_product_attention(q, k, v)  # [B, heads, HW, C / heads]
+        h = self.attend(q, k, v)  # [B, heads, HW, C / heads]
         h = self.proj(h.transpose(1, 2).reshape(B, H * W, C))
         return x + h.view(B, H, W, C).permute(0, 3, 1, 2)
+
+    def attend(self, q, k, v):
+        """softmax(q k^T / sqrt(d)) v of q, k, v [B, heads, HW, d]."""
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 class Downsample(nn.Module):
     """3x3 convolution of stride 2: [B, C, H, W] to [B, C, H/2, W/2].
 
-    padding 1: zeros all round, as UNets have it; 0: right and below only, as in the autoencoders of
+    padding 1: zeros on all sides, as in UNets; 0: right and below only, as in the autoencoders of
     LDM and diffusers.
     """
 
@@ -136,19 +120,17 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour to twice the size and a 3x3 convolution, in one transposed convolution.
+    """Nearest neighbour to twice the size and a 3x3 convolution, as one transposed convolution.
 
-    Two neighbouring taps often see the same pixel: with their weights added up, 4/9 of the products
-    are left.
+    Neighbouring taps often see the same pixel: with their weights summed, 4/9 of the products are
+    left.
     """
 
     def __init__(self, channels):
         super().__init__()
-        self.conv = Conv3x3(channels, channels)
+        self.conv = conv3x3(channels, channels)
 
     def forward(self, x):
-        if cpu_ops.usable(x):  # where a transposed convolution is slow, the two apart are not
-            return self.conv(F.interpolate(x, scale_factor=2.0))
         w = self.conv.weight.flip(2, 3)
         w = F.avg_pool2d(w, 2, stride=1, padding=1, divisor_override=1)  # sums: [out, in, 4, 4]
         return F.conv_transpose2d(x, w.transpose(0, 1), self.conv.bias, stride=2, padding=1)
@@ -179,14 +161,14 @@ class AutoencoderKL(nn.Module):
     """Convolutional KL autoencoder (Rombach et al. 2022, first stage).
 
     Down-samples by patch_size * 2 ** (len(ch_mults) - 1); `latent_shape` is (z_channels, h, w).
-    attn_res lists the feature-map sizes that get attention beside the middle block, which always
-    has it. patch_size: the networks see squares of so many pixels a side as channels, which saves
-    the work at full resolution. linear_path: in parallel to either network runs a linear map
-    between a latent and the square of pixels that it stands for, and the networks start as nothing.
-    Principal components of such squares are a good autoencoder already (8 of 8 x 8 pixels: 33.5 dB
-    on chest films of 128 px), which deep layers with norms take thousands of steps to find.
-    quant_conv: 1x1 convolutions around the latent, which published autoencoders have. ValueError
-    where img_size cannot be halved that often.
+    attn_res: feature-map sizes that get attention besides the middle block, which always has it.
+    patch_size: the networks see squares of this many pixels a side as channels, which saves the
+    work at full resolution. linear_path: a linear map between a latent and the square of pixels
+    that it stands for runs parallel to each network, and the networks start as zero. Principal
+    components of such squares are a good autoencoder already (8 of 8 x 8 pixels: 33.5 dB on chest
+    films of 128 px), which deep layers with norms take thousands of steps to find. quant_conv: 1x1
+    convolutions around the latent, as in published autoencoders. ValueError if img_size cannot be
+    halved that often.
     """
 
     def __init__(self, img_size, z_channels, base_ch, ch_mults, num_res_blocks, attn_res=(),
@@ -204,7 +186,7 @@ class AutoencoderKL(nn.Module):
         widths = [base_ch * m for m in ch_mults]
 
         ch, res = base_ch, img_size // patch_size
-        encoder = [Conv3x3(patch_size**2, ch)]
+        encoder = [conv3x3(patch_size**2, ch)]
         for level, width in enumerate(widths):
             for _ in range(num_res_blocks):
                 encoder.append(ResBlock(ch, width, groups))
@@ -216,10 +198,10 @@ class AutoencoderKL(nn.Module):
                 res //= 2
         encoder += [ResBlock(ch, ch, groups), Attention(ch, groups, heads=1)]
         encoder += [ResBlock(ch, ch, groups)]
-        encoder += [norm(ch, groups), nn.SiLU(), Conv3x3(ch, 2 * z_channels)]
+        encoder += [norm(ch, groups), nn.SiLU(), conv3x3(ch, 2 * z_channels)]
         self.encoder = nn.Sequential(*encoder)
 
-        decoder = [Conv3x3(z_channels, ch)]
+        decoder = [conv3x3(z_channels, ch)]
         decoder += [ResBlock(ch, ch, groups), Attention(ch, groups, heads=1)]
         decoder += [ResBlock(ch, ch, groups)]
         for level, width in reversed(list(enumerate(widths))):
@@ -231,7 +213,7 @@ class AutoencoderKL(nn.Module):
             if level > 0:
                 decoder.append(Upsample(ch))
                 res *= 2
-        decoder += [norm(ch, groups), nn.SiLU(), Conv3x3(ch, patch_size**2)]
+        decoder += [norm(ch, groups), nn.SiLU(), conv3x3(ch, patch_size**2)]
         self.decoder = nn.Sequential(*decoder)
 
         self.quant_conv = self.post_quant_conv = nn.Identity()
@@ -315,11 +297,11 @@ class UNet(nn.Module):
     """Class-conditional UNet on latents (Ho et al. 2020; conditioned by scale and shift as in
     Dhariwal & Nichol 2021).
 
-    Class `num_classes` is the null class of classifier-free guidance. attn_res lists the latent
-    sizes that get attention, in heads of up to 64 channels; the middle block always has it.
-    aug_dim: how many numbers tell how an image was augmented, which the network is given so that it
-    does not draw what was augmented (Karras et al. 2022, appendix F.2). ValueError where the
-    latents cannot be halved len(ch_mults) - 1 times, or base_ch is odd.
+    Class `num_classes` is the null class of classifier-free guidance. attn_res: latent sizes that
+    get attention, in heads of up to 64 channels; the middle block always has it.
+    aug_dim: length of the augmentation labels that the network is conditioned on, so that samples
+    are not augmented (Karras et al. 2022, appendix F.2). ValueError if the latents cannot be halved
+    len(ch_mults) - 1 times, or base_ch is odd.
     """
 
     def __init__(self, latent_shape, num_classes, base_ch, ch_mults, num_res_blocks, attn_res,
@@ -347,7 +329,7 @@ class UNet(nn.Module):
             nn.init.zeros_(self.aug_emb.weight)
 
         ch = base_ch
-        self.conv_in = Conv3x3(in_ch, ch)
+        self.conv_in = conv3x3(in_ch, ch)
         self.down = nn.ModuleList()
         skips = [ch]
         for level, mult in enumerate(ch_mults):
@@ -378,12 +360,12 @@ class UNet(nn.Module):
                     res *= 2
                 self.up.append(block)
         self.norm_out = norm(ch, groups)
-        self.conv_out = zero_init(Conv3x3(ch, in_ch))  # first, it predicts zero
+        self.conv_out = zero_init(conv3x3(ch, in_ch))  # first, it predicts zero
 
     def forward(self, x, t, y, aug=None):
         """x [B, C, h, w], t [B] in [0, 1], y [B] class index or null_class: float32 like x.
 
-        aug [B, aug_dim]: how the image was augmented; None, as in sampling: not at all.
+        aug [B, aug_dim]: augmentation labels; None, as in sampling: not augmented.
         """
         emb = self.time_mlp(timestep_embedding(t, self.base_ch)) + self.class_emb(y)  # [B, emb_dim]
         if aug is not None:
@@ -415,10 +397,34 @@ class EMA:
 
     @torch.no_grad()
     def update(self, module, step):
-        """Average `module` in, after optimiser step number `step` (from 1).
+        """Average `module` in after optimiser step number `step` (from 1).
 
-        The decay warms up as (1 + step) / (10 + step), so that a short run does not keep its random
+        The decay warms up as (1 + step) / (10 + step), so that a short run forgets its random
         initial weights.
         """
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), 1 - decay)
+
+
+# --- from settings ------------------------------------------------------------------------------
+
+# Settings that AutoencoderKL takes, in its order.
+VAE_SHAPE = ("img_size", "z_channels", "base_ch", "ch_mults", "num_res_blocks", "attn_res",
+             "patch_size", "linear_path", "quant_conv")
+
+
+def build_vae(settings):
+    """AutoencoderKL from a dict of train_vae.py's settings; ValueError if they contradict each
+    other, KeyError if one is missing."""
+    return AutoencoderKL(*(settings[name] for name in VAE_SHAPE))
+
+
+def build_denoiser(settings, latent_shape, num_classes, aug_dim):
+    """diffusion.Denoiser with its UNet from a dict of train_ldm.py's settings; aug_dim: length of
+    the augmentation labels, if --augment is on. ValueError if settings contradict each other,
+    KeyError if one is missing."""
+    unet = UNet(latent_shape, num_classes, settings["ldm_base_ch"], settings["ldm_ch_mults"],
+                settings["ldm_num_res_blocks"], settings["ldm_attn_res"],
+                aug_dim if settings["augment"] else 0)
+    schedule = diffusion.NoiseSchedule(settings["noise_schedule"], settings["zero_terminal_snr"])
+    return diffusion.Denoiser(unet, schedule, settings["prediction"], settings["loss_weighting"])

@@ -3,24 +3,233 @@
     python sample.py --ckpt=runs/ldm_.../ckpts/best.pt --num_samples=8
     torchrun --nproc_per_node=4 sample.py --ckpt=runs/ldm_.../ckpts/best.pt --num_samples=1000
 
-Every sample has a seed of its own, made of (seed, class, number), so neither batch size nor the
-number of processes changes it. The checkpoint names its autoencoder and holds the latent scale
-factor.
+Every sample has a seed of its own, (seed, class, number), so neither the batch size nor the number
+of processes changes it. The checkpoint names its autoencoder and holds the latent scale factor.
 """
+import copy
+import os
 import pathlib
+import re
 import shutil
+from typing import NamedTuple
 
 import torch
 
 import data
 import diffusion
-import experiment
-import metrics
-from args import (add_precision_arguments, add_sampling_arguments, file_path, make_parser,
-                  parse_settings)
-from experiment import fail
+import model
+from lib import dist, metrics, run, verdicts
+from lib.args import (add_precision_arguments, add_sampling_arguments, file_path, make_parser,
+                      parse_settings)
+from lib.files import fail, finite, make_folder, read_json, write_json
 
 ROW = 8  # images of a class in the sample grid
+# What a set of samples depends on besides the checkpoint, in manifests and reports.
+SAMPLING_SETTINGS = ("seed", "sampler", "num_sampling_steps", "guidance_scale",
+                     "guidance_interval", "use_ema")
+
+# --- loading a model ----------------------------------------------------------------------------
+
+
+def load_autoencoder(ckpt_path, ctx, config_path=None):
+    """(AutoencoderKL with averaged weights on the device, its settings, sha256 of the file).
+
+    config_path: a run_meta.json that must describe the same architecture.
+    """
+    checkpoint = run.load_checkpoint(ckpt_path, "vae")
+    settings = checkpoint["args"]
+    try:
+        vae = model.build_vae(settings)
+    except KeyError as e:
+        fail(f"{ckpt_path} is of another version of this program: it lacks {e}")
+    if config_path:
+        described = run.read_meta(pathlib.Path(config_path).parent)["args"]
+        for name in model.VAE_SHAPE:
+            if finite(settings[name]) != described.get(name):
+                fail(f"{config_path} says {name}={described.get(name)}, but {ckpt_path} has "
+                     f"{settings[name]}: they are not of the same run")
+    run.load_weights(vae, checkpoint["ema"], ckpt_path)
+    return ctx.place(vae).eval().requires_grad_(False), settings, checkpoint["sha256"]
+
+
+def autoencoder_of(checkpoint, ckpt_path):
+    """Path of the autoencoder that the LDM checkpoint at ckpt_path was trained with."""
+    path = run.find_moved(checkpoint["ae_ckpt_path"], run.run_folder(ckpt_path))
+    if not os.path.exists(path):
+        fail(f"the autoencoder is no longer at {path}: give its checkpoint with --ae_ckpt_path")
+    return path
+
+
+def load_ldm(ckpt_path, ctx, ae_ckpt_path=None, use_ema=None):
+    """(Denoiser, AutoencoderKL, checkpoint dict) of an LDM checkpoint, networks on the device.
+
+    ae_ckpt_path: where the autoencoder is now, if it was moved. use_ema None: averaged weights if
+    there are any. Ends the program if the model was trained with another autoencoder.
+    """
+    checkpoint = run.load_checkpoint(ckpt_path, "ldm")
+    names = checkpoint["class_names"]
+    for name in names:  # it becomes a file name: a stranger's `../x` must not leave the folder
+        if not isinstance(name, str) or not name or name[0] == "." or "/" in name or "\0" in name:
+            fail(f"{ckpt_path} has a class {name!r}, which is no file name: it is not loaded")
+    try:
+        denoiser = model.build_denoiser(checkpoint["args"], checkpoint["latent_shape"], len(names),
+                                        data.AUG_DIM)
+    except KeyError as e:
+        fail(f"{ckpt_path} is of another version of this program: it lacks {e}")
+    if use_ema is None:
+        use_ema = checkpoint["ema"] is not None
+    weights = checkpoint["ema" if use_ema else "model"]
+    if weights is None:
+        fail(f"{ckpt_path} was trained without averaged weights: give --no-use_ema" if use_ema else
+             f"{ckpt_path} holds averaged weights only: take last.pt for --no-use_ema")
+    run.load_weights(denoiser, weights, ckpt_path)
+    denoiser = ctx.place(denoiser).eval().requires_grad_(False)
+    path = ae_ckpt_path or autoencoder_of(checkpoint, ckpt_path)
+    vae, _, vae_sha256 = load_autoencoder(path, ctx)
+    if vae_sha256 != checkpoint["vae_sha256"]:
+        fail(f"{path} is not the autoencoder that {ckpt_path} was trained with (its hash differs); "
+             "give that one with --ae_ckpt_path, or train the LDM again")
+    return denoiser, vae, checkpoint
+
+
+class TrainedModel(NamedTuple):
+    """A loaded LDM, and the classes to draw."""
+
+    denoiser: diffusion.Denoiser
+    vae: model.AutoencoderKL
+    checkpoint: dict
+    classes: list  # indices
+
+
+def prepare_sampling(args, ctx):
+    """TrainedModel from the flags of add_sampling_arguments; what is None there is set as in
+    training. Ends the program if they ask for what the model cannot do."""
+    if not args.ckpt:
+        fail("which model? Give --ckpt=runs/ldm_.../ckpts/best.pt")
+    denoiser, vae, checkpoint = load_ldm(args.ckpt, ctx, args.ae_ckpt_path, args.use_ema)
+    class_names, trained = checkpoint["class_names"], checkpoint["trained_classes"]
+    names = [class_names[c] for c in trained]
+    if args.classes:
+        names = split_names(args.classes, class_names)
+    for name in names:
+        if name not in class_names:
+            fail(f"no class {name!r} in {args.ckpt}; it knows {', '.join(class_names)}")
+        if class_names.index(name) not in trained:
+            fail(f"{args.ckpt} saw no image of class {name!r} in training")
+    settings = checkpoint["args"]
+    if args.use_ema is None:
+        args.use_ema = checkpoint["ema"] is not None
+    for name in ("guidance_scale", "guidance_interval"):
+        if getattr(args, name) is None:
+            setattr(args, name, settings[name])
+    if args.guidance_scale != 1 and settings["prob_uncond"] == 0:
+        fail("this model never trained its null class (prob_uncond was 0), so guidance has nothing "
+             "to guide from: give --guidance_scale=1")
+    if ctx.compile:
+        denoiser.unet.compile()
+    classes = [class_names.index(name) for name in dict.fromkeys(names)]
+    return TrainedModel(denoiser, vae, checkpoint, classes)
+
+
+def split_names(text, known):
+    """Names in a list separated by commas or colons. A known name may itself contain these: the
+    longest that fits counts."""
+    longest_first = "|".join(re.escape(name) for name in sorted(known, key=len, reverse=True))
+    return re.findall(rf"\s*({longest_first}|[^,:]*?)\s*[,:]", f"{text},")
+
+
+# --- sampling -----------------------------------------------------------------------------------
+
+
+def cast_weights(module, ctx):
+    """A copy with bf16 weights, if autocast would cast them in every evaluation: in bf16,
+    uncompiled. Otherwise the module itself. On a CPU the results are the same bit for bit;
+    elsewhere model.Upsample sums weights that are rounded already."""
+    if ctx.dtype != torch.bfloat16 or ctx.compile:
+        return module
+    module = copy.deepcopy(module)
+    for layer in module.modules():
+        if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
+            layer.bfloat16()
+    return module
+
+
+def sample_latents(denoiser, latent_shape, requests, class_names, args, ctx, tick=None):
+    """Normalised latents [B, C, h, w] on the device for requests, [(class index, number)].
+
+    args: seed, sampler, num_sampling_steps, guidance_scale, guidance_interval. A sample's noise
+    comes from (seed, class name, number) on the CPU: the same on every device and in every batch.
+    tick() is called before each network evaluation.
+    """
+    rngs = [dist.generator("cpu", args.seed, "sample", class_names[c], number)
+            for c, number in requests]
+    y = torch.tensor([c for c, _ in requests], device=ctx.device)
+
+    def noise():
+        parts = torch.stack([torch.randn(latent_shape, generator=rng) for rng in rngs])
+        return ctx.to_device(parts).contiguous(memory_format=ctx.memory_format)
+
+    return diffusion.sample(denoiser, y, noise, args.sampler, args.num_sampling_steps,
+                            args.guidance_scale, args.guidance_interval, ctx.autocast, tick)
+
+
+@torch.no_grad()
+def decode_latents(vae, z, latent_scale_factor, ctx, batch_size=16):
+    """Images [N, 1, H, W] in [-1, 1] on the CPU from normalised latents [N, C, h, w]."""
+    images = []
+    for part in z.split(batch_size):
+        with ctx.autocast():
+            x = vae.decode(part.to(ctx.device) / latent_scale_factor)
+        images.append(x.clamp(-1, 1).cpu())
+    return torch.cat(images)
+
+
+def sample_batches(denoiser, vae, latent_scale_factor, requests, class_names, args, ctx, batch_size,
+                   label, tick=None):
+    """Yield ([(class index, number)], normalised latents, images in [-1, 1]), on the CPU, for
+    batches of `requests`.
+
+    args as in sample_latents. label: of the progress line; tick() is called before each network
+    evaluation. Ends the program if a batch does not fit into memory.
+    """
+    denoiser = cast_weights(denoiser, ctx)
+    # In evaluations of one image: batches differ in size.
+    progress = run.Progress(ctx, label, len(requests) * args.num_sampling_steps)
+    done = 0
+    for start in range(0, len(requests), batch_size):
+        batch = requests[start:start + batch_size]
+        full = batch
+        if ctx.compile and start > 0:  # another size would be compiled once more
+            full = batch + batch[-1:] * (batch_size - len(batch))
+
+        def count(batch=batch):
+            nonlocal done
+            done += len(batch)
+            if tick:
+                tick()
+            progress.update(done)
+
+        try:
+            z = sample_latents(denoiser, vae.latent_shape, full, class_names, args, ctx, count)
+            z = z[:len(batch)]
+            x = decode_latents(vae, z, latent_scale_factor, ctx)
+        except RuntimeError as e:  # torch.OutOfMemoryError is one; a CPU "can't allocate memory"
+            if "memory" not in str(e):
+                raise
+            fail(f"{len(batch)} images at once do not fit into memory: lower the batch size "
+                 f"({batch_size})")
+        yield batch, z.cpu(), x
+    progress.clear()
+
+
+def latent_metrics(z, labels, class_names, latent_scale_factor, real_pairwise_mse):
+    """Metrics of normalised latents z [N, C, h, w] with class indices [N]: final_latent_stats/* and
+    sample_diversity/*. real_pairwise_mse: that of the training latents, or None."""
+    values = metrics.latent_stats(z / latent_scale_factor, latent_scale_factor)
+    return values | metrics.sample_diversity(z, labels, class_names, real_pairwise_mse)
+
+
+# --- the stage ----------------------------------------------------------------------------------
 
 
 def build_parser():
@@ -36,7 +245,7 @@ def build_parser():
 
 def real_rows(folder, class_names, img_size):
     """{class name: up to eight of its images, float32 [N, 1, S, S] in [-1, 1]} of a split's folder;
-    ends the program where there are none, or where one cannot be decoded."""
+    ends the program if there are none, or if one cannot be decoded."""
     folder = pathlib.Path(folder).absolute()
     listing = data.scan(folder.parent.parent, folder.parent.name, folder.name, class_names)
     if listing is None:
@@ -54,7 +263,7 @@ def real_rows(folder, class_names, img_size):
 
 
 def check_space(folder, count, img_size, num_samples):
-    """End the program where `count` images will not fit on the disk of `folder`."""
+    """End the program if `count` images will not fit on the disk of `folder`."""
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     needed, free = count * img_size**2, shutil.disk_usage(existing).free
     if needed > free:
@@ -62,26 +271,26 @@ def check_space(folder, count, img_size, num_samples):
              f"{free / 1e9:.1f} GB free: lower --num_samples={num_samples}")
 
 
-def prepare_folder(folder, checkpoint, wanted, args):
+def prepare_folder(folder, checkpoint, requests, args):
     """Make the folder and its manifest.json, which lists what is going to be drawn.
 
-    wanted: [(class index, number)]. Images of the same settings that are there already stay listed;
-    the program ends where there are images of others, so that no folder mixes two.
+    requests: [(class index, number)]. Images of the same settings that are there already stay
+    listed; the program ends if there are images of others, so that no folder mixes two.
     """
     class_names = checkpoint["class_names"]
-    settings = {name: getattr(args, name) for name in experiment.SAMPLING_SETTINGS}
+    settings = {name: getattr(args, name) for name in SAMPLING_SETTINGS}
     for name in ("step", "vae_sha256", "latent_scale_factor"):
         settings[name] = checkpoint[name]
-    settings["ckpt_sha256"] = experiment.sha256_file(args.ckpt)
-    settings = experiment.finite(settings)  # as they are read back
+    settings["ckpt_sha256"] = checkpoint["sha256"]
+    settings = finite(settings)  # as they are read back
     images = {}
-    for c, i in wanted:
+    for c, i in requests:
         file = file_name(class_names, c, i)
         images[file] = {"file": file, "class": class_names[c], "number": i}
     path = folder / "manifest.json"
     advice = "give another --out_dir, or remove the folder"
     if path.exists():
-        before = experiment.read_json(path, "manifest of samples")
+        before = read_json(path, "manifest of samples")
         for name, value in settings.items():
             if before.get(name) != value:
                 fail(f"{folder} holds samples of other settings ({name} {before.get(name)}, now "
@@ -90,41 +299,40 @@ def prepare_folder(folder, checkpoint, wanted, args):
                    if (folder / image["file"]).exists()}
     elif any(folder.glob("*.png")):
         fail(f"{folder} holds images without a manifest.json: {advice}")
-    experiment.make_folder(folder)
-    experiment.write_json(path, {"ckpt": args.ckpt, **settings, "images": [*images.values()]})
+    make_folder(folder)
+    write_json(path, {"ckpt": args.ckpt, **settings, "images": [*images.values()]})
 
 
-def write_report(folder, checkpoint, wanted, z, real, args):
+def write_report(folder, checkpoint, requests, z, real, args):
     """metrics.json and grid.png beside the images, and the verdicts on the console.
 
-    wanted: [(class index, number)] of the images; z: their normalised latents; real: of real_rows.
+    requests: [(class index, number)] of the images; z: their normalised latents; real: of
+    real_rows.
     """
-    class_names, scale = checkpoint["class_names"], checkpoint["latent_scale_factor"]
+    class_names = checkpoint["class_names"]
 
     # --- numbers: of the first thousand per class, since pairs grow with the square ---
-    first = [k for k, (_, i) in enumerate(wanted) if i < 1000]
-    real_mse = checkpoint["train_stats"]["real_pairwise_mse_mean"]
-    labels = [wanted[k][0] for k in first]
-    values = metrics.latent_stats(z / scale, scale)
-    values |= metrics.sample_diversity(z[first], labels, class_names, real_mse)
-    verdicts = metrics.health(values, train_stats=checkpoint["train_stats"],
-                              overfit=checkpoint["args"]["overfit_k"] > 0)
-    experiment.write_json(folder / "metrics.json", values | {
-        "verdicts": [v._asdict() for v in verdicts]})
+    first = [k for k, (_, i) in enumerate(requests) if i < 1000]
+    values = latent_metrics(z[first], [requests[k][0] for k in first], class_names,
+                            checkpoint["latent_scale_factor"],
+                            checkpoint["train_stats"]["real_pairwise_mse_mean"])
+    found = verdicts.health(values, train_stats=checkpoint["train_stats"],
+                            overfit=checkpoint["args"]["overfit_k"] > 0)
+    write_json(folder / "metrics.json", values | {"verdicts": [v._asdict() for v in found]})
 
     # --- picture ---
     rows, labels = [], []
-    for c in dict.fromkeys(c for c, _ in wanted):
+    for c in dict.fromkeys(c for c, _ in requests):
         if class_names[c] in real:
             rows.append(real[class_names[c]])
             labels.append(f"{class_names[c]}   real")
-        shown = [file_name(class_names, k, i) for k, i in wanted if k == c and i < ROW]
-        rows.append(torch.stack([experiment.load_image(folder / file) for file in shown]))
+        shown = [file_name(class_names, k, i) for k, i in requests if k == c and i < ROW]
+        rows.append(torch.stack([run.load_image(folder / file) for file in shown]))
         labels.append(f"{class_names[c]}   {args.sampler} {args.num_sampling_steps} steps, "
                       f"guidance {args.guidance_scale:g}")
-    experiment.save_grid(folder / "grid.png", rows, labels)
-    print(metrics.format_verdicts(verdicts))
-    print(f"{len(wanted)} images in {folder}; sample grid: {folder / 'grid.png'}")
+    run.save_grid(folder / "grid.png", rows, labels)
+    print(verdicts.format_verdicts(found))
+    print(f"{len(requests)} images in {folder}; sample grid: {folder / 'grid.png'}")
 
 
 def file_name(class_names, c, number):
@@ -134,36 +342,32 @@ def file_name(class_names, c, number):
 
 def main(argv=None):
     args = parse_settings(build_parser(), argv)
-    procs = experiment.setup_processes(args)
-    ldm = experiment.prepare_sampling(args, procs)
+    ctx = dist.setup(args)
+    ldm = prepare_sampling(args, ctx)
     checkpoint, class_names = ldm.checkpoint, ldm.checkpoint["class_names"]
+    img_size = checkpoint["args"]["img_size"]
     real = {}
     if args.real_dir:  # read before hours of sampling
-        real = experiment.on_main(procs, lambda: real_rows(
-            args.real_dir, class_names, checkpoint["args"]["img_size"]))
-    run_folder = experiment.run_folder(args.ckpt)
-    folder = pathlib.Path(args.out_dir or run_folder / f"samples_{args.sampler}_{args.seed}")
-    count = len(ldm.classes) * args.num_samples
-    check_space(folder, count, checkpoint["args"]["img_size"], args.num_samples)
-    wanted = [(c, i) for c in ldm.classes for i in range(args.num_samples)]
-    experiment.on_main(procs, lambda: prepare_folder(folder, checkpoint, wanted, args))
+        real = ctx.on_main(lambda: real_rows(args.real_dir, class_names, img_size))
+    default = run.run_folder(args.ckpt) / f"samples_{args.sampler}_{args.seed}"
+    folder = pathlib.Path(args.out_dir or default)
+    check_space(folder, len(ldm.classes) * args.num_samples, img_size, args.num_samples)
+    requests = [(c, i) for c in ldm.classes for i in range(args.num_samples)]
+    ctx.on_main(lambda: prepare_folder(folder, checkpoint, requests, args))
 
-    # --- every process draws its part, and writes it at once ---
-    mine = wanted[procs.rank::procs.world_size]
-    total = len(mine) * args.num_sampling_steps
-    progress = experiment.Progress(procs, f"sampling ({args.sampler})", total)
+    # --- every process draws its share, and writes each batch at once ---
     latents = [torch.zeros(0, *checkpoint["latent_shape"])]
-    for batch, z, x in experiment.sample_batches(
-            ldm.denoiser, ldm.vae, checkpoint["latent_scale_factor"], mine, class_names, args,
-            procs, args.batch_size, progress.update):
+    for batch, z, x in sample_batches(
+            ldm.denoiser, ldm.vae, checkpoint["latent_scale_factor"],
+            requests[ctx.rank::ctx.world_size], class_names, args, ctx, args.batch_size,
+            f"sampling ({args.sampler})"):
         for (c, i), image in zip(batch, x, strict=True):
-            experiment.save_image(folder / file_name(class_names, c, i), image)
+            run.save_image(folder / file_name(class_names, c, i), image)
         latents.append(z)
-    progress.clear()
 
-    z = experiment.gather(procs, torch.cat(latents))  # and now all images are written
-    if procs.main:
-        write_report(folder, checkpoint, wanted, z, real, args)
+    z = ctx.gather(torch.cat(latents))  # and now all images are written
+    if ctx.is_main:
+        write_report(folder, checkpoint, requests, z, real, args)
 
 
 if __name__ == "__main__":

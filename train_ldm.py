@@ -4,14 +4,12 @@
     python train_ldm.py --mode=overfit_16                        # then a few
     torchrun --nproc_per_node=4 train_ldm.py --mode=full_train   # then all
 
-Each mode is a set of defaults (PRESETS); an explicit flag wins. Typing the command again continues
-the run if it names one (--run_name or --resume_dir).
+Each mode is a set of defaults (PRESETS); an explicit flag wins. To resume a run that has a name
+(--run_name or --resume_dir), type the same command again.
 """
 import contextlib
-import os
 import pathlib
 import re
-import time
 from typing import NamedTuple
 
 import numpy as np
@@ -19,14 +17,15 @@ import torch
 
 import data
 import diffusion
-import experiment
 import memorisation
-import metrics
 import model
-from args import (BooleanFlag, add_autoencoder_arguments, add_data_arguments,
-                  add_precision_arguments, add_training_arguments, at_least, changed_settings,
-                  file_path, int_list, interval, make_parser, parse_settings, print_settings)
-from experiment import fail, notice, say
+import sample
+from lib.args import (BooleanFlag, add_autoencoder_arguments, at_least, int_list, interval,
+                      parse_settings, trainer_parser)
+from lib.dist import BatchOrder, RunningMeans, clip_and_step, setup
+from lib.files import fail, notice
+from lib.run import Run, find_autoencoder, load_checkpoint, read_latent_scale
+from lib.verdicts import health, overfit_verdict, sweep_objective
 
 # --- modes and arguments ------------------------------------------------------------------------
 
@@ -73,19 +72,18 @@ def preset(args):
 
 def build_parser():
     """Parser of this stage."""
-    parser = make_parser(__doc__)
-    add_data_arguments(parser, img_size=None)
-    add_precision_arguments(parser)
-    add_training_arguments(parser, lr=3e-5, epochs=1000, batch_per_device=16)
+    parser = trainer_parser(
+        __doc__, img_size=None, lr=3e-5, epochs=1000, batch_per_device=16,
+        init_from_help="checkpoint of a train_ldm.py run whose averaged weights to start from")
     add_autoencoder_arguments(parser)
     add = parser.add_argument_group("mode").add_argument
     add("--mode", default="full_train", help="full_train, overfit_one or overfit_K")
     add("--latent_scale_factor", type=at_least(1e-6, float),
         help="None: from latent_scale.json beside the autoencoder")
-    add("--cache_latents", action=BooleanFlag, default=True, help="encode the images once for all")
+    add("--cache_latents", action=BooleanFlag, default=True, help="encode all images once")
     add("--augment", type=at_least(0), default=0,
-        help="versions of each image that are shifted, zoomed, rotated and exposed a little "
-             "otherwise, never flipped; the UNet is told, so that samples are not")
+        help="augmented copies per image (shift, zoom, rotation, exposure; no flips). The UNet is "
+             "conditioned on the augmentation, so samples are not augmented")
     add = parser.add_argument_group("UNet").add_argument
     add("--ldm_base_ch", type=at_least(1), default=96, help="channels of the first level")
     add("--ldm_ch_mults", type=int_list, default=(1, 2, 4),
@@ -109,10 +107,8 @@ def build_parser():
     add("--warmup_steps", type=at_least(0), default=500,
         help="steps over which the learning rate rises")
     add("--grad_accum", type=at_least(1), default=1, help="micro-batches per step")
-    add("--init_from", type=file_path,
-        help="checkpoint of a train_ldm.py run whose averaged weights a new run starts from")
     add("--patience", type=at_least(0), default=0,
-        help="stop after so many evaluations without a new lowest val/loss; 0: never")
+        help="stop after this many evaluations without a lower val/loss; 0: never")
     add = parser.add_argument_group("sampling in training").add_argument
     add("--sample_batch_size", type=at_least(2), default=8, help="images per class")
     add("--sampler", choices=tuple(diffusion.SAMPLERS), default="ancestral", help="see sample.py")
@@ -127,7 +123,7 @@ def build_parser():
 
 def parse_args(argv=None):
     """Settings of this stage, with mode, overfit_k, noise_schedule and zero_terminal_snr resolved;
-    ends the program on bad ones."""
+    ends the program if they contradict each other."""
     args = parse_settings(build_parser(), argv, preset, kind="ldm")
     args.mode, args.overfit_k = resolve_mode(args)
     args.overfit_one = args.overfit_k == 1
@@ -138,159 +134,132 @@ def parse_args(argv=None):
     if args.max_steps == 0:
         fail("--max_steps=0 trains nothing: leave it out")
     if args.prob_uncond == 1:
-        fail("--prob_uncond=1 replaces every label, so that no class is learned: give 0.1")
+        fail("--prob_uncond=1 drops every label, so no class is learned: give 0.1")
     if args.guidance_scale != 1 and args.prob_uncond == 0:
         if not args.overfit_k:
             fail(f"--guidance_scale={args.guidance_scale:g} guides away from the null class, which "
                  "--prob_uncond=0 never trains: give --guidance_scale=1 or --prob_uncond=0.1")
-        notice(f"--guidance_scale={args.guidance_scale:g} is off: {args.mode} trains no null class "
-               "to guide from")
+        notice(f"--guidance_scale={args.guidance_scale:g} is ignored: {args.mode} trains no null "
+               "class to guide from")
         args.guidance_scale = 1.0
     return args
 
 
-def read_scale(args, ckpt_path, vae_sha256):
-    """The latent scale factor of the autoencoder. Ends the program, with the command that measures
-    it, where it is missing, damaged or of another autoencoder."""
-    if args.resume_dir and args.latent_scale_factor is None:
-        own = experiment.read_run(args.resume_dir).get("latent_scale_factor")
-        if isinstance(own, float):  # also where it was measured again since
-            return own
-    path = experiment.run_folder(ckpt_path) / "latent_scale.json"
-    command = experiment.command_line("find_latent_scale.py", ae_ckpt_path=ckpt_path,
-                                      **experiment.data_flags(args))
-    given = args.latent_scale_factor
-    if not path.exists():
-        if given is None:
-            fail(f"no {path}; make it with: {command}")
-        return given
-    stored = experiment.read_json(path, "latent scale")
-    factor, std = stored.get("latent_scale_factor"), stored.get("std")
-    whole = (isinstance(factor, float) and isinstance(std, float) and factor > 0
-             and abs(factor * std - 1) < 1e-9)
-    if stored.get("vae_sha256") != vae_sha256 or not whole:
-        if given is None:
-            fail(f"{path} is damaged or was measured on another state of this autoencoder; measure "
-                 f"again with: {command}")
-        return given
-    if given is None:
-        return factor
-    if abs(given / factor - 1) > 0.01:
-        notice(f"--latent_scale_factor={given} is {100 * (given / factor - 1):+.0f} % off the "
-               f"measured {factor:.6g} in {path}")
-    return given
-
-
 def check_inputs(args):
-    """End the program where what --check is to look for is missing."""
+    """For --check: end the program if what it needs is missing, else print where it would go on."""
     data.check_folders(args)
     if args.check == "inputs":
-        ae_path = experiment.find_autoencoder(args)
-        experiment.load_checkpoint(ae_path, "vae")
-        read_scale(args, ae_path, experiment.sha256_file(ae_path))
+        ae_path = find_autoencoder(args)
+        read_latent_scale(args, ae_path, load_checkpoint(ae_path, "vae")["sha256"])
         if args.init_from:
-            experiment.load_checkpoint(args.init_from, "ldm")
-
-
-def notice_scale_of_others(args, ckpt_path, images):
-    """Say so where the scale factor was measured on other images than `images`, an ImageSet."""
-    path = experiment.run_folder(ckpt_path) / "latent_scale.json"
-    if not path.exists():
-        return
-    stored = experiment.read_json(path, "latent scale")
-    if (stored.get("task"), stored.get("split")) == (args.task, args.split):
-        data.notice_changes(stored.get("data"), images, f"{path} was measured")
-
-
-# What the output of a network means: weights are of no use with others.
-PROCESS_SETTINGS = ("prediction", "noise_schedule", "zero_terminal_snr")
+            load_checkpoint(args.init_from, "ldm")
+    Run.report(args)
 
 
 # --- model and step -----------------------------------------------------------------------------
 
 
-def build_models(args, procs, latent_shape, num_classes):
-    """(Denoiser, EMA or None, AdamW) on the device, from args.seed. ValueError where settings
+def build_models(args, ctx, latent_shape, num_classes):
+    """(Denoiser, EMA or None, AdamW) on the device, from args.seed; ends the program if settings
     contradict each other."""
     torch.manual_seed(args.seed)
-    denoiser = experiment.build_denoiser(vars(args), latent_shape, num_classes)
-    denoiser = denoiser.to(procs.device, memory_format=procs.memory_format)
+    try:
+        denoiser = model.build_denoiser(vars(args), latent_shape, num_classes, data.AUG_DIM)
+    except ValueError as e:
+        fail(e)
+    denoiser = ctx.place(denoiser)
     ema = model.EMA(denoiser, args.ema_decay) if args.use_ema else None
-    if ema and procs.device.type == "cuda":  # on a CPU it takes minutes and gains nothing
-        experiment.compile_for_sampling(ema.module, procs)
+    if ema and ctx.compile and ctx.device.type == "cuda":  # on a CPU it takes minutes for nothing
+        ema.module.unet.compile()
     optimizer = torch.optim.AdamW(denoiser.parameters(), args.lr,
                                   weight_decay=args.weight_decay, fused=True)
-    return denoiser, ema, optimizer
-
-
-def init_weights(denoiser, ema, args, scale, vae_sha256, class_names):
-    """Start from the averaged weights of --init_from, a model of the same shape and autoencoder.
-
-    Classes are found by name; a new one starts as the null class, which stands for all of them.
-    """
-    path = args.init_from
-    checkpoint = experiment.load_checkpoint(path, "ldm")
-    experiment.check_complete(checkpoint, path)
-    if checkpoint["vae_sha256"] != vae_sha256:
-        fail(f"--init_from={path} was trained with another autoencoder: give its autoencoder as "
-             f"--ae_ckpt_path={checkpoint['ae_ckpt_path']}")
-    wanted = {name: getattr(args, name) for name in PROCESS_SETTINGS}
-    stored = checkpoint["args"] | {"latent_scale_factor": checkpoint["latent_scale_factor"]}
-    for name, now in {**wanted, "latent_scale_factor": scale}.items():
-        if stored[name] != now:
-            fail(f"--init_from={path} was trained with --{name}={stored[name]}, and its weights "
-                 f"mean nothing with {now}: give --{name}={stored[name]}")
-    state = dict(checkpoint["ema"] or checkpoint["model"])
-    known = checkpoint["class_names"]
-    rows = [known.index(name) if name in known else len(known) for name in class_names]
-    table = state["unet.class_emb.weight"]
-    state["unet.class_emb.weight"] = table[[*rows, len(known)]]
-    told, own = "unet.aug_emb.weight", denoiser.state_dict()  # of --augment, on either side
-    if told in own:
-        state.setdefault(told, own[told])
-    else:
-        state.pop(told, None)
-    for module in (denoiser, ema.module) if ema else (denoiser,):
-        experiment.load_weights(module, state, path)
-    if new := [name for name in class_names if name not in known]:
-        notice(f"{path} knows no class {', '.join(new)}: it starts as the null class")
-
-
-def notice_idle_attention(args, latent_size):
-    """Say so where --ldm_attn_res names no feature size, as its default does for small images."""
-    sizes = [latent_size >> level for level in range(len(args.ldm_ch_mults))]
+    sizes = [latent_shape[1] >> level for level in range(len(args.ldm_ch_mults))]
     if not set(args.ldm_attn_res) & set(sizes):
         notice(f"--ldm_attn_res={','.join(map(str, args.ldm_attn_res))} is none of the feature "
                f"sizes {','.join(map(str, sizes))}: attention in the middle block only")
+    return denoiser, ema, optimizer
 
 
-def wrap(denoiser, latent_shape, args, procs):
+# Weights mean nothing with another value of one of these.
+PROCESS_SETTINGS = ("prediction", "noise_schedule", "zero_terminal_snr")
+
+
+def check_process(checkpoint, source, scale, vae_sha256, args):
+    """End the program if the weights of a checkpoint mean nothing with today's autoencoder, latent
+    scale or diffusion process. source: what to call the checkpoint."""
+    if checkpoint["vae_sha256"] != vae_sha256:
+        fail(f"{source} was trained with another autoencoder (its hash differs): give "
+             f"--ae_ckpt_path={checkpoint['ae_ckpt_path']} as it was then, or start a new run")
+    stored = checkpoint["args"] | {"latent_scale_factor": checkpoint["latent_scale_factor"]}
+    wanted = {name: getattr(args, name) for name in PROCESS_SETTINGS}
+    for name, value in {**wanted, "latent_scale_factor": scale}.items():
+        if stored[name] != value:
+            fail(f"{source} was trained with {name}={stored[name]}; its weights mean nothing with "
+                 f"{value}: give --{name}={stored[name]}, or start a new run")
+
+
+def initial_weights(denoiser, args, scale, vae_sha256, class_names):
+    """State dict for `denoiser` from the averaged weights of --init_from, a model of the same shape
+    and autoencoder; None if the run starts from random weights or goes on.
+
+    Classes are matched by name; a new one starts from the null class, which stands for all.
+    """
+    if not args.init_from or args.resume_dir:
+        return None
+    path = args.init_from
+    checkpoint = load_checkpoint(path, "ldm")
+    check_process(checkpoint, f"--init_from={path}", scale, vae_sha256, args)
+    state = dict(checkpoint["ema"] or checkpoint["model"])
+    known = checkpoint["class_names"]
+    if new := [name for name in class_names if name not in known]:
+        notice(f"{path} does not know class {', '.join(new)}: it starts from the null class")
+    rows = [known.index(name) if name in known else len(known) for name in class_names]
+    state["unet.class_emb.weight"] = state["unet.class_emb.weight"][[*rows, len(known)]]
+    aug, own = "unet.aug_emb.weight", denoiser.state_dict()  # of --augment, on either side
+    if aug in own:
+        state.setdefault(aug, own[aug])
+    else:
+        state.pop(aug, None)
+    return state
+
+
+def resume(run, checkpoint, denoiser, ema, optimizer, class_names):
+    """Load a run's checkpoint into its networks and optimiser; ends the program if it was trained
+    on other classes."""
+    if checkpoint["class_names"] != class_names:
+        fail(f"{run.folder} was trained on the classes {', '.join(checkpoint['class_names'])}, not "
+             f"on {', '.join(class_names)}: give the --data_root and --task of its start")
+    run.restore({denoiser: checkpoint["model"]}, {optimizer: checkpoint["optimizer"]})
+    if ema:
+        run.restore({ema.module: checkpoint["ema"] or checkpoint["model"]})
+
+
+def wrap(denoiser, latent_shape, args, ctx):
     """The loss as the step calls it, compiled and under DDP. The wrappers are only called: weights
-    are read from the plain module, so that no checkpoint knows of them."""
-    mean = torch.zeros(args.batch_per_device, *latent_shape, device=procs.device)
-    y = torch.zeros(len(mean), dtype=torch.long, device=procs.device)
-    draws = [d[:len(y)] for d in draw_inputs(latent_shape, "example", args, procs)]
-    how = torch.zeros(len(y), experiment.AUG_DIM, device=procs.device) if args.augment else None
-    example = sample_inputs(MicroBatch((mean, mean), y, how), 1.0, draws, denoiser, procs)
-    loss_fn = torch.compile(denoiser) if procs.compile else denoiser
-    return experiment.wrap_ddp(procs, loss_fn, *example)
+    are read from the plain module, so no checkpoint knows of them."""
+    mean = torch.zeros(args.batch_per_device, *latent_shape, device=ctx.device)
+    y = torch.zeros(len(mean), dtype=torch.long, device=ctx.device)
+    draws = [d[:len(y)] for d in draw_inputs(latent_shape, "example", args, ctx)]
+    aug = torch.zeros(len(y), data.AUG_DIM, device=ctx.device) if args.augment else None
+    example = network_inputs(MicroBatch((mean, mean), y, aug), 1.0, draws, denoiser, ctx)
+    loss_fn = torch.compile(denoiser) if ctx.compile else denoiser
+    return ctx.wrap_ddp(loss_fn, *example)
 
 
-def draw_inputs(latent_shape, step, args, procs):
+def draw_inputs(latent_shape, step, args, ctx):
     """The random numbers of this rank's images in a step: noise of the posterior and noise of the
     diffusion [B, C, h, w], t [B], and whether the label is dropped [B], B for all micro-batches.
 
     They depend on the seed, the step and an image's place in the global batch: a run that was
     stopped, or goes on with other processes, draws the same.
     """
-    batch = experiment.step_batch(vars(args))
-    noise, rng = experiment.draw(procs, batch, (2, *latent_shape), args.seed, "ldm", step)
-    total = procs.world_size * batch
-    mine = experiment.own_places(procs, batch)
+    batch = args.batch_per_device * args.grad_accum
+    noise, rng = ctx.global_noise(batch, (2, *latent_shape), args.seed, "ldm", step)
+    total, local = ctx.world_size * batch, ctx.local_slice(batch)
     # Times spread evenly from one random start have less variance (Kingma et al. 2021, I.1).
-    t = torch.arange(total, device=procs.device)[mine] / total
-    t = (t + torch.rand(1, device=procs.device, generator=rng)) % 1
-    dropped = torch.rand(total, device=procs.device, generator=rng)[mine] < args.prob_uncond
+    t = torch.arange(total, device=ctx.device)[local] / total
+    t = (t + torch.rand(1, device=ctx.device, generator=rng)) % 1
+    dropped = torch.rand(total, device=ctx.device, generator=rng)[local] < args.prob_uncond
     return noise[:, 0].contiguous(), noise[:, 1].contiguous(), t, dropped
 
 
@@ -299,78 +268,81 @@ class MicroBatch(NamedTuple):
 
     posterior: tuple  # (mean, logvar) of unscaled latents, each [B, C, h, w]
     y: torch.Tensor  # [B] class indices
-    how: torch.Tensor  # [B, 6]: how each was augmented, see data.augment; None without --augment
+    augment_labels: torch.Tensor  # [B, 6]: see data.augment; None without --augment
 
 
-def draw_versions(count, step, args, procs):
-    """Which version of this rank's images a step takes: half of them as they are (0), the others
-    one of the args.augment augmented ones; int [B]. They depend on what draw_inputs depends on."""
+def draw_copies(count, step, args, ctx):
+    """Which augmented copy of each image this rank trains on in a step, int [B]: 0, the image
+    itself, half of the time. They depend on what draw_inputs depends on."""
     if not args.augment:
         return np.zeros(count, int)
-    rng = experiment.generator("cpu", args.seed, "versions", step)
-    total = procs.world_size * count
-    versions = torch.randint(1, args.augment + 1, (total,), generator=rng)
-    versions *= torch.rand(total, generator=rng) < 0.5
-    return versions[experiment.own_places(procs, count)].numpy()
+    rng = ctx.generator(args.seed, "versions", step)
+    total = ctx.world_size * count
+    copies = torch.randint(1, args.augment + 1, (total,), generator=rng)
+    copies *= torch.rand(total, generator=rng) < 0.5
+    return copies[ctx.local_slice(count)].numpy()
 
 
-def read_batches(latents, labels, index, step, args, procs):
+def read_batches(latents, labels, index, step, args, ctx):
     """[MicroBatch] of the images `index` of this rank in a step."""
-    versions = draw_versions(len(index), step, args, procs)
-    parts = zip(np.split(index, args.grad_accum), np.split(versions, args.grad_accum), strict=True)
-    return [MicroBatch(latents.posterior(i, v),
-                       labels[experiment.send(torch.from_numpy(i), procs.device)],
-                       latents.how_augmented(i, v) if args.augment else None) for i, v in parts]
+    copies = draw_copies(len(index), step, args, ctx)
+    batches = []
+    for i, c in zip(np.split(index, args.grad_accum), np.split(copies, args.grad_accum),
+                    strict=True):
+        aug = latents.augment_labels(i, c) if args.augment else None
+        y = labels[ctx.to_device(torch.from_numpy(i))]
+        batches.append(MicroBatch(latents.posterior(i, c), y, aug))
+    return batches
 
 
-def sample_inputs(batch, scale, draws, denoiser, procs):
-    """(x0, t, noise, y) of a MicroBatch, as Denoiser.forward takes them, and how it was augmented
-    where the network is told; draws: of draw_inputs."""
+def network_inputs(batch, scale, draws, denoiser, ctx):
+    """(x0, t, noise, y) of a MicroBatch as Denoiser.forward takes them, and its augmentation labels
+    if the network is conditioned on them; draws: of draw_inputs."""
     posterior_noise, noise, t, dropped = draws
     x0 = model.Posterior(*batch.posterior).sample(posterior_noise) * scale
     y = torch.where(dropped, denoiser.unet.null_class, batch.y)
-    inputs = x0.contiguous(memory_format=procs.memory_format), t, noise, y
-    return inputs if batch.how is None else (*inputs, batch.how)
+    inputs = x0.contiguous(memory_format=ctx.memory_format), t, noise, y
+    return inputs if batch.augment_labels is None else (*inputs, batch.augment_labels)
 
 
-def train_step(denoiser, ema, optimizer, loss_fn, micro_batches, scale, step, args, procs):
+def train_step(denoiser, ema, optimizer, loss_fn, micro_batches, scale, step, args, ctx):
     """One optimiser step on a list of MicroBatch.
 
     Returns (loss of each image [B], its t [B], gradient norm, 1.0 if the step was skipped else
-    0.0), tensors on the device. bench.py times this function.
+    0.0), tensors on the device. dev/bench.py times this function.
     """
-    draws = draw_inputs(micro_batches[0].posterior[0].shape[1:], step, args, procs)
+    draws = draw_inputs(micro_batches[0].posterior[0].shape[1:], step, args, ctx)
     losses, times = [], []
     for i, batch in enumerate(micro_batches):
         part = [d[i * len(batch.y):(i + 1) * len(batch.y)] for d in draws]
-        inputs = sample_inputs(batch, scale, part, denoiser, procs)
+        inputs = network_inputs(batch, scale, part, denoiser, ctx)
         last = i == len(micro_batches) - 1
-        # DDP adds the gradients of the ranks up once per step, in the last micro-batch.
-        alone = procs.world_size == 1 or last
+        # DDP sums the gradients of the ranks once per step, in the last micro-batch.
+        alone = ctx.world_size == 1 or last
         with contextlib.nullcontext() if alone else loss_fn.no_sync():
-            with procs.autocast():
+            with ctx.autocast():
                 loss = loss_fn(*inputs)
             (loss.mean() / len(micro_batches)).backward()
         losses.append(loss.detach())
         times.append(inputs[1])
-    grad_norm, bad = experiment.clip_and_step(denoiser, optimizer, args.grad_clip)
+    grad_norm, skipped = clip_and_step(denoiser, optimizer, args.grad_clip)
     if ema:
         ema.update(denoiser, step + 1)
-    return torch.cat(losses), torch.cat(times), grad_norm, bad
+    return torch.cat(losses), torch.cat(times), grad_norm, skipped
 
 
 class LossMeans:
     """RunningMeans of the loss, its gradient, and the loss by quarter of the noise range."""
 
-    def __init__(self, procs):
+    def __init__(self, ctx):
         quarters = [f"{what}_t{q}" for what in ("loss", "count") for q in range(4)]
-        self.means = experiment.RunningMeans(procs, ["train/loss", "train/grad_norm", *quarters])
+        self.means = RunningMeans(ctx, ["train/loss", "train/grad_norm", *quarters])
 
-    def add(self, loss, t, grad_norm, bad):
+    def add(self, loss, t, grad_norm, skipped):
         """What train_step returned."""
         quarter = (t[:, None] * 4).long() == torch.arange(4, device=t.device)  # [B, 4]
         quarter = quarter.float()
-        self.means.add((loss.mean(), grad_norm, *(loss @ quarter), *quarter.sum(0)), bad)
+        self.means.add((loss.mean(), grad_norm, *(loss @ quarter), *quarter.sum(0)), skipped)
 
     def read(self):
         """Metrics since the last call, by their names in metrics.jsonl. All ranks must call it."""
@@ -395,112 +367,73 @@ class Reference(NamedTuple):
 
 
 @torch.no_grad()
-def training_reference(latents, args, scale, vae, procs):
+def training_reference(latents, args, scale, vae, ctx):
     """Reference of the training set `latents`."""
     labels = latents.images.labels
     index = np.concatenate([np.flatnonzero(labels == c)[:64] for c in np.unique(labels)])
     parts = [latents.posterior(index[i:i + 64]) for i in range(0, len(index), 64)]
     mean, logvar = (torch.cat(part) for part in zip(*parts, strict=True))
-    rng = experiment.generator("cpu", args.seed, "reference")
-    noise = torch.randn(mean.shape, generator=rng).to(mean.device)
-    z = model.Posterior(mean, logvar).sample(noise)
-    values = metrics.latent_stats(z, scale)
-    stats = {name.split("/")[1]: value for name, value in values.items()}
-    pairs = metrics.sample_diversity(z * scale, labels[index], latents.images.class_names, None)
+    noise = torch.randn(mean.shape, generator=ctx.generator(args.seed, "reference"))
+    z = model.Posterior(mean, logvar).sample(noise.to(mean.device)) * scale
+    values = sample.latent_metrics(z, labels[index], latents.images.class_names, scale, None)
+    stats = {name: values[f"final_latent_stats/{name}"]
+             for name in ("mean", "std", "min", "max", "target_std")}
+    stats["real_pairwise_mse_mean"] = values.get("sample_diversity/pairwise_mse_mean")
     if not 0.9 < stats["std"] * scale < 1.1:
         notice("the training latents times the scale factor have a standard deviation of "
                f"{stats['std'] * scale:.2f}, not 1: was it measured on other images?")
-    stats["real_pairwise_mse_mean"] = pairs.get("sample_diversity/pairwise_mse_mean")
     if not args.overfit_k:
         return Reference(stats)
     z_train = mean.cpu() * scale
-    x_train = experiment.decode_latents(vae, z_train, scale, procs)
+    x_train = sample.decode_latents(vae, z_train, scale, ctx)
     return Reference(stats, z_train, x_train, (logvar.exp().mean() * scale**2).item())
 
 
-def evaluate(denoiser, vae, scale, classes, class_names, reference, args, procs, label,
-             leave_if_asked):
-    """Sample every class: (metrics, images [N, 1, S, S], class index of each), alike on all ranks.
+def evaluate(denoiser, vae, scale, classes, class_names, reference, args, ctx, label, tick):
+    """(metrics, images [N, 1, S, S], class index of each) of args.sample_batch_size samples of each
+    class, drawn by all ranks together, alike on all ranks.
 
-    label: of the progress line. leave_if_asked() is called before each network evaluation.
+    label: of the progress line; tick() is called before each network evaluation.
     """
-    wanted = [(c, i) for c in classes for i in range(args.sample_batch_size)]
-    mine = wanted[procs.rank::procs.world_size]
-    progress = experiment.Progress(procs, label, len(mine) * args.num_sampling_steps)
-
-    def tick(done):
-        leave_if_asked()
-        progress.update(done)
-
-    size = args.img_size
-    z, x = [torch.zeros(0, *vae.latent_shape)], [torch.zeros(0, 1, size, size)]
-    for _, batch_z, batch_x in experiment.sample_batches(
-            denoiser, vae, scale, mine, class_names, args, procs, 16, tick):
+    requests = [(c, i) for c in classes for i in range(args.sample_batch_size)]
+    local = requests[ctx.rank::ctx.world_size]
+    z, x = [torch.zeros(0, *vae.latent_shape)], [torch.zeros(0, 1, args.img_size, args.img_size)]
+    for _, batch_z, batch_x in sample.sample_batches(
+            denoiser, vae, scale, local, class_names, args, ctx, 16, label, tick):
         z.append(batch_z)
         x.append(batch_x)
-    progress.clear()
-    z = experiment.gather(procs, torch.cat(z))
-    x = experiment.gather(procs, torch.cat(x))
-    labels = [c for c, _ in wanted]
-    real = reference.stats["real_pairwise_mse_mean"]
-    values = metrics.latent_stats(z / scale, scale)
-    values |= metrics.sample_diversity(z, labels, class_names, real)
+    z, x = ctx.gather(torch.cat(z)), ctx.gather(torch.cat(x))
+    labels = [c for c, _ in requests]
+    values = sample.latent_metrics(z, labels, class_names, scale,
+                                   reference.stats["real_pairwise_mse_mean"])
     if args.overfit_k:
         # A perfect copy is a draw from the posterior: its variance comes on top of the tolerance.
         threshold = 0.1 + reference.posterior_variance
-        values |= metrics.overfit_verdict(z, reference.z, x, reference.x, mse_threshold=threshold)
+        values |= overfit_verdict(z, reference.z, x, reference.x, mse_threshold=threshold)
     return values, x, labels
 
 
-def save_samples(run, epoch, x, labels, class_names, args):
-    """One labelled grid per class in the run's samples/: {class name: path}."""
-    run.wait_for_checkpoint()  # of a full disk, it is what the user should hear
+def judge(run, values, reference, monitor, args):
+    """Verdicts on the metrics of an evaluation and on their course so far."""
+    return health(values, run.history("train/loss"), reference.stats, overfit=args.overfit_k > 0,
+                  val_history=(run.history("val/loss"), run.history("val/train_loss")),
+                  best_epoch=monitor.best.epoch)
+
+
+def save_pictures(run, epoch, x, labels, images, args):
+    """{class name: path} of a labelled grid of each class's samples x; beside it, once, a grid of
+    eight training images."""
     paths = {}
     for c in sorted(set(labels)):
-        name = class_names[c]
-        paths[name] = run.folder / "samples" / f"sample_ep{epoch:04d}_{name}.png"
-        label = f"{name}, epoch {epoch}, guidance {args.guidance_scale:g}"
-        experiment.save_grid(paths[name], [x[torch.tensor(labels) == c]], [label])
-    return paths
-
-
-def save_real(folder, images, args):
-    """Grids of eight training images of each class of an ImageSet, to see the samples beside:
-    FOLDER/real_<class>.png. Those that are there stay: only a run's first evaluation reads these
-    few films, and no start."""
-    root = data.image_root(args)
-    for c in np.unique(images.labels):
         name = images.class_names[c]
-        path = folder / f"real_{name}.png"
-        if path.exists():
-            continue
-        files = images.names[images.labels == c]
-        paths = [os.path.join(root, os.fsdecode(file)) for file in files]
-        try:
-            x = data.decode_some(paths, args.img_size, 8)
-        except (OSError, ValueError) as e:
-            notice(f"no {path}: {e}")  # it was decoded once, and training does not need it
-        else:
-            experiment.save_grid(path, [x], [f"{name}, real"])
-
-
-def check_resumed(checkpoint, folder, args, scale, vae_sha256, class_names):
-    """End the program where the weights of a checkpoint mean nothing with today's settings."""
-    experiment.check_names(("best", "recent"), checkpoint, folder)
-    stored = checkpoint["latent_scale_factor"]
-    if checkpoint["vae_sha256"] != vae_sha256:
-        fail(f"{folder} was trained with another state of the autoencoder: start a new run")
-    if stored != scale:
-        fail(f"{folder} was trained with the latent scale factor {stored:.6g}, now {scale:.6g}: "
-             "start a new run")
-    if checkpoint["class_names"] != class_names:
-        fail(f"{folder} was trained on the classes {', '.join(checkpoint['class_names'])}, not on "
-             f"{', '.join(class_names)}: give the --data_root and --task it was started with")
-    for name in PROCESS_SETTINGS:
-        before, now = checkpoint["args"][name], getattr(args, name)
-        if before != now:
-            fail(f"{folder} was trained with {name}={before}; its weights mean nothing with {now}: "
-                 "start a new run")
+        label = f"{name}, epoch {epoch}, guidance {args.guidance_scale:g}"
+        paths[name] = run.save_grid(f"sample_ep{epoch:04d}_{name}",
+                                    [x[torch.tensor(labels) == c]], [label])
+        members = np.flatnonzero(images.labels == c)
+        real = images.images(members[np.linspace(0, len(members) - 1, min(8, len(members)),
+                                                 dtype=int)])
+        run.save_grid(f"real_{name}", [real], [f"{name}, real"])
+    return paths
 
 
 # --- the program --------------------------------------------------------------------------------
@@ -510,196 +443,133 @@ def main(argv=None):
     args = parse_args(argv)
     if args.check:
         check_inputs(args)
-        experiment.report_run(args)
         return
 
     # --- processes, autoencoder, data ---
-    procs = experiment.setup_processes(args)
-    ae_path = experiment.find_autoencoder(args)
-    vae, ae_settings, vae_sha256 = experiment.load_autoencoder(ae_path, procs, args.ae_config_path)
-    if args.img_size not in (None, ae_settings["img_size"]):
-        fail(f"--img_size={args.img_size}, but the autoencoder {ae_path} works at "
-             f"{ae_settings['img_size']}: leave it out, or train an autoencoder of that size")
-    args.img_size, args.ae_ckpt_path = ae_settings["img_size"], str(ae_path)
-    data.adopt_root(args, ae_settings, "the autoencoder")
-    scale = read_scale(args, ae_path, vae_sha256)  # before hours of decoding
-    images = data.open_images(args, procs, args.split, pixels=not args.cache_latents)
-    notice_scale_of_others(args, ae_path, images)
+    ctx = setup(args)
+    ae_path = find_autoencoder(args)
+    vae, ae_settings, vae_sha256 = sample.load_autoencoder(ae_path, ctx, args.ae_config_path)
+    data.adopt_settings(args, ae_settings, f"the autoencoder {ae_path}")
+    scale, measured = read_latent_scale(args, ae_path, vae_sha256)  # before hours of decoding
+    images = data.open_images(args, ctx, args.split)
+    data.notice_changes(measured, images, "the latent scale was measured")
     class_names, latent_shape = images.class_names, vae.latent_shape
-    try:
-        denoiser, ema, optimizer = build_models(args, procs, latent_shape, len(class_names))
-    except ValueError as e:
-        fail(e)
-    notice_idle_attention(args, latent_shape[1])
+    denoiser, ema, optimizer = build_models(args, ctx, latent_shape, len(class_names))
     if args.overfit_k:
         images = images.subset(data.overfit_indices(images.labels, args.overfit_k))
     cache = pathlib.Path(args.output_root, "cache")
-    latents = data.LatentSet(images, vae, vae_sha256, cache, procs, args.cache_latents,
-                             versions=args.augment)
-    reference = training_reference(latents, args, scale, vae, procs)
-    watch = memorisation.Watch(latents, vae, vae_sha256, scale, cache, args, procs)
+    latents = data.LatentSet(images, vae, vae_sha256, cache, ctx, args.cache_latents,
+                             num_augmented=args.augment)
+    reference = training_reference(latents, args, scale, vae, ctx)
+    monitor = memorisation.MemorisationMonitor(latents, vae, vae_sha256, scale, cache, args, ctx)
     classes = sorted(set(images.labels.tolist()))
-    epoch_len = len(images) * (args.repeat_len if args.overfit_one else 1)
-    step_batch = experiment.step_batch(vars(args))  # images of this rank
-    epoch_steps = experiment.steps_per_epoch(epoch_len, step_batch, procs.world_size)
-    total_steps = experiment.count_steps(args, epoch_steps)
+    labels = torch.from_numpy(images.labels).to(ctx.device)
 
-    if args.init_from and not args.resume_dir:
-        init_weights(denoiser, ema, args, scale, vae_sha256, class_names)
-
-    # --- run folder, or the run to go on with ---
-    run = experiment.Run(args, procs, "ldm", f"ldm_{args.task.lower()}_{args.mode}", {
-        "class_names": class_names, "img_size": args.img_size, "latent_shape": latent_shape,
-        "latent_scale_factor": scale, "vae_sha256": vae_sha256, "data": images.summary,
-        "changed": changed_settings(args, build_parser())})
+    # --- run folder: a new one, or the run to go on with ---
+    facts = {"class_names": class_names, "latent_shape": latent_shape,
+             "latent_scale_factor": scale, "vae_sha256": vae_sha256}
+    initial = initial_weights(denoiser, args, scale, vae_sha256, class_names)
+    run = Run(args, ctx, "ldm", f"ldm_{args.task.lower()}_{args.mode}",
+              {**facts, "img_size": args.img_size, "data": images.summary})
     data.notice_changes(run.before.get("data"), images, f"{run.folder} was last started")
-    step, train_metrics = 0, {}
-    # Counted on the device: a look at each step would make the CPU wait for the GPU.
-    bad_in_a_row = torch.zeros((), device=procs.device)
+    step, train_metrics, sample_metrics, verdicts = 0, {}, {}, []
+    # Counted on the device: looking at each step would make the CPU wait for the GPU.
+    skipped_in_a_row = torch.zeros((), device=ctx.device)
     if checkpoint := run.load():
-        check_resumed(checkpoint, run.folder, args, scale, vae_sha256, class_names)
-        experiment.load_weights(denoiser, checkpoint["model"], run.checkpoint_path)
-        if ema:
-            averaged = checkpoint["ema"] or checkpoint["model"]
-            experiment.load_weights(ema.module, averaged, run.checkpoint_path)
-        experiment.load_optimizer(optimizer, checkpoint["optimizer"])
-        # The stored settings came along; those of the command line win.
-        experiment.set_groups(optimizer, weight_decay=args.weight_decay)
+        check_process(checkpoint, run.folder, scale, vae_sha256, args)
+        resume(run, checkpoint, denoiser, ema, optimizer, class_names)
         step, train_metrics = checkpoint["step"], checkpoint["train_metrics"]
-        bad_in_a_row = checkpoint["bad_steps"].to(procs.device)
-        watch.load(checkpoint)
-        run.check_steps(step, total_steps)
+        skipped_in_a_row = checkpoint["bad_steps"].to(ctx.device)
+        monitor.load(checkpoint)
+    elif initial:
+        run.restore(dict.fromkeys((denoiser, ema.module) if ema else (denoiser,), initial))
+
+    batch = args.batch_per_device * args.grad_accum  # images of this rank in a step
+    repeats = args.repeat_len if args.overfit_one else 1
+    order = BatchOrder(len(images) * repeats, batch, args.seed, ctx.rank, ctx.world_size)
+    total_steps = order.total_steps(args.epochs, args.max_steps)
 
     def state():
         return {"model": denoiser.state_dict(), "ema": ema.module.state_dict() if ema else None,
-                "optimizer": optimizer.state_dict(), "step": step, "bad_steps": bad_in_a_row,
-                "train_metrics": train_metrics, **watch.state(), "args": vars(args),
-                "class_names": class_names, "trained_classes": classes,
-                "latent_shape": latent_shape,
-                "latent_scale_factor": scale, "vae_sha256": vae_sha256,
-                "ae_ckpt_path": str(ae_path.resolve()), "train_stats": reference.stats}
+                "optimizer": optimizer.state_dict(), "step": step, "bad_steps": skipped_in_a_row,
+                "train_metrics": train_metrics, **monitor.state(), **facts, "args": vars(args),
+                "trained_classes": classes, "ae_ckpt_path": str(ae_path.resolve()),
+                "train_stats": reference.stats}
 
-    if procs.main:
-        parameters = sum(p.numel() for p in denoiser.parameters())
-        print_settings(args, build_parser(), {
-            "run folder": run.folder, "continues at step": step, "autoencoder": ae_path,
-            "latent scale factor": f"{scale:.6g}", "latent": "x".join(map(str, latent_shape)),
-            "images": len(images), "classes": data.count_classes(images),
-            "validation images": watch.num_val,
-            "parameters": f"{parameters / 1e6:.1f} M",
-            "steps": f"{total_steps} ({epoch_steps} per epoch)",
-            "global batch": step_batch * procs.world_size,
-            "device": f"{procs.device} x {procs.world_size}, {procs.dtype}, "
-                      f"compile {'on' if procs.compile else 'off'}"})
-    stop = experiment.StopSignal(procs)  # from here on there is something to lose
-    run.start(args, checkpoint or state())
+    run.start(state(), total_steps, build_parser(), {
+        "autoencoder": ae_path, "latent scale factor": f"{scale:.6g}", "latent": latent_shape,
+        "images": len(images), "classes": data.count_classes(images),
+        "validation images": monitor.num_val, "global batch": batch * ctx.world_size,
+        "parameters": f"{sum(p.numel() for p in denoiser.parameters()) / 1e6:.1f} M",
+        "steps": f"{total_steps} ({order.epoch_steps} per epoch)"})
     # Only now, with the settings on the screen: compiling takes minutes.
-    loss_fn = wrap(denoiser, latent_shape, args, procs)
-    labels = torch.from_numpy(images.labels).to(procs.device)
-    means = LossMeans(procs)
-    progress = experiment.Progress(procs, "step", total_steps, step)
-    diverged, sample_metrics, verdicts, status = False, {}, [], ""
-    saved_step, save_time = step, time.perf_counter()
-    log_step, log_time = step, time.perf_counter()
-
-    def leave_if_asked():  # in an evaluation there is nothing to lose
-        if stop.name:
-            run.stop(step, stop.name)
+    loss_fn = wrap(denoiser, latent_shape, args, ctx)
+    means, diverged = LossMeans(ctx), False
 
     while True:
-        # --- checkpoint: before an evaluation, so that a stop in there loses nothing ---
+        # --- checkpoint: before an evaluation, which may take longer than the training before it ---
         evaluating = step > 0 and (step == total_steps or
-                                   step % (args.sample_every * epoch_steps) == 0)
-        save_due = time.perf_counter() - save_time > 60 * args.save_minutes
-        stopping, saving = stop.poll(save_due)  # all ranks agree here
-        # A finished run that is started again keeps its checkpoint, and so its hash, as it is.
-        if (stopping or saving or evaluating) and step != saved_step:
+                                   step % (args.sample_every * order.epoch_steps) == 0)
+        stopping, save_due = run.poll()  # all ranks agree here
+        if stopping or save_due or step == total_steps:
             run.save(state())
-            saved_step, save_time = step, time.perf_counter()
         if stopping:
-            break
+            run.stop()
 
         # --- evaluation, with the averaged weights ---
         if evaluating:
-            epoch = step // epoch_steps
-            progress.clear()
-            averaged = ema.module if ema else denoiser
+            epoch, averaged = step // order.epoch_steps, ema.module if ema else denoiser
             sample_metrics, x, x_labels = evaluate(
-                averaged, vae, scale, classes, class_names, reference, args, procs,
-                f"epoch {epoch}: sampling", leave_if_asked)
-            sample_metrics |= watch.measure(averaged, x, step, epoch)
-            if watch.best.step == step:
+                averaged, vae, scale, classes, class_names, reference, args, ctx,
+                f"epoch {epoch}: sampling", lambda: run.stop_if_asked(state))
+            sample_metrics |= monitor.measure(averaged, x, step, epoch)
+            if monitor.best.step == step:
                 run.save_best(state())
-            if procs.main:
-                save_real(run.folder / "samples", images, args)
-                paths = save_samples(run, epoch, x, x_labels, class_names, args)
-                verdicts = metrics.health(
-                    train_metrics | sample_metrics, run.history("train/loss"), reference.stats,
-                    overfit=args.overfit_k > 0, best_epoch=watch.best.epoch,
-                    val_history=(run.history(metrics.VAL), run.history(metrics.VAL_TRAIN)))
-                sample_metrics = metrics.sweep_objective(sample_metrics, verdicts)
-                run.log(step, epoch, sample_metrics)
-                run.log_images(step, epoch, paths)
-                run.log_verdicts(verdicts)
-                say(f"epoch {epoch}, step {step}: {', '.join(map(str, paths.values()))}")
-                say(metrics.format_verdicts(verdicts))
-            log_step, log_time = step, time.perf_counter()  # images/s are those of training
-        patience_over = 0 < args.patience <= watch.best.since
+            if ctx.is_main:
+                verdicts = judge(run, train_metrics | sample_metrics, reference, monitor, args)
+                sample_metrics = sweep_objective(sample_metrics, verdicts)
+                pictures = save_pictures(run, epoch, x, x_labels, images, args)
+                run.log_evaluation(step, epoch, sample_metrics, pictures, verdicts)
+            run.restart_clock(step)
+        patience_over = 0 < args.patience <= monitor.best.since
         if step >= total_steps or patience_over:
             break
 
-        # --- one step ---
-        index, epoch = experiment.batch_indices(step, epoch_len, step_batch, args.seed, procs.rank,
-                                                procs.world_size)
+        # --- one step: read, set the learning rate, forward, backward, update ---
+        index, epoch = order.indices(step)
         index = index % len(images)  # overfit_one repeats its image
-        micro_batches = read_batches(latents, labels, index, step, args, procs)
+        micro_batches = read_batches(latents, labels, index, step, args, ctx)
         warmup = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
-        experiment.set_groups(optimizer, lr=args.lr * warmup)
-        loss, t, grad_norm, bad = train_step(denoiser, ema, optimizer, loss_fn, micro_batches,
-                                             scale, step, args, procs)
-        means.add(loss, t, grad_norm, bad)
-        bad_in_a_row = (bad_in_a_row + 1) * bad
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * warmup
+        loss, t, grad_norm, skipped = train_step(
+            denoiser, ema, optimizer, loss_fn, micro_batches, scale, step, args, ctx)
+        means.add(loss, t, grad_norm, skipped)
+        skipped_in_a_row = (skipped_in_a_row + 1) * skipped  # back to 0 after a good step
         step += 1
 
-        # --- logging ---
+        # --- logging: the only place that waits for the device ---
         if step % args.log_every == 0 or step == total_steps:
-            seconds = time.perf_counter() - log_time
-            images_seen = (step - log_step) * step_batch * procs.world_size
-            train_metrics = means.read() | {"train/learning_rate": args.lr * warmup,
-                                            "train/images_per_second": images_seen / seconds}
-            log_step, log_time = step, time.perf_counter()
-            run.log(step, epoch, train_metrics)
-            status = metrics.format_training(train_metrics)
-            if procs.main:
-                progress.clear()
-                say(f"step {step} epoch {epoch} {status}")
-            diverged = bad_in_a_row.item() >= args.max_bad_steps
+            train_metrics = run.log_training(
+                step, epoch, means.read() | {"train/learning_rate": args.lr * warmup},
+                images_per_step=batch * ctx.world_size)
+            diverged = skipped_in_a_row.item() >= args.max_bad_steps
             if diverged:
                 break
-        progress.update(step, status)
+        run.show_progress(step)
 
-    # --- end: the first rank to leave takes the others along, so wait for the checkpoint ---
-    run.settle()
-    if stopping:
-        run.stop(step, stop.name)
-    if procs.main and diverged:
-        verdicts = metrics.health(train_metrics, run.history("train/loss"), diverged=True) + [
+    # --- end: best.pt is the one to use, if validation images chose it ---
+    if ctx.is_main and diverged:
+        verdicts = health(train_metrics, run.history("train/loss"), diverged=True) + [
             v for v in verdicts if not v.metric.startswith("train/")]  # of the last evaluation
-        say(metrics.format_verdicts(verdicts))
-    if procs.main and args.overfit_k and not diverged:
-        say(metrics.format_overfit(sample_metrics))
     if patience_over:
         notice(f"stopped at step {step} of {total_steps}: no lower val/loss in {args.patience} "
                "evaluations (--patience)")
-    ckpt = run.best_path if watch.best.step else run.checkpoint_path
-    run.finish(step, {**train_metrics, **sample_metrics, "train_stats": reference.stats,
-                      "best": watch.best._asdict()}, verdicts, ckpt, diverged)
-    if procs.main:
-        if watch.best.step:
-            say(f"the one to use: {ckpt}, of epoch {watch.best.epoch}, with the lowest val/loss "
-                f"({watch.best.loss:.4g})")
-        say("report: " + experiment.command_line("report.py", run.folder))
-        say("next: " + experiment.command_line("sample.py", ckpt=ckpt))
+    checkpoint_path = run.best_path if monitor.best.step else run.last_path
+    summary = {**train_metrics, **sample_metrics, "train_stats": reference.stats,
+               "best": monitor.best._asdict()}
+    run.finish(step, summary, verdicts, checkpoint_path, diverged)
+    run.print_next("sample.py", ckpt=checkpoint_path)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,26 @@
-"""Group norm and 3x3 convolution in bf16 and channels_last, for CPUs with bf16 units (Intel AMX).
+"""What makes bf16 fast on CPUs with bf16 units (Intel AMX): group norm, 3x3 convolution, attention
+and up-sampling in channels_last.
 
-There oneDNN's convolutions are faster in channels_last than in the plain layout, but PyTorch's
-group norm takes it all back: its backward pass is up to forty times as slow. And oneDNN's
-convolutions of small maps with many channels spend their time on rearranging weights. Both are
-written here on rows of channels, with a backward pass by hand; model.py uses them where `usable`
-and `group_norm_usable` say so. What they gain: docs/benchmarks.md.
+There oneDNN's convolutions are faster in channels_last than in the plain layout, but the backward
+pass of PyTorch's group norm is up to forty times as slow, and convolutions of small maps with many
+channels spend their time rearranging weights. Both are written here on rows of channels, with a
+backward pass by hand. `install` swaps them into a network of model.py, which knows nothing of it.
+What they gain: docs/benchmarks.md.
 """
 import functools
+import math
 import warnings
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+import model
+
 
 def usable(x):
-    """Whether x [B, C, H, W] is what this file is for. A compiled network does without: its kernels
-    are the compiler's."""
-    return (x.device.type == "cpu" and x.dtype == torch.bfloat16
-            and x.is_contiguous(memory_format=torch.channels_last)
-            and not torch.compiler.is_compiling())
+    """Whether x [B, C, H, W] is what this file is for: bf16 in channels_last, as under autocast."""
+    return x.dtype == torch.bfloat16 and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def as_rows(x):
@@ -136,7 +137,7 @@ def grad_affine(grad, derivative, rows, factors):
     return (before_silu(grad, derivative) * gain + rows.float() * slope + constant).to(rows.dtype)
 
 
-class GroupNorm(torch.autograd.Function):
+class NormFunction(torch.autograd.Function):
     """scale * x_hat + shift, and SiLU behind it where told: x [B, C, H, W] to [B, C, H, W].
 
     x_hat is x normalised by group (Wu & He 2018, equation 1); scale and shift are float32, [B, C].
@@ -184,7 +185,7 @@ def sum_over_neighbours(products):
                for i in range(3) for j in range(3))
 
 
-class Conv3x3(torch.autograd.Function):
+class ConvFunction(torch.autograd.Function):
     """3x3 convolution with padding 1 as one matrix product: x [B, in, H, W], weight
     [out, in, 3, 3] in channels_last and bias [out], all bf16, to [B, out, H, W]."""
 
@@ -207,3 +208,64 @@ class Conv3x3(torch.autograd.Function):
         grad_weight = (grad.t().contiguous() @ columns).view(out, 3, 3, -1).permute(0, 3, 1, 2)
         products = (grad @ matrix).view(B, H, W, 3, 3, -1)
         return sum_over_neighbours(products).permute(0, 3, 1, 2), grad_weight, grad.sum(0)
+
+
+# --- layers -------------------------------------------------------------------------------------
+
+
+class FastGroupNorm(model.GroupNorm):
+    """model.GroupNorm by NormFunction, or by PyTorch's with a copy on each side."""
+
+    def forward(self, x, scale_shift=None, silu=False):
+        if group_norm_usable(x):
+            scale, shift = self.weight.expand(len(x), -1), self.bias.expand(len(x), -1)
+            if scale_shift is not None:
+                s, t = scale_shift.float().chunk(2, dim=1)
+                scale, shift = scale * (1 + s), shift * (1 + s) + t
+            return NormFunction.apply(x, scale, shift, self.num_groups, self.eps, silu)
+        if usable(x):
+            h = super().forward(x.contiguous(), scale_shift, silu)
+            return h.contiguous(memory_format=torch.channels_last)
+        return super().forward(x, scale_shift, silu)
+
+
+class FastConv3x3(torch.nn.Conv2d):
+    """3x3 convolution by ConvFunction for small maps with many channels."""
+
+    def forward(self, x):
+        if conv3x3_usable(x, self.weight):
+            return ConvFunction.apply(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        return super().forward(x)
+
+
+class FastAttention(model.Attention):
+    """model.Attention by plain products in training: PyTorch's backward pass is slow here, and both
+    passes together take twice as long."""
+
+    def attend(self, q, k, v):
+        if q.requires_grad and q.dtype == torch.bfloat16 and q.shape[2] <= 256:
+            scores = (q / math.sqrt(q.shape[3])) @ k.transpose(2, 3)
+            return scores.softmax(3) @ v
+        return super().attend(q, k, v)
+
+
+class FastUpsample(model.Upsample):
+    """model.Upsample as the two operations it stands for: transposed convolutions are slow here."""
+
+    def forward(self, x):
+        if usable(x):
+            return self.conv(F.interpolate(x, scale_factor=2.0))
+        return super().forward(x)
+
+
+def install(network):
+    """Give the layers of a network of model.py the forward passes above. Weights and their names
+    stay. For uncompiled networks on CPUs: a compiler makes kernels of its own."""
+    fast = {model.GroupNorm: FastGroupNorm, model.Attention: FastAttention,
+            model.Upsample: FastUpsample}
+    for layer in network.modules():
+        if type(layer) in fast:
+            layer.__class__ = fast[type(layer)]
+        elif (type(layer) is torch.nn.Conv2d and layer.kernel_size == (3, 3)
+              and layer.stride == layer.padding == (1, 1)):
+            layer.__class__ = FastConv3x3

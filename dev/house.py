@@ -1,0 +1,77 @@
+"""Is the house still small? Prints what issue 26 bounds, and fails above a bound.
+
+    python dev/house.py
+
+The reading path is what one reads to understand training: the stages, the files that they are made
+of, and those functions and classes of lib/ that these call by name.
+"""
+import ast
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+STAGES = ("train_vae", "find_latent_scale", "train_ldm", "sample")
+PATH = (*STAGES, "model", "diffusion", "data", "memorisation")
+TOP = {f"{name}.py" for name in (*PATH, "evaluate", "report", "export", "prepare")}
+
+
+def names_from_lib(tree):
+    """{(module of lib/, name)} that a parsed file takes from lib/."""
+    modules, names = {}, set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "lib":
+            modules |= {alias.asname or alias.name: alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lib."):
+            names |= {(node.module[4:], alias.name) for alias in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", None) in modules:
+            names.add((modules[node.value.id], node.attr))
+    return names
+
+
+def length(node):
+    """Lines of a function or class, decorators included."""
+    first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+    return node.end_lineno - first + 1
+
+
+def words(path):
+    """Words of a text file."""
+    return len((ROOT / path).read_text().split())
+
+
+def main():
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True,
+                            capture_output=True, check=True).stdout.split("\n")
+    files = [name for name in listed if name and (ROOT / name).exists()]
+    trees = {name: ast.parse((ROOT / name).read_bytes()) for name in files if name.endswith(".py")}
+    lines = {name: len((ROOT / name).read_text().splitlines()) for name in trees}
+    product = [name for name in trees if not name.startswith("tests/")]
+    called = set().union(*(names_from_lib(trees[f"{name}.py"]) for name in PATH))
+    of_lib = [node for name in product if name.startswith("lib/") for node in trees[name].body
+              if (pathlib.Path(name).stem, getattr(node, "name", None)) in called]
+    functions = [(length(node), f"{name}: {node.name}", node.name == "main") for name in product
+                 for node in ast.walk(trees[name])
+                 if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    figures = [
+        ("lines of product Python", sum(lines[name] for name in product), 6900),
+        ("lines of the reading path", sum(lines[f"{name}.py"] for name in PATH)
+         + sum(length(node) for node in of_lib), 3700),
+        ("lines of the longest main", max(n for n, _, is_main in functions if is_main), 130),
+        ("lines of the longest other function ({1})".format(*max(f[:2] for f in functions
+                                                               if not f[2])),
+         max(n for n, _, is_main in functions if not is_main), 80),
+        ("names that train_ldm.py takes from lib/", len(names_from_lib(trees["train_ldm.py"])), 20),
+        ("other Python files at the top level",
+         len([name for name in product if "/" not in name and name not in TOP]), 0),
+        ("lines of tests", sum(n for name, n in lines.items() if name.startswith("tests/")), 9200),
+        ("words of docs without docs/log.md", sum(words(name) for name in files if
+         name.startswith("docs/") and name.endswith(".md") and name != "docs/log.md"), 8000)]
+    for what, value, bound in figures:
+        print(f"{'ok ' if value <= bound else 'BAD'} {value:6,d} (at most {bound:5,d})  {what}")
+    sys.exit(any(value > bound for _, value, bound in figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,390 @@
+"""Processes and steps: what training on one CPU, one GPU and four GPUs has in common.
+
+Random numbers depend on (seed, what they are for, step) and on an image's place in the global
+batch, never on the number of processes or on what was drawn before. So a run that was killed goes
+on to the same weights as one that was not.
+"""
+import atexit
+import ctypes
+import datetime
+import functools
+import gc
+import hashlib
+import math
+import os
+import signal
+import sys
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed
+from torch.nn.parallel import DistributedDataParallel
+
+from lib import cpu_ops
+from lib.files import fail, first_line
+
+# --- processes ----------------------------------------------------------------------------------
+
+
+class DistContext(NamedTuple):
+    """This process among those that torchrun started, its device and its precision."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype  # of autocast; float32 means off
+    compile: bool
+    cpu_group: torch.distributed.ProcessGroup = None  # gloo; waits as long as it takes
+
+    @property
+    def is_main(self):
+        """Whether this is rank 0, which alone writes files and prints."""
+        return self.rank == 0
+
+    @property
+    def memory_format(self):
+        """channels_last on a GPU and for bf16 on a CPU, where it is faster; else contiguous."""
+        fast = self.device.type == "cuda" or (self.dtype == torch.bfloat16 and not self.compile)
+        return torch.channels_last if fast else torch.contiguous_format
+
+    def autocast(self):
+        """Context in which networks run in `dtype`."""
+        bf16 = self.dtype == torch.bfloat16
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+
+    # --- talking to the other ranks ---
+
+    def barrier(self):
+        """Wait until all ranks are here. On the CPU, so that it does not wait for the GPU."""
+        if self.world_size > 1:
+            torch.distributed.all_reduce(torch.zeros(1), group=self.cpu_group)
+
+    def on_main(self, function):
+        """function() on rank 0 alone; its picklable result on every rank.
+
+        For what only one process should do: read a folder, make a file. If it ends the program on
+        rank 0, all ranks end, and only rank 0 says why.
+        """
+        if self.world_size == 1:
+            return function()
+        box = [None, None]  # result, exit code
+        if self.is_main:
+            try:
+                box[0] = function()
+            except SystemExit as e:
+                box[1] = e.code
+        torch.distributed.broadcast_object_list(box, group=self.cpu_group,
+                                                device=torch.device("cpu"))
+        if box[1] is not None:
+            raise SystemExit(box[1])
+        return box[0]
+
+    def average(self, tensor):
+        """Mean of a tensor over the ranks (in place)."""
+        if self.world_size > 1:
+            torch.distributed.all_reduce(tensor)
+            tensor /= self.world_size
+        return tensor
+
+    def gather_objects(self, local):
+        """[picklable object of each rank], on every rank."""
+        parts = [local]
+        if self.world_size > 1:
+            parts *= self.world_size
+            torch.distributed.all_gather_object(parts, local, group=self.cpu_group)
+        return parts
+
+    def gather(self, local):
+        """CPU tensors [n_rank, ...] of all ranks joined on every rank, in the order in which items
+        were dealt out: item i to rank i % world_size."""
+        if self.world_size == 1:
+            return local
+        parts = self.gather_objects(local)
+        total = sum(len(part) for part in parts)
+        return torch.stack([parts[i % self.world_size][i // self.world_size]
+                            for i in range(total)])
+
+    def wrap_ddp(self, module, *example):
+        """DistributedDataParallel around `module` if there are several processes.
+
+        One pass is run and thrown away: DDP settles the order in which it sums gradients only after
+        its first pass, so that without it a resumed run would round differently from three
+        processes on. example: inputs made exactly as training makes them, since other strides would
+        be compiled once more.
+        """
+        if self.world_size == 1:
+            return module
+        module = DistributedDataParallel(module, gradient_as_bucket_view=True)
+        with self.autocast():
+            out = module(*example)
+        (out[0] if isinstance(out, tuple) else out).float().mean().backward()
+        module.zero_grad(set_to_none=True)
+        return module
+
+    # --- networks, tensors and random numbers of this rank ---
+
+    def place(self, module):
+        """The module on the device, in the faster memory layout, with its faster forward passes
+        for bf16 on a CPU."""
+        module = module.to(self.device, memory_format=self.memory_format)
+        if self.device.type == "cpu" and self.dtype == torch.bfloat16 and not self.compile:
+            cpu_ops.install(module)
+        return module
+
+    def to_device(self, tensor):
+        """A CPU tensor on the device. From pinned memory, since any other copy to a GPU waits
+        until the GPU has done all that it was given before."""
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
+
+    def local_slice(self, batch):
+        """Slice of the global batch, `batch` items a rank, that belongs to this rank."""
+        return slice(self.rank * batch, (self.rank + 1) * batch)
+
+    def generator(self, *key):
+        """Random generator on the CPU that depends on the key alone, alike on all ranks."""
+        return generator("cpu", *key)
+
+    def global_noise(self, batch, shape, *key):
+        """(standard normal noise [batch, *shape] of this rank on the device, generator).
+
+        Every rank draws the noise of all ranks and takes its slice, so an image's noise depends on
+        its place in the global batch alone. The generator goes on, alike on all ranks.
+        """
+        rng = generator(self.device, *key)
+        noise = torch.randn(self.world_size * batch, *shape, device=self.device, generator=rng)
+        return noise[self.local_slice(batch)], rng
+
+
+def setup(args):
+    """DistContext of this process; joins the process group if torchrun started it.
+
+    args: device and, if the stage has them, dtype and compile (without: float32 and eager). Ends
+    the program if the device is not usable.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    device = usable_device(args.device)
+    fast_bf16 = False
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        # Otherwise each start picks other algorithms, some of which sum in no fixed order, and no
+        # two runs end with the same weights (seen on an H100).
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+        fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        # torchrun gives each process one thread: share the cores instead.
+        if "OMP_NUM_THREADS" not in os.environ or world_size > 1:
+            torch.set_num_threads(own_cores())
+        keep_memory()
+        cpu = torch.cpu.get_capabilities()  # emulated bf16 is far slower than float32
+        fast_bf16 = bool(cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
+    dtype, compiled = getattr(args, "dtype", "fp32"), getattr(args, "compile", "off")
+    bf16 = dtype == "bf16" or (dtype == "auto" and fast_bf16)
+    compiled = compiled == "on" or (compiled == "auto" and device.type == "cuda")
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    cpu_group = join_group(device) if world_size > 1 else None
+    return DistContext(rank, world_size, device, dtype, compiled, cpu_group)
+
+
+def usable_device(name):
+    """torch.device of --device; ends the program if this machine has not got it."""
+    chosen = name
+    if name == "auto":
+        chosen = "cuda" if torch.cuda.is_available() else "cpu"
+    if chosen == "cuda":
+        chosen = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device(chosen)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        fail(f"--device={name} is not usable here ({first_line(e)}); use --device=cpu")
+    return device
+
+
+def join_group(device):
+    """Join the process group of torchrun; returns a second group, on the CPU and without a
+    timeout: one rank may wait for hours while another decodes its images."""
+    if sys.platform == "linux":
+        # SIGTERM if torchrun is killed: a process that went on training would be a second writer
+        # beside the next start.
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+    atexit.register(leave_group)
+    return torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
+
+
+def leave_group():
+    """Leave the process group at exit, once nothing else holds it.
+
+    DDP must be gone by then. If it is the last to let go of the group, it joins gloo's threads
+    while holding Python's lock, which one of them may want in order to free a tensor: a deadlock.
+    """
+    if not hasattr(sys, "last_value"):  # after an exception other ranks may never arrive
+        gc.collect()
+        torch.distributed.destroy_process_group()
+
+
+def own_cores():
+    """CPU cores for this process: its share if several run on this machine."""
+    cores = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def keep_memory():
+    """Have glibc keep freed memory for the next step, which needs as much: otherwise Linux takes
+    large tensors back and clears their pages anew every time."""
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        libc.mallopt(m_mmap_threshold, 32 * 2**20)  # the most that it takes
+        libc.mallopt(m_trim_threshold, 2**30)
+
+
+# --- random numbers and order of the data -------------------------------------------------------
+
+
+def generator(device, *key):
+    """Random generator on `device` that depends on the key alone, as (seed, "ldm", step)."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+class BatchOrder(NamedTuple):
+    """Which items each step trains on.
+
+    An epoch is a shuffle that depends on (seed, epoch), cut into global batches of
+    batch * world_size items. The last one is filled up from the shuffle's start: no epoch is empty,
+    and every rank has `batch` items in every step.
+    """
+
+    num_items: int
+    batch: int  # items per step of one rank
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def epoch_steps(self):
+        """Optimiser steps in which every item is seen at least once."""
+        return math.ceil(self.num_items / (self.batch * self.world_size))
+
+    def total_steps(self, epochs, max_steps):
+        """Steps of a whole run: so many epochs, but at most max_steps (None: no limit)."""
+        steps = epochs * self.epoch_steps
+        return steps if max_steps is None else min(steps, max_steps)
+
+    def indices(self, step):
+        """(positions of this rank's items [batch], epoch) for a step, counted from 0."""
+        epoch, i = divmod(step, self.epoch_steps)
+        start = (i * self.world_size + self.rank) * self.batch
+        order = shuffled(self.num_items, self.seed, epoch)
+        return order.take(np.arange(start, start + self.batch), mode="wrap"), epoch
+
+
+@functools.lru_cache(maxsize=1)
+def shuffled(num_items, seed, epoch):
+    """Shuffled positions, kept for the epoch: shuffling a hundred thousand takes milliseconds."""
+    return np.random.default_rng([seed, epoch]).permutation(num_items)
+
+
+# --- training steps -----------------------------------------------------------------------------
+
+
+class StopSignal:
+    """SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGHUP (a closed terminal; not under nohup) ask
+    training to finish its step, save and leave.
+
+    `name`: that of the signal, None so far. A second Ctrl-C ends the program at once.
+    """
+
+    def __init__(self, ctx):
+        self.ctx = ctx
+        self.name = None
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._handle)
+
+    def _handle(self, number, frame):
+        if self.name == "SIGINT" and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.name = signal.Signals(number).name
+
+    def poll(self, save_due):
+        """(stop, save), the same on all ranks: did any get a signal, does rank 0 want to save?"""
+        flags = torch.tensor([float(self.name is not None), float(save_due and self.ctx.is_main)])
+        if self.ctx.world_size > 1:
+            # On the CPU: this must not wait for the GPU.
+            torch.distributed.all_reduce(flags, group=self.ctx.cpu_group)
+        stop, save = flags.tolist()
+        return stop > 0, save > 0
+
+
+class RunningMeans:
+    """Means of a few numbers since the last log line, without the steps that were skipped.
+
+    The sums live on the device and are read at log steps only: `.item()` in each step would make
+    the CPU wait for the GPU.
+    """
+
+    def __init__(self, ctx, names):
+        self.ctx = ctx
+        self.names = names
+        # The last two count good and skipped steps.
+        self.sums = torch.zeros(len(names) + 2, device=ctx.device)
+
+    def add(self, values, skipped):
+        """values: 0-dim tensors in the order of `names`; skipped: 1.0 if the step was, else 0.0."""
+        row = torch.stack([*(v.detach() for v in values), torch.ones_like(skipped)])
+        row = torch.where(skipped > 0, torch.zeros_like(row), row)
+        self.sums += torch.cat([row, skipped[None]])
+
+    def read(self):
+        """{name: mean over steps and ranks}, NaN if no step was good, and `train/bad_steps`, the
+        number of skipped steps; starts anew. All ranks must call it."""
+        *sums, good, skipped = self.ctx.average(self.sums).tolist()
+        self.sums = torch.zeros_like(self.sums)
+        means = {n: s / good if good else math.nan for n, s in zip(self.names, sums, strict=True)}
+        return means | {"train/bad_steps": skipped}
+
+
+def clip_and_step(module, optimizer, grad_clip):
+    """Clip the L2 norm of the gradients to grad_clip (0: no clipping), step, and clear them.
+
+    Returns (norm before clipping, 1.0 if it was not finite and the step was skipped else 0.0),
+    tensors on the device. The fused optimiser divides by `grad_scale` and skips the step by itself
+    if `found_inf` is set, as torch's GradScaler has it: no `if` here has to wait for the GPU. All
+    ranks decide alike, since their gradients are equal.
+    """
+    parameters = [p for p in module.parameters() if p.grad is not None]
+    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    skipped = (~torch.isfinite(grad_norm)).float()
+    optimizer.grad_scale = (grad_norm / grad_clip).clamp(min=1.0) if grad_clip else None
+    optimizer.found_inf = skipped
+    for p in parameters:
+        if p.device.type == "cpu" and not p.grad.is_contiguous():
+            # On CPUs the fused step goes through memory in order, whatever it holds, but first
+            # copies gradients that are not contiguous, for nothing: call them contiguous.
+            p.grad = p.grad.as_strided(p.shape, torch.empty(p.shape, device="meta").stride())
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return grad_norm, skipped
+
+
+def load_optimizer(optimizer, state):
+    """load_state_dict, with moments in the memory layout of their weights: a fused step on a CPU
+    goes through the memory of both in order, and a GPU's checkpoint may have another layout."""
+    optimizer.load_state_dict(state)
+    for parameter, moments in optimizer.state.items():
+        for name, moment in moments.items():
+            if moment.shape == parameter.shape:
+                moments[name] = torch.empty_like(parameter).copy_(moment)

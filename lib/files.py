@@ -1,0 +1,233 @@
+"""Messages, and files that are whole or not there: what every program needs.
+
+`fail` ends a program with one line; what it says is what to type next.
+"""
+import contextlib
+import fcntl
+import itertools
+import json
+import math
+import os
+import pathlib
+import secrets
+import shlex
+import socket
+import sys
+import time
+
+# Exit codes that the job scripts know; any other is one that the program did not choose.
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request, saved; the same command goes on from there
+EXIT_FAILED = 78  # EX_CONFIG: the same command would fail again
+
+
+# --- messages -----------------------------------------------------------------------------------
+
+
+def fail(message, code=EXIT_FAILED):
+    """End the program with one line on standard error."""
+    rank = os.environ.get("RANK", "0")
+    end = SystemExit(f"error{'' if rank == '0' else f' (rank {rank})'}: {message}")
+    print(end, file=sys.stderr, flush=True)
+    end.code = code  # its text stays the message
+    raise end
+
+
+def say(text, end="\n"):
+    """print whose reader may be gone: training does not end because Ctrl-C ended `tee`."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def notice(message):
+    """One line from rank 0 that the reader should not miss."""
+    if os.environ.get("RANK", "0") == "0":
+        say(f"note: {message}")
+
+
+def first_line(error):
+    """First line of an exception's message, at most 200 characters."""
+    return (str(error).strip().splitlines() or [""])[0][:200]
+
+
+def command_line(program, *words, **flags):
+    """A command to paste: `python PROGRAM WORD ... --name=value ...`, quoted, without flags that
+    are None."""
+    flags = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+    return shlex.join(["python", program, *map(str, words), *flags])
+
+
+def data_flags(args):
+    """Flags for command_line that point another stage at the same data and caches."""
+    defaults = {"output_root": "runs", "split": "train", "class_filter": -1,
+                "skip_bad_images": False}
+    other = {name: value for name, value in vars(args).items()
+             if name in defaults and value != defaults[name]}
+    return {"data_root": args.data_root, "task": args.task, **other}
+
+
+# --- atomic files -------------------------------------------------------------------------------
+
+
+def write_atomic(path, write):
+    """Call write(file) on a temporary file beside `path`, flush it to the disk, then rename it.
+
+    A reader sees the old file or the new one, never a part. If writing fails, the old one stays and
+    the program ends with one line.
+    """
+    path = pathlib.Path(path)
+    # A random name, since process numbers repeat on other machines; mode x: nothing that stands
+    # there already, a planted link say, is written to.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "xb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+        flush_folder(path.parent)
+    except BaseException as e:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(e.__context__, KeyboardInterrupt):  # torch.save was in the middle of writing
+            raise KeyboardInterrupt from None
+        if not isinstance(e, (OSError, RuntimeError)):  # the latter: torch.save on a full disk
+            raise
+        reason = getattr(e, "strerror", None) or getattr(e.__context__, "strerror", None)
+        fail(f"cannot write {path}: {reason or first_line(e)}; free some space or choose another "
+             "folder")
+
+
+def flush_folder(folder):
+    """Put the names in a folder on the disk: after a power cut the new file must be found, too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network disks cannot
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_temporaries(folder, name="*"):
+    """Remove what a killed write_atomic left of the file `name`, or of all files, in a folder."""
+    for stale in pathlib.Path(folder).glob(f".{name}.*.tmp"):
+        with contextlib.suppress(OSError):
+            stale.unlink()
+
+
+def make_folder(path):
+    """Create a folder and its parents; ends the program if no files can be made in it."""
+    try:
+        os.makedirs(path, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(13, "permission denied")
+    except OSError as e:
+        fail(f"cannot write to {path}: {e.strerror}; choose another folder")
+    return pathlib.Path(path)
+
+
+# --- JSON ---------------------------------------------------------------------------------------
+
+
+def finite(value):
+    """A JSON value with null for every NaN or infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path, value):
+    """Write a JSON file atomically; NaN and infinity become null."""
+    text = json.dumps(finite(value), indent=2, allow_nan=False) + "\n"
+    write_atomic(path, lambda f: f.write(text.encode()))
+
+
+def parse_json(text):
+    """The object in a JSON text (str or bytes); ValueError if it is damaged or no object."""
+    try:
+        value = json.loads(text)
+    except RecursionError as e:
+        raise ValueError("nested too deeply") from e
+    if not isinstance(value, dict):
+        raise ValueError("no JSON object")
+    return value
+
+
+def read_json(path, what=None):
+    """The object in a JSON file. If it is missing or damaged, ends the program with what it should
+    have been; without `what`, returns {}."""
+    try:
+        return parse_json(pathlib.Path(path).read_bytes())
+    except (OSError, ValueError) as e:
+        if what is None:
+            return {}
+        fail(f"{path} is not a readable {what}: {getattr(e, 'strerror', None) or first_line(e)}")
+
+
+# --- locks --------------------------------------------------------------------------------------
+
+
+def take_lock(path, what, wait=False):
+    """Open file at `path` whose lock says that `what` is in use; keep it open for as long as it is.
+
+    The system releases the lock when its process ends, however it ends; on NFS that may take a
+    minute after a node died, so an owner on another machine is given two. wait: wait for any owner
+    as long as it takes. Otherwise ends the program if `what` is in use.
+    """
+    try:
+        lock = open(path, "ab+", buffering=0)  # noqa: SIM115
+    except OSError as e:
+        fail(f"cannot write {path}: {e.strerror}; choose another --output_root")
+    here = socket.gethostname()
+    for second in itertools.count():
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except (BlockingIOError, PermissionError):
+            lock.seek(0)
+            owner = lock.read(200).decode("utf-8", "replace").strip() or "another process"
+            patience = math.inf if wait else 0 if owner.endswith(f" on {here}") else 120
+            if second >= patience:
+                fail(f"{what} is in use by {owner}: wait until it ends, stop it, or give another "
+                     "--run_name", EXIT_STOPPED)
+            if second == 0:
+                notice(f"{what} is in use by {owner}: waiting")
+            time.sleep(1)
+        except OSError as e:  # a disk without locks
+            notice(f"{what} cannot be locked ({e.strerror}): start no second run in it")
+            break
+    with contextlib.suppress(OSError):  # the name is for the message only: a full disk may be
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {here}\n".encode())
+    return lock
+
+
+# --- run folders --------------------------------------------------------------------------------
+
+MADE_BY = {"vae": "train_vae.py", "ldm": "train_ldm.py"}  # by the kind of a run
+
+
+def named_folder(args):
+    """Run folder that --resume_dir or --run_name names; None if neither does or the stage has no
+    such flags."""
+    if getattr(args, "resume_dir", None):
+        return args.resume_dir
+    name = getattr(args, "run_name", None)
+    return os.path.join(args.output_root, name) if name else None
+
+
+def holds_run(folder):
+    """Whether a folder holds anything of a run that must not be overwritten."""
+    signs = ("ckpts/last.pt", "ckpts/best.pt", "metrics.jsonl")
+    return any(os.path.exists(os.path.join(folder, sign)) for sign in signs)
+
+
+def read_meta(folder):
+    """run_meta.json of a run; ends the program if it is missing or damaged."""
+    meta = read_json(os.path.join(folder, "run_meta.json"), "description of a run")
+    if not isinstance(meta.get("args"), dict):
+        fail(f"{folder}/run_meta.json is not a readable description of a run: it holds no args")
+    return meta

@@ -1,0 +1,661 @@
+"""A run: its folder, checkpoints, metrics, W&B, progress line and pictures.
+
+    runs/NAME/run_meta.json     every argument, class names, versions
+              metrics.jsonl     one line per log event
+              ckpts/last.pt     to go on from; best.pt: the averaged weights to sample from
+              samples/*.png     labelled grids
+              summary.json      final metrics and verdicts
+"""
+import contextlib
+import datetime
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image, ImageDraw
+
+from lib import verdicts
+from lib.args import changed_settings, print_settings
+from lib.dist import StopSignal, load_optimizer
+from lib.files import (EXIT_FAILED, EXIT_STOPPED, MADE_BY, command_line, data_flags, fail,
+                       finite, first_line, make_folder, named_folder, notice, parse_json,
+                       read_json, read_meta, remove_temporaries, say, take_lock, write_atomic,
+                       write_json)
+
+# --- checkpoints --------------------------------------------------------------------------------
+
+NEEDED = {"vae": ("args", "ema", "step"),
+          "ldm": ("args", "model", "ema", "step", "best", "recent", "class_names",
+                  "trained_classes", "latent_shape", "latent_scale_factor", "vae_sha256",
+                  "ae_ckpt_path", "train_stats")}
+
+
+def load_checkpoint(path, kind, weights=True):
+    """The dict that Run.save wrote, on the CPU, with `sha256` of the very bytes that were read.
+
+    kind: "vae" or "ldm". Code in the file is never run (weights_only), and the archive's checksums
+    are verified, which torch.load does not do. weights=False is for a look at the settings: the
+    tensors stay in the file, and there is no hash. Ends the program if the file is missing,
+    damaged, or of another kind or version.
+    """
+    if not os.path.isfile(path):
+        inside = [os.path.join(path, "ckpts", name) for name in ("best.pt", "last.pt")]
+        inside = [name for name in inside if os.path.exists(name)]
+        hint = f", which is a run folder: give {inside[0]}" if inside else ""
+        fail(f"no checkpoint at {path}{hint}")
+    try:
+        if weights:
+            content = pathlib.Path(path).read_bytes()
+            state = load_archive(io.BytesIO(content))
+            state["sha256"] = hashlib.sha256(content).hexdigest()
+        else:
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        found = state["kind"]
+    except Exception as e:  # a hostile or damaged file raises anything
+        fail(f"{path} is damaged or no checkpoint of this program ({type(e).__name__}: "
+             f"{first_line(e)})")
+    if found != kind:
+        made_by = f" but by {MADE_BY[found]}" if found in MADE_BY else ""
+        fail(f"{path} was not made by {MADE_BY[kind]}{made_by}")
+    if missing := [name for name in NEEDED[kind] if name not in state]:
+        fail(f"{path} is of another version of this program: it lacks {', '.join(missing)}")
+    return state
+
+
+def load_archive(file):
+    """What torch.save wrote to a path or file object, once its checksums are verified; raises
+    whatever a damaged file raises."""
+    with zipfile.ZipFile(file) as archive:
+        broken = archive.testzip()
+    if broken:
+        raise ValueError(f"checksum of {broken} does not match")
+    if hasattr(file, "seek"):
+        file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def load_weights(module, state, path):
+    """load_state_dict; ends the program with one line if the architecture differs."""
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as e:
+        problem = str(e).splitlines()[1].strip()[:200]
+        fail(f"{path} does not fit the model's settings: {problem}")
+
+
+def sha256_file(path):
+    """Hex digest of a file."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+# --- finding runs -------------------------------------------------------------------------------
+
+
+def run_folder(ckpt_path):
+    """Folder of the run that RUN/ckpts/*.pt belongs to, also if a bare file name was given."""
+    path = pathlib.Path(ckpt_path)
+    if len(path.parts) < 3 or ".." in path.parts:
+        path = pathlib.Path(os.path.abspath(path))
+    return path.parent.parent
+
+
+def find_moved(ckpt_path, beside):
+    """ckpt_path or, if it is gone, the same run beside the run folder `beside`: a folder of runs
+    can be moved, or used from another working directory."""
+    path = pathlib.Path(ckpt_path)
+    moved = pathlib.Path(beside).parent / run_folder(path).name / "ckpts" / path.name
+    return moved if moved.exists() and not path.exists() else path
+
+
+def find_autoencoder(args):
+    """Checkpoint of the autoencoder: --ae_ckpt_path, else the one beside --ae_config_path, else
+    that of the task's newest finished train_vae.py run, which a notice names.
+
+    Ends the program if there is none.
+    """
+    if args.ae_ckpt_path:
+        return find_moved(args.ae_ckpt_path, getattr(args, "resume_dir", None) or ".")
+    if args.ae_config_path:
+        return pathlib.Path(args.ae_config_path).parent / "ckpts" / "last.pt"
+    found = []
+    for path in pathlib.Path(args.output_root).glob("*/run_meta.json"):
+        try:
+            meta = read_json(path)
+            if meta["kind"] == "vae" and meta["args"]["task"] == args.task:
+                created = datetime.datetime.fromisoformat(meta["created"]).timestamp()
+                finished = (path.parent / "summary.json").exists()
+                found.append((finished, created, str(path.parent)))
+        except (KeyError, TypeError, ValueError) as e:
+            notice(f"{path} is damaged ({type(e).__name__}: {first_line(e)}): ignored")
+    if not found:
+        command = command_line("train_vae.py", **data_flags(args))
+        fail(f"no autoencoder of task {args.task} in {args.output_root}: train one with "
+             f"`{command}`, or name one with --ae_ckpt_path")
+    finished, _, folder = max(found)
+    which = "newest finished" if finished else "newest (none has finished)"
+    notice(f"autoencoder: {folder}, the {which} of {len(found)} runs of task {args.task}")
+    return pathlib.Path(folder) / "ckpts" / "last.pt"
+
+
+def read_latent_scale(args, ckpt_path, vae_sha256):
+    """(latent scale factor, ImageSet.summary of the images that it was measured on; None if these
+    are not known or not those of args).
+
+    --latent_scale_factor wins, with a notice if it is over 1 % off. Ends the program with the
+    command that measures the scale, if it is missing, damaged or of another autoencoder.
+    """
+    path = run_folder(ckpt_path) / "latent_scale.json"
+    given, stored = args.latent_scale_factor, read_json(path)
+    factor, std = stored.get("latent_scale_factor"), stored.get("std")
+    whole = (isinstance(factor, float) and isinstance(std, float) and factor > 0
+             and abs(factor * std - 1) < 1e-9)
+    if given is None and args.resume_dir:
+        given = read_meta(args.resume_dir).get("latent_scale_factor")
+    if stored.get("vae_sha256") != vae_sha256 or not whole:
+        if given is None:
+            reason = "damaged or measured on another autoencoder" if path.exists() else "missing"
+            command = command_line("find_latent_scale.py", ae_ckpt_path=ckpt_path,
+                                   **data_flags(args))
+            fail(f"{path} is {reason}; measure the scale with: {command}")
+        return given, None
+    if args.latent_scale_factor and abs(given / factor - 1) > 0.01:
+        notice(f"--latent_scale_factor={given} is {100 * (given / factor - 1):+.0f} % off the "
+               f"measured {factor:.6g} in {path}")
+    same = (stored.get("task"), stored.get("split")) == (args.task, args.split)
+    return given or factor, stored.get("data") if same else None
+
+
+# --- the run ------------------------------------------------------------------------------------
+
+
+class Run:
+    """A training run's folder and console. Only rank 0 writes and prints.
+
+    The folder belongs to this group of processes until it ends; another one is refused.
+    """
+
+    def __init__(self, args, ctx, kind, default_name, facts):
+        """New folder OUTPUT_ROOT/NAME, or args.resume_dir to go on with. kind: "vae" or "ldm";
+        facts: more for run_meta.json."""
+        self.args, self.ctx, self.kind = args, ctx, kind
+        self.lock = None
+
+        def claim():
+            folder = args.resume_dir or new_folder(args, default_name)
+            self.lock = take_lock(os.path.join(folder, "lock"), folder)
+            return folder
+        self.folder = pathlib.Path(ctx.on_main(claim))
+        self.last_path = self.folder / "ckpts" / "last.pt"
+        self.best_path = self.folder / "ckpts" / "best.pt"
+        self.metrics_path = self.folder / "metrics.jsonl"
+        self.meta = {
+            "kind": kind, "folder": self.folder.name, "args": vars(args), **facts,
+            "command": sys.argv, "git_commit": git_commit(), "world_size": ctx.world_size,
+            "device": str(ctx.device), "dtype": str(ctx.dtype).split(".")[-1],
+            "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "wandb_id": args.wandb_id,
+            "packages": {"python": sys.version.split()[0], "torch": torch.__version__,
+                         "numpy": np.__version__, "pillow": PIL.__version__}}
+        self.before = {}  # description of the run that is continued
+        self.tracker = Tracker(None)
+        self.started, self.seconds_before = time.perf_counter(), 0.0
+        if args.resume_dir:
+            self.before = ctx.on_main(lambda: read_meta(self.folder))
+            self._go_on()
+
+    @staticmethod
+    def report(args):
+        """Print for --check the folder that a run would write to (empty: named by its date), and
+        the step of the checkpoint in it (-1: none)."""
+        folder, step = named_folder(args) or "", -1
+        checkpoint = os.path.join(folder, "ckpts", "last.pt")
+        if folder and os.path.exists(checkpoint):
+            kind = "ldm" if hasattr(args, "mode") else "vae"
+            step = load_checkpoint(checkpoint, kind, weights=False)["step"]
+        print(folder, step, sep="\n")
+
+    def _go_on(self):
+        """Take over what belongs to the run that is continued."""
+        old = self.before
+        self.meta["created"] = old.get("created")
+        is_copy = old.get("folder") not in (None, self.folder.name)  # of another run's folder
+        if not self.args.wandb_id and not is_copy:
+            self.meta["wandb_id"] = old.get("wandb_id")
+        if old.get("world_size") not in (None, self.ctx.world_size):
+            notice(f"continuing on {self.ctx.world_size} processes instead of "
+                   f"{old['world_size']}: harmless at the same global batch size (processes x "
+                   "--batch_per_device); otherwise epochs change their length")
+
+    def load(self):
+        """Checkpoint of the run that is continued, else None."""
+        if not self.args.resume_dir:
+            return None
+        checkpoint = load_checkpoint(self.last_path, self.kind)
+        self.seconds_before = checkpoint.get("seconds", math.nan)  # of an earlier version
+        return checkpoint
+
+    def restore(self, modules, optimizers=()):
+        """Load {module: its stored weights} and {optimizer: its stored state}. Of the optimisers'
+        settings those of the command line win."""
+        source = self.last_path if self.args.resume_dir else self.args.init_from
+        for module, state in modules.items():
+            load_weights(module, state, source)
+        for optimizer, state in dict(optimizers).items():
+            load_optimizer(optimizer, state)
+            for group in optimizer.param_groups:
+                group["weight_decay"] = self.args.weight_decay
+
+    def seconds(self):
+        """Training time so far, that before the checkpoint included."""
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def start(self, state, total_steps, parser, facts):
+        """Print the settings with facts {name: text}, and write the first files or cut
+        metrics.jsonl back to the checkpoint. From here on a signal is answered between two
+        steps."""
+        step = state["step"]
+        if step > total_steps:
+            fail(f"{self.folder} has done {step} steps, but with these settings it ends after "
+                 f"{total_steps}: give more --epochs or --max_steps, or fewer images per step. "
+                 "Nothing was changed")
+        self.stop_signal = StopSignal(self.ctx)
+        self.progress = Progress(self.ctx, "step", total_steps, step)
+        self.saved_step, self.save_time = step, time.perf_counter()
+        self.restart_clock(step)
+        if not self.ctx.is_main:
+            return
+        self.meta["changed"] = changed_settings(self.args, parser)
+        print_settings(self.args, parser, {
+            "run folder": self.folder, "continues at step": step, **facts,
+            "device": f"{self.ctx.device} x {self.ctx.world_size}, {self.ctx.dtype}, "
+                      f"compile {'on' if self.ctx.compile else 'off'}"})
+        for folder in (self.folder, self.last_path.parent, self.folder / "samples"):
+            make_folder(folder)
+            remove_temporaries(folder)
+        # Before the first checkpoint: a folder with a checkpoint always has a description.
+        write_json(self.folder / "run_meta.json", self.meta)
+        if self.args.resume_dir:
+            self._trim_log(step)
+        else:
+            self.save(state)
+        if self.args.wandb:
+            config = {**vars(self.args), "world_size": self.ctx.world_size}
+            self.tracker = Tracker(
+                start_wandb(self.args, self.folder, self.meta["wandb_id"], config))
+            if self.tracker.session is not None:
+                self.meta["wandb_id"] = self.tracker.session.id
+                write_json(self.folder / "run_meta.json", self.meta)
+
+    def _trim_log(self, step):
+        """Keep whole lines of metrics.jsonl up to the checkpoint's step; the evaluation at that
+        step is done again."""
+        kept = []
+        for line, record in read_records(self.metrics_path):
+            logged = record.get("step", step)
+            if logged < step or logged == step and "train/grad_norm" in record:
+                kept.append(line + b"\n")
+        write_atomic(self.metrics_path, lambda f: f.write(b"".join(kept)))
+
+    # --- the training loop ---
+
+    def poll(self):
+        """(stopping, saving), alike on all ranks: did a signal ask to stop; is a checkpoint due?"""
+        due = time.perf_counter() - self.save_time > 60 * self.args.save_minutes
+        return self.stop_signal.poll(due)
+
+    def stop_if_asked(self, state):
+        """Within an evaluation: save state() and leave, if a signal asked this rank to."""
+        if self.stop_signal.name:
+            self.save(state())
+            self._leave()
+
+    def save(self, state, path=None):
+        """Write ckpts/last.pt, or `path`, atomically; last.pt only once per step, so that a
+        finished run that is started again keeps its checkpoint, and its hash, as it is."""
+        is_last = path is None
+        if is_last and state["step"] == self.saved_step and self.last_path.exists():
+            return
+        if is_last:
+            self.saved_step, self.save_time = state["step"], time.perf_counter()
+        if self.ctx.is_main:
+            self._check_lock()
+            state = {"kind": self.kind, **state, "world_size": self.ctx.world_size,
+                     "seconds": self.seconds()}
+            write_atomic(path or self.last_path, lambda f: torch.save(state, f))
+
+    def save_best(self, state):
+        """Write ckpts/best.pt, to sample from and not to go on from: the averaged weights alone. A
+        run that was started again and has just found the same keeps its file, and its hash."""
+        if not self.ctx.is_main:
+            return
+        with contextlib.suppress(Exception):  # missing or damaged: it is written anew
+            stored = torch.load(self.best_path, mmap=True, weights_only=True)
+            if stored["best"] == state["best"]:
+                return
+        left_out = {"optimizer": None, "recent": None}
+        if state["ema"] is not None:
+            left_out["model"] = None
+        self.save(state | left_out, self.best_path)
+
+    def _check_lock(self):
+        """End the program if the folder is no longer ours: moved, removed, perhaps made anew."""
+        mine = os.fstat(self.lock.fileno())
+        with contextlib.suppress(OSError):
+            there = os.stat(self.folder / "lock")
+            if (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino):
+                return
+        fail(f"{self.folder} was moved or removed while this run wrote to it: go on from where it "
+             "is now, with --resume_dir")
+
+    def restart_clock(self, step):
+        """Measure images per second from here: an evaluation does not count."""
+        self.log_step, self.log_time = step, time.perf_counter()
+
+    def print(self, text):
+        """Lines on the console of rank 0."""
+        if self.ctx.is_main:
+            self.progress.clear()
+            say(text)
+
+    def log(self, step, epoch, metrics):
+        """Append a line to metrics.jsonl and hand it to W&B. Non-finite numbers become null."""
+        if not self.ctx.is_main:
+            return
+        self._check_lock()
+        line = json.dumps(finite({"step": step, "epoch": epoch, **metrics})) + "\n"
+        try:
+            with open(self.metrics_path, "a") as f:
+                f.write(line)
+        except OSError as e:
+            fail(f"cannot write {self.metrics_path}: {e.strerror}; free some space, then go on "
+                 f"with: {self.resume_command()}")
+        self.tracker.attempt(lambda w: w.log({**metrics, "step": step, "epoch": epoch}))
+
+    def log_training(self, step, epoch, metrics, images_per_step):
+        """Log metrics of training steps with images per second, on the console too; returns all."""
+        seconds = time.perf_counter() - self.log_time
+        images = (step - self.log_step) * images_per_step
+        metrics = metrics | {"train/images_per_second": images / seconds}
+        self.restart_clock(step)
+        self.log(step, epoch, metrics)
+        self.status = verdicts.format_training(metrics)
+        self.print(f"step {step} epoch {epoch} {self.status}")
+        return metrics
+
+    def log_evaluation(self, step, epoch, metrics, pictures, found=()):
+        """Log an evaluation: metrics, pictures {name: path} and verdicts."""
+        self.log(step, epoch, metrics)
+        numbers = "".join(f"  {name} {value:.4f}" for name, value in metrics.items()
+                          if name.startswith("val/"))
+        paths = ", ".join(str(path) for path in pictures.values())
+        self.print(f"epoch {epoch}, step {step}:{numbers}  {paths}")
+        if found:
+            self.print(verdicts.format_verdicts(found))
+        self.tracker.log_pictures(step, epoch, pictures)
+        self.tracker.attempt(lambda w: w.summary.update(verdicts.levels(found)))
+
+    def show_progress(self, step):
+        """Update the status line."""
+        self.progress.update(step, getattr(self, "status", ""))
+
+    def save_grid(self, name, rows, labels):
+        """Path of samples/NAME.png with a row of images for each tensor; see save_grid."""
+        path = self.folder / "samples" / f"{name}.png"
+        save_grid(path, rows, labels)
+        return path
+
+    def history(self, name):
+        """All logged values of a metric in order; null reads as NaN."""
+        records = [record for _, record in read_records(self.metrics_path)]
+        values = [record[name] for record in records if name in record]
+        return [math.nan if value is None else value for value in values]
+
+    # --- its end ---
+
+    def resume_command(self, **flags):
+        """The command that continues this run."""
+        return command_line(MADE_BY[self.kind], resume_dir=self.folder, **flags)
+
+    def stop(self):
+        """Leave together once the checkpoint is written: the first rank to end takes the others
+        along."""
+        self.ctx.barrier()
+        self._leave()
+
+    def _leave(self):
+        """Exit with code 75 and the command to go on with."""
+        self.tracker.finish(EXIT_STOPPED)
+        by = self.stop_signal.name or "on another rank"
+        self.progress.clear()
+        notice(f"stopped ({by}) at step {self.saved_step}, which is saved; go on with: "
+               f"{self.resume_command()}")
+        raise SystemExit(EXIT_STOPPED)
+
+    def print_next(self, program, **flags):
+        """Print the commands to type after this run."""
+        self.print("report: " + command_line("report.py", self.folder))
+        self.print("next: " + command_line(program, **flags))
+
+    def finish(self, step, summary, found, checkpoint, diverged):
+        """Write summary.json with the verdicts `found` and close W&B, which with --wandb_artifacts
+        gets the checkpoint, a path. diverged: end the program, saying how to go on."""
+        if self.ctx.is_main:
+            if diverged or self.kind == "vae":  # those of an LDM's evaluation are printed already
+                self.print(verdicts.format_verdicts(found))
+            if checkpoint == self.best_path:
+                self.print(f"the one to use: {checkpoint}, of epoch {summary['best']['epoch']}, "
+                           f"with the lowest val/loss ({summary['best']['loss']:.4g})")
+            if "overfit/passed" in summary and not diverged:
+                self.print(verdicts.format_overfit(summary))
+            path, seconds = self.folder / "summary.json", self.seconds()
+            before = read_json(path)
+            if before.get("step") == step:  # started again after its end, to do nothing
+                seconds = before.get("wall_seconds")
+            write_json(path, {"step": step, "diverged": diverged, "wall_seconds": seconds,
+                              **summary, "verdicts": [v._asdict() for v in found]})
+        numbers = {k: v for k, v in summary.items() if isinstance(v, (int, float))}
+        self.tracker.attempt(lambda w: w.summary.update(numbers | verdicts.levels(found)))
+        if self.args.wandb_artifacts and not diverged:
+            name = re.sub(r"[^\w.-]", "_", self.folder.name)  # what W&B accepts
+            self.tracker.attempt(lambda w: w.log_artifact(str(checkpoint), name=name, type="model"))
+        self.tracker.finish(int(diverged))
+        self.ctx.barrier()  # the first rank to leave takes the others along: all is written now
+        if diverged and not self.ctx.is_main:
+            raise SystemExit(EXIT_FAILED)
+        if diverged:
+            lower = f"{self.args.lr / 3:.1e}"
+            fail("too many steps in a row had a non-finite loss or gradient (--max_bad_steps); "
+                 f"they were skipped, and {self.last_path} is good. Go on with: "
+                 f"{self.resume_command(lr=lower)}")
+
+
+def new_folder(args, default_name):
+    """Folder of a new run. Without --run_name it is made exclusively, so that two runs of the same
+    second get two folders."""
+    try:
+        if args.run_name:
+            folder = named_folder(args)
+            os.makedirs(folder, exist_ok=True)
+            return folder
+        name = f"{args.exp_name or default_name}_{time.strftime('%Y%m%d-%H%M%S')}"
+        for number in itertools.count(1):
+            folder = os.path.join(args.output_root, name + (f"_{number}" if number > 1 else ""))
+            with contextlib.suppress(FileExistsError):
+                os.makedirs(folder)
+                return folder
+    except OSError as e:
+        fail(f"cannot write to {folder}: {e.strerror}; choose another --output_root")
+
+
+def git_commit():
+    """Commit of this code, with -dirty if it was changed; None outside a repository."""
+    if not shutil.which("git"):
+        return None
+    here = os.path.dirname(os.path.abspath(__file__))
+    command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def read_records(path):
+    """[(line, dict)] of metrics.jsonl, without lines that are damaged."""
+    records = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in pathlib.Path(path).read_bytes().splitlines():
+            with contextlib.suppress(ValueError):
+                records.append((line, parse_json(line)))
+    return records
+
+
+# --- W&B ----------------------------------------------------------------------------------------
+
+
+class Tracker:
+    """A W&B run that may be missing, and that never ends the training that it logs."""
+
+    def __init__(self, session):
+        self.session = session
+
+    def attempt(self, action):
+        """action(wandb run), if there is one; if it fails, say so once and go on without."""
+        if self.session is None:
+            return
+        try:
+            action(self.session)
+        except Exception as e:  # whatever a lost server raises
+            notice(f"W&B stopped ({first_line(e)}); training goes on, and metrics.jsonl has all")
+            self.session = None
+
+    def log_pictures(self, step, epoch, pictures):
+        """Hand picture files {name: path} to W&B as samples/NAME."""
+        def log(session):
+            import wandb
+            session.log({"step": step, **{
+                f"samples/{name}": wandb.Image(str(path), caption=f"{name}, epoch {epoch}")
+                for name, path in pictures.items()}})
+        self.attempt(log)
+
+    def finish(self, exit_code=0):
+        """Close the W&B run."""
+        self.attempt(lambda w: w.finish(exit_code=exit_code))
+
+
+def start_wandb(args, folder, wandb_id, config):
+    """A W&B run for a run folder, offline if there is no account or network; never a prompt.
+
+    wandb_id: of the run to go on with, or None; config: settings to show. None if it fails.
+    """
+    try:
+        import wandb
+        mode = os.environ.get("WANDB_MODE", "online")
+        has_key = os.environ.get("WANDB_API_KEY")
+        if mode == "online" and not has_key and not wandb.login(prompt=False):
+            notice("no W&B account on this machine: logging offline (`wandb login` once, then "
+                   "`wandb sync` the folder)")
+            mode = "offline"
+        tags = [tag.strip(" '\"") for tag in args.wandb_tags.strip("[]()").split(",")]
+        options = dict(
+            project=args.wandb_project, entity=args.wandb_entity, name=folder.name,
+            dir=str(folder), tags=[tag for tag in tags if tag], id=wandb_id, resume="allow",
+            config=config, settings=wandb.Settings(init_timeout=30, silent=True))
+        try:
+            session = wandb.init(mode=mode, **options)
+        except Exception as e:
+            if mode != "online":
+                raise
+            notice(f"W&B is not reachable ({first_line(e)}): logging offline")
+            session = wandb.init(mode="offline", **options)
+        session.define_metric("step")
+        session.define_metric("*", step_metric="step")  # a resumed run counts its own from 0
+        return session
+    except Exception as e:
+        notice(f"W&B could not start ({type(e).__name__}: {first_line(e)}); going on without it")
+        return None
+
+
+# --- pictures and progress ----------------------------------------------------------------------
+
+
+def to_uint8(x):
+    """Images [..., H, W] in [-1, 1] as uint8, clipped and never rescaled: black stays black."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def save_image(path, x):
+    """PNG of one image [1, H, W] in [-1, 1]."""
+    image = Image.fromarray(to_uint8(x)[0].cpu().numpy())
+    write_atomic(path, lambda f: image.save(f, "PNG"))
+
+
+def load_image(path):
+    """What save_image wrote, [1, H, W] in [-1, 1]."""
+    with Image.open(path) as image:
+        return torch.from_numpy(np.asarray(image, dtype=np.float32) / 127.5 - 1)[None]
+
+
+def save_grid(path, rows, labels):
+    """PNG with a row of images for each tensor [N, 1, H, W] in [-1, 1], its label above it."""
+    height, width = rows[0].shape[-2:]
+    pad, text = 2, 14  # pixels between images, and for the line above them
+    columns = max(len(row) for row in rows)
+    size = (columns * (width + pad) + pad, len(rows) * (height + text + pad))
+    sheet = Image.new("L", size, 40)
+    draw = ImageDraw.Draw(sheet)
+    for i, (row, label) in enumerate(zip(rows, labels, strict=True)):
+        top = i * (height + text + pad)
+        draw.text((pad, top + 1), label, fill=255)
+        for j, image in enumerate(to_uint8(row)[:, 0].cpu().numpy()):
+            sheet.paste(Image.fromarray(image), (pad + j * (width + pad), top + text))
+    write_atomic(path, lambda f: sheet.save(f, "PNG"))
+
+
+class Progress:
+    """One status line: rewritten in place on a terminal, a new line every 30 s in a log file."""
+
+    def __init__(self, ctx, label, total, done=0):
+        self.label, self.total, self.done_before = label, total, done
+        self.enabled = ctx.is_main
+        self.tty = sys.stdout.isatty()
+        self.start = time.perf_counter()
+        self.shown = 0.0 if self.tty else self.start
+        self.width = 0
+
+    def update(self, done, text=""):
+        """done of total are finished; text: what else to show."""
+        now = time.perf_counter()
+        if not self.enabled or now - self.shown < (0.2 if self.tty else 30.0):
+            return
+        self.shown = now
+        seconds = (now - self.start) / max(done - self.done_before, 1) * (self.total - done)
+        percent = 100 * done // max(self.total, 1)
+        line = f"{self.label} {done}/{self.total} ({percent}%) {text} {time_text(seconds)} left"
+        if self.tty:
+            line = line[:shutil.get_terminal_size().columns - 1]
+            say("\r" + line.ljust(self.width), end="")
+            self.width = len(line)
+        else:
+            say(line)
+
+    def clear(self):
+        """Wipe the line, so that normal output can follow."""
+        if self.enabled and self.tty and self.width:
+            say("\r" + " " * self.width + "\r", end="")
+            self.width = 0
+
+
+def time_text(seconds):
+    """0:00:12, 2:05:00, 3 days, 4:00:00."""
+    return str(datetime.timedelta(seconds=int(seconds)))
