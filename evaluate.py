@@ -11,7 +11,6 @@ chance moves the difference. A distance means something only together with its f
 number of images.
 """
 import argparse
-import dataclasses
 import functools
 import hashlib
 import math
@@ -76,12 +75,12 @@ def build_parser():
 # --- images -------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
 class Samples:
     """Generated images, read like a data.ImageSet."""
 
-    rows: np.ndarray  # uint16 [N, S, S], as from data.decode
-    labels: np.ndarray  # [N] class indices
+    def __init__(self, rows, labels):
+        """rows: uint16 [N, S, S], as from data.decode; labels [N]: class indices."""
+        self.rows, self.labels = rows, labels
 
     def __len__(self):
         return len(self.rows)
@@ -195,10 +194,9 @@ def read_samples(folder, class_names, img_size):
     for c in np.setdiff1d(np.arange(len(class_names)), labels):
         notice(f"{folder}: no samples of class {class_names[c]}")
     try:
-        if img_size is None:
-            with Image.open(members[0][1]) as image:
-                img_size = min(image.size)
-        rows = np.stack([data.decode(path, img_size) for _, path in members])
+        with Image.open(members[0][1]) as image:
+            side = img_size or min(image.size)
+        rows = np.stack([data.decode(path, side) for _, path in members])
     except (OSError, ValueError) as e:
         fail(f"cannot decode an image in {folder}: {e}")
     return Samples(rows, labels)
@@ -227,29 +225,18 @@ def measure_statistics(sets, vae, procs):
     return found
 
 
-def statistics_table(found, groups):
-    """{group: {row: {"num": N, statistic: mean}}} of measure_statistics."""
-    table = {name: {} for name in groups}
-    for name, classes in groups.items():
-        for row, images in found.items():
-            values = images.of_classes(classes).values[:, :len(STATISTICS)]
-            means = zip(STATISTICS, values.mean(0).tolist(), strict=True)
-            table[name][row] = {"num": len(values), **dict(means)}
-    return table
-
-
-def power_table(found, groups, img_size):
-    """{group: {row: {"num": N, octave: power relative to held-out images}}} of measure_statistics.
-    """
-    octaves = [f"{low:g}-{high:g}" for low, high in metrics.octaves(img_size)]
-    table = {name: {} for name in groups}
-    for name, classes in groups.items():
-        power = {row: images.of_classes(classes).values[:, len(STATISTICS):]
-                 for row, images in found.items()}
-        real = power.pop("held_out").mean(0).clamp_min(1e-12)
-        for row, values in power.items():
-            ratios = zip(octaves, (values.mean(0) / real).tolist(), strict=True)
-            table[name][row] = {"num": len(values), **dict(ratios)}
+def table_of_means(measurements, groups, columns, names, relative=False):
+    """{group: {row: {"num": N, name: mean}}} of {row: Labelled [N, D]}; columns: a slice of D, with
+    these names. relative: to the row held_out, which is then left out."""
+    table = {}
+    for group, classes in groups.items():
+        values = {row: images.of_classes(classes).values[:, columns]
+                  for row, images in measurements.items()}
+        unit = values.pop("held_out").mean(0).clamp_min(1e-12) if relative else 1
+        table[group] = {}
+        for row, x in values.items():
+            means = zip(names, (x.mean(0) / unit).tolist(), strict=True)
+            table[group][row] = {"num": len(x), **dict(means)}
     return table
 
 
@@ -459,37 +446,29 @@ class FeatureSpace(NamedTuple):
 
 def feature_spaces(names, vae, classifier, procs):
     """{name: FeatureSpace} of a comma list; None: classifier and vae, whichever is not None."""
-    if names is None:
-        networks = {"classifier": classifier, "vae": vae}
-        names = ",".join(name for name, net in networks.items() if net is not None)
-        if not names:
-            fail("no features to compare by: give --ae_ckpt_path, or --features")
-    return {name: feature_space(name, vae, classifier, procs)
-            for name in map(str.strip, names.split(","))}
+    available = {}
+    if classifier is not None:
+        available["classifier"] = FeatureSpace(
+            classifier.features, "classifier trained on the real training split, 64 features")
+    if vae is not None:
+        available["vae"] = FeatureSpace(
+            lambda x: F.adaptive_avg_pool2d(vae.encode(x).mean, 4).flatten(1),
+            "autoencoder means on a 4x4 grid")
+    found = available
+    if names is not None:
+        found = {name: available.get(name) or torchscript_space(name, procs)
+                 for name in map(str.strip, names.split(","))}
+    if not found:
+        fail("no features to compare by: give --ae_ckpt_path, or --features")
+    return found
 
 
-def feature_space(name, vae, classifier, procs):
-    """FeatureSpace called `name`; exits if there is none."""
-    if name == "classifier":
-        if classifier is None:
-            fail("--features=classifier needs two classes to tell apart: give --features=vae")
-        return FeatureSpace(classifier.features,
-                            "classifier trained on the real training split, 64 features")
-    if name == "vae":
-        if vae is None:
-            fail("--features=vae with --samples_dir needs an autoencoder: give --ae_ckpt_path")
-
-        def features(x):
-            return F.adaptive_avg_pool2d(vae.encode(x).mean, 4).flatten(1)
-        return FeatureSpace(features, "autoencoder means on a 4x4 grid")
-    return FeatureSpace(torchscript_network(name, procs), f"TorchScript {pathlib.Path(name).name}")
-
-
-def torchscript_network(path, procs):
-    """Function of a TorchScript file, which is given images [B, 3, H, W] in 0 to 255, as the usual
-    Inception file expects."""
+def torchscript_space(path, procs):
+    """FeatureSpace of a TorchScript file, which is given images [B, 3, H, W] in 0 to 255, as the
+    usual Inception file expects."""
     if not pathlib.Path(path).is_file():
-        fail(f"--features={path} is not a file: give classifier, vae or a TorchScript file")
+        fail(f"--features={path} is not available: give a TorchScript file, vae (needs --ckpt or "
+             "--ae_ckpt_path) or classifier (needs two classes)")
     try:
         net = torch.jit.load(path, map_location=procs.device).eval()
     except RuntimeError as e:
@@ -504,7 +483,7 @@ def torchscript_network(path, procs):
             fail(f"{path} maps images [B, 3, H, W] to {[*out.shape]}, not to features [B, D]: give "
                  "another --features")
         return out
-    return features
+    return FeatureSpace(features, f"TorchScript {pathlib.Path(path).name}")
 
 
 # --- distributions ------------------------------------------------------------------------------
@@ -552,11 +531,10 @@ def bootstrap_std(samples, pool, held_out, seed):
 
 def group_rows(samples, pool, held_out, seed):
     """{row: {name: number}} of samples against held-out images, given a pool of training images;
-    all are Labelled features.
+    all are Labelled features. Rows without distances are left out.
 
-    FID falls with the number of images, so `baseline` is that of as many images from the pool as
-    there are samples: the mean of BASELINE_DRAWS random choices. `bootstrap_std` is how far two
-    such sets are apart by chance. Rows without distances are left out.
+    FID falls with the number of images, so `baseline` takes as many images from the pool as there
+    are samples, averaged over BASELINE_DRAWS random choices.
     """
     chosen = [as_many(pool.labels, samples.labels, [seed, i]) for i in range(BASELINE_DRAWS)]
     draws = [distances(pool.values[index], held_out.values) for index in chosen]
@@ -589,10 +567,13 @@ def group_classes(labels, class_names):
     ({set: class indices [N]}, the samples' first), and whether AUROC is possible, which takes two
     classes with images in every set. Notices say what is left out."""
     counts = {what: np.bincount(of, minlength=len(class_names)) for what, of in labels.items()}
+    groups = {"all": np.arange(len(class_names))}
+    lacking = [] if len(class_names) > 1 else ["there is only one class"]
     for what, count in counts.items():
         if count.sum() < 2:
             notice(f"under two images in {what}: no FID, KID, precision, recall")
-    groups = {"all": np.arange(len(class_names))}
+        lacking += [f"no image of class {class_names[c]} in {what}"
+                    for c in np.flatnonzero(count == 0)]
     for c in np.flatnonzero(next(iter(counts.values()))):
         few = [what for what, count in counts.items() if count[c] < 2]
         if few:
@@ -600,13 +581,10 @@ def group_classes(labels, class_names):
                    "distances of its own")
         else:
             groups[class_names[c]] = [c]
-    lacking = [f"no image of class {class_names[c]} in {what}"
-               for what, count in counts.items() for c in np.flatnonzero(count == 0)]
-    if len(class_names) < 2:
-        lacking = ["only one class"]
     if lacking:
         notice(f"{'; '.join(lacking)}: no AUROC")
     return groups, not lacking
+
 
 
 # --- report -------------------------------------------------------------------------------------
@@ -721,15 +699,15 @@ def distance_verdicts(space, rows):
 
 def print_table(title, groups):
     """Print {group: {row: {name: number}}} under a title."""
-    columns = dict.fromkeys(name for rows in groups.values() for values in rows.values()
-                            for name in values if name != "num")
+    table = [(group, row, values) for group, rows in groups.items()
+             for row, values in rows.items()]
+    columns = dict.fromkeys(name for _, _, values in table for name in values if name != "num")
     print(title)
-    print(f"{'':<12} {'':<13} {'N':>4}" + "".join(f" {name:>9}" for name in columns))
-    for group, rows in groups.items():
-        for row, values in rows.items():
-            cells = "".join(f" {values[name]:>{max(9, len(name))}.4g}" if name in values
-                            else " " * (1 + max(9, len(name))) for name in columns)
-            print(f"{group:<12} {row:<13} {values.get('num', ''):>4}{cells}".rstrip())
+    print(f"{'':<12} {'':<13} {'N':>4}" + "".join(f" {name:>14}" for name in columns))
+    for group, row, values in table:
+        cells = (f"{values[name]:.4g}" if name in values else "" for name in columns)
+        print(f"{group:<12} {row:<13} {values.get('num', ''):>4}"
+              + "".join(f" {cell:>14}" for cell in cells))
 
 
 def print_report(report):
@@ -741,9 +719,8 @@ def print_report(report):
     print_table("image statistics; baseline: training images; decoded: held-out images through the "
                 "autoencoder", report["image_stats"])
     print_table("power by cycles per image, relative to held-out images", report["power"])
-    intervals = {f"C2ST, {group}: {row}": interval
-                 for group, rows in report.get("c2st", {}).items()
-                 for row, interval in rows.items()}
+    intervals = {f"C2ST, {group}: {row}": v for group, rows in report.get("c2st", {}).items()
+                 for row, v in rows.items()}
     intervals |= {f"AUROC, trained on {name}": v for name, v in report.get("auroc", {}).items()}
     for name, (value, low, high) in intervals.items():
         print(f"{name:<66} {value:.3f} ({low:.3f} to {high:.3f})")
@@ -866,8 +843,9 @@ def main(argv=None):
               "features": {name: space.text for name, space in spaces.items()}}
     report["groups"] = distances_by_space(sets, spaces, groups, args, procs)
     statistics_of = measure_statistics(sets, vae, procs)
-    report["image_stats"] = statistics_table(statistics_of, groups)
-    report["power"] = power_table(statistics_of, groups, img_size)
+    report["image_stats"] = table_of_means(statistics_of, groups, slice(0, 3), STATISTICS)
+    octaves = [f"{low:g}-{high:g}" for low, high in metrics.octaves(img_size)]
+    report["power"] = table_of_means(statistics_of, groups, slice(3, None), octaves, relative=True)
     if min(len(images) for images in sets) >= 4:
         report["c2st"] = c2st(sets, vae, groups, args, procs)
     pairs = folder / "evaluation_pairs.png"

@@ -40,7 +40,7 @@ def test_vae_features_are_means_on_a_coarse_grid():
             return SimpleNamespace(mean=x.expand(-1, 2, -1, -1))
 
     x = torch.arange(64.0).view(1, 1, 8, 8)
-    space = evaluate.feature_space("vae", Fake(), None, CPU)
+    space = evaluate.feature_spaces(None, Fake(), None, CPU)["vae"]
     blocks = np.arange(64.0).reshape(4, 2, 4, 2).mean((1, 3))
     np.testing.assert_allclose(space.network(x).view(2, 4, 4).numpy(), np.stack([blocks, blocks]))
 
@@ -165,7 +165,7 @@ class Inception(torch.nn.Module):
 def test_a_torchscript_network_gets_three_channels_of_0_to_255(tmp_path):
     path = tmp_path / "net.pt"
     torch.jit.script(Inception()).save(path)
-    space = evaluate.feature_space(str(path), None, None, CPU)
+    space = evaluate.torchscript_space(str(path), CPU)
     features = evaluate.measured(space.network, grey_samples([0, 65535], 8), CPU).values
     np.testing.assert_allclose(features.numpy(), [[0] * 3, [255] * 3])
     assert space.text == "TorchScript net.pt"
@@ -176,7 +176,7 @@ def test_a_network_that_is_none_is_one_line(tmp_path, name, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "net.pt").write_bytes(b"no network")
     with pytest.raises(SystemExit, match=name):
-        evaluate.feature_space(name, None, None, CPU)
+        evaluate.feature_spaces(name, None, None, CPU)
 
 
 def test_names_of_samples(tmp_path):
