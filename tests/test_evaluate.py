@@ -24,7 +24,14 @@ def test_black_of_known_images():
     x = torch.full((2, 1, 20, 20), 0.5)
     x[0, :, :, :5] = -1.0  # a quarter of the first image is black
     x[1, :, 0, :4] = -0.5  # one per cent of the second is dark grey, which is not black
-    np.testing.assert_allclose(evaluate.looks(x)[:, :2].numpy(), [[0.25, 0.0], [0.0, 0.25]])
+    black, percentile = evaluate.image_statistics(x)[:, :2].T.tolist()
+    assert black == pytest.approx([0.25, 0.0]) and percentile == pytest.approx([0.0, 0.25])
+
+
+def grey_samples(values, side):
+    """Samples with one image of each grey value, in 16 bits."""
+    rows = np.asarray(values, np.uint16)[:, None, None].repeat(side, 1).repeat(side, 2)
+    return evaluate.Samples(rows, np.zeros(len(rows), int))
 
 
 def test_vae_features_are_means_on_a_coarse_grid():
@@ -32,12 +39,10 @@ def test_vae_features_are_means_on_a_coarse_grid():
         def encode(self, x):
             return SimpleNamespace(mean=x.expand(-1, 2, -1, -1))
 
-    x = torch.arange(64.0).view(1, 1, 8, 8).repeat(65, 1, 1, 1)
-    network, name = evaluate.feature_network("vae", Fake(), None, CPU)
-    features = evaluate.apply(network, x.split(64), CPU)
+    x = torch.arange(64.0).view(1, 1, 8, 8)
+    space = evaluate.feature_spaces(None, Fake(), None, CPU)["vae"]
     blocks = np.arange(64.0).reshape(4, 2, 4, 2).mean((1, 3))
-    assert features.shape == (65, 32) and "autoencoder" in name
-    np.testing.assert_allclose(features[64].view(2, 4, 4).numpy(), np.stack([blocks, blocks]))
+    np.testing.assert_allclose(space.network(x).view(2, 4, 4).numpy(), np.stack([blocks, blocks]))
 
 
 def test_a_copy_is_found_whatever_its_exposure():
@@ -46,16 +51,14 @@ def test_a_copy_is_found_whatever_its_exposure():
     torch.testing.assert_close(darker, 32 * data.thumbnails(x), rtol=1e-3, atol=1e-3)
 
 
-def test_a_last_batch_of_one_image_is_a_batch():
-    rows = np.arange(65, dtype=np.uint16)[:, None, None].repeat(4, 1).repeat(4, 2)
-    samples = evaluate.Samples(rows, np.zeros(65, int))
-    parts = list(data.batches(samples))
-    assert [len(part) for part in parts] == [64, 1]
-    means = evaluate.apply(lambda x: x.mean((1, 2, 3)), parts, CPU)
-    np.testing.assert_allclose((means.numpy() + 1) * 32767.5, np.arange(65), atol=0.01)
+def test_a_last_batch_of_one_image_is_measured():
+    samples = grey_samples(np.arange(65), 4)
+    assert [len(part) for part in data.batches(samples)] == [64, 1]
+    means = evaluate.measured(lambda x: x.mean((1, 2, 3)), samples, CPU)
+    np.testing.assert_allclose((means.values.numpy() + 1) * 32767.5, np.arange(65), atol=0.01)
 
 
-def test_the_baseline_has_as_many_images_of_each_class_as_there_are_samples():
+def test_the_baseline_has_as_many_of_each_class_as_samples():
     labels = np.repeat([0, 1, 2], [50, 3, 20])
     like = np.array([1, 0, 1, 0, 1, 1, 1])  # no samples of class 2
     chosen = evaluate.as_many(labels, like, seed=0)
@@ -69,41 +72,42 @@ def test_rows_of_a_group_with_a_baseline_of_the_same_number():
     g = torch.Generator().manual_seed(0)
 
     def group(count):
-        return evaluate.FeatureGroup(np.arange(count) % 2, torch.randn(count, 3, generator=g))
+        return evaluate.Labelled(np.arange(count) % 2, torch.randn(count, 3, generator=g))
 
     samples, train, held_out = group(40), group(300), group(200)
     rows = evaluate.group_rows(samples, train, held_out, seed=0)
-    assert list(rows) == ["samples", "baseline", "spread"]
+    assert list(rows) == ["samples", "baseline", "bootstrap_std"]
     assert [rows[row]["num"] for row in ("samples", "baseline")] == [40, 40]
     # All are of one distribution: the samples lie within what the choice of images alone does.
     gap = abs(rows["samples"]["fid"] - rows["baseline"]["fid"])
-    assert gap < 4 * rows["spread"]["fid"] > 0
-    all_images = evaluate.distances(train.features, held_out.features)["fid"]
+    assert gap < 4 * rows["bootstrap_std"]["fid"] > 0
+    all_images = evaluate.distances(train.values, held_out.values)["fid"]
     assert rows["baseline"]["fid"] > 1.5 * all_images  # which is why the number matters
-    few = evaluate.FeatureGroup(*(part[:40] for part in train))
+    few = evaluate.Labelled(*(part[:40] for part in train))
     rows = evaluate.group_rows(samples, few, held_out, seed=0)
     assert rows["baseline"]["num"] == 40
-    assert rows["spread"]["fid"] > 0.01  # though there is no choice of a baseline
+    assert rows["bootstrap_std"]["fid"] > 0.01  # though there is no choice of a baseline
 
 
-def test_where_chance_makes_no_difference_there_is_no_verdict_on_distances():
-    same = evaluate.FeatureGroup(np.array([0, 1]), torch.ones(2, 3))
-    samples = evaluate.FeatureGroup(np.array([0, 1, 2, 2]), torch.randn(4, 3))  # and a new class
+def test_no_verdict_on_distances_that_chance_does_not_move():
+    same = evaluate.Labelled(np.array([0, 1]), torch.ones(2, 3))
+    samples = evaluate.Labelled(np.array([0, 1, 2, 2]), torch.randn(4, 3))  # and a new class
     rows = evaluate.group_rows(samples, same, same, seed=0)
-    assert rows["spread"]["fid"] < 1e-9
+    assert rows["bootstrap_std"]["fid"] < 1e-9
     assert evaluate.distance_verdicts("x", rows) == []
 
 
-def test_the_spread_is_that_of_the_difference():
-    """Of samples and baselines of one distribution, the difference over its spread is about 1."""
+def test_bootstrap_std_is_that_of_the_difference():
+    """If samples and baseline are of one distribution, the difference over it is about 1."""
     g = torch.Generator().manual_seed(0)
     heights = []
     for _ in range(12):
-        groups = [evaluate.FeatureGroup(np.zeros(n, int), torch.randn(n, 3, generator=g))
+        groups = [evaluate.Labelled(np.zeros(n, int), torch.randn(n, 3, generator=g))
                   for n in (60, 400, 80)]
         rows = evaluate.group_rows(*groups, seed=0)
         for name in ("fid", "kid"):
-            heights.append((rows["samples"][name] - rows["baseline"][name]) / rows["spread"][name])
+            gap = rows["samples"][name] - rows["baseline"][name]
+            heights.append(gap / rows["bootstrap_std"][name])
     assert 0.4 < np.std(heights) < 1.6 and max(map(abs, heights)) < 4
 
 
@@ -114,12 +118,11 @@ def test_few_images_have_no_precision_and_recall():
     assert evaluate.distances(features[:99], features).keys() == {"fid", "kid"}
 
 
-def test_a_part_of_a_feature_group_keeps_what_belongs_together():
-    group = evaluate.FeatureGroup(np.array([0, 2, 1, 2]), torch.arange(8.0).view(4, 2))
-    part = group.of_classes([2])
-    assert part.labels.tolist() == [2, 2]
-    assert part.features.tolist() == [[2, 3], [6, 7]]
-    assert len(group.of_classes(range(3)).labels) == 4
+def test_parts_of_labelled_values_keep_what_belongs_together():
+    group = evaluate.Labelled(np.array([0, 2, 1, 2]), torch.arange(8.0).view(4, 2))
+    part = group.joined(group).of_classes([2])
+    assert part.labels.tolist() == [2] * 4
+    assert part.values.tolist() == [[2, 3], [6, 7]] * 2
 
 
 def test_augmentation_never_flips():
@@ -132,22 +135,23 @@ def test_augmentation_never_flips():
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
 def test_damaged_weights_of_the_classifier_are_trained_again(tmp_path, capsys, damage):
     views = torch.rand(8, 1, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    train = evaluate.ImageGroup(SimpleNamespace(key="abc"), torch.arange(8) % 2, views)
+    train = evaluate.Labelled(np.arange(8) % 2, views)
     args = SimpleNamespace(output_root=tmp_path, classifier_steps=2)
-    net = evaluate.real_classifier(train, 2, 0, args, CPU)
+    net = evaluate.real_classifier("abc", train, 2, 0, args, CPU)
     path, = (tmp_path / "cache").iterdir()
     whole = path.read_bytes()
     position = whole.index(net.head.bias.numpy().tobytes())
     flipped = whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1:]
     path.write_bytes({"cut": whole[:1000], "flipped": flipped}[damage])
-    again = evaluate.real_classifier(train, 2, 0, args, CPU)
+    again = evaluate.real_classifier("abc", train, 2, 0, args, CPU)
     assert f"{path} is damaged" in capsys.readouterr().out
-    stored = evaluate.real_classifier(train, 2, 0, args, CPU)
+    stored = evaluate.real_classifier("abc", train, 2, 0, args, CPU)
     assert "damaged" not in capsys.readouterr().out
     for other in (again, stored):
         assert torch.equal(other(views), net(views))
     args.classifier_steps = 3  # other weights, and another file
-    assert not torch.equal(evaluate.real_classifier(train, 2, 0, args, CPU)(views), net(views))
+    other = evaluate.real_classifier("abc", train, 2, 0, args, CPU)
+    assert not torch.equal(other(views), net(views))
 
 
 class Inception(torch.nn.Module):
@@ -161,10 +165,10 @@ class Inception(torch.nn.Module):
 def test_a_torchscript_network_gets_three_channels_of_0_to_255(tmp_path):
     path = tmp_path / "net.pt"
     torch.jit.script(Inception()).save(path)
-    network, name = evaluate.feature_network(str(path), None, None, CPU)
-    x = torch.stack([torch.full((1, 8, 8), v) for v in (-1.0, 1.0)])
-    np.testing.assert_allclose(evaluate.apply(network, [x], CPU).numpy(), [[0] * 3, [255] * 3])
-    assert name == "TorchScript net.pt"
+    space = evaluate.torchscript_space(str(path), CPU)
+    features = evaluate.measured(space.network, grey_samples([0, 65535], 8), CPU).values
+    np.testing.assert_allclose(features.numpy(), [[0] * 3, [255] * 3])
+    assert space.text == "TorchScript net.pt"
 
 
 @pytest.mark.parametrize("name", ["inception", "net.pt", "classifier"])  # last: data of one class
@@ -172,7 +176,7 @@ def test_a_network_that_is_none_is_one_line(tmp_path, name, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "net.pt").write_bytes(b"no network")
     with pytest.raises(SystemExit, match=name):
-        evaluate.feature_network(name, None, None, CPU)
+        evaluate.feature_spaces(name, None, None, CPU)
 
 
 def test_names_of_samples(tmp_path):
@@ -200,12 +204,11 @@ def test_samples_belong_to_the_longest_class_name_that_fits(tmp_path, capsys):
     files += ["covid P_0.png", "tb.png", "old/tb_0.png"]
     for file in files:
         write_png(tmp_path / file, np.zeros((16, 16), np.uint8))
-    (tmp_path / "tb_notes.txt").write_text("")
     samples = evaluate.read_samples(tmp_path, names, None)
     assert np.bincount(samples.labels, minlength=8).tolist() == [1, 2, 1, 2, 1, 1, 0, 2]
     out = capsys.readouterr().out
     assert "no samples of class none" in out and out.count("no samples of class") == 1
-    assert "4 files are left out" in out and "covid P_0.png" in out
+    assert "3 images were left out" in out
 
 
 def test_a_manifest_says_which_files_are_samples_of_which_class(tmp_path, capsys):
@@ -216,16 +219,18 @@ def test_a_manifest_says_which_files_are_samples_of_which_class(tmp_path, capsys
     samples = evaluate.read_samples(tmp_path, ["normal", "tb"], None)
     assert samples.labels.tolist() == [0, 1]
     assert (samples.rows[:, 0, 0] // 257).tolist() == [0, 10]
-    assert "1 files are left out" in capsys.readouterr().out  # an earlier version left them
+    assert "1 images were left out" in capsys.readouterr().out  # an earlier version left them
     (tmp_path / "a.png").unlink()
     message = error_of(capsys, evaluate.read_samples, tmp_path, ["normal", "tb"], None)
-    assert "1 of the 2 images" in message and "broken off" in message and "sample.py" in message
-    outside = [{"images": [{"file": f"{where}/tb_0.png", "class": "tb"}]}
-               for where in (tmp_path.parent, "..")]
-    for other in ({"images": 3}, {"files": []}, {"images": [{"file": "tb_0.png"}]}, *outside):
+    assert "1 of the 2 images" in message and "interrupted" in message and "sample.py" in message
+    for other in ({"images": 3}, {"files": []}, {"images": [{"file": "tb_0.png"}]}):
         experiment.write_json(tmp_path / "manifest.json", other)
         message = error_of(capsys, evaluate.read_samples, tmp_path, ["normal", "tb"], None)
         assert "move it away" in message
+    outside = {"images": [{"file": f"../{tmp_path.name}.png", "class": "tb"}]}
+    write_png(tmp_path.parent / f"{tmp_path.name}.png", np.zeros((16, 16), np.uint8))
+    experiment.write_json(tmp_path / "manifest.json", outside)
+    assert "missing" in error_of(capsys, evaluate.read_samples, tmp_path, ["normal", "tb"], None)
 
 
 def test_halves_are_disjoint_and_have_every_class():
@@ -234,8 +239,8 @@ def test_halves_are_disjoint_and_have_every_class():
     assert sorted([*one, *other]) == list(range(12))
     for half in (one, other):
         assert len(half) == 6 and np.bincount(labels[half]).min() >= 1
-    many = evaluate.halves(np.zeros(3 * evaluate.MOST_FOR_DETECTIVE, int), seed=0)
-    assert [len(half) for half in many] == [evaluate.MOST_FOR_DETECTIVE] * 2
+    many = evaluate.halves(np.zeros(3 * evaluate.MOST_FOR_C2ST, int), seed=0)
+    assert [len(half) for half in many] == [evaluate.MOST_FOR_C2ST] * 2
     assert not set(many[0]) & set(many[1])
 
 
@@ -252,15 +257,11 @@ def test_crops_stay_on_a_lattice_of_eight_pixels(side, size, most):
     assert corners == set(range(0, most + 1, 8))
 
 
-def test_the_two_sample_test_sees_all_images_with_8_bits():
+def test_c2st_sees_all_images_with_8_bits():
     """Else it would tell samples, which are saved so, from real images by that alone."""
-    rows = np.arange(16, dtype=np.uint16)[:, None, None].repeat(4, 1).repeat(4, 2) * 100
-    images = evaluate.Samples(rows, np.arange(16) % 2)
-    full = evaluate.full_images(images.subset(np.array([3, 15])), CPU)
-    assert full.labels.tolist() == [1, 1]
-    grey = ((full.x + 1) * 127.5).flatten(1)
-    expected = torch.tensor([[300.0], [1500.0]]) / 257
-    torch.testing.assert_close(grey, expected.round().expand(2, 16), atol=1e-4, rtol=0)
+    pixels = evaluate.pixels_8_bit(grey_samples([300, 1500], 4), CPU).values
+    expected = (torch.tensor([[300.0], [1500.0]]) / 257).round().expand(2, 16)
+    torch.testing.assert_close(((pixels + 1) * 127.5).flatten(1), expected, atol=1e-4, rtol=0)
 
 
 # --- constructed generators: each must be caught by the metric that is meant for it ---
@@ -283,6 +284,7 @@ def generators(tmp_path_factory):
         other = {"normal": "tb", "tb": "normal"}[name]
         shutil.copytree(fresh / name, root / "good" / name)
         shutil.copytree(fresh / other, root / "swapped" / name)
+        shutil.copytree(fresh / "normal", root / "one_class" / name)
         (root / "collapsed" / name).mkdir(parents=True)
         for i in range(60):
             noise = rng.integers(0, 256, (64, 64), dtype=np.uint8)
@@ -291,23 +293,15 @@ def generators(tmp_path_factory):
                 copy = np.asarray(image).astype(float) * 0.9 + rng.normal(8, 2, (64, 64))
             write_png(root / "copies" / name / f"{i}.png", as_grey(copy))
             with Image.open(fresh / name / f"{i:05d}.png") as image:
+                real = np.asarray(image, float)
                 blurred = np.asarray(image.resize((8, 8)).resize((64, 64)))
-                mirrored = np.asarray(image)[:, ::-1]
                 softer = np.asarray(image.filter(ImageFilter.GaussianBlur(0.7)))
-                sharper = np.asarray(image.filter(ImageFilter.UnsharpMask(1, 60, 0)))
-            grain = as_grey(rng.normal(mirrored[:, ::-1], 20))
-            fine = np.asarray(mirrored[:, ::-1], float)
-            means = fine.reshape(8, 8, 8, 8).mean((1, 3)).repeat(8, 0).repeat(8, 1)
             lattice = np.add.outer(np.arange(64) % 4 == 0, np.arange(64) % 4 == 0) * 2.0
-            write_png(root / "blocky" / name / f"{i}.png", as_grey(0.7 * fine + 0.3 * means))
-            write_png(root / "latticed" / name / f"{i}.png", as_grey(fine + lattice))
-            shutil.copytree(fresh / "normal", root / "one_class" / name, dirs_exist_ok=True)
+            write_png(root / "latticed" / name / f"{i}.png", as_grey(real + lattice))
             write_png(root / "slightly_blurred" / name / f"{i}.png", softer)
-            write_png(root / "sharpened" / name / f"{i}.png", sharper)
-            write_png(root / "grainy" / name / f"{i}.png", grain)
+            write_png(root / "grainy" / name / f"{i}.png", as_grey(rng.normal(real, 20)))
             write_png(root / "blurred" / name / f"{i}.png", blurred)
-            write_png(root / "mirrored" / name / f"{i}.png", mirrored)
-            write_png(root / "upside_down" / name / f"{i}.png", np.rot90(mirrored[:, ::-1], 2))
+            write_png(root / "upside_down" / name / f"{i}.png", as_grey(real[::-1]))
             shutil.copy(fresh / name / "00000.png", root / "collapsed" / name / f"{i}.png")
 
     def report(name):
@@ -315,16 +309,17 @@ def generators(tmp_path_factory):
         if not out.exists():
             with pytest.MonkeyPatch.context() as patch:
                 # What is slow only judges those that are meant for it.
-                if name not in ("good", "blocky", "latticed"):
-                    patch.setattr(evaluate, "two_sample_tests", lambda *_: {
+                if name not in ("good", "latticed"):
+                    patch.setattr(evaluate, "c2st", lambda *_: {
                         "all": dict.fromkeys(("samples", "baseline"), (0.5, 0.4, 0.6))})
                 if name not in ("good", "swapped"):
-                    patch.setattr(evaluate, "tstr", lambda *_: ({
-                        name: (0.9, 0.8, 1.0)
-                        for name in (evaluate.ON_SAMPLES, evaluate.ON_HELD_OUT)}, {}))
+                    aurocs = dict.fromkeys((evaluate.ON_SAMPLES, evaluate.ON_HELD_OUT),
+                                           (0.9, 0.8, 1.0))
+                    gain = {evaluate.BOTH: (0.0, -0.1, 0.1)}
+                    patch.setattr(evaluate, "tstr", lambda *_: (aurocs, gain))
                 evaluate.main([f"--samples_dir={root / name}", f"--data_root={root / 'data'}",
                                f"--out_dir={out}", f"--output_root={root / 'runs'}",
-                               "--classifier_steps=200"])
+                               "--classifier_steps=120"])
         return json.loads((out / "evaluation.json").read_text())
     return report
 
@@ -345,9 +340,8 @@ def test_real_images_of_other_patients_pass(generators):
     value, low, high = report["auroc"][evaluate.TSTR]
     assert value > 0.7 and low <= value <= high
     # Images that are as good as more real ones are of no more use than these are.
-    assert report["gain"].keys() == {evaluate.BOTH, evaluate.FIRST}
-    for gain, low, high in report["gain"].values():
-        assert low <= gain <= high and low <= 0
+    gain, low, high = report["gain"][evaluate.BOTH]
+    assert low <= gain <= high and low <= 0
     assert report["copies"]["probability"] > 0.025
 
 
@@ -360,35 +354,28 @@ def test_noise_is_far_and_not_precise(generators):
     assert level(generators("noise"), "precision (classifier)") != "ok"
 
 
-@pytest.mark.parametrize("name, metric", [
-    ("upside_down", "fid (classifier)"), ("blurred", "fid (classifier)"),
-    ("mirrored", "mirrored")])
-def test_what_is_plainly_wrong_has_a_verdict(generators, name, metric):
-    assert level(generators(name), metric) == "bad", generators(name)["verdicts"]
-    assert level(generators("good"), metric) == "ok"
+@pytest.mark.parametrize("name", ["upside_down", "blurred", "one_class"])
+def test_what_is_plainly_wrong_is_far(generators, name):
+    assert level(generators(name), "fid (classifier)") == "bad", generators(name)["verdicts"]
+    assert level(generators("good"), "fid (classifier)") == "ok"
 
 
 @pytest.mark.parametrize("name, least, most", [
-    ("slightly_blurred", 0.1, 0.5), ("sharpened", 2.0, 4.0), ("grainy", 2.0, 100.0)])
+    ("slightly_blurred", 0.1, 0.5), ("grainy", 2.0, 100.0)])
 def test_what_is_wrong_with_fine_detail_shows_in_its_power(generators, name, least, most):
     report = generators(name)
     assert least < report["power"]["all"]["samples"]["16-32"] < most
     assert level(report, "power") != "ok"
 
 
-@pytest.mark.parametrize("name", ["blocky", "latticed"])
-def test_a_lattice_is_seen_by_the_two_sample_test(generators, name):
-    report, good = generators(name), generators("good")
+def test_a_lattice_is_seen_by_c2st(generators):
+    report, good = generators("latticed"), generators("good")
     assert level(good, "two-sample") == "ok" and level(report, "two-sample") == "watch"
     assert level(report, "fid (classifier)") != "bad"
     for group in ("all", "normal", "tb"):
-        assert report["two_sample"][group]["samples"][0] > 0.9
-        value, low, high = good["two_sample"][group]["baseline"]
+        assert report["c2st"][group]["samples"][0] > 0.9
+        value, low, high = good["c2st"][group]["baseline"]
         assert low < 0.5 < high and low < value < high
-
-
-def test_samples_of_one_class_under_both_names_are_found(generators):
-    assert level(generators("one_class"), "fid (classifier)") == "bad"
 
 
 def test_copies_of_training_images_are_found(generators):
@@ -419,7 +406,7 @@ def test_a_caricature_is_no_success():
     for interval, expected in (((1.0, 0.98, 1.0), "watch"), ((0.92, 0.85, 0.97), "ok")):
         auroc = {evaluate.ON_SAMPLES: interval, evaluate.ON_HELD_OUT: (0.85, 0.78, 0.91)}
         report = {"groups": {}, "auroc": auroc}
-        verdict = next(v for v in evaluate.verdicts(report) if v.metric == "class fidelity")
+        verdict = next(v for v in evaluate.judge(report) if v.metric == "class fidelity")
         assert verdict.level == expected
         assert ("caricatures" in verdict.advice) == (expected == "watch")
 
@@ -436,22 +423,21 @@ def test_report_of_a_model(workspace, quick):
     assert report["sampler"] == "ddim" and report["step"] == 20
     assert list(report["features"]) == list(report["groups"]) == ["classifier", "vae"]
     for name in ("all", "normal", "tb"):
-        looked_at = report["looks"][name]
+        looked_at = report["image_stats"][name]
         assert list(looked_at) == ["samples", "baseline", "held_out", "decoded"]
         real = 6 if name == "all" else 3
         assert looked_at["held_out"]["num"] == looked_at["decoded"]["num"] == real
         for space in ("classifier", "vae"):
             rows = report["groups"][space][name]
-            assert list(rows) == ["samples", "baseline", "spread"]
+            assert list(rows) == ["samples", "baseline", "bootstrap_std"]
             assert rows["samples"]["num"] == rows["baseline"]["num"] == (8 if name == "all" else 4)
-            assert f"{rows['samples']['kid']:.4f}" in result.out
-    assert set(report["mirrored"]) == {"samples", "held_out"}
+            assert f"{rows['samples']['kid']:.4g}" in result.out
     with Image.open(workspace.out / "l/evaluation_pairs.png") as pairs:
         assert pairs.size == (8 * 34 + 2, 2 * (32 + 16))
 
     # --- again, in one feature space: the classifiers of the real images are not trained anew ---
     weights = sorted((workspace.out / "cache").glob("classifier_*.pt"))
-    assert len(weights) == evaluate.TRAININGS + 1  # one for the mirror
+    assert len(weights) == evaluate.TRAININGS
     written = [path.stat().st_mtime_ns for path in weights]
     again = quick(*argv, "--features=vae", f"--out_dir={workspace.root / 'vae'}")
     assert again.code == 0, again.err
@@ -491,7 +477,7 @@ def test_bad_input_is_one_line(workspace, quick, tmp_path):
             ([ckpt, "--samples_dir=x"], "either"),
             (["--samples_dir=x"], "--img_size"),
             ([*workspace.common, ckpt, "--img_size=64"], "was trained at 32"),
-            ([*workspace.common, f"--samples_dir={samples}", "--img_size=15"], "16 at least"),
+            ([*workspace.common, f"--samples_dir={samples}", "--img_size=15"], "at least 16"),
             ([*workspace.common, ckpt, "--features=x"], "TorchScript")):
         result = quick("evaluate.py", f"--output_root={workspace.out}", "--num_samples=2",
                        "--num_sampling_steps=2", "--classifier_steps=1", *argv)
@@ -541,7 +527,7 @@ def test_what_cannot_be_computed_is_left_out(workspace, without, quick, case):
     rows = report["groups"][space]["all"]
     for row in ("samples", "baseline"):
         assert ("fid" in rows.get(row, {})) == ("fid" not in lacks)
-    assert report["looks"]["all"]["samples"]["detail"] > 0
+    assert report["image_stats"]["all"]["samples"]["detail"] > 0
     assert all(value is not None for row in rows.values() for value in row.values())
     notices = [line for line in result.out.splitlines() if line.startswith("note: ")]
     first = result.out.index("features:")
@@ -576,7 +562,7 @@ def test_the_training_images_as_held_out_ones_are_said_to_be(workspace, quick):
     assert "note: --split=train are the images that the model was trained on" in result.out
     report = json.loads((workspace.out / "l/evaluation.json").read_text())
     assert report["copies"]["distinct"] == 16  # no held-out image is needed for that
-    assert report["looks"]["all"]["held_out"]["num"] == 16
+    assert report["image_stats"]["all"]["held_out"]["num"] == 16
 
 
 def test_nan_is_never_ok():
@@ -584,12 +570,12 @@ def test_nan_is_never_ok():
         assert evaluate.verdict("x", float("nan"), bad, watch, "", "").level == "bad"
     labels, nan = np.arange(120) % 2, float("nan")
     power = {"samples": {"num": 9, "2-4": nan, "4-8": 1.0}, "baseline": {"2-4": 1.0, "4-8": 1.0}}
-    fine = evaluate.FeatureGroup(labels, torch.randn(120, 4))
-    broken = evaluate.FeatureGroup(labels, torch.full((120, 4), nan))
+    fine = evaluate.Labelled(labels, torch.randn(120, 4))
+    broken = evaluate.Labelled(labels, torch.full((120, 4), nan))
     for groups in ((broken, fine, fine), (fine, broken, fine), (broken, broken, broken)):
         rows = evaluate.group_rows(*groups, seed=0)
         auroc = dict.fromkeys((evaluate.ON_SAMPLES, evaluate.ON_HELD_OUT), (nan, nan, nan))
-        levels = {v.metric: v.level for v in evaluate.verdicts(
+        levels = {v.metric: v.level for v in evaluate.judge(
             {"groups": {"x": {"all": rows}}, "power": {"all": power}, "auroc": auroc})}
         assert set(levels.values()) == {"bad"} and len(levels) == 7
 

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-from metrics import (TABLE, CopyTest, auroc, auroc_gain, auroc_interval, beta_binomial_tail,
-                     binomial_interval, detail, distinct_rows, format_training,
-                     format_verdicts, frechet_distance, health, kernel_distance, latent_stats,
-                     loss_trend, manifold_metrics, mean_auroc, ms_ssim, octave_power, octaves,
-                     overfit_verdict, pairwise_mse, psnr, sample_diversity, ssim, ssim_terms,
-                     sweep_objective)
+from lib.metrics import (CopyTest, auroc, auroc_gain, auroc_interval, beta_binomial_tail, detail,
+                         distinct_rows, frechet_distance, kernel_distance, latent_stats,
+                         manifold_metrics, mean_auroc, ms_ssim, octave_power, octaves,
+                         pairwise_mse, psnr, sample_diversity, ssim)
+from lib.verdicts import (OK, TABLE, format_training, format_verdicts, health, loss_trend,
+                          overfit_verdict, sweep_objective)
 
 
 def rng(seed=0):
@@ -32,36 +32,31 @@ def test_psnr_closed_form_is_per_image():
     assert psnr(x, x).isfinite().all()
 
 
-def naive_maps(x, y, size=11, peak=255.0):
-    """Mean SSIM and contrast-structure over all windows, from moments about each window's mean."""
+def naive_ssim(x, y, size):
+    """Mean SSIM over all windows of images in 0..255, from moments about each window's mean."""
     r = np.arange(size) - (size - 1) / 2
     window = np.exp(-(r[:, None] ** 2 + r[None] ** 2) / (2 * 1.5**2))
     window /= window.sum()
-    c1, c2 = (0.01 * peak) ** 2, (0.03 * peak) ** 2
-    full, structure = [], []
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    values = []
     for i in range(x.shape[0] - size + 1):
         for j in range(x.shape[1] - size + 1):
             a, b = x[i:i + size, j:j + size], y[i:i + size, j:j + size]
             ma, mb = (window * a).sum(), (window * b).sum()
             va, vb = (window * (a - ma) ** 2).sum(), (window * (b - mb) ** 2).sum()
             cov = (window * (a - ma) * (b - mb)).sum()
-            structure.append((2 * cov + c2) / (va + vb + c2))
-            full.append(structure[-1] * (2 * ma * mb + c1) / (ma**2 + mb**2 + c1))
-    return np.mean(full), np.mean(structure)
+            luminance = (2 * ma * mb + c1) / (ma**2 + mb**2 + c1)
+            values.append(luminance * (2 * cov + c2) / (va + vb + c2))
+    return np.mean(values)
 
 
-def grey(x):
-    """One image in [-1, 1] as float64 in 0..255."""
-    return (x[0].double().numpy() + 1) * 127.5
-
-
-@pytest.mark.parametrize("height, width, size", [(16, 23, 11), (7, 9, 7)])
 @pytest.mark.parametrize("brightness", [1.0, 0.05])  # in dark images the constant C1 counts
-def test_ssim_matches_naive_windows_on_the_255_scale(height, width, size, brightness):
-    x = images(2, height, width)
-    y = 0.6 * x + 0.4 * images(2, height, width, seed=1)
+def test_ssim_shrinks_its_window_on_small_images(brightness):
+    x = images(2, 7, 9)
+    y = 0.6 * x + 0.4 * images(2, 7, 9, seed=1)
     x, y = brightness * (x + 1) - 1, 0.5 * brightness * (y + 1) - 1
-    expected = [naive_maps(grey(a), grey(b), size)[0] for a, b in zip(x, y, strict=True)]
+    a, b = ((v[:, 0].double().numpy() + 1) * 127.5 for v in (x, y))
+    expected = [naive_ssim(*pair, size=7) for pair in zip(a, b, strict=True)]
     assert 0.2 < min(expected) < max(expected) < 0.95
     assert np.allclose(ssim(x, y).numpy(), expected, atol=2e-5)
 
@@ -80,29 +75,6 @@ def test_ms_ssim_with_one_scale_is_ssim(height):
     assert torch.allclose(ms_ssim(x, y), ssim(x, y), atol=1e-6)
 
 
-def test_ms_ssim_with_two_scales_matches_naive_windows():
-    x = images(1, 22, 25)
-    y = 0.7 * x + 0.3 * images(1, 22, 25, seed=1)
-    a, b = grey(x[0]), grey(y[0])
-    halves = [v[:22, :24].reshape(11, 2, 12, 2).mean((1, 3)) for v in (a, b)]
-    fine, coarse = 0.0448 / (0.0448 + 0.2856), 0.2856 / (0.0448 + 0.2856)
-    expected = naive_maps(a, b)[1] ** fine * naive_maps(*halves)[0] ** coarse
-    assert abs(ms_ssim(x, y).item() - expected) < 2e-5
-
-
-@pytest.mark.parametrize("height, weights", [
-    (176, [0.0448, 0.2856, 0.3001, 0.2363, 0.1333]), (175, [0.0448, 0.2856, 0.3001, 0.2363])])
-def test_ms_ssim_uses_as_many_scales_as_fit(height, weights):
-    x = images(1, height, 190)
-    y = 0.7 * x + 0.3 * images(1, height, 190, seed=1)
-    a, b, expected = x + 1, y + 1, 1.0
-    for k, weight in enumerate(weights):
-        full, structure = ssim_terms(a, b)
-        expected *= (full if k == len(weights) - 1 else structure) ** (weight / sum(weights))
-        a, b = (torch.nn.functional.avg_pool2d(v, 2) for v in (a, b))
-    assert torch.allclose(ms_ssim(x, y), expected, atol=1e-6)
-
-
 HARD_PAIRS = {
     "identical": (images(1, 48, 48), images(1, 48, 48)),
     "negative": (images(1, 48, 48), -images(1, 48, 48)),
@@ -119,15 +91,6 @@ def test_similarity_has_finite_values_and_gradients(metric, name):
     value = metric(x, y)
     value.sum().backward()
     assert value.isfinite().all() and x.grad.isfinite().all() and y.grad.isfinite().all()
-
-
-def test_similarity_gradient_points_uphill():
-    y = images(1, 32, 32)
-    x = (0.5 * y + 0.3 * images(1, 32, 32, seed=1)).requires_grad_()
-    before = ms_ssim(x, y)
-    before.sum().backward()
-    after = ms_ssim(x.detach() + 1e-2 * x.grad / x.grad.abs().max(), y)
-    assert after.item() > before.item() + 1e-4
 
 
 @pytest.mark.parametrize("metric", [psnr, ssim, ms_ssim])
@@ -159,11 +122,6 @@ def test_pairwise_mse_matches_brute_force():
     pairs = [((d[i] - d[j]) ** 2).mean().item() for i in range(7) for j in range(i)]
     expected = {"mean": np.mean(pairs), "std": np.std(pairs), "min": min(pairs), "max": max(pairs)}
     assert pairwise_mse(z) == pytest.approx(expected, rel=1e-9)
-
-
-def test_pairwise_mse_of_gaussian_latents_is_twice_the_variance():
-    z = 0.7 * torch.randn(40, 4, 32, 32, generator=rng())
-    assert pairwise_mse(z)["mean"] == pytest.approx(2 * 0.7**2, rel=0.01)
 
 
 def test_pairwise_mse_edge_cases():
@@ -232,38 +190,12 @@ def test_frechet_distance_of_diagonal_gaussians():
     assert frechet_distance(a[:, :1], b[:, :1]) == pytest.approx(3**2 + 3**2, rel=1e-9)
 
 
-def test_frechet_distance_with_covariances_that_do_not_commute():
-    a, b = (torch.randn(50, 4, generator=rng(s), dtype=torch.float64)
-            @ torch.randn(4, 4, generator=rng(s + 9), dtype=torch.float64) for s in (0, 1))
-    s1, s2 = np.cov(a.T.numpy()), np.cov(b.T.numpy())
-    root_trace = np.sqrt(np.linalg.eigvals(s1 @ s2).real).sum()
-    means = ((a.mean(0) - b.mean(0)) ** 2).sum().item()
-    expected = means + np.trace(s1) + np.trace(s2) - 2 * root_trace
-    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
-    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-9)
-
-
 def test_frechet_distance_with_fewer_samples_than_dimensions():
     a = torch.randn(10, 64, generator=rng())
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-4)
     assert frechet_distance(a, a + 1) == pytest.approx(64, rel=1e-5)
     a[0, 0] = math.nan
     assert math.isnan(frechet_distance(a, a))
-
-
-def test_kernel_distance_matches_a_double_loop():
-    a = torch.randn(6, 3, generator=rng(0)).double()
-    b = torch.randn(5, 3, generator=rng(1)).double() + 0.5
-
-    def kernel(u, v):
-        return (float(u @ v) / 3 + 1) ** 3
-
-    def within(x):
-        n = len(x)
-        return np.mean([kernel(x[i], x[j]) for i in range(n) for j in range(n) if i != j])
-
-    expected = within(a) + within(b) - 2 * np.mean([kernel(u, v) for u in a for v in b])
-    assert kernel_distance(a, b) == pytest.approx(expected, rel=1e-9)
 
 
 def test_kernel_distance_is_unbiased_and_grows_with_shift():
@@ -295,18 +227,7 @@ def test_manifold_metrics_of_points_on_a_line():
     assert manifold_metrics(samples[:2], real) == manifold_metrics(samples[:2], real, k=1)
 
 
-# --- memorisation and classification ---
-
-
-def test_binomial_interval():
-    """Solutions of |fraction - p| = 1.96 sqrt(p (1 - p) / n), which defines Wilson's interval."""
-    for count, total in ((3, 20), (10, 10), (0, 7), (50, 200)):
-        low, high = binomial_interval(count, total)
-        assert (low == 0) == (count == 0) and (high == 1) == (count == total)
-        for p in {low, high} - {0.0, 1.0}:
-            width = 1.96 * math.sqrt(p * (1 - p) / total)
-            assert abs(count / total - p) == pytest.approx(width, rel=1e-9)
-    assert binomial_interval(0, 0) == (0.0, 1.0)
+# --- copies and classification ---
 
 
 def unit(count, seed, dim=16):
@@ -391,7 +312,7 @@ def test_auroc_interval_covers_the_truth_of_two_gaussians(count, shift):
     assert np.mean(widths) < (0.5 if count == 9 else 0.2)
 
 
-def test_an_auroc_of_several_trainings_has_their_spread_in_its_interval():
+def test_mean_auroc_widens_by_how_much_trainings_differ():
     labels = torch.arange(120) % 2
     base = torch.randn(120, generator=rng(0)) + labels
     alike = [torch.stack([-base, base], 1)] * 3
@@ -409,15 +330,15 @@ def test_an_auroc_of_several_trainings_has_their_spread_in_its_interval():
 def test_a_gain_is_clear_only_where_there_is_one():
     """Null case: classifiers that differ in nothing but their noise."""
     clear = 0
-    for seed in range(40):
+    for seed in range(20):
         labels = torch.arange(60) % 2
         signal = torch.randn(60, generator=rng(seed)) + labels
         trainings = [torch.stack([-s, s], 1) for s in (
             signal + 0.7 * torch.randn(60, generator=rng(100 * seed + i)) for i in range(6))]
-        gain, low, high = auroc_gain(trainings[:3], trainings[3:], labels, resamples=200)
+        gain, low, high = auroc_gain(trainings[:3], trainings[3:], labels, resamples=100)
         assert low <= gain <= high
         clear += low > 0 or high < 0
-    assert clear <= 6  # of 40; at most 2 expected
+    assert clear <= 4  # of 20; at most 1 expected
     better = [torch.stack([-s, s], 1) for s in (signal + 2 * labels for _ in range(3))]
     assert auroc_gain(better, trainings[3:], labels)[1] > 0
 
@@ -532,26 +453,17 @@ def test_verdict_level(metric, value, level, context):
     assert (verdict.metric, verdict.level) == (metric, level)
 
 
-def test_the_cases_reach_every_row_of_the_table():
+def test_the_cases_reach_every_rule():
     reached = {(v.metric, v.level, v.meaning) for metric, value, _, context in CASES
                for v in judge(metric, value, context)}
-    reached |= {(v.metric, v.level, v.meaning) for v in health({L + "std": 1.0})}  # no target_std
-    assert reached == {(row[0], row[1], row[3].format(best_epoch=30))
-                       for row in TABLE if row[0] != "*"}
+    rules = {(r.metric, r.level, r.meaning.format(best_epoch=30)) for r in TABLE if r.metric != "*"}
+    assert reached == rules | {(metric, "ok", meaning) for metric, meaning in OK.items()}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_every_metric_is_bad_when_not_finite(value):
-    names = {row[0] for row in TABLE} - {"*"}
-    verdicts = health({name: value for name in names} | TARGET, FALLING, TRAIN)
-    assert {v.metric for v in verdicts} == names
-    assert {v.level for v in verdicts} == {"bad"}
-
-
-def test_table_rows_say_what_to_do():
-    for metric, level, _, meaning, advice in TABLE:
-        assert level in ("ok", "watch", "bad") and meaning.endswith(".")
-        assert bool(advice) == (level != "ok"), metric
+    verdicts = health({name: value for name in OK} | TARGET, FALLING, TRAIN)
+    assert [(v.metric, v.level) for v in verdicts] == [(name, "bad") for name in OK]
 
 
 def test_std_of_a_single_pair_has_no_verdict():
@@ -561,7 +473,7 @@ def test_std_of_a_single_pair_has_no_verdict():
 
 
 def test_overfit_leaves_out_only_the_diversity_verdicts():
-    values = {name: 0.5 for name in {row[0] for row in TABLE} - {"*"}}
+    values = {name: 0.5 for name in OK}
     left_out = {v.metric for v in health(values)} - {v.metric for v in health(values, overfit=True)}
     assert left_out == {name for name in values if name.startswith(D)}
 
@@ -596,28 +508,22 @@ def test_true_rise_is_found(length):
     assert rising >= 190
 
 
-def test_small_rise_without_noise_counts_from_five_percent():
-    plateau = [2.0] * 20 + [1.0] * 60
-    assert loss_trend(plateau + [1.06] * 10) == "rising"
-    assert loss_trend(plateau + [1.04] * 10) == "falling"
-
-
-def test_twenty_entries_are_needed_for_a_trend():
-    assert loss_trend([]) == loss_trend([1.0] * 19) == "short"
-    assert loss_trend([1.0] * 20) == "flat"
+@pytest.mark.parametrize("losses, trend", [
+    ([], "short"), ([1.0] * 19, "short"), ([1.0] * 20, "flat"),
+    ([2.0] * 20 + [1.0] * 60 + [1.04] * 10, "falling"),
+    ([2.0] * 20 + [1.0] * 60 + [1.06] * 10, "rising")])
+def test_trend_without_noise(losses, trend):
+    assert loss_trend(losses) == trend
 
 
 def test_format_verdicts_aligns_and_advises_only_when_needed():
     verdicts = health({"train/grad_norm": 1000.0, D + "pairwise_mse_mean": 0.5, L + "std": 3.0,
                        **TARGET})
-    text = format_verdicts(verdicts)
-    lines = text.splitlines()
-    levels = [line.split()[0] for line in lines if not line.startswith(" ")]
-    assert levels == ["BAD", "OK", "WATCH"]
-    columns = {line.index(v.meaning) for v in verdicts for line in lines if v.meaning in line}
-    assert len(columns) == 1
+    lines = format_verdicts(verdicts).splitlines()
+    assert [line.split()[0] for line in (lines[0], lines[2], lines[3])] == ["BAD", "OK", "WATCH"]
+    starts = {lines[i].index(v.meaning) for i, v in zip((0, 2, 3), verdicts, strict=True)}
+    assert len(starts) == 1
     assert len(lines) == 5 and verdicts[0].advice in lines[1] and verdicts[2].advice in lines[4]
-    assert format_verdicts([]) == ""
 
 
 def test_a_sweep_gets_minus_one_for_noise_and_for_copies():
@@ -665,14 +571,8 @@ def test_overfit_passes_on_copies_in_any_order():
     assert (result["overfit/mse_threshold"], result["overfit/psnr_threshold"]) == (0.1, 25.0)
 
 
-def test_overfit_one_passes_with_many_samples_of_one_image():
-    z, x = training_set(1)
-    z_samples, x_samples = noisy(z.expand(4, -1, -1, -1), 0.1), noisy(x.expand(4, -1, -1, -1), 0.05)
-    assert overfit_verdict(z_samples, z, x_samples, x)["overfit/passed"]
-
-
 @pytest.mark.parametrize("k, samples", [(2, 2), (3, 3), (8, 4), (8, 8), (8, 40), (32, 16)])
-def test_overfit_fails_on_one_repeated_image_only_through_coverage(k, samples):
+def test_overfit_fails_on_one_image_repeated_by_its_coverage(k, samples):
     z, x = training_set(k)
     repeated = torch.full((samples,), k - 1)
     result = overfit_verdict(noisy(z[repeated], 0.1), z, noisy(x[repeated], 0.05), x)
@@ -681,40 +581,20 @@ def test_overfit_fails_on_one_repeated_image_only_through_coverage(k, samples):
     assert result["overfit/passed"] is False
 
 
-def test_overfit_coverage_ignores_samples_that_are_no_copies():
-    z, x = training_set(8)
-    z_junk, x_junk = training_set(30, seed=50)
-    repeated = torch.zeros(40, dtype=torch.long)
-    result = overfit_verdict(torch.cat([z[repeated], z_junk]), z,
-                             torch.cat([x[repeated], x_junk]), x)
-    assert result["overfit/nearest_mse"] < 0.1 and result["overfit/nearest_psnr"] > 25
-    assert result["overfit/coverage"] == 1 / 8 and not result["overfit/passed"]
-
-
-def test_overfit_coverage_of_half_is_enough():
-    z, x = training_set(8)
-    half = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])
-    assert overfit_verdict(z[half], z, x[half], x)["overfit/passed"]
-    less = torch.tensor([0, 1, 2, 0, 0, 1, 2, 0])
-    assert not overfit_verdict(z[less], z, x[less], x)["overfit/passed"]
-
-
-def test_overfit_fails_on_noise_and_on_other_patients():
-    z, x = training_set(8)
-    z_other, x_other = training_set(8, seed=50)
-    noise_z, noise_x = torch.randn(8, 4, 8, 8, generator=rng(9)), images(8, 64, 64, seed=9)
-    for samples in ((noise_z, noise_x), (z_other, x_other)):
-        result = overfit_verdict(samples[0], z, samples[1], x)
-        assert result["overfit/nearest_mse"] > 0.5 and result["overfit/nearest_psnr"] < 25
-        assert not result["overfit/passed"]
+@pytest.mark.parametrize("k, drawn, passed", [
+    (1, [0] * 4, True), (8, [0, 1, 2, 3] * 2, True), (8, [0, 1, 2, 0] * 2, False)])
+def test_overfit_passes_when_half_is_covered(k, drawn, passed):
+    z, x = training_set(k)
+    assert overfit_verdict(z[drawn], z, x[drawn], x)["overfit/passed"] is passed
 
 
 def test_overfit_needs_both_latents_and_images_to_match():
     z, x = training_set(8)
     z_other, x_other = training_set(8, seed=50)
-    assert not overfit_verdict(z, z, x_other, x)["overfit/passed"]
-    assert not overfit_verdict(z_other, z, x, x)["overfit/passed"]
-    assert not overfit_verdict(z * math.nan, z, x * math.nan, x)["overfit/passed"]
+    result = overfit_verdict(z_other, z, x_other, x)
+    assert result["overfit/nearest_mse"] > 0.5 and result["overfit/nearest_psnr"] < 25
+    for samples in ((z_other, x_other), (z, x_other), (z_other, x), (z * math.nan, x * math.nan)):
+        assert not overfit_verdict(samples[0], z, samples[1], x)["overfit/passed"]
 
 
 def test_overfit_needs_most_samples_to_be_copies():

@@ -181,7 +181,7 @@ def test_the_page_of_an_evaluation(workspace, quick, capsys):
     for name, (value, low, high) in found["auroc"].items():
         assert f"{name} {value:.4g} {low:.4g} {high:.4g}" in seen.words
     for rows in found["groups"].values():
-        for row in ("samples", "baseline", "spread"):
+        for row in ("samples", "baseline", "bootstrap_std"):
             assert f"all {row}" in seen.words and f"{rows['all'][row]['fid']:.4g}" in seen.words
     if "copies" in found:
         assert seen.pictures[-1][1] == (folder / "evaluation_pairs.png").read_bytes()

@@ -1,0 +1,460 @@
+"""Metrics: reconstruction, sharpness, diversity, distributions, copies, AUROC.
+
+Only `psnr`, `ssim` and `ms_ssim` run inside a training step. The rest runs once per evaluation, in
+float64 on the CPU, because not every accelerator has float64.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+
+# --- reconstruction -----------------------------------------------------------------------------
+
+WINDOW, WINDOW_SIGMA = 11, 1.5  # pixels; Wang et al. 2004, section III-C
+C1, C2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2  # (K * L)^2 of the same paper for data range L = 2
+SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, 3.2, finest first
+
+
+def psnr(x, y):
+    """Peak signal-to-noise ratio of images [B, 1, H, W] in [-1, 1] (peak-to-peak 2): [B], in dB.
+
+    The mean squared error is clamped at 1e-10, so identical images score 106 dB rather than an
+    infinity that would swallow every average.
+    """
+    mse = (x.float() - y.float()).square().flatten(1).mean(1)
+    return 10 * torch.log10(4 / mse.clamp_min(1e-10))
+
+
+def blur(x):
+    """Separable Gaussian filter of x [B, 1, H, W], unpadded; the window shrinks on small images.
+
+    A sum of shifted views rather than a convolution: GPU convolutions round to TF32 (10-bit
+    mantissa), which ruins the difference E[x^2] - E[x]^2 that SSIM is made of. The compiler fuses
+    the sum, and autocast leaves it in float32.
+    """
+    size = min(WINDOW, *x.shape[2:])
+    centre = (size - 1) / 2
+    weights = [math.exp(-((k - centre) / WINDOW_SIGMA) ** 2 / 2) for k in range(size)]
+    total = sum(weights)
+    for dim in (2, 3):
+        length = x.shape[dim] - size + 1
+        x = sum(x.narrow(dim, k, length) * (w / total) for k, w in enumerate(weights))
+    return x
+
+
+def ssim_terms(x, y):
+    """Mean SSIM and mean contrast-structure factor, [B] each, of images [B, 1, H, W] in [0, 2]."""
+    mean_x, mean_y, xx, yy, xy = blur(torch.cat([x, y, x * x, y * y, x * y])).chunk(5)
+    var_sum = xx - mean_x.square() + yy - mean_y.square()
+    covariance = xy - mean_x * mean_y
+    luminance = (2 * mean_x * mean_y + C1) / (mean_x.square() + mean_y.square() + C1)
+    contrast_structure = (2 * covariance + C2) / (var_sum + C2)
+    full = luminance * contrast_structure
+    return full.flatten(1).mean(1), contrast_structure.flatten(1).mean(1)
+
+
+def ssim(x, y):
+    """Structural similarity (Wang et al. 2004, eq. 13) of images [B, 1, H, W] in [-1, 1]: [B].
+
+    At most 1; float32 even under autocast. The luminance term expects non-negative intensities, so
+    images are shifted to [0, 2], which gives the same result as storing them as 0..255.
+    """
+    return ssim_terms(x.float() + 1, y.float() + 1)[0]
+
+
+def ms_ssim(x, y):
+    """Multi-scale SSIM (Wang et al. 2003, eq. 7) of images [B, 1, H, W] in [-1, 1]: [B], in (0, 1].
+
+    Up to five scales, as long as the smallest side has at least 11 pixels, with weights
+    renormalised to sum to one; a single scale is `ssim`. Float32 even under autocast.
+    """
+    side = min(x.shape[2:])
+    scales = sum(side // 2**k >= WINDOW for k in range(len(SCALE_WEIGHTS))) or 1
+    weights = [w / sum(SCALE_WEIGHTS[:scales]) for w in SCALE_WEIGHTS[:scales]]
+    x, y = x.float() + 1, y.float() + 1
+    result = 1.0
+    for k, weight in enumerate(weights):
+        if k > 0:
+            x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+        full, contrast_structure = ssim_terms(x, y)
+        term = full if k == scales - 1 else contrast_structure
+        # A fractional power of a negative number is NaN, and its slope at zero is infinite.
+        result = result * term.clamp_min(1e-4) ** weight
+    return result
+
+
+# --- sharpness ----------------------------------------------------------------------------------
+
+
+def fine_part(x):
+    """High-frequency residual of x [B, 1, H, W] with even sides: x minus its 2x2 average."""
+    return x - F.interpolate(F.avg_pool2d(x, 2), scale_factor=2)
+
+
+def even_part(x):
+    """Images [B, 1, H, W] with the last row or column of an odd side cut off."""
+    return x[..., :x.shape[2] // 2 * 2, :x.shape[3] // 2 * 2]
+
+
+def detail(x):
+    """Root mean square of the fine part of images [B, 1, H, W] in [-1, 1], on a 0-to-1 grey scale:
+    [B]. Blurred images have little."""
+    return fine_part(even_part(x).float()).square().flatten(1).mean(1).sqrt() / 2
+
+
+def octaves(side):
+    """[(low, high)] in cycles per image of `side` pixels, contiguous, coarsest first, at least two:
+    from 2 cycles or slightly more up to the Nyquist limit, side / 2."""
+    found = [(side / 8, side / 4), (side / 4, side / 2)]
+    while found[0][0] >= 4:
+        low, high = found[0]
+        found.insert(0, (low / 2, high / 2))
+    return found
+
+
+def octave_power(x):
+    """Power of square images [B, 1, S, S] in each of octaves(S): float64 [B, octaves].
+
+    Sum of |DFT|^2 over the frequencies of an octave, in all directions, after removing the mean and
+    applying a Hann window; without it the image borders look like fine detail.
+    """
+    side = x.shape[-1]
+    window = torch.hann_window(side, periodic=False, dtype=torch.float64)
+    grey = x.detach().cpu().double()[:, 0]
+    grey = (grey - grey.mean((1, 2), keepdim=True)) * window[:, None] * window
+    power = torch.fft.fft2(grey).abs().square()
+    cycles = torch.fft.fftfreq(side, dtype=torch.float64) * side
+    radius = (cycles[:, None].square() + cycles.square()).sqrt()
+    return torch.stack([power[:, (radius >= low) & (radius < high)].sum(1)
+                        for low, high in octaves(side)], 1)
+
+
+# --- diversity and latent statistics ------------------------------------------------------------
+
+MSE_MEAN, MSE_STD = "sample_diversity/pairwise_mse_mean", "sample_diversity/pairwise_mse_std"
+MSE_MIN, MSE_MAX = "sample_diversity/pairwise_mse_min", "sample_diversity/pairwise_mse_max"
+RATIO = "sample_diversity/ratio_to_real"
+Z_MEAN, Z_STD = "final_latent_stats/mean", "final_latent_stats/std"
+Z_MIN, Z_MAX = "final_latent_stats/min", "final_latent_stats/max"
+TARGET_STD = "final_latent_stats/target_std"
+
+
+def rows64(x):
+    """x [N, ...] as a float64 matrix [N, D] on the CPU."""
+    return x.detach().cpu().double().reshape(len(x), -1)
+
+
+def pairwise_mse(z):
+    """Mean squared error of all N (N - 1) / 2 pairs in z [N, ...]: dict of mean, std, min and max.
+
+    The standard deviation is the population's, so a single pair has 0. For independent Gaussian
+    latents of variance s^2 the mean is 2 s^2. NaN in z gives NaN. ValueError if N < 2.
+    """
+    if len(z) < 2:
+        raise ValueError(f"pairwise_mse needs at least 2 samples, got {len(z)}")
+    rows = rows64(z)
+    mse = F.pdist(rows).square() / rows.shape[1]
+    return {"mean": mse.mean().item(), "std": mse.std(correction=0).item(),
+            "min": mse.min().item(), "max": mse.max().item()}
+
+
+def sample_diversity(z, labels, class_names, real_pairwise_mse_mean):
+    """Pairwise MSE within each class of generated latents, and its ratio to the training latents'.
+
+    z [N, ...] are normalised latents, labels [N] index class_names. Returns
+    `sample_diversity/<class>/pairwise_mse_*` of each class with two or more samples, their averages
+    `sample_diversity/pairwise_mse_*`, and the number of pairs in the largest class. If
+    real_pairwise_mse_mean, the same mean over training latents, is None or 0 (one training image),
+    it and the ratio are omitted.
+    """
+    labels = torch.as_tensor(labels, device=z.device)
+    result, per_class, num_pairs = {}, [], 0
+    for index, name in enumerate(class_names):
+        members = z[labels == index]
+        if len(members) < 2:
+            continue
+        stats = pairwise_mse(members)
+        per_class.append(stats)
+        num_pairs = max(num_pairs, len(members) * (len(members) - 1) // 2)
+        result |= {f"sample_diversity/{name}/pairwise_mse_{key}": x for key, x in stats.items()}
+    result["sample_diversity/num_pairs"] = num_pairs
+    for key in per_class[0] if per_class else ():
+        average = sum(stats[key] for stats in per_class) / len(per_class)
+        result[f"sample_diversity/pairwise_mse_{key}"] = average
+    if real_pairwise_mse_mean:
+        real = float(real_pairwise_mse_mean)
+        result["sample_diversity/real_pairwise_mse_mean"] = real
+        if per_class:
+            result[RATIO] = result[MSE_MEAN] / real
+    return result
+
+
+def latent_stats(z_unscaled, latent_scale_factor):
+    """Statistics over all elements of the unscaled latents [N, ...] that go into the decoder.
+
+    `target_std` = 1 / latent_scale_factor, the training latents' standard deviation in these units.
+    """
+    z = rows64(z_unscaled)
+    return {Z_MEAN: z.mean().item(), Z_STD: z.std(correction=0).item(),
+            Z_MIN: z.min().item(), Z_MAX: z.max().item(),
+            TARGET_STD: 1 / float(latent_scale_factor)}
+
+
+# --- distributions ------------------------------------------------------------------------------
+
+
+def two_feature_sets(a, b):
+    """Both as float64 matrices; ValueError unless they are [N, D] and [M, D] with N, M >= 2."""
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise ValueError(f"features must be [N, D] and [M, D] with N, M >= 2, got {[*a.shape]} and "
+                         f"{[*b.shape]}")
+    return rows64(a), rows64(b)
+
+
+def frechet_distance(a, b):
+    """FID: Frechet distance of Gaussians fitted to features a [N, D] and b [M, D].
+
+    Heusel et al. 2017, eq. 6: |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) with unbiased
+    covariances, rank-deficient ones included. With S1 = A^T A and S2 = B^T B, the trace of the root
+    is the sum of the singular values of A B^T, so no matrix root is needed. Biased upwards for few
+    samples: compare only values from equal N and M. NaN if a feature is not finite.
+    """
+    a, b = two_feature_sets(a, b)
+    if not (a.isfinite().all() and b.isfinite().all()):
+        return math.nan
+
+    def covariance_factor(x):
+        # R of the QR decomposition: R^T R is the covariance, and R has at most D rows.
+        return torch.linalg.qr((x - x.mean(0)) / math.sqrt(len(x) - 1), mode="r").R
+
+    factor_a, factor_b = covariance_factor(a), covariance_factor(b)
+    distance = ((a.mean(0) - b.mean(0)).square().sum()
+                + factor_a.square().sum() + factor_b.square().sum()
+                - 2 * torch.linalg.svdvals(factor_a @ factor_b.T).sum())
+    return max(distance.item(), 0.0)
+
+
+def kernel_distance(a, b):
+    """KID: kernel distance of features a [N, D] and b [M, D] (Binkowski et al. 2018, section 4).
+
+    Unbiased squared MMD (Gretton et al. 2012, eq. 3) with the kernel (a.b / D + 1)^3. Its
+    expectation does not depend on N and M and is 0 for equal distributions, so single values can be
+    slightly negative.
+    """
+    a, b = two_feature_sets(a, b)
+    n, m, dim = len(a), len(b), a.shape[1]
+    aa = (a @ a.T / dim + 1) ** 3
+    bb = (b @ b.T / dim + 1) ** 3
+    ab = (a @ b.T / dim + 1) ** 3
+    within_a = (aa.sum() - aa.trace()) / (n * (n - 1))
+    within_b = (bb.sum() - bb.trace()) / (m * (m - 1))
+    return (within_a + within_b - 2 * ab.mean()).item()
+
+
+def manifold_metrics(samples, real, k=5):
+    """dict of precision, recall, density and coverage of features [N, D] against real ones [M, D].
+
+    Each point has a ball that reaches its k-th nearest neighbour in its own set. Precision:
+    fraction of samples inside any real ball; recall: fraction of real points inside any sample's
+    ball (Kynkaanniemi et al. 2019, eq. 1-2). Density: number of real balls around a sample, over k;
+    coverage: fraction of real balls with a sample inside (Naeem et al. 2020, eq. 4-5). k is lowered
+    if a set has too few points. ValueError if N or M is below 2; NaN if a feature is not finite.
+    """
+    samples, real = two_feature_sets(samples, real)
+    if not (samples.isfinite().all() and real.isfinite().all()):
+        return dict.fromkeys(("precision", "recall", "density", "coverage"), math.nan)
+    k = min(k, len(samples) - 1, len(real) - 1)
+
+    def radii(x):
+        # The nearest of all is the point itself.
+        return torch.cdist(x, x).kthvalue(k + 1, dim=1).values
+
+    distance = torch.cdist(samples, real)  # [N, M]
+    in_real = distance <= radii(real)[None]
+    in_samples = distance <= radii(samples)[:, None]
+    return {"precision": in_real.any(1).double().mean().item(),
+            "recall": in_samples.any(0).double().mean().item(),
+            "density": in_real.double().sum(1).mean().item() / k,
+            "coverage": in_real.any(0).double().mean().item()}
+
+
+# --- copies -------------------------------------------------------------------------------------
+
+
+def binomial_interval(count, total, z=1.96):
+    """95 % confidence interval (low, high) of the fraction count / total (Wilson 1927)."""
+    fraction, widen = count / total, z * z / total
+    centre = (fraction + widen / 2) / (1 + widen)
+    half = z / (1 + widen) * math.sqrt(fraction * (1 - fraction) / total + widen / (4 * total))
+    low = 0.0 if count == 0 else centre - half
+    high = 1.0 if count == total else centre + half
+    return low, high
+
+
+def beta_binomial_tail(count, total, a, b):
+    """P(X >= count) of X ~ BetaBinomial(total, a, b)."""
+    def log_beta(p, q):
+        return math.lgamma(p) + math.lgamma(q) - math.lgamma(p + q)
+
+    def log_probability(x):
+        ways = -math.log(total + 1) - log_beta(x + 1, total - x + 1)
+        return ways + log_beta(x + a, total - x + b) - log_beta(a, b)
+
+    return min(1.0, math.fsum(math.exp(log_probability(x)) for x in range(count, total + 1)))
+
+
+REPEATED = 0.97  # correlation of thumbnails above which two training images are the same film
+
+
+def distinct_rows(rows):
+    """Indices of the unit-length rows [N, D] that repeat no earlier one."""
+    keep = []
+    for start in range(0, len(rows), 256):
+        block = rows[start:start + 256]
+        index = torch.arange(start, start + len(block))
+        same = block @ rows[:start + len(block)].T > REPEATED
+        earlier = torch.arange(same.shape[1])[None] < index[:, None]
+        keep.append(index[~(same & earlier).any(1)])
+    return torch.cat(keep)
+
+
+def closeness(rows, others, within=False):
+    """(ratio [N], nearest [N]) of unit-length rows [N, D] among others [M >= 6, D]: the distance to
+    the nearest, over that to the fifth nearest. within: rows are the others, and none counts as its
+    own neighbour."""
+    ratios, nearest = [], []
+    for start in range(0, len(rows), 256):
+        squares = (2 - 2 * rows[start:start + 256] @ others.T).clamp_min(0)
+        if within:
+            squares.diagonal(start).fill_(math.inf)
+        values, index = squares.topk(5, 1, largest=False)
+        ratios.append((values[:, 0] / values[:, -1].clamp_min(1e-12)).sqrt())
+        nearest.append(index[:, 0])
+    return torch.cat(ratios), torch.cat(nearest)
+
+
+BY_CHANCE = 0.025  # copies less probable than this are not put down to chance
+
+
+class CopyTest:
+    """Are more samples close to one training image than chance allows?
+
+    Closeness is a ratio (see `closeness`; after Carlini et al. 2023, section 4.2), so a blurred
+    sample, which is close to everything, is not a copy. The threshold is the k-th smallest ratio of
+    the M distinct training images, each among the others, with k = max(1, floor(alpha (M + 1))). If
+    N samples resemble the training images no more than these resemble one another, the number below
+    the threshold, an order statistic of M draws, is BetaBinomial(N, k, M + 1 - k). (Nearly: the
+    closest training images are each other's neighbours, so 1 to 6 % of simulated fresh sets, not
+    2.5 %, have a probability under 0.025; 6 to 9 % with under 50 training images.) No held-out
+    image is needed, so none that repeats a training image can spoil the test.
+    """
+
+    def __init__(self, train, alpha=0.01):
+        """train [M, D]: unit-length rows, as from data.thumbnails. ValueError if fewer than 6 of
+        them are distinct."""
+        self.index = distinct_rows(train)
+        if len(self.index) < 6:
+            raise ValueError(f"only {len(self.index)} distinct training images: too few to search "
+                             "for copies")
+        self.others = train if len(self.index) == len(train) else train[self.index]
+        reference, _ = closeness(self.others, self.others, within=True)
+        self.rank = max(1, int(alpha * (len(self.others) + 1)))
+        self.threshold = reference.kthvalue(self.rank).values
+
+    def search(self, samples):
+        """dict for samples [N, D]: share of copies, expected share, probability of as many or more
+        by chance, distinct (M), and per sample its ratio and nearest (training image index)."""
+        ratio, nearest = closeness(samples, self.others)
+        count = int((ratio < self.threshold).sum())
+        rank, total = self.rank, len(self.others) + 1
+        return {"share": count / len(samples), "expected": rank / total,
+                "probability": beta_binomial_tail(count, len(samples), rank, total - rank),
+                "distinct": len(self.others), "ratio": ratio, "nearest": self.index[nearest]}
+
+
+# --- classification -----------------------------------------------------------------------------
+
+
+def auroc(scores, labels):
+    """Area under the ROC curve of scores [N, K] for labels [N]: one against the rest, averaged.
+
+    Mann & Whitney's U: how often a member scores above a non-member, ties counting half. NaN if a
+    class has no member or no non-member.
+    """
+    areas = []
+    for c in range(scores.shape[1]):
+        # Relative to the other columns: with two classes, their difference is what decides.
+        own = scores[:, c].double()
+        score = own - (scores.sum(1).double() - own) / (scores.shape[1] - 1)
+        gap = score[labels == c][:, None] - score[labels != c][None]
+        wins = (gap > 0).double() + 0.5 * (gap == 0).double()
+        areas.append(wins.mean().item() if gap.numel() else math.nan)
+    return sum(areas) / len(areas)
+
+
+def auroc_interval(area, positives, negatives, z=1.96):
+    """95 % confidence interval (low, high) of an AUROC, valid down to ten images per class.
+
+    Newcombe 2006 (method 5): all areas A that lie within z standard errors of the measured one,
+    with the variance of Hanley & McNeil 1982 at A and both class sizes replaced by their mean.
+    """
+    size = (positives + negatives) / 2
+
+    def too_far(true):
+        q = (1 - true) / (2 - true) + true / (1 + true)
+        variance = true * (1 - true) * (1 + (size - 1) * q) / (positives * negatives)
+        return abs(area - true) > z * math.sqrt(variance)
+
+    ends = []
+    for outside in (0.0, 1.0):
+        inside = area
+        for _ in range(40):
+            middle = (outside + inside) / 2
+            inside, outside = (inside, middle) if too_far(middle) else (middle, outside)
+        ends.append(inside)
+    return tuple(ends)
+
+
+def mean_auroc(of_trainings, labels):
+    """(mean AUROC, low, high) of 2 or more trainings of a classifier, at 95 % confidence, given the
+    scores [N, K] of each on the same images with labels [N].
+
+    Combines the uncertainty from the choice of images (auroc_interval) and from the training seed
+    (Student's t).
+    """
+    areas = torch.tensor([auroc(scores, labels) for scores in of_trainings], dtype=torch.float64)
+    mean, count = areas.mean().item(), len(areas)
+    if math.isnan(mean):
+        return math.nan, math.nan, math.nan
+    t_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(count, 2.6)
+    training = t_95 * areas.std().item() / math.sqrt(count)
+    positives = min(int((labels == c).sum()) for c in labels.unique())
+    low, high = auroc_interval(mean, positives, len(labels) - positives)
+    return (mean, max(0.0, mean - math.hypot(mean - low, training)),
+            min(1.0, mean + math.hypot(high - mean, training)))
+
+
+def auroc_gain(with_samples, without, labels, seed=0, resamples=1000):
+    """(gain, low, high): mean AUROC of some trainings minus that of others, given the scores [N, K]
+    of each training on the same images with labels [N].
+
+    95 % bootstrap interval (Efron & Tibshirani 1993) over images, within each class, and trainings.
+    Paired: both sides see the same images.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    members = [(labels == c).nonzero()[:, 0] for c in labels.unique()]
+
+    def mean_area(trainings, index=slice(None)):
+        return sum(auroc(scores[index], labels[index]) for scores in trainings) / len(trainings)
+
+    def redrawn(trainings):
+        chosen = torch.randint(len(trainings), (len(trainings),), generator=rng).tolist()
+        return [trainings[i] for i in chosen]
+
+    gains = []
+    for _ in range(resamples):
+        index = torch.cat([m[torch.randint(len(m), (len(m),), generator=rng)] for m in members])
+        gains.append(mean_area(redrawn(with_samples), index) - mean_area(redrawn(without), index))
+    ends = torch.tensor([0.025, 0.975]).double()
+    low, high = torch.tensor(gains, dtype=torch.float64).quantile(ends).tolist()
+    return mean_area(with_samples) - mean_area(without), low, high
