@@ -17,7 +17,7 @@ import torch
 
 import diffusion
 import experiment
-import interop
+from lib import diffusers_io
 import metrics
 from args import BooleanFlag, bare_parser, file_path, parse_bare
 from experiment import fail
@@ -144,22 +144,22 @@ def write_parts(folder, denoiser, vae, vae_settings, checkpoint):
     """unet/, vae/, scheduler/, classes.json and pipeline.py of a model in a folder."""
     from diffusers import AutoencoderKL, UNet2DModel
 
-    from exported_pipeline import CXRAutoencoder
+    from lib.exported_pipeline import CXRAutoencoder
     settings, class_names = checkpoint["args"], checkpoint["class_names"]
-    unet = UNet2DModel(**interop.unet_config(settings, checkpoint["latent_shape"],
+    unet = UNet2DModel(**diffusers_io.unet_config(settings, checkpoint["latent_shape"],
                                              len(class_names)))
-    unet.load_state_dict(interop.to_diffusers(denoiser.unet, interop.unet_names(denoiser.unet)))
-    config = interop.vae_config(vae_settings, checkpoint["latent_scale_factor"])
+    unet.load_state_dict(diffusers_io.to_diffusers(denoiser.unet, diffusers_io.unet_names(denoiser.unet)))
+    config = diffusers_io.vae_config(vae_settings, checkpoint["latent_scale_factor"])
     kind = CXRAutoencoder if "patch_size" in config else AutoencoderKL
     autoencoder = kind(**config)
-    autoencoder.load_state_dict(interop.to_diffusers(vae, interop.vae_names(vae)))
+    autoencoder.load_state_dict(diffusers_io.to_diffusers(vae, diffusers_io.vae_names(vae)))
     unet.save_pretrained(folder / "unet")
     autoencoder.save_pretrained(folder / "vae")
     make_scheduler(denoiser).save_pretrained(folder / "scheduler")
     told = {"classes": {class_names[c]: c for c in checkpoint["trained_classes"]},
             **{name: settings[name] for name in ("guidance_scale", "guidance_interval")}}
     (folder / "classes.json").write_text(json.dumps(told, indent=2) + "\n")
-    shutil.copyfile(HERE / "exported_pipeline.py", folder / "pipeline.py")
+    shutil.copyfile(HERE / "lib" / "exported_pipeline.py", folder / "pipeline.py")
 
 
 # --- the model card -----------------------------------------------------------------------------

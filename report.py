@@ -1,173 +1,202 @@
-"""A run on one page: verdicts, curves, samples, evaluation, settings.
+"""One page about a run: verdicts, curves, samples, evaluation, settings.
 
     python report.py runs/ldm_tb                 # writes runs/ldm_tb/report.html
-    python report.py runs/ldm_tb runs/ldm_tb2    # what differs: runs/ldm_tb/comparison.html
+    python report.py runs/ldm_tb runs/ldm_tb2    # compares them: runs/ldm_tb/comparison.html
 
-The page holds its pictures and needs neither a network nor a script, so that it can be sent as it
-is. It can be made while a run goes on.
+The page embeds its pictures and needs neither a network nor a script, so it can be sent as it is.
+It can be made during a run, and of a run with missing or damaged files: what is left is shown.
 """
-import functools
 import math
+import os
 import pathlib
+import re
 import shlex
 from typing import NamedTuple
 
 import experiment
 import metrics
 from args import bare_parser, file_path, parse_bare
-from page import (badge, draw, nested_table, page, picture, show, side_by_side, table, tag,
-                  verdict_list)
-from run_files import MEASURED, grids, open_run
+from lib.html import draw, image, nested_table, page, show, table, tag, verdict_list
 
+MSE_MEASURED = f"{metrics.MSE_MEAN}_raw"  # without it, samples that are noise count as -1
 REAL = "sample_diversity/real_pairwise_mse_mean"
 REFERENCES = (REAL, metrics.TARGET_STD, metrics.COPIES_EXPECTED)  # what another curve should be at
+CHARTS = {  # {title: metrics}
+    "Loss": (metrics.LOSS, "train/rec", metrics.VAL, metrics.VAL_TRAIN),
+    "Loss by noise level, t0 is detail, t3 layout": [f"train/loss_t{q}" for q in range(4)],
+    "Adversarial losses": ("train/g_loss", "train/d_loss"),
+    "KL divergence": ("train/kl",),
+    "PSNR of reconstructions, dB": ("val/psnr",),
+    "SSIM and sharpness": ("val/ssim", "val/detail", "val/power_fine", "val/power_finest"),
+    "log10 of the gradient norm": (metrics.GRAD,),
+    "Diversity of samples and of real images": (MSE_MEASURED, REAL),
+    "Standard deviation of the latents": (metrics.Z_STD, metrics.TARGET_STD),
+    "Copies, measured and by chance": (metrics.COPIES, metrics.COPIES_EXPECTED),
+    "Speed": ("train/images_per_second",)}
+
+# --- a run folder -------------------------------------------------------------------------------
 
 
-class Chart(NamedTuple):
-    """Metrics that are drawn together."""
+class LoggedRun(NamedTuple):
+    """What a run folder holds."""
 
-    title: str
-    names: tuple
-    zones: str = ""  # the metric whose verdict depends on the value alone
-    log: bool = False
+    folder: pathlib.Path
+    meta: dict  # run_meta.json; "args" is a dict
+    records: list  # lines of metrics.jsonl that have a step, {name: number}
+    latest: dict  # the last number of each metric
+    best: dict  # the record with the lowest val/loss; {} if there is none
+    summary: dict  # summary.json; {} if the run has not ended
+    evaluation: dict  # evaluation.json; {} if it was not evaluated
+
+    def points(self, name):
+        """[(step, value)] of a metric; NaN if it was not finite."""
+        points = [(record["step"], record[name]) for record in self.records if name in record]
+        if name == metrics.GRAD:
+            points = [(step, math.log10(y) if y > 0 else math.nan) for step, y in points]
+        return points
 
 
-CHARTS = (
-    Chart("Loss", (metrics.LOSS, "train/rec", metrics.VAL, metrics.VAL_TRAIN)),
-    Chart("Loss by quarter of the noise range: t0 is detail, t3 layout",
-          tuple(f"train/loss_t{q}" for q in range(4))),
-    Chart("Adversarial losses", ("train/g_loss", "train/d_loss")),
-    Chart("KL divergence", ("train/kl",)),
-    Chart("PSNR of reconstructions, dB", ("val/psnr",)),
-    Chart("SSIM, and sharpness as a share of the images' own",
-          ("val/ssim", "val/detail", "val/power_fine", "val/power_finest")),
-    Chart("Norm of the gradient", (metrics.GRAD,), metrics.GRAD, log=True),
-    Chart("Diversity of the samples, beside that of real images", (MEASURED, REAL),
-          metrics.MSE_MEAN),
-    Chart("Standard deviation of the latents, beside its target",
-          (metrics.Z_STD, metrics.TARGET_STD), metrics.Z_STD),
-    Chart("Copies of training images, beside those expected by chance",
-          (metrics.COPIES, metrics.COPIES_EXPECTED)),
-    Chart("Images per second", ("train/images_per_second",)))
+def read_bytes(path):
+    """Contents of a regular file, empty if it is missing or cannot be read."""
+    try:
+        return path.read_bytes() if path.is_file() else b""
+    except OSError:
+        return b""
 
-# --- one run -------------------------------------------------------------------------------------
+
+def number(value):
+    """A number as it is, NaN for anything that cannot be drawn."""
+    return value if isinstance(value, (int, float)) and abs(value) < 1e300 else math.nan
+
+
+def open_run(path):
+    """LoggedRun of a folder; exits with an error if it is not a run folder."""
+    folder = pathlib.Path(path)
+    if not any((folder / name).is_file() for name in ("run_meta.json", "metrics.jsonl")):
+        experiment.fail(f"{path} is not a run folder: give one such as runs/ldm_tb")
+    meta, summary, evaluation = (
+        experiment.parse_record(read_bytes(folder / name))
+        for name in ("run_meta.json", "summary.json", "evaluation.json"))
+    if not isinstance(meta.get("args"), dict):
+        meta["args"] = {}
+    lines = map(experiment.parse_record, read_bytes(folder / "metrics.jsonl").splitlines())
+    records = [{name: number(value) for name, value in line.items()} for line in lines]
+    records = [record for record in records if record.get("step", -1) >= 0]
+    latest = {name: value for record in records for name, value in record.items()}
+    validated = [record for record in records if math.isfinite(record.get(metrics.VAL, math.nan))]
+    best = min(validated, key=lambda record: record[metrics.VAL], default={})
+    if not number(summary.get("step")) >= latest.get("step", 0):  # the run has gone on since
+        summary = {}
+    return LoggedRun(folder, meta, records, latest, best, summary, evaluation)
+
+
+def find_grids(run):
+    """{kind: {epoch: name}} of the grids in samples/: for each class, or for reconstructions, the
+    first, the last, the one at the lowest val/loss, and three in between."""
+    grids = {}
+    for path in (run.folder / "samples").glob("*_ep*.png"):
+        if match := re.fullmatch(r"(?:recon|sample)_ep(\d+)(?:_(.*))?\.png", path.name, re.DOTALL):
+            names = grids.setdefault(match[2] or "reconstructions", {})
+            names[int(match[1])] = f"samples/{path.name}"
+    for kind, names in grids.items():
+        epochs = sorted(names)
+        chosen = {epochs[i * (len(epochs) - 1) // 4] for i in range(5)} | {run.best.get("epoch")}
+        grids[kind] = {epoch: names[epoch] for epoch in epochs if epoch in chosen}
+    return dict(sorted(grids.items()))
+
+
+def picture(run, name, text):
+    """A PNG file of the run folder, embedded. Links and special files are not followed: the page
+    may be sent to others."""
+    inside = os.path.realpath(run.folder / name) == os.path.join(os.path.realpath(run.folder), name)
+    png = read_bytes(run.folder / name) if inside else b""
+    return image(png, text) if png else tag("p", f"{text}: {name} is not a readable regular file")
+
+
+# --- one run ------------------------------------------------------------------------------------
+
+
+def judge(run):
+    """[metrics.Verdict] of a run: the stored ones at its end, before that on the latest numbers."""
+    if run.summary:
+        return [metrics.Verdict(**v) for v in run.summary.get("verdicts", ())]
+    val, val_train, rec, loss = ([y for _, y in run.points(name)] for name in (
+        metrics.VAL, metrics.VAL_TRAIN, "train/rec", metrics.LOSS))
+    values = dict(run.latest)
+    if MSE_MEASURED in values:
+        values[metrics.MSE_MEAN] = values[MSE_MEASURED]
+    overfit = bool(run.meta["args"].get("overfit_k") or run.meta["args"].get("overfit_one"))
+    return metrics.health(values, rec or loss, overfit=overfit, best_epoch=run.best.get("epoch"),
+                          val_history=(val[:-1], val_train[:-1]))
+
+
+def verdicts(run):
+    """Verdicts on training, and whether an overfit run memorised its images."""
+    parts = [verdict_list(judge(run))]
+    overfit = {name: value for name, value in run.latest.items() if name.startswith("overfit/")}
+    if overfit:
+        parts.append(tag("p", "memorising: ", metrics.format_overfit(overfit)))
+    return tag("div", *parts)
 
 
 def facts(run):
     """{name: value} of what a reader asks first."""
-    meta, seconds, best = run.meta, run.seconds(), run.best()
-    lowest = f"{show(best[metrics.VAL])}, epoch {best.get('epoch')}" if best else None
-    step, epoch = run.latest.get("step"), run.latest.get("epoch")
-    state = f"not finished; last logged: step {step}, epoch {epoch}"
+    meta, best = run.meta, run.best
+    state = f"not finished; last logged: step {show(run.latest.get('step'))}"
     if run.summary:
-        state = f"{'diverged' if run.summary.get('diverged') else 'finished'} at step {step}"
-    elif step is None:
-        state = "just begun: nothing logged yet"
+        state = f"{'diverged' if run.summary.get('diverged') else 'finished'} at step "
+        state += show(run.summary["step"])
+    seconds = run.summary.get("wall_seconds")
     return {
-        "state": state,
-        "wall time": None if math.isnan(seconds) else experiment.time_text(seconds),
-        "lowest val/loss": lowest,
-        "images": ", ".join(f"{name} {count}" for name, count, _ in meta.get("data") or ()),
-        "latent": meta.get("latent_shape"), "scale factor": meta.get("latent_scale_factor"),
-        "device": f"{meta.get('device')} x {meta.get('world_size')}, {meta.get('dtype')}",
-        "begun": meta.get("created"), "commit": meta.get("git_commit"),
-        "versions": ", ".join(f"{k} {v}" for k, v in meta.get("packages", {}).items()),
-        "command": shlex.join(["python", *map(str, meta.get("command", ()))])}
-
-
-def level_at(metric, run, value):
-    """The worst verdict on a metric at this value; None where there is none."""
-    values = {metric: value, metrics.TARGET_STD: run.latest.get(metrics.TARGET_STD, math.nan)}
-    real = run.latest.get(REAL, math.nan)
-    if metric == metrics.MSE_MEAN and real > 0:
-        values[metrics.RATIO] = value / real
-    levels = [v.level for v in metrics.health(values, overfit=run.overfit)]
-    return max(levels, key=("ok", "watch", "bad").index, default=None)
+        "state": state, "wall time": seconds and experiment.time_text(seconds),
+        "lowest val/loss": best and f"{show(best[metrics.VAL])}, epoch {best.get('epoch')}",
+        "images": ", ".join(f"{name} {count}" for name, count, *_ in meta.get("data") or ()),
+        "packages": ", ".join(f"{k} {v}" for k, v in meta.get("packages", {}).items()),
+        "command": shlex.join(["python", *map(str, meta.get("command", ()))]),
+        "not the defaults": ", ".join(
+            f"{name} {show(meta['args'].get(name))}" for name in meta.get("changed", ())),
+        **{name: value for name, value in meta.items() if not isinstance(value, (dict, list))}}
 
 
 def curves(run):
     """All charts of a run."""
-    best, figures = run.best(), []
-    for chart in CHARTS:
-        lines = {name: points for name in chart.names if (points := run.points(name))}
-        shade = functools.partial(level_at, chart.zones, run) if chart.zones else None
+    figures = []
+    for title, names in CHARTS.items():
+        lines = {name: points for name in names if (points := run.points(name))}
         mark = None
-        if best and metrics.VAL in lines:
-            mark = best["step"], f"lowest val/loss: epoch {best.get('epoch')}"
-        figures.append(draw(chart.title, lines, chart.log, shade, mark, REFERENCES))
+        if run.best and metrics.VAL in lines:
+            mark = run.best["step"], f"lowest val/loss: epoch {run.best.get('epoch')}"
+        figures.append(guarded(draw, title, lines, mark, REFERENCES))
     return tag("div", *figures, class_="grid")
 
 
 def samples(run):
-    """Pictures over the epochs; above those of a class, real images."""
+    """Grids over the epochs; real images above those of a class."""
     parts = []
-    for name, paths in grids(run).items():
-        parts.append(tag("h3", name or "Reconstructions, below their inputs"))
-        real = run.folder / "samples" / f"real_{name}.png"
-        if name and real.exists():
-            parts.append(picture(real, f"{name}, real"))
-        parts += [picture(path, f"{name} epoch {epoch}") for epoch, path in paths.items()]
+    for kind, names in find_grids(run).items():
+        real = f"samples/real_{kind}.png"
+        if (run.folder / real).exists():
+            parts.append(picture(run, real, f"{kind}, real"))
+        parts += [picture(run, name, f"{kind} epoch {epoch}") for epoch, name in names.items()]
     return tag("div", *(parts or ["No pictures yet."]))
 
 
 def evaluation(run):
-    """What evaluate.py found."""
-    found = run.evaluation
-    if not found:
-        best, last = (run.folder / "ckpts" / name for name in ("best.pt", "last.pt"))
-        command = experiment.command_line("evaluate.py", ckpt=best if best.exists() else last)
-        return tag("p", "Not measured yet: ", tag("code", command))
-    names = ("ckpt", "step", "split", *experiment.SAMPLING_SETTINGS)
-    parts = [table([(name, found[name]) for name in names if name in found])]
-    for space, groups in found.get("groups", {}).items():
-        parts += [tag("h3", f"Distances to held-out images by {found['features'].get(space)}"),
-                  nested_table(groups)]
-    power = found.get("power", {"all": {}})
-    lines = {row: list(enumerate(v for name, v in values.items() if name != "num"))
-             for row, values in power["all"].items()}
-    octaves = dict.fromkeys(name for values in power["all"].values() for name in values)
-    octaves.pop("num", None)
-    lines["held-out images"] = [(i, 1.0) for i in range(len(octaves))]
-    intervals = {f"two-sample, {group}": rows
-                 for group, rows in found.get("two_sample", {}).items()}
-    intervals |= {name: found[name] for name in ("mirrored", "auroc", "gain")
-                  if isinstance(found.get(name), dict)}
-    parts += [tag("h3", "Power by cycles per image, relative to held-out images"),
-              tag("div", draw("All classes", lines, dashed=("held-out images",),
-                               x_names=octaves), class_="grid"),
-              nested_table(power), tag("h3", "Looks"), nested_table(found.get("looks", {})),
-              tag("h3", "Classifiers"),
-              table([[name, row, *values] for name, rows in intervals.items()
-                     for row, values in rows.items()], ["", "", "value", "95 % from", "to"]),
-              tag("h3", "Copies of training images"), table(found.get("copies", {}).items()),
-              picture(run.folder / "evaluation_pairs.png", "the ten closest pairs")]
-    return tag("div", *parts)
+    """All that evaluate.py measured."""
+    if not run.evaluation:
+        return tag("p", "Not measured: run evaluate.py.")
+    parts = [verdict_list([metrics.Verdict(**v) for v in run.evaluation.get("verdicts", ())])]
+    tables = {name: part for name, part in run.evaluation.items() if isinstance(part, dict)}
+    parts.append(table((name, value) for name, value in run.evaluation.items()
+                       if name not in tables and name != "verdicts"))
+    parts += [nested_table({name: part}) for name, part in tables.items()]
+    return tag("div", *parts, picture(run, "evaluation_pairs.png", "the ten closest pairs"))
 
 
-def verdicts(run):
-    """What the run, memorising and evaluate.py were found to be."""
-    parts = [verdict_list(run.verdicts())]
-    overfit = {k: v for k, v in run.latest.items() if k.startswith("overfit/")}
-    if "overfit/passed" in overfit:
-        passed, text = metrics.format_overfit(overfit).split(": ", 1)
-        parts.append(tag("p", badge(passed.lower()), " memorising: ", text))
-    if run.evaluation:
-        parts += [tag("h3", "by evaluate.py"), verdict_list(run.evaluated())]
-    return tag("div", *parts)
-
-
-def settings(run):
-    """Those that are not the defaults; all of them behind a click."""
-    own = run.meta["args"]
-    changed = [(name, own.get(name)) for name in run.meta.get("changed", ())]
-    return tag("div", table(changed),
-               tag("details", tag("summary", "all settings"), table(own.items())))
-
-
-def shown(section, *what):
-    """Html of a section; where a damaged file keeps it from being made, why."""
+def guarded(section, *arguments):
+    """Html of a section; if a damaged file keeps it from being made, why."""
     try:
-        return section(*what)
+        return section(*arguments)
     except Exception as e:  # whatever JSON of another shape raises
         return tag("p", "Not shown, since a file in the run folder is damaged "
                    f"({type(e).__name__}: {experiment.first_line(e)}).")
@@ -176,15 +205,12 @@ def shown(section, *what):
 def report(run):
     """The page of one run."""
     name = run.folder.resolve().name
-    shades = ("Over the steps of the run. Where the verdict depends on the value alone: green is "
-              "ok, amber to watch, red bad.")
-    parts = [tag("h1", name), tag("h2", "Verdicts"), shown(verdicts, run),
-             tag("h2", "Run"), shown(lambda: table(facts(run).items())),
-             tag("h2", "Curves"), tag("p", shades), shown(curves, run),
-             tag("h2", "Samples"), shown(samples, run)]
-    if run.meta.get("kind") == "ldm":
-        parts += [tag("h2", "Evaluation"), shown(evaluation, run)]
-    parts += [tag("h2", "Settings that are not the defaults"), shown(settings, run)]
+    parts = [tag("h1", name), tag("h2", "Verdicts"), guarded(verdicts, run),
+             tag("h2", "Run"), guarded(lambda: table(facts(run).items())),
+             tag("details", tag("summary", "all settings"), table(run.meta["args"].items())),
+             tag("h2", "Curves"), guarded(curves, run), tag("h2", "Samples"), guarded(samples, run)]
+    if run.meta.get("kind") != "vae":
+        parts += [tag("h2", "Evaluation"), guarded(evaluation, run)]
     return page(name, *parts)
 
 
@@ -192,52 +218,51 @@ def report(run):
 
 
 def numbers(run):
-    """{name: td} of what runs are compared by, coloured by its verdict."""
-    names = [name for chart in CHARTS for name in chart.names if name in run.latest]
-    found = {name: tag("td", run.latest[name]) for name in names}
-    for prefix, judged in (("", run.verdicts()), ("evaluate.py: ", run.evaluated())):
-        found |= {prefix + v.metric: tag("td", v.value, class_=v.level) for v in judged}
-    return found
+    """{name: value} of the metrics and verdicts that runs are compared by."""
+    names = [name for names in CHARTS.values() for name in names if name in run.latest]
+    return {**{name: run.latest[name] for name in names},
+            **{f"verdict on {v.metric}": f"{v.value} {v.level}" for v in judge(run)}}
+
+
+def differences(columns):
+    """Table of {run: {name: value}}: a row for each name whose value differs."""
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    rows = [[name, *(show(column.get(name)) for column in columns.values())] for name in names]
+    return table([row for row in rows if len(set(row[1:])) > 1], ["", *columns])
 
 
 def comparison(runs):
-    """The page of several runs, {name: Run}."""
+    """The page of several runs, {path: LoggedRun}."""
     figures, pictures = [], []
-    for chart in CHARTS:
-        for metric in (name for name in chart.names if name not in REFERENCES):
-            lines = {name: run.points(metric) for name, run in runs.items()}
-            figures.append(shown(draw, metric, lines, chart.log))
-    for name, run in runs.items():
-        for kind, paths in grids(run).items():
-            epoch = max(paths)
-            pictures += [tag("h3", f"{name}: {kind} epoch {epoch}"), picture(paths[epoch], kind)]
-    return page(
-        "comparison", tag("h1", f"{len(runs)} runs"),
-        shown(lambda: side_by_side({name: facts(run) for name, run in runs.items()})),
-        tag("h2", "Settings that differ"),
-        side_by_side({name: run.meta["args"] for name, run in runs.items()}, only_different=True),
-        tag("h2", "Numbers at the end"),
-        shown(lambda: side_by_side({name: numbers(run) for name, run in runs.items()})),
-        tag("h2", "Curves"), tag("div", *figures, class_="grid"), tag("h2", "Last samples"),
-        *pictures)
+    for name in (name for names in CHARTS.values() for name in names if name not in REFERENCES):
+        figures.append(guarded(draw, name, {path: run.points(name) for path, run in runs.items()}))
+    for path, run in runs.items():
+        for kind, names in find_grids(run).items():
+            text = f"{path}: {kind} epoch {max(names)}"
+            pictures.append(picture(run, names[max(names)], text))
+
+    def compared(section):
+        return guarded(lambda: differences({path: section(run) for path, run in runs.items()}))
+
+    return page("comparison", tag("h1", f"{len(runs)} runs"), compared(facts),
+                tag("h2", "Settings"), compared(lambda run: run.meta["args"]),
+                tag("h2", "Numbers at the end"), compared(numbers), tag("h2", "Curves"),
+                tag("div", *figures, class_="grid"), tag("h2", "Last samples"), *pictures)
 
 
 def main(argv=None):
     parser = bare_parser(__doc__)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=file_path, help="run folder")
-    parser.add_argument("--out", type=file_path, help="the page; None: in the first run's folder")
+    parser.add_argument("--out", type=file_path, help="HTML file; None: in the first run's folder")
     args = parse_bare(parser, argv)
-    args.runs = list(dict.fromkeys(args.runs))
-    runs = [open_run(path) for path in args.runs]
+    runs = {path: open_run(path) for path in args.runs}
+    first = runs[args.runs[0]]
     if len(runs) == 1:
-        name, made = "report.html", report(runs[0])
+        name, html = "report.html", report(first)
     else:
-        names = [run.folder.resolve().name for run in runs]
-        unique = len(set(names)) == len(runs)
-        by_name = dict(zip(names if unique else args.runs, runs, strict=True))
-        name, made = "comparison.html", comparison(by_name)
-    path = pathlib.Path(args.out or runs[0].folder / name)
-    experiment.write_atomic(path, lambda f: f.write(made))
+        name, html = "comparison.html", comparison(runs)
+    path = pathlib.Path(args.out or first.folder / name)
+    experiment.write_atomic(path, lambda f: f.write(html))
     print(f"report: {path}")
 
 

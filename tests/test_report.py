@@ -16,8 +16,8 @@ from PIL import Image
 
 import experiment
 import metrics
-import page
 import report
+from lib.html import VOID
 
 NASTY = "<img src=x onerror=alert(1)>"
 CHROMIUM = shutil.which("chromium-headless-shell") or shutil.which("chromium")
@@ -30,7 +30,6 @@ class Seen(html.parser.HTMLParser):
         super().__init__()
         self.open, self.figure = [], None
         self.curves = {}  # {title of a figure: {curve: its path}}
-        self.zones = {}  # {title of a figure: [(y, height, level)]}
         self.pictures, self.words = [], []  # [(text, bytes)], [text]
         self.path, self.text = None, path.read_text()
         self.feed(self.text)
@@ -43,7 +42,7 @@ class Seen(html.parser.HTMLParser):
         for name, value in attributes:
             assert not name.startswith("on") and name not in ("href", "style", "srcset"), name
             assert not re.match("https?:|//", value or ""), value
-        if tag not in page.VOID:
+        if tag not in VOID:
             self.open.append(tag)
         if tag == "img":
             kind, data = attrs["src"].split(",", 1)
@@ -51,12 +50,9 @@ class Seen(html.parser.HTMLParser):
             self.pictures.append((attrs["alt"], base64.b64decode(data, validate=True)))
         elif tag == "svg":
             self.figure = attrs["aria-label"]
-            self.curves[self.figure], self.zones[self.figure] = {}, []
+            self.curves[self.figure] = {}
         elif tag == "path":
             self.path = attrs["d"]
-        elif tag == "rect":
-            place = float(attrs["y"]), float(attrs["height"])
-            self.zones[self.figure].append((*place, attrs["class"].split()[1]))
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -72,12 +68,6 @@ class Seen(html.parser.HTMLParser):
     def names(self):
         """All curves."""
         return {name for curves in self.curves.values() for name in curves}
-
-
-def figure(seen, part):
-    """The title of the figure that has `part` in it."""
-    title, = (title for title in seen.curves if part in title)
-    return title
 
 
 def heights(path):
@@ -122,8 +112,7 @@ def logged(count, name="train/loss", value=lambda i: 1 / (i + 1)):
 # --- real runs ---
 
 
-def test_the_command_that_training_prints_makes_the_page_of_a_diffusion_model(stages, workspace,
-                                                                              quick):
+def test_ldm_page_shows_curves_samples_and_verdicts(stages, workspace, quick):
     command = re.search("^report: python (.*)$", stages.stdout["train_ldm"], re.M).group(1)
     folder = workspace.out / "l"
     words = shlex.split(command.replace(str(stages.out), str(workspace.out)))
@@ -137,10 +126,9 @@ def test_the_command_that_training_prints_makes_the_page_of_a_diffusion_model(st
         "sample_diversity/real_pairwise_mse_mean", "final_latent_stats/std",
         "final_latent_stats/target_std", "copies/share", "copies/expected",
         "train/images_per_second"}
-    wanted = [f"{kind}_{c}.png" for c in ("normal", "tb")
-              for kind in ("real", "sample_ep0005", "sample_ep0010")]
     assert [data for _, data in seen.pictures] == [
-        (folder / "samples" / name).read_bytes() for name in wanted]
+        (folder / f"samples/{kind}_{c}.png").read_bytes() for c in ("normal", "tb")
+        for kind in ("real", "sample_ep0005", "sample_ep0010")]
     summary = json.loads((folder / "summary.json").read_text())
     for v in summary["verdicts"]:
         assert f"{v['level'].upper()} {v['metric']} {v['value']} {v['meaning']}" in seen.words
@@ -149,12 +137,12 @@ def test_the_command_that_training_prints_makes_the_page_of_a_diffusion_model(st
     assert meta["git_commit"] in seen.words and f"torch {meta['packages']['torch']}" in seen.words
     assert "finished at step 20" in seen.words and "normal 8, tb 8" in seen.words
     assert f"wall time {experiment.time_text(summary['wall_seconds'])}" in seen.words
-    assert f"evaluate.py --ckpt={folder}/ckpts/best.pt" in seen.words
-    changed = seen.words.split("Settings that are not the defaults")[1].split("all settings")[0]
+    changed = seen.words.split("not the defaults")[1].split("all settings")[0]
     assert "lr 0.001" in changed and "seed" not in changed
+    assert "Not measured: run evaluate.py" in seen.words
 
 
-def test_the_page_of_an_autoencoder(stages, workspace, capsys):
+def test_autoencoder_page_shows_its_reconstructions(stages, workspace, capsys):
     assert f"report: python report.py {stages.out / 'v'}\n" in stages.stdout["train_vae"]
     seen = made(capsys, workspace.out / "v")
     names = ("psnr", "ssim", "detail", "power_fine", "power_finest")
@@ -165,7 +153,7 @@ def test_the_page_of_an_autoencoder(stages, workspace, capsys):
     assert "Evaluation" not in seen.words
 
 
-def test_the_page_of_an_evaluation(workspace, quick, capsys):
+def test_page_shows_all_that_evaluate_measured(workspace, quick, capsys):
     result = quick("evaluate.py", *workspace.common, f"--ckpt={workspace.ldm_ckpt}",
                    "--num_samples=6", "--num_sampling_steps=2", "--classifier_steps=2")
     assert result.code == 0, result.err
@@ -174,15 +162,14 @@ def test_the_page_of_an_evaluation(workspace, quick, capsys):
     seen = made(capsys, folder)
     for v in found["verdicts"]:
         assert f"{v['metric']} {v['value']} {v['meaning']}" in seen.words
-    power = seen.curves[figure(seen, "All classes")]
-    assert set(power) == {"samples", "baseline", "decoded", "held-out images"}
-    octaves = [name for name in found["power"]["all"]["samples"] if name != "num"]
-    assert len(heights(power["samples"])) == len(octaves) and " ".join(octaves) in seen.words
+    for name in found:
+        assert name == "verdicts" or name in seen.words
     for name, (value, low, high) in found["auroc"].items():
-        assert f"{name} {value:.4g} {low:.4g} {high:.4g}" in seen.words
-    for rows in found["groups"].values():
-        for row in ("samples", "baseline", "bootstrap_std"):
-            assert f"all {row}" in seen.words and f"{rows['all'][row]['fid']:.4g}" in seen.words
+        assert name in seen.words and f"{value:.4g}, {low:.4g}, {high:.4g}" in seen.words
+    for space, groups in found["groups"].items():
+        for row, cells in groups["all"].items():
+            assert f"groups, {space}, all, {row} " in seen.words
+            assert f"{cells['fid']:.4g}" in seen.words
     if "copies" in found:
         assert seen.pictures[-1][1] == (folder / "evaluation_pairs.png").read_bytes()
 
@@ -190,38 +177,7 @@ def test_the_page_of_an_evaluation(workspace, quick, capsys):
 # --- curves ---
 
 
-def test_zones_are_those_of_the_table_of_verdicts(make_run, capsys):
-    target = 2.0
-    records = [{"step": i, "epoch": i, metrics.Z_STD: target * s, metrics.TARGET_STD: target}
-               for i, s in enumerate((0.2, 1, 3))]
-    seen = made(capsys, make_run("r", records))
-    zones = sorted(seen.zones[figure(seen, "latents")])
-    assert [level for _, _, level in zones] == ["bad", "watch", "ok", "watch", "bad"]
-    assert all(y + height == pytest.approx(below[0], abs=0.2)
-               for (y, height, _), below in zip(zones, zones[1:]))
-    low, high = (heights(seen.curves[figure(seen, "latents")][metrics.Z_STD])[i] for i in (0, 2))
-    per_unit = (low - high) / (2.8 * target)
-    for border, (y, height, _) in zip((2, 1.25, 0.8, 0.5), zones):
-        value = (low - (y + height)) / per_unit + 0.2 * target
-        assert value / target == pytest.approx(border, abs=0.03)  # a band is 1/80 of the axis
-
-
-@pytest.mark.parametrize("name, values, levels", [
-    (metrics.GRAD, (1e-7, 1, 1e4), ["bad", "ok", "bad"]),
-    (f"{metrics.MSE_MEAN}_raw", (0.001, 3.9), ["watch", "ok", "watch", "bad"])])
-def test_zones_of_gradient_and_diversity(make_run, capsys, name, values, levels):
-    real = {"sample_diversity/real_pairwise_mse_mean": 2.0}
-    records = [{"step": i, "epoch": i, name: v, **real} for i, v in enumerate(values)]
-    seen = made(capsys, make_run("r", records))
-    zones = [zone for title in seen.zones for zone in seen.zones[title] if name in
-             seen.curves[title]]
-    assert [level for _, _, level in sorted(zones)] == levels
-    if name != metrics.GRAD:  # in an overfit mode diversity is not the goal, and not judged
-        seen = made(capsys, make_run("k", records, overfit_k=8))
-        assert not any(seen.zones.values())
-
-
-def test_a_long_run_is_thinned_and_keeps_its_spikes(make_run, capsys):
+def test_a_long_run_is_thinned_but_keeps_its_spikes(make_run, capsys):
     records = logged(20000, value=lambda i: 9.0 if i == 7777 else 1 + 0.01 * (i % 2))
     seen = made(capsys, make_run("r", records))
     points = heights(seen.curves["Loss"]["train/loss"])
@@ -230,22 +186,28 @@ def test_a_long_run_is_thinned_and_keeps_its_spikes(make_run, capsys):
     assert sorted(points)[1] > 150
 
 
-def test_what_is_not_finite_is_a_gap_and_a_point_by_itself_a_dot(make_run, capsys):
+def test_gaps_and_single_points_are_drawn(make_run, capsys):
     values = [1, None, 2, 3, math.nan, None]
     records = [{"step": i, "epoch": 0, "train/loss": v} for i, v in enumerate(values)]
     seen = made(capsys, make_run("r", records))
     path = seen.curves["Loss"]["train/loss"]
     assert re.findall("[ML]", path) == ["M", "M", "L"] and path.count("h0") == 2
     assert "BAD train/loss nan" in seen.words
-    assert "dots" not in seen.text.split("</style>")[1]
     one = made(capsys, make_run("one", logged(1)))
-    assert 'class="curve c0 dots"' in one.text  # alone it is large enough to be seen
-    # In a figure with nothing but NaN there is nothing to draw.
-    nothing = logged(3, "train/grad_norm", lambda i: None)
-    assert not made(capsys, make_run("n", nothing)).curves
+    assert 'class="c0 solid"' in seen.text and 'class="c0 dots"' in one.text
+    # Nothing to draw in a figure with nothing but NaN.
+    assert not made(capsys, make_run("n", logged(3, "val/psnr", lambda i: None))).curves
 
 
-def test_the_epoch_of_the_lowest_val_loss_is_marked_and_shown(make_run, capsys):
+def test_gradient_norms_are_drawn_as_logarithms(make_run, capsys):
+    norms = (1.0, 10.0, 100.0, 0.0)
+    records = [{"step": i, metrics.GRAD: norm} for i, norm in enumerate(norms)]
+    [curves] = made(capsys, make_run("r", records)).curves.values()
+    a, b, c = heights(curves[metrics.GRAD])  # no 0
+    assert a - b == pytest.approx(b - c, abs=0.2)
+
+
+def test_lowest_val_loss_is_marked_and_its_samples_shown(make_run, capsys):
     losses = [5, 4, 3, 2, 2.5, 3, 3.5, 4, 4.5, 5.0]
     records = [{"step": 10 * e, "epoch": e, metrics.VAL: float(losses[e - 1]),
                 metrics.VAL_TRAIN: 5.0 - 0.1 * e} for e in range(1, 11)]
@@ -254,14 +216,14 @@ def test_the_epoch_of_the_lowest_val_loss_is_marked_and_shown(make_run, capsys):
     assert "lowest val/loss: epoch 4" in seen.words
     assert "BAD val/loss 5 Memorising: val/loss was lowest in epoch 4" in seen.words
     shown = [int(text.rsplit(" ", 1)[1]) for text, _ in seen.pictures if "epoch" in text]
-    assert len(shown) == 6 and shown == sorted(shown)
+    assert 5 <= len(shown) <= 6 and shown == sorted(shown)
     assert {1, 4, 10} <= set(shown)
 
 
 # --- names and damage ---
 
 
-def test_names_are_text_and_nothing_else(make_run, capsys):
+def test_names_are_escaped(make_run, capsys):
     records = [*logged(3), {"step": 40, "epoch": 4, f"{NASTY}": 1.0}]
     verdict = metrics.Verdict(NASTY, "bad", "1", NASTY, NASTY)._asdict()
     folder = make_run(f"run {NASTY}", records, {"step": 40, "verdicts": [verdict]},
@@ -276,24 +238,60 @@ def test_names_are_text_and_nothing_else(make_run, capsys):
     assert made(capsys, folder, other).words.count(NASTY) > 5
 
 
-@pytest.mark.parametrize("what", ["no log", "no log lines", "damaged lines", "damaged files"])
-def test_a_run_that_is_new_or_damaged_has_a_page(make_run, capsys, what):
-    damaged = ["{", "\0\0", "[1]", '{"step": "x"}', '{"train/loss": 1}', "[" * 5000]
-    records = {"damaged lines": [*damaged, *logged(2), *damaged], "damaged files": logged(2)}
-    folder = make_run("r", records.get(what, []))
-    if what == "no log":
-        (folder / "metrics.jsonl").unlink()
-    if what == "damaged files":
-        for name in ("summary.json", "evaluation.json"):
-            (folder / name).write_bytes(b'{"step": 9')
-        (folder / "ckpts").mkdir()
-        (folder / "ckpts/last.pt").write_bytes(b"PK")
+LINES = ["{", "\0\0", "[1]", "7", '{"step": "x"}', '{"train/loss": 1}', "[" * 5000,
+         '{"step": null}', '{"step": -1, "train/loss": 1}', '{"step": {}, "epoch": []}',
+         '{"step": 20, "epoch": "x", "train/loss": "y", "val/loss": [1]}',
+         '{"step": 20, "train/loss": 1' + "0" * 400 + '}', '{"step": 1' + "0" * 5000 + '}',
+         '{"step": 20, "train/loss": 1e999, "epoch": NaN, "val/loss": Infinity}']
+
+
+@pytest.mark.parametrize("line", LINES, ids=lambda line: line[:20])
+def test_a_strange_line_of_the_log_is_a_gap_at_most(make_run, capsys, line):
+    folder = make_run("r", [line, *logged(2), line])
     seen = made(capsys, folder)
-    new = what.startswith("no log")
-    state = "nothing logged yet" if new else "not finished; last logged: step 20, epoch 2"
-    assert state in seen.words and "wall time –" in seen.words
-    assert bool(seen.curves) == (not new)
-    assert new or len(heights(seen.curves["Loss"]["train/loss"])) == 2
+    assert "last logged: step 20" in seen.words and "damaged" not in seen.words
+    assert len(heights(seen.curves["Loss"]["train/loss"])) == 2
+    assert "damaged" not in made(capsys, folder, make_run("other", logged(2))).words
+
+
+@pytest.mark.parametrize("name, content, shown", [
+    ("metrics.jsonl", None, "last logged: step –"),
+    ("metrics.jsonl", b"", "last logged: step –"),
+    ("metrics.jsonl", b'\xff\xfe{"step": 1}\n', "last logged: step –"),
+    ("summary.json", b'{"step": 9', "last logged: step 20"),
+    ("evaluation.json", b"\0" * 50, "Not measured"),
+    ("run_meta.json", None, "last logged: step 20"),
+    ("run_meta.json", b"[" * 100_000, "last logged: step 20"),
+    ("run_meta.json", b'{"args": 3}', "last logged: step 20")])
+def test_a_missing_or_damaged_file_is_left_out(make_run, capsys, name, content, shown):
+    folder = make_run("r", logged(2))
+    (folder / name).unlink(missing_ok=True)
+    if content is not None:
+        (folder / name).write_bytes(content)
+    seen = made(capsys, folder)
+    assert shown in seen.words and "wall time –" in seen.words
+    assert bool(seen.curves) == (name != "metrics.jsonl")
+
+
+def test_only_regular_files_of_the_run_are_embedded(make_run, capsys, tmp_path):
+    folder = make_run("r", logged(2), classes=["tb"], epochs=(1, 2, 3))
+    secret = tmp_path / "secret.png"
+    Image.new("L", (9, 9)).save(secret)
+    for name, replace in (("sample_ep0001_tb.png", lambda path: path.symlink_to(secret)),
+                          ("sample_ep0002_tb.png", os.mkfifo),
+                          ("real_tb.png", lambda path: path.symlink_to(path))):
+        (folder / "samples" / name).unlink()
+        replace(folder / "samples" / name)
+    (folder / "evaluation_pairs.png").symlink_to(secret)
+    (folder / "evaluation.json").write_text('{"step": 3}')
+    assert [text for text, _ in made(capsys, folder).pictures] == ["tb epoch 3"]
+    linked = make_run("linked", logged(2))
+    (linked / "samples").rmdir()
+    (linked / "samples").symlink_to(folder / "samples")
+    assert not made(capsys, linked).pictures
+    through = tmp_path / "through"  # but the run folder itself may be reached by a link
+    through.symlink_to(folder)
+    assert len(made(capsys, through).pictures) == 1
 
 
 def places(value, path=()):
@@ -306,21 +304,19 @@ def places(value, path=()):
 
 
 @pytest.mark.parametrize("name", ["summary.json", "evaluation.json", "run_meta.json"])
-def test_whatever_a_damaged_file_holds_there_is_a_page(make_run, capsys, name):
+def test_curves_are_shown_whatever_a_file_holds(make_run, capsys, name):
     verdict = metrics.Verdict("train/loss", "bad", "1", "m", "a")._asdict()
     folder = make_run("r", logged(3), {"step": 30, "wall_seconds": 5.0, "verdicts": [verdict]},
                       classes=["tb"])
     row = {"num": 5, "fid": 1.0}
     (folder / "evaluation.json").write_text(json.dumps({
         "verdicts": [verdict], "features": {"f": "what"}, "copies": {"share": 0.0}, "step": 30,
-        "groups": {"f": {"all": {"samples": row}}}, "looks": {"all": {"samples": row}},
-        "power": {"all": {"samples": {"num": 5, "2-4": 1.0}}}, "auroc": {"x": [1, 0, 1]},
-        "two_sample": {"all": {"samples": [1, 0, 1]}}}))
+        "groups": {"f": {"all": {"samples": row}}}, "c2st": {"all": {"samples": [1, 0, 1]}}}))
     whole = json.loads((folder / name).read_text())
     found = [path for path in places(whole) if path and path != ("args",)]
     assert len(found) > 5
     for path in found:
-        for wrong in (None, [], [1], {}, "text", -1, 1e308):
+        for wrong in (None, [1], {}, "text", 1e308):
             damaged = json.loads(json.dumps(whole))
             place = damaged
             for key in path[:-1]:
@@ -330,7 +326,7 @@ def test_whatever_a_damaged_file_holds_there_is_a_page(make_run, capsys, name):
             assert "Loss" in made(capsys, folder, f"--out={folder}/page.html").curves
 
 
-def test_a_run_that_went_on_after_its_end_is_not_finished(make_run, capsys):
+def test_a_run_that_went_on_is_not_finished(make_run, capsys):
     folder = make_run("r", logged(3), {"step": 20, "verdicts": []})
     assert "not finished; last logged: step 30" in made(capsys, folder).words
 
@@ -342,7 +338,7 @@ def test_an_overfit_run_shows_its_verdict(make_run, capsys, passed):
     record = {"step": 40, "epoch": 4, **{f"overfit/{k}": v for k, v in values.items()},
               metrics.MSE_MEAN: 0.0, f"{metrics.MSE_MEAN}_raw": 0.0}
     seen = made(capsys, make_run("r", [*logged(3), record], overfit_k=8))
-    assert f"{'PASS' if passed else 'FAIL'} memorising: nearest training latent" in seen.words
+    assert f"memorising: {'PASS' if passed else 'FAIL'}: nearest" in seen.words
     assert "Collapse" not in seen.words
 
 
@@ -353,10 +349,9 @@ def test_what_is_no_run_is_one_line(workspace, make_run, tmp_path, quick):
         assert result.code == experiment.EXIT_FAILED and len(lines) == 1, result.err
         return lines[0]
 
-    assert f"give {workspace.out / 'l'}" in refused(workspace.ldm_ckpt)
-    assert f"give {workspace.out / 'l'}" in refused(workspace.out / "l/samples")
-    assert "no run folder" in refused(workspace.out)
-    assert "no run folder" in refused(tmp_path / "nowhere")
+    assert "give one such as runs/ldm_tb" in refused(workspace.ldm_ckpt)
+    assert "not a run folder" in refused(workspace.out)
+    assert "not a run folder" in refused(tmp_path / "nowhere")
     assert "RUN" in refused()
     assert "did you mean --out?" in refused(workspace.out / "l", "--ou=x")
     assert "cannot write" in refused(workspace.out / "l", f"--out={tmp_path}/no/x.html")
@@ -369,16 +364,14 @@ def test_the_page_is_written_whole_or_not_at_all(make_run, capsys, monkeypatch):
     folder = make_run("r", logged(3))
     made(capsys, folder)
     before = (folder / "report.html").read_bytes()
-    with open(folder / "metrics.jsonl", "a") as f:
-        f.write(json.dumps(logged(4)[-1]) + "\n")
+    files = sorted(os.listdir(folder))
+    (folder / "metrics.jsonl").write_text("")
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(experiment.os, "fsync", full)
     assert "No space left" in error_of(capsys, report.main, [str(folder)])
-    assert (folder / "report.html").read_bytes() == before
-    assert sorted(os.listdir(folder)) == ["metrics.jsonl", "report.html", "run_meta.json",
-                                          "samples"]
+    assert (folder / "report.html").read_bytes() == before and sorted(os.listdir(folder)) == files
 
 
 # --- several runs ---
@@ -394,85 +387,33 @@ def test_a_comparison_shows_what_differs(make_run, capsys, tmp_path):
     assert "train/loss 0.125 0.0625 –" in seen.words and "val/psnr – – 22" in seen.words
     assert set(seen.curves["train/loss"]) == {str(run) for run in runs[:2]}
     assert set(seen.curves["val/psnr"]) == {str(runs[2])}
-    assert [text for text, _ in seen.pictures] == ["tb", "tb"]
-    last = (runs[0] / "samples/sample_ep0002_tb.png").read_bytes()
-    assert seen.pictures[0][1] == last
+    last = [(run / "samples/sample_ep0002_tb.png").read_bytes() for run in runs[:2]]
+    assert [png for _, png in seen.pictures] == last
     made(capsys, *runs[:2], f"--out={tmp_path}/c.html")
-    seen = Seen(tmp_path / "c.html")
-    assert "same" not in seen.words  # the same in both
-    assert set(made(capsys, runs[0], runs[2]).curves["train/loss"]) == {"x"}  # short where unique
+    assert "same" not in Seen(tmp_path / "c.html").words  # the same in both
 
 
 # --- what training writes for it ---
 
 
-def test_real_images_are_written_once_and_training_does_not_need_them(workspace, quick):
-    argv = ["train_ldm.py", *workspace.common, f"--config={workspace.ldm_config}",
-            f"--ae_ckpt_path={workspace.vae_ckpt}"]
-    data = workspace.root / "data"
-    shutil.copytree(workspace.data, data)
-    argv.append(f"--data_root={data}")
-    assert quick(*argv, "--run_name=x", "--max_steps=1").code == 0
-    grid = np.asarray(Image.open(workspace.out / "x/samples/real_tb.png"))
-    films = sorted((data / "TB/train/tb").glob("*.png"))
+def test_real_images_are_written_as_training_sees_them(stages):
+    grid = np.asarray(Image.open(stages.out / "l/samples/real_tb.png"))
+    films = sorted((stages.data / "TB/train/tb").glob("*.png"))
     assert grid.shape == (32 + 16, 8 * 34 + 2) and len(films) == 8
     for i, film in enumerate(films):
         shown = grid[14:46, 2 + 34 * i:34 + 34 * i].astype(int)
         assert abs(shown - np.asarray(Image.open(film).convert("L"))).max() <= 1
-    for film in data.glob("TB/train/*/*.png"):  # as before by size and time, but no image any more
-        stat = film.stat()
-        film.write_bytes(b"x" * stat.st_size)
-        os.utime(film, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    result = quick(*argv, "--run_name=x", "--max_steps=2")
-    assert result.code == 0 and "real_tb.png" not in result.out, result.err
-    result = quick(*argv, "--run_name=y", "--max_steps=1")
-    assert result.code == 0 and "note: no " in result.out and "real_tb.png" in result.out
-    assert not list((workspace.out / "y/samples").glob("real_*"))
 
 
-def test_the_time_of_a_run_goes_on_over_stops(workspace, quick):
-    argv = ["train_ldm.py", *workspace.common, f"--config={workspace.ldm_config}",
-            f"--ae_ckpt_path={workspace.vae_ckpt}", "--run_name=x"]
-
-    def seconds():
-        checkpoint = experiment.load_checkpoint(workspace.out / "x/ckpts/last.pt", "ldm")
-        summary = json.loads((workspace.out / "x/summary.json").read_text())
-        return checkpoint["seconds"], summary["wall_seconds"]
-
-    assert quick(*argv, "--max_steps=2").code == 0
-    first, first_wall = seconds()
-    assert 0 < first < first_wall
-    # As if it had taken an hour: the next start adds to it.
-    path = workspace.out / "x/ckpts/last.pt"
+def test_run_time_adds_up_over_stops(workspace, quick):
+    folder, path = workspace.out / "l", workspace.ldm_ckpt
     checkpoint = experiment.load_checkpoint(path, "ldm")
+    assert checkpoint["seconds"] > 0
     experiment.save_checkpoint(path, "ldm", checkpoint | {"seconds": 3600.0})
-    assert quick(*argv, "--max_steps=4").code == 0
-    second, second_wall = seconds()
-    assert 3600 < second < second_wall
-    (workspace.out / "x/summary.json").unlink()
-    assert quick("report.py", workspace.out / "x").code == 0  # as a run that was stopped
-    assert "wall time 1 h 00 min" in Seen(workspace.out / "x/report.html").words
-
-
-def test_a_checkpoint_without_its_time_is_a_run_without_one(workspace, quick):
-    path = workspace.ldm_ckpt
-    checkpoint = experiment.load_checkpoint(path, "ldm")
-    del checkpoint["seconds"]
-    experiment.save_checkpoint(path, "ldm", checkpoint)
-    folder = workspace.out / "l"
     assert quick("train_ldm.py", f"--resume_dir={folder}", "--max_steps=21").code == 0
-    assert json.loads((folder / "summary.json").read_text())["wall_seconds"] is None
+    assert experiment.load_checkpoint(path, "ldm")["seconds"] > 3600
     assert quick("report.py", folder).code == 0
-    assert "wall time –" in Seen(folder / "report.html").words
-
-
-def test_the_description_names_the_settings_that_are_no_defaults(stages):
-    for name in ("train_vae", "train_ldm"):
-        folder = stages.out / {"train_vae": "v", "train_ldm": "l"}[name]
-        changed = experiment.read_meta(folder)["changed"]
-        starred = re.findall(r"\*(\w+)", stages.stdout[name].split("-- this run")[0])
-        assert sorted(changed) == sorted(starred)
-        assert "run_name" in changed and "seed" not in changed
+    assert "wall time 1 h 00 min" in Seen(folder / "report.html").words
 
 
 # --- in a browser ---
