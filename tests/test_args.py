@@ -230,7 +230,7 @@ def test_a_continued_run_keeps_its_settings_unless_told_otherwise(tmp_path, caps
     by_name = train_ldm.parse_args(["--run_name=a", f"--output_root={tmp_path}"])
     assert by_name.resume_dir == str(folder) and by_name.lr == 1e-3
     assert train_ldm.parse_args(["--run_name=b", f"--output_root={tmp_path}"]).resume_dir is None
-    assert "no run folder" in error_of(capsys, train_ldm.parse_args, [f"--resume_dir={tmp_path}/b"])
+    assert "not a run folder" in error_of(capsys, train_ldm.parse_args, [f"--resume_dir={tmp_path}/b"])
 
 
 @pytest.mark.parametrize("stage", [train_vae, train_ldm, find_latent_scale, sample, evaluate])
