@@ -283,7 +283,8 @@ def convert_settings(parser, settings, source):
                  f"{'a string' if takes_text else 'no string'}")
         try:
             converted[name] = parser._get_value(action, str(value))
-            parser._check_value(action, converted[name])
+            if not unset:
+                parser._check_value(action, converted[name])
         except (argparse.ArgumentError, ValueError) as e:  # ValueError: too many digits to print
             fail(f"{source}: {name}: {first_line(getattr(e, 'message', e))}")
     return converted
