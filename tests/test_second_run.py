@@ -14,7 +14,6 @@ from conftest import error_of, start, tree_hashes
 
 import experiment
 import train_ldm
-import train_vae
 
 
 def only_error(result):
@@ -68,11 +67,8 @@ def test_a_folder_is_refused_while_its_process_lives(workspace, quick, ldm):
                 break
         process.send_signal(signal.SIGSTOP)  # it holds the folder, and does nothing else
         result = quick(script, *argv)
-        message = only_error(result)
         assert result.code == experiment.EXIT_STOPPED  # to be tried again
-        assert f"in use by process {process.pid} on " in message
-        result = quick("train_ldm.py", f"--resume_dir={folder}", "--max_steps=3")
-        assert result.code == experiment.EXIT_STOPPED and "in use by" in only_error(result)
+        assert f"in use by process {process.pid} on " in only_error(result)
     finally:
         process.kill()  # it cannot tidy up
         process.communicate()
