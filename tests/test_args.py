@@ -1,4 +1,4 @@
-"""Flags, config files, and who wins over whom."""
+"""Flags, config files and precedence."""
 import math
 
 import pytest
@@ -10,6 +10,7 @@ import find_latent_scale
 import sample
 import train_ldm
 import train_vae
+from lib import args as command_line
 
 
 def config(tmp_path, text):
@@ -35,7 +36,7 @@ def test_a_config_file_can_choose_the_mode(tmp_path):
     assert (args.overfit_k, args.batch_per_device, args.log_every) == (1, 1, 10)
 
 
-def test_a_value_equal_to_the_default_still_beats_preset_and_config(tmp_path):
+def test_a_value_equal_to_the_default_beats_preset_and_config(tmp_path):
     from_config = config(tmp_path, "epochs = 5\n")
     assert train_ldm.parse_args(["--mode=overfit_8", from_config, "--epochs=1000"]).epochs == 1000
 
@@ -50,37 +51,33 @@ def test_booleans(argv, expected):
     assert args.wandb is expected and args.seed == 3
 
 
-@pytest.mark.parametrize("argv, expected", [
-    (["--ldm_ch_mults=1,2,4"], (1, 2, 4)), (["--ldm_ch_mults", "1:2:4"], (1, 2, 4)),
-    (["--ldm_ch_mults=[1, 2, 4]"], (1, 2, 4)), (["--ldm_ch_mults=(3,)"], (3,)),
-    (["--ldm_ch_mults=8"], (8,))])
-def test_lists(argv, expected):
-    assert train_ldm.parse_args(argv).ldm_ch_mults == expected
+@pytest.mark.parametrize("text, value", [
+    ("1,2,4", (1, 2, 4)), ("1:2:4", (1, 2, 4)), ("[1, 2, 4]", (1, 2, 4)), ("(3,)", (3,)),
+    ("8", (8,)), ("'1,2,4'", (1, 2, 4)), ("['1', '2']", (1, 2)), ('"8"', (8,)), ("", ()),
+    ("[]", ())])
+def test_lists_as_people_and_sweep_agents_write_them(text, value):
+    assert train_ldm.parse_args([f"--ldm_ch_mults={text}"]).ldm_ch_mults == value
+    assert train_ldm.parse_args(["--ldm_ch_mults", text]).ldm_ch_mults == value
 
 
-def test_an_empty_list_is_a_value():
-    assert train_ldm.parse_args(["--ldm_attn_res="]).ldm_attn_res == ()
+@pytest.mark.parametrize("text", ["[0.2, 0.8]", "(0.2, 0.8)", "'0.2,0.8'", "0.2:0.8"])
+def test_intervals_as_sweep_agents_write_them(text):
+    assert train_ldm.parse_args([f"--guidance_interval={text}"]).guidance_interval == (0.2, 0.8)
 
 
-@pytest.mark.parametrize("text, value", [("64.0", 64), ("1e3", 1000), ("7", 7)])
-def test_an_integer_may_come_as_a_float_where_it_is_one(text, value):
-    epochs = train_ldm.parse_args([f"--epochs={text}"]).epochs
-    assert epochs == value and type(epochs) is int
-
-
-def test_a_large_seed_keeps_every_digit():
-    assert train_ldm.parse_args([f"--seed={2**63 - 1}"]).seed == 2**63 - 1
-
-
-def test_both_ways_to_write_a_number():
-    assert train_ldm.parse_args(["--lr=1e-3", "--epochs", "7"]).lr == 1e-3
-    assert train_ldm.parse_args(["--lr", "1e-3", "--epochs=7"]).epochs == 7
+@pytest.mark.parametrize("name, text, value", [
+    ("epochs", "64.0", 64), ("epochs", "1e3", 1000), ("epochs", "7", 7), ("lr", "1e-3", 1e-3),
+    ("seed", str(2**63 - 1), 2**63 - 1)])
+def test_numbers_in_every_notation(name, text, value):
+    for argv in ([f"--{name}={text}"], [f"--{name}", text]):
+        parsed = getattr(train_ldm.parse_args(argv), name)
+        assert parsed == value and type(parsed) is type(value)
 
 
 @pytest.mark.parametrize("name", [
     "data_root", "exp_name", "latent_scale_factor", "img_size", "zero_terminal_snr",
     "ae_ckpt_path", "wandb_id"])
-def test_none_as_sweep_agents_pass_it_leaves_an_optional_setting_unset(name):
+def test_none_of_a_sweep_agent_leaves_a_setting_unset(name):
     unset = vars(train_ldm.parse_args([]))
     assert vars(train_ldm.parse_args([f"--{name}=None"])) == unset
 
@@ -91,7 +88,14 @@ def test_none_for_a_setting_that_needs_a_value_is_refused(capsys):
 
 @pytest.mark.parametrize("argv, says", [
     (["--no-wandb=true"], "takes no value"), (["--wandb=perhaps"], "perhaps"),
-    (["--learning_rat=1"], "unknown argument"), (["--grad_clp=1"], "did you mean --grad_clip?"),
+    (["--learning_rat=1"], "unknown argument"), (["--seed=2e99"], "seed"),
+    ([f"--seed={2**64}"], "seed"), (["--guidance_interval=0.8,0.2"], "guidance_interval"),
+    (["--guidance_interval=0.2"], "guidance_interval"), (["--data_root="], "variable unset"),
+    (["--run_name=cache"], "folder name"), (["--run_name=."], "folder name"),
+    (["--run_name=a/b"], "folder name"), (["--exp_name=../x"], "folder name"),
+    (["--run_name="], "folder name"), (["--ema_decay=1.5"], "ema_decay"),
+    (["--prob_uncond=1"], "prob_uncond"),
+    (["--grad_clp=1"], "did you mean --grad_clip?"),
     (["--batch_per=2"], "did you mean --batch_per_device?"),  # no abbreviations
     (["--ldm_ch_mults=1,x"], "ldm_ch_mults"),
     (["--lr=nan"], "lr"), (["--lr=inf"], "lr"), (["--lr=-1"], "lr"),
@@ -103,11 +107,13 @@ def test_bad_arguments_are_refused_by_name(capsys, argv, says):
     assert says in error_of(capsys, train_ldm.parse_args, argv)
 
 
-def test_a_seed_that_no_generator_takes_is_refused(capsys):
-    assert "seed" in error_of(capsys, train_ldm.parse_args, [f"--seed={2**64}"])
+def test_paths_know_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    args = train_ldm.parse_args(["--data_root=~/data", "--output_root", "~/runs"])
+    assert (args.data_root, args.output_root) == ("/home/me/data", "/home/me/runs")
 
 
-def test_guidance_without_a_null_class_is_refused_and_allowed_at_1(capsys):
+def test_guidance_needs_a_null_class(capsys):
     refused = ["--prob_uncond=0", "--guidance_scale=2"]
     assert "null class" in error_of(capsys, train_ldm.parse_args, refused)
     args = train_ldm.parse_args(["--overfit_k=8", "--guidance_scale=2"])  # a config may have it
@@ -131,8 +137,9 @@ def test_guidance_without_a_null_class_is_refused_and_allowed_at_1(capsys):
     ("prediction = 'epsilon'", "prediction"), ("task = 5", "task"), ("epochs = 0", "epochs"),
     ("lr = = 3", "SyntaxError"), ("1 / 0", "ZeroDivisionError"),
     ("raise SystemExit(0)", "SystemExit"),
-    ("x = undefined", "NameError"), ("config = 'other.py'", "config")])
-def test_bad_config_files_are_refused_with_file_and_setting(capsys, tmp_path, text, says):
+    ("x = undefined", "NameError"), ("epochs: 64", "write `epochs = ...`"), ("task = None", "task"),
+    ("config = 'other.py'", "config")])
+def test_an_error_names_the_config_file_and_the_setting(capsys, tmp_path, text, says):
     with pytest.raises(SystemExit) as e:
         train_ldm.parse_args([config(tmp_path, text)])
     message = str(e.value)
@@ -147,7 +154,7 @@ def test_a_missing_config_file_is_named(capsys, tmp_path):
     assert "no config file" in error_of(capsys, train_ldm.parse_args, [f"--config={tmp_path}"])
 
 
-def test_config_values_arrive_in_the_arguments_types(tmp_path):
+def test_config_values_are_converted_to_the_type_of_the_flag(tmp_path):
     text = ("import math\n_half = 0.5\nlr = 1\nldm_ch_mults = [1, 2]\n"
             "weight_decay = _half * math.pi\nexp_name = None\n")
     args = train_ldm.parse_args([config(tmp_path, text)])
@@ -218,19 +225,68 @@ def test_schedule_and_terminal_snr_follow_the_prediction():
     assert train_ldm.parse_args(["--no-zero_terminal_snr"]).zero_terminal_snr is False
 
 
-def test_a_continued_run_keeps_its_settings_unless_told_otherwise(tmp_path, capsys):
-    folder = tmp_path / "a"
-    folder.mkdir()
-    argv = ["--mode=overfit_8", "--lr=1e-3", "--ldm_ch_mults=1,3", f"--output_root={tmp_path}"]
-    old = vars(train_ldm.parse_args(argv))
-    experiment.write_json(folder / "run_meta.json", {"args": old})
-    args = train_ldm.parse_args([f"--resume_dir={folder}", "--epochs=7"])
-    assert (args.mode, args.lr, args.ldm_ch_mults, args.epochs) == ("overfit_8", 1e-3, (1, 3), 7)
-    assert "epochs=7 (was 1500)" in capsys.readouterr().out
-    by_name = train_ldm.parse_args(["--run_name=a", f"--output_root={tmp_path}"])
-    assert by_name.resume_dir == str(folder) and by_name.lr == 1e-3
+@pytest.fixture
+def stored(tmp_path):
+    """stored(FLAGS...) -> flags that continue the run `a`, made with these flags."""
+    def make(*argv, **changes):
+        (tmp_path / "a").mkdir()
+        args = vars(train_ldm.parse_args([*argv, f"--output_root={tmp_path}"]))
+        experiment.write_json(tmp_path / "a/run_meta.json", {"args": args | changes})
+        return [f"--resume_dir={tmp_path / 'a'}"]
+    return make
+
+
+def test_a_continued_run_keeps_its_settings(stored, tmp_path, capsys):
+    resume = stored("--mode=overfit_8", "--lr=1e-3", "--ldm_ch_mults=1,3", "--num_workers=3")
+    args = train_ldm.parse_args([*resume, "--epochs=7", config(tmp_path, "num_workers = 2")])
+    assert (args.mode, args.lr, args.ldm_ch_mults) == ("overfit_8", 1e-3, (1, 3))
+    assert (args.epochs, args.num_workers) == (7, 2)
+    out = capsys.readouterr().out
+    assert "epochs=7 (was 1500)" in out and "num_workers=2 (was 3)" in out
+    assert out.count("(was") == 2
+
+
+def test_a_run_is_continued_by_its_name(stored, tmp_path, capsys):
+    folder = stored("--lr=1e-3")[0].removeprefix("--resume_dir=")
+    args = train_ldm.parse_args(["--run_name=a", f"--output_root={tmp_path}"])
+    assert args.resume_dir == folder and args.lr == 1e-3
     assert train_ldm.parse_args(["--run_name=b", f"--output_root={tmp_path}"]).resume_dir is None
-    assert "no run folder" in error_of(capsys, train_ldm.parse_args, [f"--resume_dir={tmp_path}/b"])
+    refused = [f"--resume_dir={tmp_path}/b"]
+    assert "not a run folder" in error_of(capsys, train_ldm.parse_args, refused)
+
+
+def test_none_unsets_a_setting_of_the_continued_run(stored):
+    resume = stored("--latent_scale_factor=2", "--max_steps=5")
+    args = train_ldm.parse_args([*resume, "--latent_scale_factor=None", "--max_steps=None"])
+    assert args.latent_scale_factor is None and args.max_steps is None
+
+
+def test_settings_of_other_versions_are_passed_over(stored):
+    args = train_ldm.parse_args(stored("--lr=1e-3", no_such_setting=3))
+    assert args.lr == 1e-3 and not hasattr(args, "no_such_setting")
+
+
+def test_an_old_run_names_its_sampler_as_today(stored, tmp_path):
+    folder = stored(sampler="dpmpp_sde")[0].removeprefix("--resume_dir=")
+    parser = command_line.make_parser("doc")
+    parser.add_argument("--sampler", choices=("dpmpp_2m", "dpmpp_2m_sde"), default="dpmpp_2m")
+    assert command_line.stored_settings(parser, folder, "ldm")["sampler"] == "dpmpp_2m_sde"
+
+
+def test_a_damaged_setting_of_a_run_names_its_file(stored, capsys):
+    message = error_of(capsys, train_ldm.parse_args, stored(lr="fast"))
+    assert "a/run_meta.json: lr is a str" in message
+
+
+def test_trainers_print_and_store_what_was_changed(capsys):
+    parser = command_line.trainer_parser("First line.\nMore.", 64, 1e-4, 5, 8, "start here")
+    args = parser.parse(["--wandb", "--lr=1e-3"])
+    assert (args.img_size, args.epochs, args.batch_per_device) == (64, 5, 8)
+    assert command_line.changed_settings(args, parser) == ["wandb", "lr"]
+    command_line.print_settings(args, parser, {"device": "abacus"})
+    out = capsys.readouterr().out
+    assert out.startswith("First line.\n") and out.count("*") == 2
+    assert "*lr                    0.001" in out and "device                abacus" in out
 
 
 @pytest.mark.parametrize("stage", [train_vae, train_ldm, find_latent_scale, sample, evaluate])

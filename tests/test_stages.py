@@ -670,7 +670,7 @@ BAD = {
     "wrong kind": ("find_latent_scale.py --data_root={data} --ae_ckpt_path={ldm}", "train_ldm.py"),
     "wrong run": ("train_ldm.py --data_root={data} --resume_dir={out}/v", "train_vae.py"),
     "other prediction": ("train_ldm.py --resume_dir={out}/l --prediction=x0", "prediction=v"),
-    "no run": ("train_ldm.py --data_root={data} --resume_dir={tmp}/empty", "no run folder"),
+    "no run": ("train_ldm.py --data_root={data} --resume_dir={tmp}/empty", "not a run folder"),
     "other scale size": ("find_latent_scale.py --data_root={data} --img_size=64", "trained at 32"),
     "overfit k": ("train_ldm.py --data_root={data} --overfit_k=17", "only 16"),
     "overfit k vae": ("train_vae.py --data_root={data} --overfit_k=17 --config={vae_config}",

@@ -270,7 +270,7 @@ def assert_types(parser, values):
                 assert all(type(v) in (int, float) for v in value), (name, value)
             assert not isinstance(value, float) or math.isfinite(value), (name, value)
     values = {k: v for k, v in values.items() if k not in ("config", "resume_dir", "run_name")}
-    again = vars(parser.parse(command_line.as_flags(parser, values, "again")))
+    again = command_line.convert_settings(parser, values, "again")
     assert {k: again[k] for k in values} == values
 
 
@@ -646,13 +646,11 @@ def config_path(tmp_path_factory):
 def read_config(path, content):
     path.write_bytes(content)
     values, line = value_or_line(command_line.read_config, str(path))
-    flags = None
     if line is None:
-        flags, line = value_or_line(command_line.as_flags, PARSER, values, str(path))
-    PARSER.source = ""  # where the call above ended the program
+        values, line = value_or_line(command_line.convert_settings, PARSER, values, str(path))
     if line is None:
         assert set(values) <= set(NAMES)
-        assert_types(PARSER, {name: vars(PARSER.parse(flags))[name] for name in values})
+        assert_types(PARSER, values)
     else:
         assert "settings.py" in line
 

@@ -1,0 +1,368 @@
+"""Command lines: argument types, the flags that stages share, config files, and precedence.
+
+Everything is argparse. Presets, the settings of the run being continued and config files are
+converted and checked by the type of each flag, then serve as defaults of the command line.
+"""
+import argparse
+import difflib
+import os
+import re
+import runpy
+import sys
+import types
+
+from experiment import check_kind, fail, first_line, holds_run, named_folder, notice, read_run
+
+# --- types --------------------------------------------------------------------------------------
+
+
+def boolean(text):
+    """argparse type: 'True', 'false', '1', 'no', ... as a bool."""
+    if text.lower() in ("true", "1", "yes", "on"):
+        return True
+    if text.lower() in ("false", "0", "no", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+
+
+def integer(text):
+    """Integer from '7', '64.0' or '1e3'; raises ValueError if it is not one."""
+    try:
+        return int(text)  # float would round large seeds
+    except ValueError:
+        if not float(text).is_integer():
+            raise
+        return int(float(text))
+
+
+def at_least(low, kind=int, high=sys.float_info.max):
+    """argparse type: a finite number of `kind` from low to high."""
+    def convert(text):
+        value = integer(text) if kind is int else kind(text)
+        if not low <= value <= high:
+            most = f" and at most {high}" if high < sys.float_info.max else ""
+            raise argparse.ArgumentTypeError(f"{text} must be a number of at least {low}{most}")
+        return value
+    convert.__name__ = kind.__name__  # as argparse names it in "invalid int value"
+    return convert
+
+
+def list_items(text):
+    """Items of '1,2,4', '1:2:4' or '[1, 2, 4]', quoted or not."""
+    return re.sub("[\\[\\]()'\",:]", " ", text).split()
+
+
+def int_list(text):
+    """argparse type: a list such as '1,2,4' as a tuple of positive integers."""
+    return tuple(at_least(1)(item) for item in list_items(text))
+
+
+def interval(text):
+    """argparse type: 'LOW,HIGH' as two floats with 0 <= LOW <= HIGH <= 1."""
+    low, high = (float(item) for item in list_items(text))
+    if not 0 <= low <= high <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not an interval within 0,1")
+    return low, high
+
+
+def file_path(text):
+    """argparse type: a path, with ~ for the home folder; not empty, as from an unset variable."""
+    if not text:
+        raise argparse.ArgumentTypeError("empty path: is a variable unset?")
+    return os.path.expanduser(text)
+
+
+def folder_name(text):
+    """argparse type: the name of one folder, except `cache`, which holds the caches."""
+    if text in ("", ".", "..", "cache") or "/" in text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be a run's folder name")
+    return text
+
+
+class BooleanFlag(argparse.Action):
+    """--flag, --flag=True, --flag=false and --no-flag."""
+
+    BARE = object()  # the value of a flag without one
+
+    def __init__(self, option_strings, dest, **kwargs):
+        super().__init__([*option_strings, f"--no-{dest}"], dest, nargs="?", const=self.BARE,
+                         type=boolean, metavar="BOOL", **kwargs)
+
+    def __call__(self, parser, namespace, value, option):
+        negative = option.startswith("--no-")
+        if negative and value is not self.BARE:
+            parser.error(f"{option} takes no value; use --{option[5:]}={not value}")
+        setattr(namespace, self.dest, not negative if value is self.BARE else value)
+
+
+# --- parser -------------------------------------------------------------------------------------
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults after each flag; the module's docstring unchanged."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors that name the closest flag; doc: the program's docstring."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        fail(message)
+
+    def _get_value(self, action, text):
+        # A W&B agent passes None for a setting that is not set.
+        if text == "None" and action.default is None:
+            return None
+        return super()._get_value(action, text)
+
+    def parse(self, argv, settings=()):
+        """Namespace of argv. settings: {name: value} used instead of the flags' defaults."""
+        args, unknown = self.parse_known_args(argv, argparse.Namespace(**dict(settings)))
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            launcher = os.environ.get("LAUNCHER_FLAGS", "").split()  # flags of slurm/ itself
+            known = [*self._option_string_actions, *launcher]
+            self.error(f"unknown argument {unknown[0]}{closest(flag, known)}")
+        return args
+
+
+def closest(name, known):
+    """'; did you mean X?' if one of the known names is similar, else ''."""
+    match = difflib.get_close_matches(name, known, 1, 0.5)
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+def make_parser(doc):
+    """Parser with the flags that every stage has."""
+    parser = Parser(doc)
+    add = parser.add_argument_group("run").add_argument
+    add("--config", type=file_path, help="Python file of `name = value`; the command line wins")
+    add("--seed", type=at_least(0, int, 2**63 - 1), default=0, help="of weights, order and noise")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    return parser
+
+
+def add_data_arguments(parser, split="train", img_size=256):
+    """Flags of data.open_images; img_size None: that of the model in use."""
+    add = parser.add_argument_group("data").add_argument
+    add("--data_root", type=file_path, help="folder of TASK/SPLIT/CLASS/*.png; None: phantoms")
+    add("--task", default="TB", help="folder below data_root; ALL_CXR joins all tasks")
+    add("--split", default=split, help="split to use")
+    size = "side in pixels" if img_size else "side in pixels; None: that of the model in use"
+    add("--img_size", type=at_least(1), default=img_size, help=size)
+    add("--class_filter", type=at_least(-1), default=-1, help="index of the only class; -1: all")
+    add("--skip_bad_images", action=BooleanFlag, default=False, help="leave out unreadable images")
+    add("--num_workers", type=at_least(0), default=0, help="decoding threads; 0: one per core")
+    add("--output_root", type=file_path, default="runs", help="folder of run folders and caches")
+
+
+def add_precision_arguments(parser):
+    """How networks run."""
+    add = parser.add_argument_group("precision and speed").add_argument
+    add("--dtype", choices=("auto", "bf16", "fp32"), default="auto",
+        help="autocast type; auto: bf16 if the hardware multiplies it")
+    add("--compile", choices=("auto", "on", "off"), default="auto",
+        help="torch.compile of whole networks; auto: on for CUDA")
+
+
+def add_check_argument(parser):
+    """--check, with which the job scripts test a command before they queue it."""
+    parser.add_argument(
+        "--check", nargs="?", const="inputs", choices=("inputs", "flags"),
+        help="check the flags and that their inputs exist, print run folder and step, and exit; "
+             "=flags: another job will make the inputs")
+
+
+def trainer_parser(doc, img_size, lr, epochs, batch_per_device, init_from_help):
+    """Parser with the flags that both trainers have; the arguments are what differs."""
+    parser = make_parser(doc)
+    add_data_arguments(parser, img_size=img_size)
+    add_precision_arguments(parser)
+    add = parser.add_argument_group("run folder").add_argument
+    add("--exp_name", type=folder_name, help="start of the folder's name; None: stage and task")
+    add("--run_name", type=folder_name, help="name of the folder; an existing run continues")
+    add("--resume_dir", type=file_path, help="run folder to continue with its own settings")
+    add("--init_from", type=file_path, help=init_from_help)
+    add("--save_minutes", type=at_least(0, float), default=10.0, help="time between checkpoints")
+    add_check_argument(parser)
+    add = parser.add_argument_group("logging").add_argument
+    add("--log_every", type=at_least(1), default=100, help="steps between log lines")
+    add("--sample_every", type=at_least(1), default=10, help="epochs between evaluations")
+    add("--wandb", action=BooleanFlag, default=False, help="log to Weights & Biases")
+    add("--wandb_project", default="cxr-ldm", help="W&B project")
+    add("--wandb_entity", help="W&B user or team")
+    add("--wandb_tags", default="", help="comma list")
+    add("--wandb_id", help="W&B run to continue")
+    add("--wandb_artifacts", action=BooleanFlag, default=False, help="upload the final checkpoint")
+    add = parser.add_argument_group("optimizer").add_argument
+    add("--lr", type=at_least(0, float), default=lr, help="AdamW learning rate after warm-up")
+    add("--weight_decay", type=at_least(0, float), default=0.01, help="AdamW weight decay")
+    add("--grad_clip", type=at_least(0, float), default=1.0, help="L2 norm of gradients; 0: off")
+    add("--epochs", type=at_least(1), default=epochs, help="passes over the data")
+    add("--max_steps", type=at_least(0), help="most optimizer steps; None: from epochs")
+    add("--batch_per_device", type=at_least(1), default=batch_per_device,
+        help="images per process and micro-step")
+    add("--max_bad_steps", type=at_least(1), default=20,
+        help="stop after this many non-finite steps in a row")
+    add("--overfit_one", action=BooleanFlag, default=False, help="train on a single image")
+    add("--overfit_k", type=at_least(0), default=0, help="train on K images; 0: all")
+    add("--repeat_len", type=at_least(1), default=100, help="repeats per epoch with --overfit_one")
+    return parser
+
+
+def add_autoencoder_arguments(parser):
+    """Which trained autoencoder to use."""
+    add = parser.add_argument_group("autoencoder").add_argument
+    add("--ae_ckpt_path", type=file_path,
+        help="ckpts/last.pt of a train_vae.py run; None: of the newest run of the task")
+    add("--ae_config_path", type=file_path,
+        help="run_meta.json: use that run, or check --ae_ckpt_path against it")
+
+
+def add_sampling_arguments(parser, samplers, sampler, num_sampling_steps, num_samples):
+    """What to draw from a trained model; samplers: all names; the others are defaults."""
+    add = parser.add_argument_group("sampling").add_argument
+    add("--ckpt", type=file_path, help="ckpts/best.pt, or last.pt, of a train_ldm.py run")
+    add("--ae_ckpt_path", type=file_path, help="the autoencoder's checkpoint, if it was moved")
+    add("--classes", help="comma list of class names; None: all")
+    add("--num_samples", type=at_least(1), default=num_samples, help="images per class")
+    add("--sampler", choices=samplers, default=sampler,
+        help="ancestral: DDPM; dpmpp_2m: DPM-Solver++(2M); dpmpp_2m_sde: the same with fresh noise")
+    add("--num_sampling_steps", type=at_least(1), default=num_sampling_steps,
+        help="network evaluations per image")
+    add("--guidance_scale", type=at_least(0, float), help="1: no guidance; None: as in training")
+    add("--guidance_interval", type=interval, help="LOW,HIGH of guided t; None: as in training")
+    add("--use_ema", action=BooleanFlag, help="averaged weights; None: if there are any")
+    add("--batch_size", type=at_least(1), default=16, help="images sampled at once")
+    add("--out_dir", type=file_path, help="folder for the results; None: in the run folder")
+
+
+# --- precedence ---------------------------------------------------------------------------------
+
+NOT_STORED = ("help", "check", "resume_dir")  # flags of one start, not of the run
+RENAMED_SAMPLERS = {"dpmpp": "dpmpp_2m", "dpmpp_sde": "dpmpp_2m_sde"}  # in runs made before
+
+
+def read_config(path):
+    """{name: value} of a config file: the public names of a Python file run in an empty namespace.
+
+    Ends the program if the file is missing or broken.
+    """
+    if not os.path.isfile(path):
+        fail(f"no config file {path}")
+    try:
+        names = runpy.run_path(path)
+    except (Exception, SystemExit) as e:
+        fail(f"{path}: {type(e).__name__}: {first_line(e)}")
+    for name in names.get("__annotations__", {}):
+        if name not in names:  # YAML is an annotation in Python, which sets nothing
+            fail(f"{path}: `{name}: ...` sets nothing; write `{name} = ...`")
+    return {name: value for name, value in names.items()
+            if not name.startswith("_") and not isinstance(value, types.ModuleType)}
+
+
+def convert_settings(parser, settings, source):
+    """{name: value} of settings from the file `source`, each converted by the type of its flag.
+
+    Ends the program, naming the file, for whatever the command line would refuse, and for a string
+    in place of a number or the other way round.
+    """
+    actions = {a.dest: a for a in parser._actions if a.dest not in ("help", "config")}
+    converted = {}
+    for name, value in settings.items():
+        if name not in actions:
+            fail(f"{source}: unknown setting {name!r}{closest(name, actions)}")
+        action = actions[name]
+        unset = value is None and action.default is None
+        takes_text = action.type in (None, file_path, folder_name)
+        items = value if isinstance(value, (list, tuple)) and value else [value]
+        if not unset and any(isinstance(item, str) != takes_text for item in items):
+            fail(f"{source}: {name} is a {type(value).__name__}, expected "
+                 f"{'a string' if takes_text else 'no string'}")
+        try:
+            converted[name] = parser._get_value(action, str(value))
+            if not unset:
+                parser._check_value(action, converted[name])
+        except (argparse.ArgumentError, ValueError) as e:  # ValueError: too many digits to print
+            fail(f"{source}: {name}: {first_line(getattr(e, 'message', e))}")
+    return converted
+
+
+def stored_settings(parser, folder, kind):
+    """Settings of the run in `folder`, without those that this version no longer has.
+
+    Ends the program if the run is of another trainer, where the same flags mean other things.
+    """
+    meta = read_run(folder)
+    check_kind(meta.get("kind", kind), kind, folder)
+    known = {a.dest for a in parser._actions} - {*NOT_STORED, "config"}
+    settings = {name: value for name, value in meta["args"].items() if name in known}
+    if settings.get("sampler") in RENAMED_SAMPLERS:
+        settings["sampler"] = RENAMED_SAMPLERS[settings["sampler"]]
+    return convert_settings(parser, settings, os.path.join(folder, "run_meta.json"))
+
+
+def run_to_continue(args):
+    """Folder of the run that --resume_dir or --run_name names, None if there is none yet."""
+    folder = named_folder(args)
+    if folder and holds_run(folder):
+        return folder
+    if getattr(args, "resume_dir", None):
+        fail(f"--resume_dir={folder} is not a run folder: it has no run_meta.json")
+    return None
+
+
+def parse_settings(parser, argv=None, preset=None, kind=None):
+    """Settings: defaults < preset < the run being continued < --config < command line.
+
+    argv: the command line without the program. preset: function from the settings without it to
+    {name: new default}; raises ValueError if they contradict each other. kind: of the runs that
+    this stage continues, 'vae' or 'ldm'. Ends the program on bad settings.
+    """
+    for stream in (sys.stdout, sys.stderr):  # a file name may not fit the terminal's encoding
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    argv = sys.argv[1:] if argv is None else argv
+    path = getattr(parser.parse(argv), "config", None)
+    config = convert_settings(parser, read_config(path), path) if path else {}
+    folder = run_to_continue(parser.parse(argv, config))
+    stored = stored_settings(parser, folder, kind) if folder else {}
+    settings = stored | config
+    if preset:
+        try:
+            from_preset = preset(parser.parse(argv, settings))
+        except ValueError as e:
+            fail(e)
+        settings = convert_settings(parser, from_preset, "preset") | settings
+    args = parser.parse(argv, settings)
+    if folder:
+        args.resume_dir = folder
+        for name, before in stored.items():
+            if (now := getattr(args, name)) != before:
+                notice(f"{folder} continues with {name}={now} (was {before})")
+    return args
+
+
+def changed_settings(args, parser):
+    """Names of the settings that differ from the defaults, in the parser's order."""
+    return [action.dest for action in parser._actions if action.dest not in NOT_STORED
+            and getattr(args, action.dest) != action.default]
+
+
+def print_settings(args, parser, facts):
+    """Print all settings by group, `*` before those that were changed, then facts {name: text}."""
+    print(parser.description.split("\n")[0])
+    changed = changed_settings(args, parser)
+    for group in parser._action_groups:
+        names = [a.dest for a in group._group_actions if a.dest not in NOT_STORED]
+        if names:
+            print(f"-- {group.title}")
+        cells = [f"{'*' if name in changed else ' '}{name:<21} {getattr(args, name)!s:<14}"
+                 for name in names]
+        for i in range(0, len(cells), 3):
+            print(" ".join(cells[i:i + 3]).rstrip())
+    print("-- this run")
+    for name, value in facts.items():
+        print(f" {name:<21} {value}", flush=True)
