@@ -10,7 +10,6 @@ import copy
 import os
 import pathlib
 import re
-import shutil
 from typing import NamedTuple
 
 import torch
@@ -110,7 +109,7 @@ def prepare_sampling(args, ctx):
     class_names, trained = checkpoint["class_names"], checkpoint["trained_classes"]
     names = [class_names[c] for c in trained]
     if args.classes:
-        names = split_names(args.classes, class_names)
+        names = [name.strip() for name in re.split("[,:]", args.classes)]
     for name in names:
         if name not in class_names:
             fail(f"no class {name!r} in {args.ckpt}; it knows {', '.join(class_names)}")
@@ -129,13 +128,6 @@ def prepare_sampling(args, ctx):
         denoiser.unet.compile()
     classes = [class_names.index(name) for name in dict.fromkeys(names)]
     return TrainedModel(denoiser, vae, checkpoint, classes)
-
-
-def split_names(text, known):
-    """Names in a list separated by commas or colons. A known name may itself contain these: the
-    longest that fits counts."""
-    longest_first = "|".join(re.escape(name) for name in sorted(known, key=len, reverse=True))
-    return re.findall(rf"\s*({longest_first}|[^,:]*?)\s*[,:]", f"{text},")
 
 
 # --- sampling -----------------------------------------------------------------------------------
@@ -262,15 +254,6 @@ def real_rows(folder, class_names, img_size):
     return rows
 
 
-def check_space(folder, count, img_size, num_samples):
-    """End the program if `count` images will not fit on the disk of `folder`."""
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    needed, free = count * img_size**2, shutil.disk_usage(existing).free
-    if needed > free:
-        fail(f"{count} images need about {needed / 1e9:.1f} GB, but {existing} has "
-             f"{free / 1e9:.1f} GB free: lower --num_samples={num_samples}")
-
-
 def prepare_folder(folder, checkpoint, requests, args):
     """Make the folder and its manifest.json, which lists what is going to be drawn.
 
@@ -351,7 +334,6 @@ def main(argv=None):
         real = ctx.on_main(lambda: real_rows(args.real_dir, class_names, img_size))
     default = run.run_folder(args.ckpt) / f"samples_{args.sampler}_{args.seed}"
     folder = pathlib.Path(args.out_dir or default)
-    check_space(folder, len(ldm.classes) * args.num_samples, img_size, args.num_samples)
     requests = [(c, i) for c in ldm.classes for i in range(args.num_samples)]
     ctx.on_main(lambda: prepare_folder(folder, checkpoint, requests, args))
 

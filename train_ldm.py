@@ -485,8 +485,8 @@ def main(argv=None):
         run.restore(dict.fromkeys((denoiser, ema.module) if ema else (denoiser,), initial))
 
     batch = args.batch_per_device * args.grad_accum  # images of this rank in a step
-    repeats = args.repeat_len if args.overfit_one else 1
-    order = BatchOrder(len(images) * repeats, batch, args.seed, ctx.rank, ctx.world_size)
+    epoch_len = len(images) * (args.repeat_len if args.overfit_one else 1)
+    order = BatchOrder(epoch_len, batch, args.seed, ctx.rank, ctx.world_size)
     total_steps = order.total_steps(args.epochs, args.max_steps)
 
     def state():

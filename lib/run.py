@@ -15,7 +15,6 @@ import json
 import math
 import os
 import pathlib
-import re
 import shutil
 import subprocess
 import sys
@@ -94,12 +93,6 @@ def load_weights(module, state, path):
     except RuntimeError as e:
         problem = str(e).splitlines()[1].strip()[:200]
         fail(f"{path} does not fit the model's settings: {problem}")
-
-
-def sha256_file(path):
-    """Hex digest of a file."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 # --- finding runs -------------------------------------------------------------------------------
@@ -450,8 +443,8 @@ class Run:
         self.print("next: " + command_line(program, **flags))
 
     def finish(self, step, summary, found, checkpoint, diverged):
-        """Write summary.json with the verdicts `found` and close W&B, which with --wandb_artifacts
-        gets the checkpoint, a path. diverged: end the program, saying how to go on."""
+        """Write summary.json with the verdicts `found`, name the checkpoint to use, and close W&B.
+        diverged: end the program, saying how to go on."""
         if self.ctx.is_main:
             if diverged or self.kind == "vae":  # those of an LDM's evaluation are printed already
                 self.print(verdicts.format_verdicts(found))
@@ -468,9 +461,6 @@ class Run:
                               **summary, "verdicts": [v._asdict() for v in found]})
         numbers = {k: v for k, v in summary.items() if isinstance(v, (int, float))}
         self.tracker.attempt(lambda w: w.summary.update(numbers | verdicts.levels(found)))
-        if self.args.wandb_artifacts and not diverged:
-            name = re.sub(r"[^\w.-]", "_", self.folder.name)  # what W&B accepts
-            self.tracker.attempt(lambda w: w.log_artifact(str(checkpoint), name=name, type="model"))
         self.tracker.finish(int(diverged))
         self.ctx.barrier()  # the first rank to leave takes the others along: all is written now
         if diverged and not self.ctx.is_main:
