@@ -283,14 +283,14 @@ def draw_copies(count, step, args, ctx):
     return copies[ctx.local_slice(count)].numpy()
 
 
-def read_batches(latents, labels, index, step, args, ctx):
+def read_batches(latents, index, step, args, ctx):
     """[MicroBatch] of the images `index` of this rank in a step."""
     copies = draw_copies(len(index), step, args, ctx)
     batches = []
     for i, c in zip(np.split(index, args.grad_accum), np.split(copies, args.grad_accum),
                     strict=True):
         aug = latents.augment_labels(i, c) if args.augment else None
-        y = labels[ctx.to_device(torch.from_numpy(i))]
+        y = ctx.to_device(torch.from_numpy(latents.images.labels[i]))
         batches.append(MicroBatch(latents.posterior(i, c), y, aug))
     return batches
 
@@ -463,7 +463,6 @@ def main(argv=None):
     reference = training_reference(latents, args, scale, vae, ctx)
     monitor = memorisation.MemorisationMonitor(latents, vae, vae_sha256, scale, cache, args, ctx)
     classes = sorted(set(images.labels.tolist()))
-    labels = torch.from_numpy(images.labels).to(ctx.device)
 
     # --- run folder: a new one, or the run to go on with ---
     facts = {"class_names": class_names, "latent_shape": latent_shape,
@@ -538,7 +537,7 @@ def main(argv=None):
         # --- one step: read, set the learning rate, forward, backward, update ---
         index, epoch = order.indices(step)
         index = index % len(images)  # overfit_one repeats its image
-        micro_batches = read_batches(latents, labels, index, step, args, ctx)
+        micro_batches = read_batches(latents, index, step, args, ctx)
         warmup = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
         for group in optimizer.param_groups:
             group["lr"] = args.lr * warmup
