@@ -1,29 +1,32 @@
-"""Batch order, optimiser step, files, checkpoints and signals of experiment.py."""
+"""Batch order, optimiser step, files, checkpoints, signals: lib/dist.py, files.py, run.py."""
 import copy
+import hashlib
 import io
 import json
 import math
 import os
 import pickle
 import shlex
+import shutil
 import subprocess
 import sys
-import threading
 import zipfile
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, error_of
+from PIL import Image
 
-import experiment
 import train_ldm
+from lib import dist, files, run
+from lib.files import command_line, write_atomic
 
 
 @pytest.fixture
 def alone(monkeypatch):
     """A single process on the CPU."""
-    return experiment.Processes(0, 1, torch.device("cpu"), torch.float32, False)
+    return dist.DistContext(0, 1, torch.device("cpu"), torch.float32, False)
 
 
 # --- batch order and random numbers ---
@@ -32,12 +35,12 @@ def alone(monkeypatch):
 @pytest.mark.parametrize("count, batch, world", [
     (16, 4, 1), (10, 4, 1), (3, 8, 1), (1, 1, 1), (10, 3, 2), (5, 4, 3)])
 def test_an_epoch_is_a_shuffle_filled_up_from_its_start(count, batch, world):
-    steps = experiment.steps_per_epoch(count, batch, world)
+    steps = dist.BatchOrder(count, batch, 7, 0, world).epoch_steps
     assert steps == -(-count // (batch * world)) and steps > 0
     for epoch in range(3):
         drawn = []
         for step in range(epoch * steps, (epoch + 1) * steps):
-            parts = [experiment.batch_indices(step, count, batch, 7, rank, world)
+            parts = [dist.BatchOrder(count, batch, 7, rank, world).indices(step)
                      for rank in range(world)]
             assert all(e == epoch and len(i) == batch for i, e in parts)
             drawn += [i for part, _ in parts for i in part.tolist()]
@@ -47,23 +50,23 @@ def test_an_epoch_is_a_shuffle_filled_up_from_its_start(count, batch, world):
 
 def test_ranks_share_what_one_process_with_the_whole_batch_sees():
     for step in range(7):
-        whole, epoch = experiment.batch_indices(step, 20, 8, 1)
-        parts = [experiment.batch_indices(step, 20, 4, 1, rank, 2)[0] for rank in (0, 1)]
+        whole, epoch = dist.BatchOrder(20, 8, 1).indices(step)
+        parts = [dist.BatchOrder(20, 4, 1, rank, 2).indices(step)[0] for rank in (0, 1)]
         assert np.array_equal(whole, np.concatenate(parts))
-    halves = [experiment.batch_indices(0, 20, 4, 1, rank, 2)[0] for rank in (0, 1)]
+    halves = [dist.BatchOrder(20, 4, 1, rank, 2).indices(0)[0] for rank in (0, 1)]
     assert not set(halves[0]) & set(halves[1])
 
 
 def test_epochs_and_seeds_differ():
     def order(seed, epoch):
-        return experiment.batch_indices(epoch, 50, 50, seed)[0].tolist()
+        return dist.BatchOrder(50, 50, seed).indices(epoch)[0].tolist()
     assert order(0, 0) == order(0, 0)
     assert len({tuple(order(s, e)) for s in (0, 1) for e in (0, 1, 2)}) == 6
 
 
 def test_a_generator_is_a_function_of_its_key_alone():
     def draw(*key):
-        return tuple(torch.randn(4, generator=experiment.generator("cpu", *key)).tolist())
+        return tuple(torch.randn(4, generator=dist.generator("cpu", *key)).tolist())
     first = draw(0, "ldm", 3, 1)
     torch.manual_seed(123)
     assert draw(0, "ldm", 3, 1) == first
@@ -87,7 +90,7 @@ def test_clipping_scales_the_gradient_to_the_norm(clip, factor):
     before = module.weight.detach().clone()
     optimizer = torch.optim.SGD(module.parameters(), 1.0, fused=True)
     module.weight.grad = torch.tensor([[3.0, 4.0]])
-    norm, bad = experiment.clip_and_step(module, optimizer, clip)
+    norm, bad = dist.clip_and_step(module, optimizer, clip)
     assert norm.item() == pytest.approx(5.0) and bad.item() == 0
     assert torch.allclose(before - module.weight, factor * torch.tensor([[3.0, 4.0]]), atol=1e-5)
     assert module.weight.grad is None
@@ -99,18 +102,18 @@ def test_a_bad_gradient_changes_neither_weights_nor_optimiser(poison, clip):
     module, optimizer = small_model()
     for _ in range(2):
         module.weight.grad = torch.tensor([[0.5, -0.25]])
-        experiment.clip_and_step(module, optimizer, clip)
+        dist.clip_and_step(module, optimizer, clip)
 
     def snapshot():
         state = optimizer.state[module.weight].values()
         return [module.weight.detach().clone(), *(v.clone() for v in state)]
     before = snapshot()
     module.weight.grad = torch.tensor([[poison, 1.0]])
-    _, bad = experiment.clip_and_step(module, optimizer, clip)
+    _, bad = dist.clip_and_step(module, optimizer, clip)
     assert bad.item() == 1 and module.weight.grad is None
     assert all(torch.equal(a, b) for a, b in zip(before, snapshot(), strict=True))
     module.weight.grad = torch.tensor([[0.5, -0.25]])
-    _, bad = experiment.clip_and_step(module, optimizer, clip)
+    _, bad = dist.clip_and_step(module, optimizer, clip)
     assert bad.item() == 0 and not torch.equal(before[0], module.weight)
     assert optimizer.state[module.weight]["step"].item() == 3
 
@@ -127,7 +130,7 @@ def test_a_step_in_any_layout_is_that_of_the_reference(layout, clip):
         x = torch.randn(2, 6, 7, 7)
         for net in (module, other):
             net(x).square().sum().backward()
-        experiment.clip_and_step(module, optimizer, clip)
+        dist.clip_and_step(module, optimizer, clip)
         torch.nn.utils.clip_grad_norm_(other.parameters(), clip or math.inf)
         plain.step()
         plain.zero_grad()
@@ -141,22 +144,23 @@ def test_an_optimiser_goes_on_in_another_layout():
     module = torch.nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(module.parameters(), 0.1, fused=True)
     module(x).square().mean().backward()
-    experiment.clip_and_step(module, optimizer, 0.0)
+    dist.clip_and_step(module, optimizer, 0.0)
     weights = []
     for layout in (torch.channels_last, torch.contiguous_format):
         other = copy.deepcopy(module).to(memory_format=layout)
         resumed = torch.optim.AdamW(other.parameters(), 0.1, fused=True)
-        experiment.load_optimizer(resumed, copy.deepcopy(optimizer.state_dict()))
+        dist.load_optimizer(resumed, copy.deepcopy(optimizer.state_dict()))
         other(x).square().mean().backward()
-        experiment.clip_and_step(other, resumed, 0.0)
+        dist.clip_and_step(other, resumed, 0.0)
         weights.append(other.weight)
     assert torch.allclose(*weights, atol=1e-5)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
 def test_freed_memory_is_kept_for_the_next_step():
-    faults = """import resource, torch, experiment
-experiment.keep_memory()
+    faults = """import resource, torch
+from lib import dist
+dist.keep_memory()
 def step():
     return [torch.ones(6_000_000) for _ in range(8)]
 step(); step()
@@ -177,13 +181,13 @@ def test_a_good_step_is_plain_adamw():
     other, plain = small_model()
     for gradient in ([[0.3, 0.4]], [[-0.1, 0.2]]):
         module.weight.grad, other.weight.grad = torch.tensor(gradient), torch.tensor(gradient)
-        experiment.clip_and_step(module, optimizer, 1.0)
+        dist.clip_and_step(module, optimizer, 1.0)
         plain.step()
     assert torch.equal(module.weight, other.weight)
 
 
 def test_running_means_leave_skipped_steps_out_and_count_them(alone):
-    means = experiment.RunningMeans(alone, ("a", "b"))
+    means = dist.RunningMeans(alone, ("a", "b"))
     good, bad = torch.tensor(0.0), torch.tensor(1.0)
     means.add((torch.tensor(1.0), torch.tensor(10.0)), good)
     means.add((torch.tensor(math.nan), torch.tensor(99.0)), bad)
@@ -212,29 +216,29 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path, e
         raise error
     expected = SystemExit if isinstance(error, (OSError, RuntimeError)) else type(error)
     with pytest.raises(expected) as e:
-        experiment.write_atomic(path, write)
+        write_atomic(path, write)
     if isinstance(e.value, SystemExit):
         assert "last.pt" in str(e.value) and len(str(e.value).splitlines()) == 1
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["last.pt"]
-    experiment.write_atomic(path, lambda f: f.write(b"new"))
+    write_atomic(path, lambda f: f.write(b"new"))
     assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["last.pt"]
 
 
 def test_a_temporary_file_is_no_door_to_another_file(tmp_path, monkeypatch):
     """Even where somebody planted a link at its name."""
-    monkeypatch.setattr(experiment.secrets, "token_hex", lambda size: "guessed")
+    monkeypatch.setattr(files.secrets, "token_hex", lambda size: "guessed")
     secret, path = tmp_path / "secret", tmp_path / "last.pt"
     secret.write_bytes(b"of another user")
     (tmp_path / ".last.pt.guessed.tmp").symlink_to(secret)
     with pytest.raises(SystemExit, match="File exists"):
-        experiment.write_atomic(path, lambda f: f.write(b"new"))
+        write_atomic(path, lambda f: f.write(b"new"))
     assert secret.read_bytes() == b"of another user" and not path.exists()
 
 
 def test_what_was_written_can_be_read_by_others(tmp_path):
     old = os.umask(0o027)
     try:
-        experiment.write_atomic(tmp_path / "last.pt", lambda f: f.write(b"new"))
+        write_atomic(tmp_path / "last.pt", lambda f: f.write(b"new"))
     finally:
         os.umask(old)
     assert (tmp_path / "last.pt").stat().st_mode & 0o777 == 0o640
@@ -243,8 +247,8 @@ def test_what_was_written_can_be_read_by_others(tmp_path):
 @pytest.fixture
 def checkpoint(tmp_path):
     path = tmp_path / "last.pt"
-    state = {"model": {"w": torch.arange(5000.0)}, "args": {"ch_mults": (1, 2)}}
-    experiment.save_checkpoint(path, "vae", state)
+    torch.save({"kind": "vae", "ema": {"w": torch.arange(5000.0)}, "step": 3,
+                "args": {"ch_mults": (1, 2)}}, path)
     return path
 
 
@@ -254,9 +258,10 @@ class Bomb:
 
 
 def test_a_checkpoint_comes_back_as_it_was(checkpoint):
-    state = experiment.load_checkpoint(checkpoint, "vae")
-    assert torch.equal(state["model"]["w"], torch.arange(5000.0))
+    state = run.load_checkpoint(checkpoint, "vae")
+    assert torch.equal(state["ema"]["w"], torch.arange(5000.0))
     assert state["args"] == {"ch_mults": (1, 2)}
+    assert state["sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
 
 
 def test_only_undamaged_checkpoints_of_the_kind_are_loaded(
@@ -271,97 +276,95 @@ def test_only_undamaged_checkpoints_of_the_kind_are_loaded(
     torch.save({"state_dict": {"w": torch.ones(2)}}, foreign)
     torch.save(torch.ones(3), zipped)
     torch.save({"kind": "vae", "x": Bomb()}, bomb)
+    old, odd = io.BytesIO(), io.BytesIO()
+    torch.save({"kind": "vae", "args": {}}, old)  # of another version: it lacks the weights
+    torch.save({"kind": 3, "args": {}}, odd)
     cases = {
         "flip": bytes(flipped), "cut": whole[:len(whole) // 2], "foreign": foreign.getvalue(),
         "empty": b"", "text": b"import os\n" * 50, "pickle": pickle.dumps(Bomb()),
-        "bomb": bomb.getvalue(), "tensor": zipped.getvalue()}
+        "bomb": bomb.getvalue(), "tensor": zipped.getvalue(), "old": old.getvalue(),
+        "kind": odd.getvalue()}
     for name, content in cases.items():
         path = tmp_path / f"{name}.pt"
         path.write_bytes(content)
-        message = error_of(capsys, experiment.load_checkpoint, path, "vae")
+        message = error_of(capsys, run.load_checkpoint, path, "vae")
         assert message.startswith("error: ") and f"{name}.pt" in message, name
     assert not (tmp_path / "exploded").exists()
-    assert "train_vae.py" in error_of(capsys, experiment.load_checkpoint, checkpoint, "ldm")
+    assert "train_vae.py" in error_of(capsys, run.load_checkpoint, checkpoint, "ldm")
     missing = tmp_path / "nothing.pt"
-    assert "no checkpoint" in error_of(capsys, experiment.load_checkpoint, missing, "vae")
+    assert "no checkpoint" in error_of(capsys, run.load_checkpoint, missing, "vae")
 
 
 def test_a_command_to_paste_is_quoted_and_leaves_out_what_is_not_set():
-    text = experiment.command_line("sample.py", ckpt="my runs/a.pt", data_root=None, seed=3)
+    text = command_line("sample.py", ckpt="my runs/a.pt", data_root=None, seed=3)
     assert shlex.split(text) == ["python", "sample.py", "--ckpt=my runs/a.pt", "--seed=3"]
 
 
 def test_weights_of_another_architecture_are_one_line(capsys):
     weights = torch.nn.Linear(3, 2).state_dict()
-    message = error_of(capsys, experiment.load_weights, torch.nn.Linear(2, 2), weights, "a.pt")
+    message = error_of(capsys, run.load_weights, torch.nn.Linear(2, 2), weights, "a.pt")
     assert "a.pt" in message and "weight" in message
 
 
-def test_non_finite_numbers_are_null_in_json_files(tmp_path, alone):
+@pytest.fixture
+def a_run(tmp_path, alone):
+    """A new Run at step 0."""
     args = train_ldm.parse_args([f"--output_root={tmp_path}", "--run_name=a", "--no-wandb"])
-    run = experiment.Run(args, alone, "ldm", "x", {})
-    run.start(args, {})
-    run.log(1, 0, {"train/loss": math.nan, "train/lr": 1.0})
-    assert math.isnan(run.history("train/loss")[0]) and run.history("train/lr") == [1.0]
-    run.finish(1, {"train/loss": math.nan}, [], run.checkpoint_path, diverged=False)
+    made = run.Run(args, alone, "ldm", "x", {})
+    made.start({"step": 0, "args": {}}, 10, train_ldm.build_parser(), {})
+    return made
+
+
+def test_non_finite_numbers_are_null_in_json_files(a_run):
+    a_run.log(1, 0, {"train/loss": math.nan, "train/lr": 1.0})
+    assert math.isnan(a_run.history("train/loss")[0]) and a_run.history("train/lr") == [1.0]
+    a_run.finish(1, {"train/loss": math.nan}, [], a_run.last_path, diverged=False)
 
     def refuse(name):
         raise AssertionError(f"{name} is no JSON")
     for name in ("metrics.jsonl", "summary.json"):
-        stored = json.loads((run.folder / name).read_text(), parse_constant=refuse)
+        stored = json.loads((a_run.folder / name).read_text(), parse_constant=refuse)
         assert stored["train/loss"] is None
 
 
-def test_a_checkpoint_is_written_while_training_goes_on(tmp_path, alone, monkeypatch, capsys):
-    args = train_ldm.parse_args([f"--output_root={tmp_path}", "--run_name=a", "--no-wandb"])
-    run, go, weights = experiment.Run(args, alone, "ldm", "x", {}), threading.Event(), torch.ones(3)
-    run.start(args, {"step": 0})
-    save = experiment.save_checkpoint
-    flushed, fsync = [], os.fsync
-
-    def spy(descriptor):
-        flushed.append(os.readlink(f"/proc/self/fd/{descriptor}"))
-        fsync(descriptor)
-    monkeypatch.setattr(os, "fsync", spy)
-    monkeypatch.setattr(experiment, "save_checkpoint", lambda *a: (go.wait(60), save(*a)))
-    run.log(1, 0, {"train/loss": 1.0})
-    size = run.metrics_path.stat().st_size
-    run.save({"step": 1, "model": [{"w": weights}]})  # would block
+def test_a_checkpoint_holds_the_weights_of_its_step(a_run):
+    weights = torch.ones(3)
+    a_run.save({"step": 1, "model": weights})
     weights += 1
-    run.log(2, 0, {"train/loss": 1.0})
-    assert torch.load(run.checkpoint_path, weights_only=True)["step"] == 0
-    go.set()
-    run.wait_for_checkpoint()
-    state = torch.load(run.checkpoint_path, weights_only=True)
-    assert state["step"] == 1 and state["metrics_bytes"] == size
-    assert state["model"][0]["w"].tolist() == [1, 1, 1]  # of the step at which it was saved
-    # On the disk: first the lines that the checkpoint counts, then it, then its name.
-    order = [flushed.index(str(path)) for path in (run.metrics_path, run.checkpoint_path.parent)]
-    assert order == sorted(order)
+    a_run.save({"step": 1, "model": weights})  # the same step: the file stays as it is
+    assert torch.load(a_run.last_path, weights_only=True)["model"].tolist() == [1, 1, 1]
+    a_run.save({"step": 2, "model": weights})
+    assert torch.load(a_run.last_path, weights_only=True)["model"].tolist() == [2, 2, 2]
 
-    def full(*a):
-        raise experiment.CannotWrite("the disk is full")
-    monkeypatch.setattr(experiment, "save_checkpoint", full)
-    run.save({"step": 2})
-    with pytest.raises(SystemExit, match="full"):
-        run.wait_for_checkpoint()
-    assert capsys.readouterr().err.count("full") == 1  # said by the thread that trains
+
+@pytest.mark.parametrize("change", ["moved", "removed", "made anew"])
+def test_nothing_is_written_once_the_folder_is_gone(a_run, change):
+    other = a_run.folder.with_name("b")
+    a_run.folder.rename(other)
+    if change == "removed":
+        shutil.rmtree(other)
+    if change == "made anew":
+        a_run.folder.mkdir()
+        (a_run.folder / "lock").touch()
+    for write in (lambda: a_run.log(1, 0, {}), lambda: a_run.save({"step": 1})):
+        with pytest.raises(SystemExit, match="moved or removed"):
+            write()
 
 
 @pytest.mark.parametrize("values", [
     (-1.0, -1.0), (1.0, 1.0), (-2.0, -1.0), (5.0, 1.0), (0.0, 1 / 255)])
 def test_pictures_are_saved_without_rescaling(tmp_path, values):
     x, expected = values
-    experiment.save_image(tmp_path / "x.png", torch.full((1, 4, 6), x))
-    back = experiment.load_image(tmp_path / "x.png")
+    run.save_image(tmp_path / "x.png", torch.full((1, 4, 6), x))
+    back = run.load_image(tmp_path / "x.png")
     assert back.shape == (1, 4, 6)
     assert torch.allclose(back, torch.full_like(back, expected), atol=1e-6)
 
 
 def test_a_grid_holds_every_picture_at_its_place(tmp_path):
     rows = [torch.stack([torch.full((1, 8, 8), v) for v in row]) for row in ((-1.0, 1.0), (0.0,))]
-    experiment.save_grid(tmp_path / "g.png", rows, ["one", "two"])
-    with experiment.Image.open(tmp_path / "g.png") as image:
+    run.save_grid(tmp_path / "g.png", rows, ["one", "two"])
+    with Image.open(tmp_path / "g.png") as image:
         sheet = np.asarray(image)
     assert sheet.shape == (2 * 24, 22)
     assert (sheet[14:22, 2:10] == 0).all()
@@ -373,10 +376,11 @@ def test_a_grid_holds_every_picture_at_its_place(tmp_path):
 
 SIGNALLED = """
 import os, signal, sys
-import torch, experiment
-procs = experiment.Processes(0, 1, torch.device("cpu"), torch.float32, False)
+import torch
+from lib import dist
+ctx = dist.DistContext(0, 1, torch.device("cpu"), torch.float32, False)
 for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
-    stop = experiment.StopSignal(procs)
+    stop = dist.StopSignal(ctx)
     assert stop.poll(False) == (False, False) and stop.poll(True) == (False, True)
     os.kill(os.getpid(), getattr(signal, name))
     assert stop.poll(False) == (True, False) and stop.name == name
@@ -397,8 +401,8 @@ def test_signals_ask_to_stop_and_a_second_interrupt_ends():
 
 def test_progress_writes_whole_lines_to_a_file(capsys, alone, monkeypatch):
     clock = [100.0]
-    monkeypatch.setattr(experiment.time, "perf_counter", lambda: clock[0])
-    progress = experiment.Progress(alone, "step", 10)
+    monkeypatch.setattr(run.time, "perf_counter", lambda: clock[0])
+    progress = run.Progress(alone, "step", 10)
     for done in range(1, 11):
         clock[0] += 16.0
         progress.update(done, "loss 1")
@@ -406,21 +410,4 @@ def test_progress_writes_whole_lines_to_a_file(capsys, alone, monkeypatch):
     out = capsys.readouterr().out
     assert "\r" not in out and out.endswith("\n")
     lines = out.splitlines()
-    assert len(lines) == 5 and lines[0] == "step 2/10 (20%) loss 1 2 min 08 s left"
-
-
-@pytest.mark.parametrize("seconds, text", [
-    (0, "0 s"), (59.9, "59 s"), (60, "1 min 00 s"), (200, "3 min 20 s"),
-    (7500, "2 h 05 min"), (273600, "3 d 04 h")])
-def test_time_text(seconds, text):
-    assert experiment.time_text(seconds) == text
-
-
-@pytest.mark.parametrize("found, named", [("ldm", True), (None, False), ([1], False), (3, False)])
-def test_what_another_trainer_made_is_refused_whatever_it_says_it_is(found, named, capsys):
-    experiment.check_kind("vae", "vae", "here")
-    with pytest.raises(SystemExit):
-        experiment.check_kind(found, "vae", "here")
-    message = capsys.readouterr().err
-    assert "here was not made by train_vae.py" in message
-    assert ("but by train_ldm.py" in message) == named
+    assert len(lines) == 5 and lines[0] == "step 2/10 (20%) loss 1 0:02:08 left"
