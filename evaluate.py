@@ -27,11 +27,11 @@ from PIL import Image
 
 import data
 import diffusion
-import experiment
-from args import (BooleanFlag, add_data_arguments, add_precision_arguments, add_sampling_arguments,
-                  at_least, file_path, make_parser, parse_settings)
-from experiment import fail, notice
-from lib import metrics, verdicts
+import sample
+from lib import dist, metrics, run, verdicts
+from lib.args import (BooleanFlag, add_data_arguments, add_precision_arguments,
+                      add_sampling_arguments, at_least, file_path, make_parser, parse_settings)
+from lib.files import fail, first_line, make_folder, notice, read_json, write_atomic, write_json
 
 SMALLEST = 16  # side in pixels of the smallest images that the classifiers accept
 CLASSIFIER_SIZE = 64  # side in pixels of what the classifier sees
@@ -57,7 +57,7 @@ def build_parser():
     parser = make_parser(__doc__)
     add_data_arguments(parser, split="val", img_size=None)
     add_precision_arguments(parser)
-    add_sampling_arguments(parser, tuple(diffusion.SAMPLERS), sampler="dpmpp_sde",
+    add_sampling_arguments(parser, tuple(diffusion.SAMPLERS), sampler="dpmpp_2m_sde",
                            num_sampling_steps=8, num_samples=64)
     add = parser.add_argument_group("evaluation").add_argument
     add("--samples_dir", type=file_path,
@@ -123,36 +123,34 @@ class Sets(NamedTuple):
 
 
 @torch.no_grad()
-def measured(function, images, procs, vae=None):
+def measured(function, images, ctx, vae=None):
     """Labelled values of function(x [B, 1, S, S]) over a data.ImageSet or Samples; with vae, over
     its reconstructions of them."""
     parts = []
     for x in data.batches(images):
-        x = x.to(procs.device)
+        x = x.to(ctx.device)
         if vae is not None:
             x = vae.decode(vae.encode(x).mean).clamp(-1, 1)
         parts.append(function(x).float().cpu())
     return Labelled(images.labels, torch.cat(parts))
 
 
-def draw_samples(ldm, args, procs):
-    """Samples of an experiment.TrainedModel with 8 bits per pixel, as sample.py saves them."""
+def draw_samples(ldm, args, ctx):
+    """Samples of a sample.TrainedModel with 8 bits per pixel, as sample.py saves them."""
     requests = [(c, i) for c in ldm.classes for i in range(args.num_samples)]
-    total = len(requests) * args.num_sampling_steps
-    progress = experiment.Progress(procs, f"sampling ({args.sampler})", total)
     rows = []
-    for _, _, x in experiment.sample_batches(
+    for _, _, x in sample.sample_batches(
             ldm.denoiser, ldm.vae, ldm.checkpoint["latent_scale_factor"], requests,
-            ldm.checkpoint["class_names"], args, procs, args.batch_size, progress.update):
-        rows.append(experiment.to_uint8(x)[:, 0].numpy().astype(np.uint16) * 257)
-    progress.clear()
+            ldm.checkpoint["class_names"], args, ctx, args.batch_size,
+            f"sampling ({args.sampler})"):
+        rows.append(run.to_uint8(x)[:, 0].numpy().astype(np.uint16) * 257)
     return Samples(np.concatenate(rows), np.array([c for c, _ in requests]))
 
 
 def listed_samples(folder):
     """{path: class name} of the images in sample.py's manifest.json; exits if some are missing."""
     path = folder / "manifest.json"
-    manifest = experiment.read_json(path, "manifest of samples")
+    manifest = read_json(path, "manifest of samples")
     try:
         # The bare name: a stranger's manifest must not lead out of the folder.
         listed = {folder / pathlib.Path(i["file"]).name: i["class"] for i in manifest["images"]}
@@ -194,9 +192,10 @@ def read_samples(folder, class_names, img_size):
     for c in np.setdiff1d(np.arange(len(class_names)), labels):
         notice(f"{folder}: no samples of class {class_names[c]}")
     try:
-        with Image.open(members[0][1]) as image:
-            side = img_size or min(image.size)
-        rows = np.stack([data.decode(path, side) for _, path in members])
+        if img_size is None:
+            with Image.open(members[0][1]) as image:
+                img_size = min(image.size)
+        rows = np.stack([data.decode(path, img_size) for _, path in members])
     except (OSError, ValueError) as e:
         fail(f"cannot decode an image in {folder}: {e}")
     return Samples(rows, labels)
@@ -215,13 +214,13 @@ def image_statistics(x):
     return torch.cat([columns.double().cpu(), metrics.octave_power(x)], 1)
 
 
-def measure_statistics(sets, vae, procs):
+def measure_statistics(sets, vae, ctx):
     """{row: Labelled image_statistics} of the sets, and with vae of reconstructed held-out images,
     which have about as much detail as samples can."""
     rows = {"samples": sets.samples, "baseline": sets.train, "held_out": sets.held_out}
-    found = {row: measured(image_statistics, images, procs) for row, images in rows.items()}
+    found = {row: measured(image_statistics, images, ctx) for row, images in rows.items()}
     if vae is not None:
-        found["decoded"] = measured(image_statistics, sets.held_out, procs, vae)
+        found["decoded"] = measured(image_statistics, sets.held_out, ctx, vae)
     return found
 
 
@@ -296,22 +295,22 @@ def random_crop(x, rng):
     return x[:, :, row:row + size, column:column + size]
 
 
-def train_classifier(build, vary, images, seed, args, procs, label):
+def train_classifier(build, vary, images, seed, args, ctx, label):
     """Train the network that build() makes on Labelled pixels, with classes balanced in each batch
     and images varied by vary(x, rng). label: what the images are, for the progress line."""
     torch.manual_seed(seed)
-    net = build().to(procs.device).train().requires_grad_(True)
+    net = build().to(ctx.device).train().requires_grad_(True)
     rng = torch.Generator().manual_seed(seed)
     steps, labels = args.classifier_steps, torch.from_numpy(images.labels)
     members = [(labels == c).nonzero()[:, 0] for c in labels.unique()]
     count = 32 // len(members) or 1  # of each class
     optimizer = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=0.05, fused=True)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    progress = experiment.Progress(procs, f"training a classifier on {label}", steps)
+    progress = run.Progress(ctx, f"training a classifier on {label}", steps)
     for step in range(steps):
         index = torch.cat([m[torch.randint(len(m), (count,), generator=rng)] for m in members])
-        logits = net(vary(images.values[index].to(procs.device), rng))
-        F.cross_entropy(logits, labels[index].to(procs.device)).backward()
+        logits = net(vary(images.values[index].to(ctx.device), rng))
+        F.cross_entropy(logits, labels[index].to(ctx.device)).backward()
         optimizer.step()
         decay.step()
         optimizer.zero_grad()
@@ -321,12 +320,12 @@ def train_classifier(build, vary, images, seed, args, procs, label):
 
 
 @torch.no_grad()
-def scores(net, x, procs):
+def scores(net, x, ctx):
     """Logits [N, K] of a classifier for pixels [N, 1, S, S], on the CPU."""
-    return torch.cat([net(part.to(procs.device)).cpu() for part in x.split(data.BATCH)])
+    return torch.cat([net(part.to(ctx.device)).cpu() for part in x.split(data.BATCH)])
 
 
-def real_classifier(images_key, views, num_classes, seed, args, procs):
+def real_classifier(images_key, views, num_classes, seed, args, ctx):
     """Classifier trained on the real training images, whose Labelled `views` are shrunk pixels; its
     weights are cached by images_key."""
     settings = (images_key, views.labels.tolist(), seed, args.classifier_steps)
@@ -336,17 +335,17 @@ def real_classifier(images_key, views, num_classes, seed, args, procs):
     if path.exists():
         try:
             net = build()
-            net.load_state_dict(experiment.load_archive(path))
-            return net.to(procs.device).eval().requires_grad_(False)
+            net.load_state_dict(run.load_archive(path))
+            return net.to(ctx.device).eval().requires_grad_(False)
         except Exception as e:  # whatever a damaged file raises
-            notice(f"{path} is damaged ({experiment.first_line(e)}): training the classifier again")
-    net = train_classifier(build, augment, views, seed, args, procs, "real images")
-    experiment.make_folder(path.parent)
-    experiment.write_atomic(path, lambda f: torch.save(net.state_dict(), f))
+            notice(f"{path} is damaged ({first_line(e)}): training the classifier again")
+    net = train_classifier(build, augment, views, seed, args, ctx, "real images")
+    make_folder(path.parent)
+    write_atomic(path, lambda f: torch.save(net.state_dict(), f))
     return net
 
 
-def tstr(views, train_key, num_classes, args, procs):
+def tstr(views, train_key, num_classes, args, ctx):
     """TSTR, train on synthetic and test on real (Esteban et al. 2017): {trained on, tested on:
     (AUROC, low, high)}, and {BOTH: (gain, low, high)}, at 95 % confidence.
 
@@ -362,13 +361,13 @@ def tstr(views, train_key, num_classes, args, procs):
                   AGAIN: train.joined(train.subset(repeats))}
     results = {name: [] for name in (ON_SAMPLES, ON_HELD_OUT, TSTR, BOTH, AGAIN)}
     for seed in range(args.seed, args.seed + TRAININGS):
-        judge = real_classifier(train_key, train, num_classes, seed, args, procs)
-        results[ON_SAMPLES].append(scores(judge, samples.values, procs))
-        results[ON_HELD_OUT].append(scores(judge, held_out.values, procs))
+        judge = real_classifier(train_key, train, num_classes, seed, args, ctx)
+        results[ON_SAMPLES].append(scores(judge, samples.values, ctx))
+        results[ON_HELD_OUT].append(scores(judge, held_out.values, ctx))
         for name, images in trained_on.items():
             net = train_classifier(functools.partial(Classifier, num_classes), augment, images,
-                                   seed, args, procs, name.split(",")[0])
-            results[name].append(scores(net, held_out.values, procs))
+                                   seed, args, ctx, name.split(",")[0])
+            results[name].append(scores(net, held_out.values, ctx))
     truth = {name: held_out for name in results} | {ON_SAMPLES: samples}
     aurocs = {name: metrics.mean_auroc(of_trainings, torch.from_numpy(truth[name].labels))
               for name, of_trainings in results.items()}
@@ -388,12 +387,12 @@ def halves(labels, seed):
     return order[::2], order[1::2]
 
 
-def pixels_8_bit(images, procs, vae=None):
+def pixels_8_bit(images, ctx, vae=None):
     """Labelled pixels [N, 1, S, S] in [-1, 1], rounded as in a file."""
-    return measured(lambda x: experiment.to_uint8(x).float() / 127.5 - 1, images, procs, vae)
+    return measured(lambda x: run.to_uint8(x).float() / 127.5 - 1, images, ctx, vae)
 
 
-def c2st(sets, vae, groups, args, procs):
+def c2st(sets, vae, groups, args, ctx):
     """Classifier two-sample test (Lopez-Paz & Oquab 2017): can a network tell generated from real
     images? {group: {row: (AUROC, low, high)}} on unseen images, at 95 % confidence; 0.5: it cannot.
 
@@ -401,22 +400,22 @@ def c2st(sets, vae, groups, args, procs):
     reconstructions of real images. groups: {name: class indices}.
     """
     def two_halves(images):
-        return [pixels_8_bit(images.subset(half), procs)
+        return [pixels_8_bit(images.subset(half), ctx)
                 for half in halves(images.labels, args.seed)]
 
     first, second = halves(sets.train.labels, args.seed)
     train = sets.train.subset(np.concatenate([first, second]))
     held_out = sets.held_out.subset(np.concatenate(halves(sets.held_out.labels, args.seed)))
-    real, unseen = pixels_8_bit(train, procs), pixels_8_bit(held_out, procs)
+    real, unseen = pixels_8_bit(train, ctx), pixels_8_bit(held_out, ctx)
     found = {name: {} for name in groups}
 
     def trial(row, real, to_train, to_test):
         both = real.joined(to_train)
         generated = (np.arange(len(both.labels)) >= len(real.labels)).astype(np.int64)
         net = train_classifier(C2STClassifier, random_crop, both._replace(labels=generated),
-                               args.seed, args, procs, f"real images and {row}")
+                               args.seed, args, ctx, f"real images and {row}")
         tested = unseen.joined(to_test)
-        logits = scores(net, tested.values, procs)
+        logits = scores(net, tested.values, ctx)
         truth = (torch.arange(len(logits)) >= len(unseen.labels)).long()
         for name, classes in groups.items():
             members = torch.from_numpy(np.isin(tested.labels, classes))
@@ -430,7 +429,7 @@ def c2st(sets, vae, groups, args, procs):
     fresh = train.subset(np.arange(len(first), len(train)))
     trial("baseline", real.subset(np.arange(len(first))), *two_halves(fresh))
     if vae is not None:
-        trial("decoded", real, *(pixels_8_bit(images, procs, vae) for images in (train, held_out)))
+        trial("decoded", real, *(pixels_8_bit(images, ctx, vae) for images in (train, held_out)))
     return found
 
 
@@ -444,7 +443,7 @@ class FeatureSpace(NamedTuple):
     text: str
 
 
-def feature_spaces(names, vae, classifier, procs):
+def feature_spaces(names, vae, classifier, ctx):
     """{name: FeatureSpace} of a comma list; None: classifier and vae, whichever is not None."""
     available = {}
     if classifier is not None:
@@ -456,23 +455,23 @@ def feature_spaces(names, vae, classifier, procs):
             "autoencoder means on a 4x4 grid")
     found = available
     if names is not None:
-        found = {name: available.get(name) or torchscript_space(name, procs)
+        found = {name: available.get(name) or torchscript_space(name, ctx)
                  for name in map(str.strip, names.split(","))}
     if not found:
         fail("no features to compare by: give --ae_ckpt_path, or --features")
     return found
 
 
-def torchscript_space(path, procs):
+def torchscript_space(path, ctx):
     """FeatureSpace of a TorchScript file, which is given images [B, 3, H, W] in 0 to 255, as the
     usual Inception file expects."""
     if not pathlib.Path(path).is_file():
         fail(f"--features={path} is not available: give a TorchScript file, vae (needs --ckpt or "
              "--ae_ckpt_path) or classifier (needs two classes)")
     try:
-        net = torch.jit.load(path, map_location=procs.device).eval()
+        net = torch.jit.load(path, map_location=ctx.device).eval()
     except RuntimeError as e:
-        fail(f"{path} is not a TorchScript file: {experiment.first_line(e)}")
+        fail(f"{path} is not a TorchScript file: {first_line(e)}")
     options = {}
     if "return_features" in {a.name for a in net.forward.schema.arguments}:
         options["return_features"] = True  # otherwise the usual Inception file gives class scores
@@ -548,13 +547,13 @@ def group_rows(samples, pool, held_out, seed):
     return rows
 
 
-def distances_by_space(sets, spaces, groups, args, procs):
+def distances_by_space(sets, spaces, groups, args, ctx):
     """{space: {group: group_rows}}; spaces: {name: FeatureSpace}, groups: {name: class indices}."""
     like = np.repeat(sets.samples.labels, BASELINE_DRAWS)
     pool = sets.train.subset(as_many(sets.train.labels, like, args.seed))
     found = {}
     for name, space in spaces.items():
-        features = [measured(space.network, images, procs)
+        features = [measured(space.network, images, ctx)
                     for images in (sets.samples, pool, sets.held_out)]
         found[name] = {group: group_rows(*(part.of_classes(classes) for part in features),
                                          args.seed)
@@ -729,45 +728,41 @@ def print_report(report):
 def report_to_wandb(ckpt, report, found, pairs):
     """Numbers and levels of the verdicts, and the picture at path `pairs`, on the W&B page of the
     checkpoint's run, if it has one."""
-    folder = experiment.run_folder(ckpt)
-    try:
-        meta = experiment.parse_json(folder / "run_meta.json")
-        settings, wandb_id = argparse.Namespace(**meta["args"]), meta["wandb_id"]
-    except (OSError, ValueError, KeyError, TypeError):
+    folder = run.run_folder(ckpt)
+    meta = read_json(folder / "run_meta.json")
+    if not meta.get("wandb_id"):
         return
-    session = experiment.start_wandb(settings, folder, wandb_id, None) if wandb_id else None
-    if session is None:
-        return
-    levels = experiment.verdict_levels(found)
+    settings = argparse.Namespace(**meta["args"])
+    tracker = run.Tracker(run.start_wandb(settings, folder, meta["wandb_id"], None))
     summary = {f"evaluation/{v.metric}": float(v.value) for v in found}
-    summary |= {f"evaluation/{name}": level for name, level in levels.items()}
-    try:
+    summary |= {f"evaluation/{name}": level for name, level in verdicts.levels(found).items()}
+
+    def log(session):
         if "copies" in report:
             import wandb
             session.log({"step": report["step"], "evaluation/pairs": wandb.Image(
                 str(pairs), caption="the ten samples closest to a training image, and that image")})
         session.summary.update(summary)
-        session.finish()
-    except Exception as e:
-        notice(f"W&B did not take the report ({experiment.first_line(e)})")
+    tracker.attempt(log)
+    tracker.finish()
 
 
 # --- the stage ----------------------------------------------------------------------------------
 
 
-def find_copies(sets, pairs, args, procs):
+def find_copies(sets, pairs, args, ctx):
     """dict of metrics.CopyTest, and a picture of the closest pairs at path `pairs`; {} if there are
     too few training images, with a notice."""
-    cached = data.cached_thumbnails(sets.train, pathlib.Path(args.output_root, "cache"), procs)
+    cached = data.cached_thumbnails(sets.train, pathlib.Path(args.output_root, "cache"), ctx)
     try:
         test = metrics.CopyTest(torch.from_numpy(cached.rows(sets.train.rows)))
     except ValueError as e:
         notice(e)
         return {}
-    found = test.search(measured(data.thumbnails, sets.samples, procs).values)
+    found = test.search(measured(data.thumbnails, sets.samples, ctx).values)
     closest = found.pop("ratio").argsort()[:10]
     originals = found.pop("nearest")[closest]
-    experiment.save_grid(
+    run.save_grid(
         pairs, [sets.samples.images(closest.numpy()), sets.train.images(originals.numpy())],
         ["the ten samples closest to a training image", "that training image"])
     return {**found, "pixels": data.THUMBNAIL_SIZE}
@@ -775,8 +770,8 @@ def find_copies(sets, pairs, args, procs):
 
 def main(argv=None):
     args = parse_settings(build_parser(), argv)
-    procs = experiment.setup_processes(args)
-    if procs.world_size > 1:
+    ctx = dist.setup(args)
+    if ctx.world_size > 1:
         fail("evaluate.py runs in one process: start it with python, not torchrun")
     if bool(args.ckpt) == bool(args.samples_dir):
         fail("give either --ckpt=runs/ldm_.../ckpts/best.pt or --samples_dir=FOLDER to measure")
@@ -786,24 +781,21 @@ def main(argv=None):
     # --- what is measured: a model, or a folder of images ---
     vae, sampling = None, {}
     if args.ckpt:
-        ldm = experiment.prepare_sampling(args, procs)
+        ldm = sample.prepare_sampling(args, ctx)
         vae, checkpoint = ldm.vae, ldm.checkpoint
-        data.adopt_root(args, checkpoint["args"], "the model")
-        class_names, img_size = checkpoint["class_names"], checkpoint["args"]["img_size"]
-        if args.img_size not in (None, img_size):
-            fail(f"--img_size={args.img_size}, but {args.ckpt} was trained at {img_size}: leave it "
-                 "out")
-        sampling = {name: getattr(args, name) for name in experiment.SAMPLING_SETTINGS}
+        data.adopt_settings(args, checkpoint["args"], f"the model {args.ckpt}")
+        class_names, img_size = checkpoint["class_names"], args.img_size
+        sampling = {name: getattr(args, name) for name in sample.SAMPLING_SETTINGS}
         sampling |= {"step": checkpoint["step"], "ckpt": args.ckpt,
-                     "ckpt_sha256": experiment.sha256_file(args.ckpt)}
+                     "ckpt_sha256": checkpoint["sha256"]}
         sample_labels = np.repeat(ldm.classes, args.num_samples)
-        folder = pathlib.Path(args.out_dir or experiment.run_folder(args.ckpt))
+        folder = pathlib.Path(args.out_dir or run.run_folder(args.ckpt))
     else:
         class_names = data.scan(data.image_root(args), args.task, "train").class_names
         samples = read_samples(args.samples_dir, class_names, args.img_size)
         img_size, sample_labels = samples.rows.shape[-1], samples.labels
         if args.ae_ckpt_path:
-            vae, _, _ = experiment.load_autoencoder(args.ae_ckpt_path, procs)
+            vae, _, _ = sample.load_autoencoder(args.ae_ckpt_path, ctx)
         folder = pathlib.Path(args.out_dir or args.samples_dir)
     args.img_size = img_size
     if img_size < SMALLEST:
@@ -811,10 +803,10 @@ def main(argv=None):
              f"least {SMALLEST}")
 
     # --- real images of that size: before sampling, so that mistakes show at once ---
-    train = data.open_images(args, procs, "train", class_names=class_names)
+    train = data.open_images(args, ctx, "train", class_names=class_names)
     held_out = train  # --split=train
     if args.split != "train":
-        held_out = data.open_images(args, procs, args.split, train=train)
+        held_out = data.open_images(args, ctx, args.split, train=train)
     if not np.isin(train.labels, sample_labels).any():
         fail("no training image is of the samples' classes: there is nothing to compare with")
     groups, auroc_possible = group_classes(
@@ -826,39 +818,39 @@ def main(argv=None):
     if min(len(held_out), len(sample_labels)) < FEWEST_FOR_MANIFOLDS:
         notice(f"under {FEWEST_FOR_MANIFOLDS} samples or images in split {args.split}: too few for "
                "precision, recall, density and coverage")
-    experiment.make_folder(folder)
-    train_views, classifier = measured(shrunk, train, procs), None
+    make_folder(folder)
+    train_views, classifier = measured(shrunk, train, ctx), None
     if len(np.unique(train.labels)) > 1:
         classifier = real_classifier(train.key, train_views, len(class_names), args.seed, args,
-                                     procs)
-    spaces = feature_spaces(args.features, vae, classifier, procs)
+                                     ctx)
+    spaces = feature_spaces(args.features, vae, classifier, ctx)
 
     # --- the parts of the report, each of them one call ---
     if args.ckpt:
-        samples = draw_samples(ldm, args, procs)
+        samples = draw_samples(ldm, args, ctx)
     sets = Sets(samples, train, held_out)
     num_samples = {class_names[c]: int((samples.labels == c).sum())
                    for c in np.unique(samples.labels)}
     report = {"split": args.split, "seed": args.seed, **sampling, "num_samples": num_samples,
               "features": {name: space.text for name, space in spaces.items()}}
-    report["groups"] = distances_by_space(sets, spaces, groups, args, procs)
-    statistics_of = measure_statistics(sets, vae, procs)
+    report["groups"] = distances_by_space(sets, spaces, groups, args, ctx)
+    statistics_of = measure_statistics(sets, vae, ctx)
     report["image_stats"] = table_of_means(statistics_of, groups, slice(0, 3), STATISTICS)
     octaves = [f"{low:g}-{high:g}" for low, high in metrics.octaves(img_size)]
     report["power"] = table_of_means(statistics_of, groups, slice(3, None), octaves, relative=True)
     if min(len(images) for images in sets) >= 4:
-        report["c2st"] = c2st(sets, vae, groups, args, procs)
+        report["c2st"] = c2st(sets, vae, groups, args, ctx)
     pairs = folder / "evaluation_pairs.png"
-    if copies := find_copies(sets, pairs, args, procs):
+    if copies := find_copies(sets, pairs, args, ctx):
         report["copies"] = copies
     if auroc_possible:
-        views = Sets(measured(shrunk, samples, procs), train_views,
-                     measured(shrunk, held_out, procs))
-        report["auroc"], report["gain"] = tstr(views, train.key, len(class_names), args, procs)
+        views = Sets(measured(shrunk, samples, ctx), train_views,
+                     measured(shrunk, held_out, ctx))
+        report["auroc"], report["gain"] = tstr(views, train.key, len(class_names), args, ctx)
 
     found = judge(report)
     path = folder / "evaluation.json"
-    experiment.write_json(path, {**report, "verdicts": [v._asdict() for v in found]})
+    write_json(path, {**report, "verdicts": [v._asdict() for v in found]})
     print_report(report)
     print(verdicts.format_verdicts(found))
     print(f"written: {path}" + (f", {pairs}" if "copies" in report else ""))

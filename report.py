@@ -13,25 +13,26 @@ import re
 import shlex
 from typing import NamedTuple
 
-import experiment
-import metrics
-from args import bare_parser, file_path, parse_bare
+from lib.args import bare_parser, file_path, parse_bare
 from lib.html import draw, image, nested_table, page, show, table, tag, verdict_list
+from lib import metrics, verdicts
+from lib.files import fail, first_line, parse_json, write_atomic
+from lib.run import time_text
 
 MSE_MEASURED = f"{metrics.MSE_MEAN}_raw"  # without it, samples that are noise count as -1
 REAL = "sample_diversity/real_pairwise_mse_mean"
-REFERENCES = (REAL, metrics.TARGET_STD, metrics.COPIES_EXPECTED)  # what another curve should be at
+REFERENCES = (REAL, metrics.TARGET_STD, verdicts.COPIES_EXPECTED)  # what another curve should be at
 CHARTS = {  # {title: metrics}
-    "Loss": (metrics.LOSS, "train/rec", metrics.VAL, metrics.VAL_TRAIN),
+    "Loss": (verdicts.LOSS, "train/rec", verdicts.VAL, verdicts.VAL_TRAIN),
     "Loss by noise level, t0 is detail, t3 layout": [f"train/loss_t{q}" for q in range(4)],
     "Adversarial losses": ("train/g_loss", "train/d_loss"),
     "KL divergence": ("train/kl",),
     "PSNR of reconstructions, dB": ("val/psnr",),
     "SSIM and sharpness": ("val/ssim", "val/detail", "val/power_fine", "val/power_finest"),
-    "log10 of the gradient norm": (metrics.GRAD,),
+    "log10 of the gradient norm": (verdicts.GRAD,),
     "Diversity of samples and of real images": (MSE_MEASURED, REAL),
     "Standard deviation of the latents": (metrics.Z_STD, metrics.TARGET_STD),
-    "Copies, measured and by chance": (metrics.COPIES, metrics.COPIES_EXPECTED),
+    "Copies, measured and by chance": (verdicts.COPIES, verdicts.COPIES_EXPECTED),
     "Speed": ("train/images_per_second",)}
 
 # --- a run folder -------------------------------------------------------------------------------
@@ -51,7 +52,7 @@ class LoggedRun(NamedTuple):
     def points(self, name):
         """[(step, value)] of a metric; NaN if it was not finite."""
         points = [(record["step"], record[name]) for record in self.records if name in record]
-        if name == metrics.GRAD:
+        if name == verdicts.GRAD:
             points = [(step, math.log10(y) if y > 0 else math.nan) for step, y in points]
         return points
 
@@ -69,22 +70,30 @@ def number(value):
     return value if isinstance(value, (int, float)) and abs(value) < 1e300 else math.nan
 
 
+def parse_line(text):
+    """JSON object in a text; {} if it is damaged."""
+    try:
+        return parse_json(text)
+    except ValueError:
+        return {}
+
+
 def open_run(path):
     """LoggedRun of a folder; exits with an error if it is not a run folder."""
     folder = pathlib.Path(path)
     if not any((folder / name).is_file() for name in ("run_meta.json", "metrics.jsonl")):
-        experiment.fail(f"{path} is not a run folder: give one such as runs/ldm_tb")
+        fail(f"{path} is not a run folder: give one such as runs/ldm_tb")
     meta, summary, evaluation = (
-        experiment.parse_record(read_bytes(folder / name))
+        parse_line(read_bytes(folder / name))
         for name in ("run_meta.json", "summary.json", "evaluation.json"))
     if not isinstance(meta.get("args"), dict):
         meta["args"] = {}
-    lines = map(experiment.parse_record, read_bytes(folder / "metrics.jsonl").splitlines())
+    lines = map(parse_line, read_bytes(folder / "metrics.jsonl").splitlines())
     records = [{name: number(value) for name, value in line.items()} for line in lines]
     records = [record for record in records if record.get("step", -1) >= 0]
     latest = {name: value for record in records for name, value in record.items()}
-    validated = [record for record in records if math.isfinite(record.get(metrics.VAL, math.nan))]
-    best = min(validated, key=lambda record: record[metrics.VAL], default={})
+    validated = [record for record in records if math.isfinite(record.get(verdicts.VAL, math.nan))]
+    best = min(validated, key=lambda record: record[verdicts.VAL], default={})
     if not number(summary.get("step")) >= latest.get("step", 0):  # the run has gone on since
         summary = {}
     return LoggedRun(folder, meta, records, latest, best, summary, evaluation)
@@ -117,16 +126,16 @@ def picture(run, name, text):
 
 
 def judge(run):
-    """[metrics.Verdict] of a run: the stored ones at its end, before that on the latest numbers."""
+    """[verdicts.Verdict] of a run: the stored ones at its end, before that on the latest numbers."""
     if run.summary:
-        return [metrics.Verdict(**v) for v in run.summary.get("verdicts", ())]
+        return [verdicts.Verdict(**v) for v in run.summary.get("verdicts", ())]
     val, val_train, rec, loss = ([y for _, y in run.points(name)] for name in (
-        metrics.VAL, metrics.VAL_TRAIN, "train/rec", metrics.LOSS))
+        verdicts.VAL, verdicts.VAL_TRAIN, "train/rec", verdicts.LOSS))
     values = dict(run.latest)
     if MSE_MEASURED in values:
         values[metrics.MSE_MEAN] = values[MSE_MEASURED]
     overfit = bool(run.meta["args"].get("overfit_k") or run.meta["args"].get("overfit_one"))
-    return metrics.health(values, rec or loss, overfit=overfit, best_epoch=run.best.get("epoch"),
+    return verdicts.health(values, rec or loss, overfit=overfit, best_epoch=run.best.get("epoch"),
                           val_history=(val[:-1], val_train[:-1]))
 
 
@@ -135,7 +144,7 @@ def verdicts(run):
     parts = [verdict_list(judge(run))]
     overfit = {name: value for name, value in run.latest.items() if name.startswith("overfit/")}
     if overfit:
-        parts.append(tag("p", "memorising: ", metrics.format_overfit(overfit)))
+        parts.append(tag("p", "memorising: ", verdicts.format_overfit(overfit)))
     return tag("div", *parts)
 
 
@@ -148,8 +157,8 @@ def facts(run):
         state += show(run.summary["step"])
     seconds = run.summary.get("wall_seconds")
     return {
-        "state": state, "wall time": seconds and experiment.time_text(seconds),
-        "lowest val/loss": best and f"{show(best[metrics.VAL])}, epoch {best.get('epoch')}",
+        "state": state, "wall time": seconds and time_text(seconds),
+        "lowest val/loss": best and f"{show(best[verdicts.VAL])}, epoch {best.get('epoch')}",
         "images": ", ".join(f"{name} {count}" for name, count, *_ in meta.get("data") or ()),
         "packages": ", ".join(f"{k} {v}" for k, v in meta.get("packages", {}).items()),
         "command": shlex.join(["python", *map(str, meta.get("command", ()))]),
@@ -164,7 +173,7 @@ def curves(run):
     for title, names in CHARTS.items():
         lines = {name: points for name in names if (points := run.points(name))}
         mark = None
-        if run.best and metrics.VAL in lines:
+        if run.best and verdicts.VAL in lines:
             mark = run.best["step"], f"lowest val/loss: epoch {run.best.get('epoch')}"
         figures.append(guarded(draw, title, lines, mark, REFERENCES))
     return tag("div", *figures, class_="grid")
@@ -185,7 +194,7 @@ def evaluation(run):
     """All that evaluate.py measured."""
     if not run.evaluation:
         return tag("p", "Not measured: run evaluate.py.")
-    parts = [verdict_list([metrics.Verdict(**v) for v in run.evaluation.get("verdicts", ())])]
+    parts = [verdict_list([verdicts.Verdict(**v) for v in run.evaluation.get("verdicts", ())])]
     tables = {name: part for name, part in run.evaluation.items() if isinstance(part, dict)}
     parts.append(table((name, value) for name, value in run.evaluation.items()
                        if name not in tables and name != "verdicts"))
@@ -199,7 +208,7 @@ def guarded(section, *arguments):
         return section(*arguments)
     except Exception as e:  # whatever JSON of another shape raises
         return tag("p", "Not shown, since a file in the run folder is damaged "
-                   f"({type(e).__name__}: {experiment.first_line(e)}).")
+                   f"({type(e).__name__}: {first_line(e)}).")
 
 
 def report(run):
@@ -262,7 +271,7 @@ def main(argv=None):
     else:
         name, html = "comparison.html", comparison(runs)
     path = pathlib.Path(args.out or first.folder / name)
-    experiment.write_atomic(path, lambda f: f.write(html))
+    write_atomic(path, lambda f: f.write(html))
     print(f"report: {path}")
 
 

@@ -118,7 +118,7 @@ def ldm_settings(args):
     """(settings of train_ldm.py, shape of a latent); samples are drawn without guidance."""
     settings = train_ldm.parse_args([
         f"--ldm_base_ch={args.base_ch}", f"--batch_per_device={args.batch}", f"--seed={args.seed}",
-        "--sampler=dpmpp", f"--num_sampling_steps={args.sampling_steps}", "--guidance_scale=1"])
+        "--sampler=dpmpp_2m", f"--num_sampling_steps={args.sampling_steps}", "--guidance_scale=1"])
     return settings, (Z, args.latent_size, args.latent_size)
 
 

@@ -11,7 +11,7 @@ import runpy
 import sys
 import types
 
-from experiment import check_kind, fail, first_line, holds_run, named_folder, notice, read_run
+from lib.files import (MADE_BY, fail, first_line, holds_run, named_folder, notice, read_meta)
 
 # --- types --------------------------------------------------------------------------------------
 
@@ -295,8 +295,9 @@ def stored_settings(parser, folder, kind):
 
     Ends the program if the run is of another trainer, where the same flags mean other things.
     """
-    meta = read_run(folder)
-    check_kind(meta.get("kind", kind), kind, folder)
+    meta = read_meta(folder)
+    if meta.get("kind", kind) != kind:
+        fail(f"{folder} was not made by {MADE_BY[kind]} but by {MADE_BY.get(meta['kind'])}")
     known = {a.dest for a in parser._actions} - {*NOT_STORED, "config"}
     settings = {name: value for name, value in meta["args"].items() if name in known}
     if settings.get("sampler") in RENAMED_SAMPLERS:

@@ -7,9 +7,9 @@ import pathlib
 
 import torch
 
-import experiment
 import model
-from experiment import fail
+from lib.files import fail
+from lib.files import first_line, read_json
 
 # Parts of a ResBlock and of an Attention, if diffusers names them otherwise.
 RENAMED = {"emb": "time_emb_proj", "skip": "conv_shortcut", "norm": "group_norm",
@@ -178,7 +178,7 @@ def vae_folder(path):
 def vae_settings(folder, img_size):
     """Settings of train_vae.py, {name: value}, for the shape of the autoencoder in a folder; exits
     with an error if model.AutoencoderKL cannot have it."""
-    config = {**DEFAULTS, **experiment.read_json(folder / "config.json", "diffusers config")}
+    config = {**DEFAULTS, **read_json(folder / "config.json", "diffusers config")}
     try:
         widths, patch = config["block_out_channels"], config["patch_size"]
         attention = [img_size // patch >> level
@@ -194,7 +194,8 @@ def vae_settings(folder, img_size):
         ours = {**vae_config({**settings, "img_size": img_size}, 1.0), **FIXED}
         if config["in_channels"] == 3:  # becomes 1 channel in vae_weights
             ours |= {"in_channels": 3, "out_channels": 3}
-        for name in ours.keys() - {"sample_size", "scaling_factor"}:
+        del ours["sample_size"], ours["scaling_factor"]
+        for name in ours:
             if config[name] != ours[name]:
                 fail(f"{folder} has {name}={config[name]}, but our AutoencoderKL needs "
                      f"{ours[name]}: give another autoencoder")
@@ -212,7 +213,7 @@ def read_weights(folder):
     except ImportError:
         fail(f"{path} needs the safetensors package: pip install safetensors")
     except Exception as e:  # whatever a damaged file raises
-        fail(f"cannot read {path} ({experiment.first_line(e)}): download it again, or save the "
+        fail(f"cannot read {path} ({first_line(e)}): download it again, or save the "
              "model with diffusers' save_pretrained")
     for key in [key for key in state if ".attentions." in key]:
         prefix, name, leaf = key.rsplit(".", 2)

@@ -1,9 +1,8 @@
-"""Draw synthetic chest X-rays with diffusers, from the folder that this file lies in.
+"""Sample synthetic chest X-rays with diffusers, from the folder that holds this file.
 
     python pipeline.py --num_samples=4 --out=samples
 
-Beside it lie unet/, vae/, scheduler/ and classes.json; all were written by export.py. It needs
-torch, diffusers and pillow.
+export.py wrote it, with unet/, vae/, scheduler/ and classes.json. Needs torch, diffusers, pillow.
 """
 import argparse
 import json
@@ -20,8 +19,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 
 
 class CXRAutoencoder(AutoencoderKL):
-    """AutoencoderKL that sees squares of patch_size x patch_size pixels as channels, and with
-    linear_path has a linear map beside each of its networks. With neither it is AutoencoderKL."""
+    """AutoencoderKL on patches of patch_size x patch_size pixels as channels; linear_path adds a
+    linear map beside the encoder and the decoder."""
 
     @register_to_config
     def __init__(self, in_channels=1, out_channels=1, down_block_types=("DownEncoderBlock2D",),
@@ -60,45 +59,44 @@ PARTS = {kind.__name__: kind for kind in (
 
 
 def load(folder):
-    """The part in a folder, of the class that its config names."""
+    """The model or scheduler in a folder, of the class that its config names."""
     [config] = folder.glob("*config.json")
     return PARTS[json.loads(config.read_text())["_class_name"]].from_pretrained(folder)
 
 
 class Pipeline:
-    """The parts of a model, and how it draws: classes {name: index}, guidance_scale and
-    guidance_interval (low, high)."""
+    """UNet, autoencoder, scheduler, classes {name: index} and guidance of an exported model."""
 
     def __init__(self, folder=HERE, device="cpu"):
         folder = pathlib.Path(folder)
         self.unet = load(folder / "unet").to(device).eval()
         self.vae = load(folder / "vae").to(device).eval()
         self.scheduler = load(folder / "scheduler")
-        told = json.loads((folder / "classes.json").read_text())
-        self.classes, self.guidance_scale = told["classes"], told["guidance_scale"]
-        self.guidance_interval = told["guidance_interval"]
+        settings = json.loads((folder / "classes.json").read_text())
+        self.classes, self.guidance_scale = settings["classes"], settings["guidance_scale"]
+        self.guidance_interval = settings["guidance_interval"]
 
     def noise(self, num_samples, rng):
-        """Where `sample` starts: standard normal [N, C, h, w] of a torch.Generator."""
+        """Standard normal noise [N, C, h, w] to start from; rng: torch.Generator on the CPU."""
         config = self.unet.config
         shape = (num_samples, config.in_channels, config.sample_size, config.sample_size)
         return torch.randn(shape, generator=rng).to(self.unet.device)
 
     @torch.no_grad()
     def sample(self, noise, class_name, steps=50):
-        """Images [N, 1, H, W] in [-1, 1] of a class; steps: network evaluations, which must divide
-        1000 where the scheduler is DDIM."""
+        """Images [N, 1, H, W] in [-1, 1] of a class. steps: network evaluations; must divide 1000
+        if the scheduler is DDIM."""
         x, (low, high) = noise, self.guidance_interval
         y = torch.full((len(x),), self.classes[class_name], device=x.device)
         null = torch.full_like(y, self.unet.config.num_class_embeds - 1)
         if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
             self.scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
-            times, how = self.scheduler.timesteps, {}
+            times, options = self.scheduler.timesteps, {}
         elif 1000 % steps == 0:
             self.scheduler.set_timesteps(steps)
             times = range(1000, 0, -1000 // steps)
             x = x * (1 - self.scheduler.alphas_cumprod[1000]) ** 0.5
-            how = {"use_clipped_model_output": True}
+            options = {"use_clipped_model_output": True}
         else:
             raise SystemExit(f"error: DDIM's steps must divide 1000, and {steps} do not: give 50")
         for t in times:
@@ -106,22 +104,22 @@ class Pipeline:
             if self.guidance_scale != 1 and low <= t / 1000 <= high:
                 unconditional = self.unet(x, t, null).sample
                 out = unconditional + self.guidance_scale * (out - unconditional)
-            x = self.scheduler.step(out, t, x, **how).prev_sample
+            x = self.scheduler.step(out, t, x, **options).prev_sample
         return self.vae.decode(x / self.vae.config.scaling_factor).sample.clamp(-1, 1)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--num_samples", type=int, default=4, help="of each class")
+    parser.add_argument("--num_samples", type=int, default=4, help="images per class")
     parser.add_argument("--steps", type=int, default=50, help="network evaluations per image")
-    parser.add_argument("--batch_size", type=int, default=16, help="images drawn at once")
+    parser.add_argument("--batch_size", type=int, default=16, help="images sampled at once")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("samples"))
     args = parser.parse_args()
     pipeline = Pipeline(device=args.device)
     args.out.mkdir(parents=True, exist_ok=True)
-    rng = torch.Generator().manual_seed(args.seed)  # goes on: no two classes share their noise
+    rng = torch.Generator().manual_seed(args.seed)  # shared: every image has its own noise
     for name in pipeline.classes:
         for start in range(0, args.num_samples, args.batch_size):
             count = min(args.batch_size, args.num_samples - start)

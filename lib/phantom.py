@@ -13,8 +13,8 @@ import shutil
 import numpy as np
 from PIL import Image, ImageFilter
 
-from args import at_least
-from experiment import make_folder, notice, write_atomic
+from lib.args import at_least
+from lib.files import make_folder, notice, write_atomic
 
 # --- the image ----------------------------------------------------------------------------------
 

@@ -1,22 +1,22 @@
 # shellcheck shell=bash disable=SC2034,SC2153
-# What the job scripts and launchers share; they source it from the repository's root.
+# Shared by the job scripts and launchers, which source it from the repository's root.
 
 # --- your cluster: change these here, or set them in the environment ---
 
 # File to source before python (module load, conda activate); empty: .venv
 export ENV_ACTIVATE=${ENV_ACTIVATE:-}
-# Partition of the launchers where no --partition is given; empty: Slurm's default
+# Partition of the launchers without --partition; empty: Slurm's default
 export PARTITION=${PARTITION:-${SBATCH_PARTITION:-}}
 # More flags for the launchers' sbatch: "--account=lab --exclude=node7,node9"
 export SBATCH_FLAGS=${SBATCH_FLAGS:-}
-# CPUs that the launchers ask for with each GPU
+# CPUs that the launchers request with each GPU
 export CPUS_PER_GPU=${CPUS_PER_GPU:-4}
-# --data_root of launchers and sweeps where none is given; empty: the phantom set
+# --data_root of launchers and sweeps if none is given; empty: the phantom set
 export DATA_ROOT=${DATA_ROOT:-}
 # --task and --output_root of sweeps
 export TASK=${TASK:-TB}
 export OUTPUT_ROOT=${OUTPUT_ROOT:-runs}
-# Requeues in a row of a run that makes no progress
+# How often a job is requeued after a failure without a new step
 MAX_RETRIES=3
 
 export PYTHONUNBUFFERED=1
@@ -37,10 +37,10 @@ activate() {
         die "no python: type make .venv/runtime, or set ENV_ACTIVATE to a file to source"
 }
 
-# check FLAG PROGRAM ARGS...: let the program check its flags and, with --check rather than
-# --check=flags, whether its inputs are there; it fails, with the program's message, where they are
-# not. Of a trainer, run_folder becomes the folder that it would write to (empty: named by the
-# date), and run_step the step of the checkpoint in there (-1: none).
+# check FLAG PROGRAM ARGS...: have the program check its flags and, with --check instead of
+# --check=flags, that its inputs exist. Fails, after the program's message, if they do not. For a
+# trainer, sets run_folder to the folder that it would write to (empty: named by the date) and
+# run_step to the step of the checkpoint in it (-1: none).
 check() {
     local flag=$1 output
     shift
@@ -53,9 +53,9 @@ check() {
     fi
 }
 
-# declares_gpus PARTITION: are there GPUs to ask for ('': in the default partition)? Many clusters
-# declare none: their sbatch refuses every flag for GPUs, and a job takes those of its node. Where
-# Slurm cannot be asked, as on a laptop: yes.
+# declares_gpus PARTITION: can sbatch be asked for GPUs there ('': in the default partition)? Many
+# clusters declare none: their sbatch refuses every flag for GPUs, and a job uses those of its node.
+# Yes if there is no Slurm to ask, as on a laptop.
 declares_gpus() {
     local gres
     gres=$(sinfo --noheader ${1:+--partition="$1"} --format='%P %G' 2>/dev/null) || return 0
@@ -63,123 +63,104 @@ declares_gpus() {
     [ -z "$gres" ] || [[ $gres =~ [\ ,]gpu ]]
 }
 
-# forgot_gpus PARTITION: is this job of a plain sbatch that asked for none of the GPUs there?
-forgot_gpus() {
-    [ -z "${LAUNCHED:-}${SLURM_GPUS_ON_NODE:-}" ] && declares_gpus "$1"
-}
-
 # --- inside a job ---
 
-# The plain id of one task of an array is also that of the whole array.
+# lacks_gpus: was this job submitted by a plain sbatch that forgot to ask for the partition's GPUs?
+lacks_gpus() {
+    [ -z "${LAUNCHED:-}${SLURM_GPUS_ON_NODE:-}" ] && declares_gpus "$SLURM_JOB_PARTITION"
+}
+
+# For a task of an array, SLURM_JOB_ID may be that of the whole array.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-${SLURM_JOB_ID:-}}
-# What the programs (experiment.py) end with where the same command would fail again
+# The programs' exit code if the same command would fail again
 FINAL=78
-# Of the run in this job, for a message
-run_name=
 
-# Slurm sends USR1 to the script alone (--signal=B:USR1@120) when time runs out or it preempts the
-# job.
+# Slurm sends USR1 to the script alone (--signal=B:USR1@120) before the time limit or a preemption.
 stopped=
 trap 'stopped=1' USR1
 
-# supervise SIGNAL COMMAND...: run COMMAND and pass SIGNAL on to it when Slurm wants the job to
-# stop; again every 30 s, since a process that still starts up may miss it. Returns COMMAND's exit
-# status.
+# supervise SIGNAL COMMAND...: run COMMAND, and send it SIGNAL when Slurm wants the job to stop and
+# every 30 s after, since a process that is starting up may miss it. Returns COMMAND's exit status.
 supervise() {
-    local signal=$1 pid repeat='' status=0
+    local signal=$1 pid status=0
     shift
     [ -z "$stopped" ] || return 1
     "$@" &
     pid=$!
     trap 'stopped=1
           kill -s "$signal" "$pid" || true
-          { sleep 30; kill -s USR1 $$; } &
-          repeat=$!' USR1
-    trap on_term TERM
+          { sleep 30; kill -s USR1 $$; } &' USR1
+    trap : TERM # scancel sends it to all processes; the script waits for the others
     while kill -0 "$pid" 2>/dev/null; do
         status=0
         wait "$pid" || status=$?
     done
     trap 'stopped=1' USR1
-    trap - TERM
-    [ -z "$repeat" ] || kill "$repeat" 2>/dev/null || true
     return "$status"
 }
 
-# on_term: all processes got TERM, from scancel or since time ran out. The script stays to see them
-# end, and may be killed before it does.
-on_term() {
-    if [ "$(squeue --noheader --jobs="$job" --format=%r)" = TimeLimit ]; then
-        echo "error: time ran out before the program stopped; its run has the last checkpoint:" \
-            "submit again${run_name:+ with --run_name=$run_name}" >&2
-    fi
-}
-
-# torchrun_step PROGRAM ARGS...: one process per GPU on all nodes of the job. --wait: where one node
-# has failed, the others would wait for it for hours.
+# torchrun_step PROGRAM ARGS...: one process per GPU on all nodes of the job. Returns FINAL if any
+# process did: srun returns the highest exit code of its nodes, and launch.py has no other but 1.
 torchrun_step() {
-    local status=0
-    # srun returns 137 where one node failed for good and the others, left waiting, were killed: the
-    # first leaves this mark. A new name for each start, since NFS remembers that there was no file.
-    export FINAL_MARK=slurm_logs/final-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
+    # Each restart tries another port, since one may be taken.
+    MASTER_PORT=$((10000 + (SLURM_JOB_ID + 7919 * ${SLURM_RESTART_COUNT:-0}) % 20000))
     export MASTER_ADDR MASTER_PORT
+    # USR1 goes to all processes: torchrun would die of it, the trainers install a handler.
+    # --wait: seconds that a node has to end once another one has ended.
+    # shellcheck disable=SC2016
     supervise USR1 srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
         --cpus-per-task="$SLURM_CPUS_ON_NODE" --kill-on-bad-exit=0 --wait=600 \
-        bash slurm/torchrun_node.sh "$@" || status=$?
-    if [ -e "$FINAL_MARK" ]; then
-        rm "$FINAL_MARK"
-        status=$FINAL
-    fi
-    return "$status"
+        bash -c 'trap "" USR1
+            exec python slurm/launch.py --nnodes="$SLURM_NNODES" --node_rank="$SLURM_NODEID" \
+                --master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT" "$@"' launch "$@"
 }
 
-# train PROGRAM ARGS...: the whole of a training job. Without --run_name the run is named after the
-# job, so that the requeued job goes on in the same folder. Whatever ends the program early, the job
-# goes back into the queue, but for errors that would come again.
-train() {
-    local status=0
-    check --check=flags "$@"
-    if [ -z "$run_folder" ]; then
-        run_folder=$SLURM_JOB_NAME-$SLURM_JOB_ID
-        set -- "$@" --run_name="$run_folder"
+# run_program PROGRAM ARGS...: the whole of a job. A trainer without --run_name has its run named
+# after the job, so that the requeued job continues in the same folder. If the program ends early,
+# the job is requeued, unless the same command would fail again.
+run_program() {
+    local status=0 start=python
+    if [[ $1 == train_*.py ]]; then
+        start=torchrun_step
+        check --check=flags "$@"
+        if [ -z "$run_folder" ]; then
+            run_folder=$SLURM_JOB_NAME-$SLURM_JOB_ID
+            set -- "$@" --run_name="$run_folder"
+        fi
     fi
-    run_name=$(basename "$run_folder")
-    torchrun_step "$@" || status=$?
-    case $status in
-        0) ;;
-        "$FINAL")
-            echo "error: not requeued, since the same command would fail again" >&2
-            exit "$FINAL"
-            ;;
-        *) requeue "$@" ;;
-    esac
+    "$start" "$@" || status=$?
+    if [ "$status" = "$FINAL" ]; then
+        echo "error: not requeued, since the same command would fail again" >&2
+        exit "$FINAL"
+    fi
+    [ "$status" = 0 ] || requeue "$@"
 }
 
-# requeue PROGRAM ARGS...: put this job back into the queue and end, unless its run has not come a
-# step further in the last MAX_RETRIES requeues. One that was told to stop has not failed, unless it
-# was for lack of time, which there will be no more of next time.
+# requeue PROGRAM ARGS...: put this job back into the queue and end, unless its run has made no step
+# in the last MAX_RETRIES requeues. Preemption is no failure and does not count.
 requeue() {
-    local file=slurm_logs/retries-$SLURM_JOB_ID state left progress last='' retries=0
+    local file=slurm_logs/retries-$SLURM_JOB_ID progress="the beginning" why="it failed"
+    local state left last='' retries=0
     read -r state left < <(squeue --noheader --jobs="$job" --format='%T %L')
-    # After scancel, say.
     [ "$state" = RUNNING ] || die "not requeued: Slurm is ending the job ($state)"
-    check --check=flags "$@"
-    progress="step $run_step of ${run_folder:-no run}"
-    if [ -f "$file" ]; then
-        { read -r retries && read -r last; } <"$file" || true
+    if [[ ${1-} == train_*.py ]]; then
+        check --check=flags "$@"
+        progress="step $run_step of ${run_folder:-a new run}"
     fi
-    if [ "$progress" != "$last" ]; then
-        retries=0
-    elif [ -z "$stopped" ] || [[ $left =~ ^[0-3]:[0-9]+$ ]]; then
-        retries=$((retries + 1))
+    if [[ -n $stopped && $left =~ ^[0-3]:[0-9]+$ ]]; then
+        why="its --time was over"
+    elif [ -n "$stopped" ]; then
+        why="it was preempted"
     fi
-    [ "$retries" -lt "$MAX_RETRIES" ] ||
-        die "still at $progress after $MAX_RETRIES requeues: giving up"
-    printf '%s\n' "$retries" "$progress" >"$file"
-    echo "requeued at $progress"
+    [ ! -f "$file" ] || read -r retries last <"$file" || true
+    [ "$progress" = "$last" ] || retries=0
+    [ "$why" = "it was preempted" ] || retries=$((retries + 1))
+    [ "$retries" -le "$MAX_RETRIES" ] ||
+        die "still at $progress after $MAX_RETRIES requeues, giving up: $why"
+    echo "$retries $progress" >"$file"
+    echo "requeued at $progress: $why"
     scontrol requeue "$job" ||
         die "Slurm refuses to requeue: submit again with the --run_name of that folder"
     exit 0
@@ -187,8 +168,8 @@ requeue() {
 
 # --- launchers ---
 
-# parse_launch ARGS...: the launcher's own flags into variables, all others into the array
-# program_args. The array data_root is the --data_root of the settings above.
+# parse_launch ARGS...: set variables from the launcher's own flags and the array program_args to
+# all others. The array data_root holds the --data_root of the settings above.
 parse_launch() {
     local name value width
     partition=$PARTITION nodes=1 gpus='' time='' job_name='' after='' array='' dry_run=''
@@ -212,46 +193,36 @@ parse_launch() {
         [ -n "$value" ] && [[ $1 == --*=* || $value != -* ]] || die "$name needs a value"
         shift "$width"
     done
-    [[ $nodes =~ ^[1-9][0-9]*$ ]] || die "--nodes=$nodes is not a number of nodes"
     [[ $gpus =~ ^(([^:]+:)?[1-9][0-9]*|0|)$ ]] ||
         die "--gpus=$gpus is not a number of GPUs on each node, such as 2 or a100:2"
-    [[ $after =~ ^([0-9_]+(:[0-9_]+)*)?$ ]] ||
-        die "--after=$after is not a job's number, such as 7 or 7:8"
     if [ -z "$dry_run" ]; then
         command -v sbatch >/dev/null || die "no sbatch here: log in to a cluster, or add --dry-run"
         check_after
     fi
-    ask_for_gpus
-}
-
-# check_after: end where the job would start at once, or never, by the jobs that --after names.
-check_after() {
-    local id states
-    for id in ${after//:/ }; do
-        states=$(squeue --noheader --states=all --jobs="$id" --format=%T 2>/dev/null) || true
-        [ -n "$states" ] ||
-            die "--after: Slurm knows no job $id (any more); if it has succeeded, leave --after out"
-        ! [[ $states =~ CANCELLED|FAILED|TIMEOUT|NODE_FAIL|OUT_OF_MEMORY|DEADLINE ]] ||
-            die "--after: job $id is ${BASH_REMATCH[0]}, and a job after it would never start"
-    done
-}
-
-# ask_for_gpus: whether sbatch is to hear of --gpus: gpu_flag is --gpus-per-node or empty.
-ask_for_gpus() {
+    # GPUs are requested here unless elsewhere already, or where sbatch would refuse.
     gpu_flag=''
-    [ "$gpus" != 0 ] || return 0
-    if [[ " $SBATCH_FLAGS" =~ \ (--gpus|-G|--gres[=\ ][^\ ]*gpu) ]] ||
-        [ -n "${SBATCH_GRES:-}${SBATCH_GPUS:-}${SBATCH_GPUS_PER_NODE:-}" ]; then
-        [ -z "$gpus" ] || echo "note: SBATCH_ variables ask for GPUs, so --gpus does not" >&2
-    elif declares_gpus "$partition"; then
-        gpu_flag=--gpus-per-node
-    elif [ -n "$gpus" ]; then
-        echo "note: ${partition:-the default partition} declares no GPUs: the job takes any" \
-            "that it finds" >&2
+    if [ "$gpus" != 0 ] && [[ ! " $SBATCH_FLAGS" =~ \ (--gpus|-G|--gres[=\ ][^\ ]*gpu) ]] &&
+        [ -z "${SBATCH_GRES:-}${SBATCH_GPUS:-}${SBATCH_GPUS_PER_NODE:-}" ]; then
+        if declares_gpus "$partition"; then
+            gpu_flag=--gpus-per-node
+        elif [ -n "$gpus" ]; then
+            echo "note: the partition declares no GPUs: the job uses any that it finds" >&2
+        fi
     fi
 }
 
-# check_args PROGRAM ARGS...: check, for a launcher: end where the program would not take ARGS. With
+# check_after: fail if this job would not wait for one that --after names, or would wait for ever.
+check_after() {
+    local id state
+    for id in ${after//:/ }; do
+        state=$(squeue --noheader --states=all --jobs="$id" --format=%T 2>/dev/null) || true
+        state=${state:-unknown to Slurm}
+        ! [[ $state =~ unknown|CANCELLED|FAIL|TIMEOUT|OUT_OF_MEMORY|DEADLINE ]] ||
+            die "--after: job $id is $state; if it has succeeded, leave --after out"
+    done
+}
+
+# check_args PROGRAM ARGS...: check, for a launcher: exit if the program would refuse ARGS. With
 # --after, its inputs may come from the job before; in a dry run, they may be on another machine.
 check_args() {
     local flag=--check
@@ -261,8 +232,7 @@ check_args() {
     check "$flag" "$@" || exit 1
 }
 
-# submit NAME [SBATCH FLAGS] SCRIPT ARGS...: print the sbatch command and run it; the job's id into
-# job_id.
+# submit NAME SCRIPT ARGS...: print the sbatch command and run it; set job_id.
 submit() {
     local name=${job_name:-$1} number=${gpus##*:} extra command
     shift
@@ -282,7 +252,7 @@ submit() {
     echo
     job_id=JOBID
     if [ -z "$dry_run" ]; then
-        export LAUNCHED=1 # into the job: it asks for what it should
+        export LAUNCHED=1 # for lacks_gpus in the job
         mkdir -p slurm_logs # Slurm drops the log of a job whose log folder is missing
         job_id=$("${command[@]}")
         job_id=${job_id%%;*}

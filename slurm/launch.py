@@ -1,38 +1,32 @@
-"""torchrun for one node of a job: one process per GPU, a failure in one line, its exit code kept.
-
-torchrun_node.sh runs `launch.py PROGRAM ARGS...` on each node.
-"""
+"""torchrun with a process per GPU and one line for a failure; common.sh starts it on each node."""
 import logging
 import os
 import signal
+import subprocess
 import sys
 
 import torch
 from torch.distributed import run
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing import api, errors
 
 STOPPED, FINAL = 75, 78  # the program has said why
-
 env = os.environ
-# Where Slurm hands out no GPUs, a job has those that it finds.
-processes = int(env.get("SLURM_GPUS_ON_NODE") or torch.cuda.device_count()) or 1
-logging.disable(logging.ERROR)  # torchrun's account of what is said below
+# A job on a cluster that declares no GPUs uses all that it finds.
+processes = env.get("SLURM_GPUS_ON_NODE") or torch.cuda.device_count() or 1
+logging.disable(logging.ERROR)  # torchrun's account of what is printed below
 try:
-    run.main([f"--nnodes={env['SLURM_NNODES']}", f"--node_rank={env['SLURM_NODEID']}",
-              f"--nproc_per_node={processes}", f"--master_addr={env['MASTER_ADDR']}",
-              f"--master_port={env['MASTER_PORT']}", *sys.argv[1:]])
-except SignalException as e:
-    sys.exit(128 + e.sigval)
-except ChildFailedError as e:
+    run.main([f"--nproc_per_node={processes}", *sys.argv[1:]])
+except api.SignalException:
+    sys.exit(1)
+except errors.ChildFailedError as e:
     rank, first = e.get_first_failure()
-    if any(failure.exitcode == FINAL for failure in e.failures.values()):
-        open(env["FINAL_MARK"], "w").close()  # see common.sh
-        sys.exit(FINAL)
-    code, where = first.exitcode, f"rank {rank} on {env['SLURMD_NODENAME']}"
-    if code < 0:
-        memory = ": out of memory?" if -code == signal.SIGKILL else ""
-        print(f"error: {where} was killed by {first.signal_name()}{memory}", file=sys.stderr)
-    elif code != STOPPED:
-        print(f"error: {where} ended with exit code {code}", file=sys.stderr)
-    sys.exit(code if code > 0 else 128 - code)
+    code = FINAL if FINAL in [f.exitcode for f in e.failures.values()] else first.exitcode
+    if code not in (STOPPED, FINAL):
+        memory = " (killed; out of memory?)" if code == -signal.SIGKILL else ""
+        where = f"rank {rank} on {env['SLURMD_NODENAME']}"
+        print(f"error: {where} ended with exit code {code}{memory}", file=sys.stderr)
+    if code != STOPPED and env["SLURM_NNODES"] != "1":  # the other nodes wait for this one
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        subprocess.run(
+            ["scancel", "--signal=TERM", f"{env['SLURM_JOB_ID']}.{env['SLURM_STEP_ID']}"])
+    sys.exit(FINAL if code == FINAL else 1)

@@ -3,18 +3,15 @@
 #                       [--job-name X] [--after JOBID] [--dry-run]
 #
 # Submit an array of NODES W&B agents, each of which takes RUNS_PER_NODE runs of the sweep. K = 0:
-# the full data set; above: --overfit_k. What the runs share is in slurm/sweep.py.
+# the full data set; K > 0: --overfit_k=K. Settings that all runs share are in slurm/sweep.py.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source slurm/common.sh
 [ $# -ge 5 ] || die "usage: launch_sweep_swarm.sh SWEEP_ID PARTITION K NODES RUNS_PER_NODE [flags]"
-for number in "$4" "$5"; do
-    [[ $number =~ ^[1-9][0-9]*$ ]] ||
-        die "NODES and RUNS_PER_NODE are numbers of at least 1, not $number"
-done
-[[ $3 =~ ^[0-9]+$ ]] || die "K=$3 is not a number of images (0: all)"
+[[ "$3 $4 $5" =~ ^[0-9]+\ [1-9][0-9]*\ [1-9][0-9]*$ ]] ||
+    die "K, NODES and RUNS_PER_NODE must be numbers, the last two at least 1: not $3 $4 $5"
 parse_launch "${@:6}" --partition="$2"
 [ "${#program_args[@]}" = 0 ] ||
-    die "unknown flag ${program_args[0]}; settings of the runs are in slurm/sweep.py"
+    die "unknown flag ${program_args[0]}; the runs' settings are in slurm/sweep.py"
 array=1-$4
 submit sweep slurm/ldm_sweep_agent.slurm "$1" "$2" "$3" "$5"

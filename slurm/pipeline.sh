@@ -2,9 +2,9 @@
 # pipeline.sh TASK Z_CHANNELS MODE [flags for all] [--vae flags of train_vae.py]
 #             [--ldm flags of train_ldm.py]
 #
-# Queue autoencoder, latent scale and diffusion model in one go; each starts once the one before has
-# succeeded. Flags for all: --data_root, --output_root and the like, and those of train_ldm.sh
-# (--partition, --gpus, --dry-run).
+# Queue autoencoder, latent scale and diffusion model at once; each starts when the one before has
+# succeeded. Flags for all: --data_root, --output_root and the like, and the job flags of
+# train_vae.sh (--partition, --gpus, --dry-run).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source slurm/common.sh
@@ -35,7 +35,7 @@ after=earlier check_args train_ldm.py "${ldm[@]}"
 
 submit "$ae_name" slurm/train.slurm train_vae.py "${vae[@]}"
 after=$job_id
-# One process measures the scale, on one GPU of the same type; a short job gets its turn earlier.
+# The scale is measured by one process, on one GPU of the same type; short jobs start earlier.
 nodes=1 gpus=${gpus%"${gpus##*:}"}1 time=${time:-2:00:00} \
     submit "scale_$ae_name" slurm/train.slurm find_latent_scale.py "${scale[@]}"
 after=$job_id submit "$ldm_name" slurm/train.slurm train_ldm.py "${ldm[@]}"

@@ -2,9 +2,8 @@
 # train_ldm.sh MODE [flags of train_ldm.py] [--partition NAME] [--nodes N] [--gpus N] [--time T]
 #              [--job-name X] [--after JOBID] [--dry-run]
 #
-# Submit the training of a diffusion model with the preset of a mode: full_train, overfit_one,
-# overfit_K. --gpus is the number on each node; --after starts it once another job has succeeded;
-# --dry-run only prints the sbatch command.
+# Submit the training of a diffusion model in a mode: full_train, overfit_one, overfit_16 (any K).
+# Flags of the job as in train_vae.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source slurm/common.sh

@@ -2,8 +2,8 @@
 # train_vae.sh TASK Z_CHANNELS [flags of train_vae.py] [--partition NAME] [--nodes N] [--gpus N]
 #              [--time T] [--job-name X] [--after JOBID] [--dry-run]
 #
-# Submit the training of an autoencoder: ./slurm/train_vae.sh TB 1. --gpus is the number on each
-# node; --after starts it once another job has succeeded; --dry-run only prints the sbatch command.
+# Submit the training of an autoencoder: ./slurm/train_vae.sh TB 1. --gpus: number on each node;
+# --after: start once that job has succeeded; --dry-run: only print the sbatch command.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source slurm/common.sh

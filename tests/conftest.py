@@ -1,4 +1,4 @@
-"""Shared fixtures: the tiny runs that stage tests read, and ways to call a stage as a process."""
+"""Shared fixtures: tiny runs that many tests read, and ways to call a stage as a process."""
 import fcntl
 import functools
 import hashlib
@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from lib.files import EXIT_FAILED
 
-import experiment
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
@@ -61,18 +61,15 @@ wandb = False
 
 
 def python(processes):
-    """The words that run a script on so many processes."""
+    """The words before a script's name that run it on `processes` processes."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return [sys.executable, *(torchrun if processes > 1 else [])]
 
 
 def start(*argv, processes=1, cwd=ROOT):
-    """Popen of `python SCRIPT ARGS...`, under torchrun for several processes.
-
-    argv[0] is the script's name.
-    """
+    """Popen of `python SCRIPT ARGS...`, under torchrun if there are several processes."""
     script = argv[0] if os.path.isabs(str(argv[0])) else ROOT / argv[0]
-    # Where the tests run under nohup, which has children ignore SIGHUP, these hear it all the same.
+    # Under nohup children would ignore SIGHUP.
     hear = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
     return subprocess.Popen(
         [*python(processes), str(script), *map(str, argv[1:])],
@@ -81,7 +78,7 @@ def start(*argv, processes=1, cwd=ROOT):
 
 
 def run(*argv, code=0, timeout=300, **kwargs):
-    """(stdout, stderr) of a stage in a process of its own; its exit code must be `code`."""
+    """(stdout, stderr) of a stage in its own process; asserts that its exit code is `code`."""
     process = start(*argv, **kwargs)
     try:
         out, err = process.communicate(timeout=timeout)
@@ -93,7 +90,7 @@ def run(*argv, code=0, timeout=300, **kwargs):
 
 
 def _as_main(argv, out, err, cwd):
-    # What the interpreter does for `python SCRIPT ARGS`, in a fork of a process that has torch.
+    # `python SCRIPT ARGS` in a fork of a process that has imported torch.
     for number, path in ((1, out), (2, err)):
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(fd, number)
@@ -114,17 +111,13 @@ def _as_main(argv, out, err, cwd):
 @pytest.fixture(scope="session")
 def fork_server():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["torch", "numpy", "PIL.Image", "torch.distributed", "torch._dynamo"])
+    context.set_forkserver_preload(["torch", "PIL.Image", "torch.distributed", "torch._dynamo"])
     return context
 
 
 @pytest.fixture
 def quick(fork_server, tmp_path_factory):
-    """quick(SCRIPT, ARGS...) -> exit code, stdout, stderr: a stage as a process.
-
-    Without the two seconds that importing torch takes.
-    """
+    """quick(SCRIPT, ARGS...) -> exit code, stdout, stderr, without the 2 s of importing torch."""
     folder = tmp_path_factory.mktemp("output")
 
     def call(*argv, cwd=ROOT):
@@ -140,8 +133,8 @@ def quick(fork_server, tmp_path_factory):
     return call
 
 
-def error_of(capsys, function, *args, code=experiment.EXIT_FAILED, **kwargs):
-    """The last line of the message that a call ends the program with, with exit code `code`."""
+def error_of(capsys, function, *args, code=EXIT_FAILED, **kwargs):
+    """Last line of the error message of a call, which must exit with `code`."""
     with pytest.raises(SystemExit) as e:
         function(*args, **kwargs)
     text = capsys.readouterr().err.strip()
@@ -159,7 +152,7 @@ def write_png(path, array):
 
 @pytest.fixture
 def image_tree(tmp_path):
-    """image_tree({'TB/train/normal': 3, ...}) -> data root: so many 40x40 images per folder."""
+    """image_tree({'TB/train/normal': 3, ...}) -> data root with that many 40x40 images each."""
     def build(counts, name="data"):
         rng = np.random.default_rng(0)
         for folder, count in counts.items():
@@ -172,29 +165,25 @@ def image_tree(tmp_path):
 
 
 def tree_hashes(root):
-    """{relative path: sha256} of all files below root, but for locks, which hold the number of the
-    last process; folders map to None."""
-    def digest(path):
-        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-    return {str(p.relative_to(root)): digest(p) for p in sorted(pathlib.Path(root).rglob("*"))
-            if p.name != "lock"}
+    """{relative path: sha256, None for a folder}, without locks, which hold process ids."""
+    return {str(p.relative_to(root)):
+            hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else None
+            for p in sorted(pathlib.Path(root).rglob("*")) if p.name != "lock"}
 
 
 def read_jsonl(path):
-    """All records of a metrics.jsonl, strict JSON, without the one number that is about time."""
-    def refuse(name):
-        raise ValueError(f"{name} is no JSON")
+    """All records of a metrics.jsonl, which must be strict JSON, without the images per second."""
     lines = pathlib.Path(path).read_text().splitlines()
-    records = [json.loads(line, parse_constant=refuse) for line in lines]
+    records = [json.loads(line, parse_constant=pytest.fail) for line in lines]
     return [{k: v for k, v in r.items() if k != "train/images_per_second"} for r in records]
 
 
 @pytest.fixture(scope="session")
 def stages(tmp_path_factory, worker_id):
-    """Every stage once through the real command line: data, the runs `v` and `l`, samples of `l`.
+    """Every stage once through its command line: data, the runs `v` and `l`, samples of `l`.
 
-    Read-only for tests; those that change something take `workspace`. The workers of one pytest
-    share them: the first makes them while the others wait.
+    Read-only; tests that change something take `workspace`. The workers of one pytest share them:
+    the first makes them while the others wait.
     """
     base = tmp_path_factory.getbasetemp()
     root = (base if worker_id == "master" else base.parent) / "stages"
@@ -222,12 +211,6 @@ def stages(tmp_path_factory, worker_id):
         stage("sample", f"--ckpt={s.ldm_ckpt}", "--num_samples=3", "--num_sampling_steps=10")
         done.write_text(json.dumps(s.stdout))
     return s
-
-
-@pytest.fixture(scope="session")
-def worker_id(request):
-    """Name of this pytest-xdist worker; "master" without it."""
-    return os.environ.get("PYTEST_XDIST_WORKER", "master")
 
 
 @pytest.fixture

@@ -5,12 +5,12 @@ import pytest
 from conftest import error_of
 
 import evaluate
-import experiment
 import find_latent_scale
 import sample
 import train_ldm
 import train_vae
 from lib import args as command_line
+from lib.files import write_json
 
 
 def config(tmp_path, text):
@@ -231,7 +231,7 @@ def stored(tmp_path):
     def make(*argv, **changes):
         (tmp_path / "a").mkdir()
         args = vars(train_ldm.parse_args([*argv, f"--output_root={tmp_path}"]))
-        experiment.write_json(tmp_path / "a/run_meta.json", {"args": args | changes})
+        write_json(tmp_path / "a/run_meta.json", {"args": args | changes})
         return [f"--resume_dir={tmp_path / 'a'}"]
     return make
 

@@ -8,15 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import bench
-import experiment
+from dev import bench
 import train_ldm
 import train_vae
-from args import parse_settings
+from lib.args import parse_settings
+from lib import dist
 
 TINY = ("--latent_size=8", "--base_ch=8", "--batch=2", "--repeats=2", "--img_size=32",
         "--vae_base_ch=8", "--vae_batch=2", "--sampling_steps=3", "--device=cpu")
-PROCS = experiment.Processes(0, 1, torch.device("cpu"), torch.float32, False)
+PROCS = dist.DistContext(0, 1, torch.device("cpu"), torch.float32, False)
 
 
 @pytest.fixture
@@ -125,12 +125,12 @@ def test_flops_of_attention_and_of_compiled_code_are_counted():
 @pytest.mark.parametrize("part", ["train", "vae"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training_step_trains(args, kept, part, dtype):
-    procs = PROCS._replace(dtype=dtype)
+    ctx = PROCS._replace(dtype=dtype)
     if part == "train":
-        run = bench.own_ldm_step(args, procs)
+        run = bench.own_ldm_step(args, ctx)
         net = kept[0][0]
     else:
-        run = bench.own_vae_step(args, procs)
+        run = bench.own_vae_step(args, ctx)
         net = kept[0].vae
     before = {k: v.clone() for k, v in net.state_dict().items()}
     for _ in range(3):
@@ -211,9 +211,9 @@ def test_peer_trains(args, peer, monkeypatch, dtype, tuned):
 @pytest.mark.parametrize("tuned", [False, True])
 def test_the_peer_is_plain_on_a_cpu(args, peer, tuned):
     """Where group norm is slow in channels_last, whatever our own layout is."""
-    procs = PROCS._replace(dtype=torch.bfloat16)
-    assert procs.memory_format == torch.channels_last
-    net = bench.peer_unet(args, procs, tuned)
+    ctx = PROCS._replace(dtype=torch.bfloat16)
+    assert ctx.memory_format == torch.channels_last
+    net = bench.peer_unet(args, ctx, tuned)
     assert all(weight.is_contiguous() for weight in net.parameters())
 
 
@@ -242,16 +242,16 @@ def test_the_autoencoder_of_the_peer_does_the_same_work_and_trains(args, peer, k
 def test_tasks(args, monkeypatch):
     for table in (bench.OURS, bench.PEERS):
         for part in table:
-            monkeypatch.setitem(table, part, lambda args, procs, **how: (procs.compile, how))
-    procs = PROCS._replace(dtype=torch.bfloat16, compile=True)
+            monkeypatch.setitem(table, part, lambda args, ctx, **how: (ctx.compile, how))
+    ctx = PROCS._replace(dtype=torch.bfloat16, compile=True)
     ours = ("ours", torch.bfloat16, (True, {}))
     for part in bench.OURS:
-        assert bench.tasks_of(part, args, procs) == [
+        assert bench.tasks_of(part, args, ctx) == [
             ours,
             ("diffusers, script", torch.float32, (False, {"tuned": False})),
             ("diffusers, tuned", torch.bfloat16, (True, {"tuned": True}))]
     args.peer = False
-    assert bench.tasks_of("train", args, procs) == [ours]
+    assert bench.tasks_of("train", args, ctx) == [ours]
 
 
 def test_the_share_of_sampling_is_that_of_the_preset():

@@ -7,10 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import cpu_ops
-import experiment
 import model
 from conftest import ROOT
+from lib import cpu_ops, dist
 
 CL = torch.channels_last
 
@@ -203,5 +202,5 @@ def test_group_norm_keeps_the_layout():
     (torch.bfloat16, False, CL), (torch.bfloat16, True, torch.contiguous_format),
     (torch.float32, False, torch.contiguous_format)])
 def test_the_layout_on_a_cpu_follows_the_precision(dtype, compiled, layout):
-    procs = experiment.Processes(0, 1, torch.device("cpu"), dtype, compiled)
-    assert procs.memory_format == layout
+    ctx = dist.DistContext(0, 1, torch.device("cpu"), dtype, compiled)
+    assert ctx.memory_format == layout

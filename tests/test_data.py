@@ -4,7 +4,6 @@ import os
 import pathlib
 import shutil
 import struct
-import time
 import zlib
 from types import SimpleNamespace
 
@@ -15,13 +14,14 @@ from conftest import write_png
 from PIL import Image
 
 import data
-import experiment
 import find_latent_scale
 import model
-import phantom
-from phantom import draw_phantom
+from lib import cache, decode
+from lib.phantom import draw_phantom
+import sample
+from lib import dist, phantom
 
-ALONE = experiment.Processes(0, 1, torch.device("cpu"), torch.float32, False)
+ALONE = dist.DistContext(0, 1, torch.device("cpu"), torch.float32, False)
 
 
 def settings(root, out, **changes):
@@ -130,7 +130,7 @@ def test_class_filter_keeps_the_class_index(image_tree, tmp_path):
 def decode_array(tmp_path, image, size=16, name="x.png", **options):
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     image.save(tmp_path / name, **options)
-    return data.decode(tmp_path / name, size).astype(float) / 65535
+    return decode.read_square(tmp_path / name, size).astype(float) / 65535
 
 
 def test_8_and_16_bit_keep_their_full_range(tmp_path):
@@ -185,7 +185,7 @@ def test_the_transparent_grey_of_a_grey_image_is_black(tmp_path):
 def test_the_content_decides_the_format_not_the_name(tmp_path):
     Image.new("L", (16, 16), 77).save(tmp_path / "x.jpg")
     (tmp_path / "x.jpg").rename(tmp_path / "x.png")
-    assert np.abs(data.decode(tmp_path / "x.png", 16) / 65535 - 77 / 255).max() < 2 / 255
+    assert np.abs(decode.read_square(tmp_path / "x.png", 16) / 65535 - 77 / 255).max() < 2 / 255
 
 
 @pytest.mark.parametrize("height, width", [(16, 30), (30, 16), (17, 16), (16, 21)])
@@ -253,7 +253,7 @@ def test_skip_bad_images_counts_them_and_keeps_the_labels(broken_tree, tmp_path,
     assert images.labels.tolist() == [0, 0, 0, 1]
     assert images.images(range(4)).shape == (4, 1, 16, 16)
     assert "6 images that cannot be decoded are left out" in capsys.readouterr().out
-    expected = data.decode(broken_tree / "TB/train/tb/0.png", 16) / 32767.5 - 1
+    expected = decode.read_square(broken_tree / "TB/train/tb/0.png", 16) / 32767.5 - 1
     assert np.allclose(images.images([3])[0, 0], expected, atol=1e-6)
 
 
@@ -286,7 +286,7 @@ def test_damaged_files_raise_only_what_callers_expect(tmp_path):
             damaged[rng.integers(min(len(damaged), 120))] = rng.integers(256)
             (tmp_path / name).write_bytes(damaged)
             try:
-                assert data.decode(tmp_path / name, 16).shape == (16, 16)
+                assert decode.read_square(tmp_path / name, 16).shape == (16, 16)
             except (OSError, ValueError):
                 pass
 
@@ -339,163 +339,148 @@ def test_a_changed_file_or_size_is_decoded_again(image_tree, tmp_path):
     assert len(data.open_images(settings(root, tmp_path), ALONE, "train")) == 5
 
 
-@pytest.mark.parametrize("damage", ["cut", "longer", "gone", "other shape", "index", "empty"])
+@pytest.mark.parametrize("damage", [
+    "cut", "longer", "empty", "header", "other shape", "short status", "no rows", "no status",
+    "earlier version"])
 def test_a_damaged_cache_is_noticed_and_built_again(image_tree, tmp_path, capsys, damage):
     root = marker_tree(image_tree)
     first = data.open_images(settings(root, tmp_path), ALONE, "train").images(range(4))
-    cache, = (tmp_path / "cache").glob("*.npy")
-    index, = (tmp_path / "cache").glob("*.json")
-    content = cache.read_bytes()
-    if damage == "gone":
-        cache.unlink()
-    elif damage == "index":
-        index.write_text(index.read_text()[:50])
-    elif damage == "other shape":
-        np.save(cache, np.zeros((4, 8, 8), np.uint16))
+    rows, = (tmp_path / "cache").glob("*.npy")
+    status, content = rows.with_suffix(".status"), rows.read_bytes()
+    if damage == "other shape":
+        np.save(rows, np.zeros((4, 8, 8), np.uint16))
+    elif damage == "short status":
+        status.write_bytes(b"\1\1")
+    elif damage == "no rows":
+        rows.unlink()
+    elif damage in ("no status", "earlier version"):
+        status.unlink()
+        if damage == "earlier version":
+            rows.with_suffix(".json").write_text('{"notes": {}}')
     else:
-        cache.write_bytes({"cut": content[:-100], "longer": content + b"x", "empty": b""}[damage])
+        rows.write_bytes({"cut": content[:-100], "longer": content + b"x", "empty": b"",
+                          "header": bytes(80) + content[80:]}[damage])
     again = data.open_images(settings(root, tmp_path), ALONE, "train").images(range(4))
     assert torch.equal(again, first)
-    assert ("building it again" in capsys.readouterr().out) == (damage != "gone")
+    quiet = damage in ("no rows", "no status", "earlier version")
+    assert ("building it again" in capsys.readouterr().out) == (not quiet)
     data.open_images(settings(root, tmp_path), ALONE, "train")
     assert "building it again" not in capsys.readouterr().out
 
 
-def build(folder, rows, make=None, check=None):
-    """CachedArray of `rows`; make: what gives some of them, else plain slices."""
-    make = make or (lambda start, stop, tick: (rows[start:stop], {}))
-    return data.cached_array(ALONE, folder, "a", rows.shape, rows.dtype, "x", lambda: make, check)
+def build(folder, rows, make=None, needed=True):
+    """CachedArray of `rows`; make: what gives some of them, else plain copies."""
+    make = make or (lambda indices: (rows[indices], np.full(len(indices), cache.DONE, np.uint8)))
+    return cache.cached_array(ALONE, folder, "a", rows.shape, rows.dtype, make, "x", needed)
 
 
-def test_cache_rows_across_pieces(tmp_path):
-    rows = np.arange(2 * data.PIECE + 10, dtype=np.float32).reshape(-1, 2)
+def test_cache_rows_and_status_across_chunks(tmp_path):
+    rows = np.arange(2 * cache.CHUNK + 10, dtype=np.float32).reshape(-1, 2)
+    status = np.arange(len(rows)).astype(np.uint8) % 7 + 1
 
-    def make(start, stop, tick):
-        return rows[start:stop], {"first": [start], "none": []}
+    def make(indices):
+        return rows[indices], status[indices]
     for _ in range(2):
         array = build(tmp_path, rows, make)
-        assert array.shape == rows.shape
-        assert array.notes == {"first": [0, data.PIECE], "none": []}
-        wanted = np.array([data.PIECE + 4, 0, data.PIECE + 4])
-        assert np.array_equal(array.rows(wanted), rows[wanted])
+        assert array.status.tolist() == status.tolist()
+        requests = np.array([cache.CHUNK + 1, 0, cache.CHUNK + 1])
+        assert np.array_equal(array.rows(requests), rows[requests])
         make = None  # it is there
-    assert np.array_equal(np.load(tmp_path / "a.npy"), rows)  # a file that numpy opens
-    assert {p.name for p in tmp_path.iterdir()} == {"a.npy", "a.json", "a.lock"}
+    assert np.array_equal(np.load(tmp_path / "a.npy"), rows)  # a file that NumPy opens
+    assert {p.name for p in tmp_path.iterdir()} == {"a.npy", "a.status", "a.lock"}
     wider = np.ones((5, 1), np.float32)
     assert np.array_equal(build(tmp_path, wider).rows(range(5)), wider)
 
 
-def test_a_build_that_was_killed_goes_on_where_it_was(tmp_path):
-    rows, made = np.arange(10 * data.PIECE, dtype=np.uint16).reshape(-1, 2), []
+def test_a_killed_build_continues_where_it_was(tmp_path):
+    rows, made = np.arange(10 * cache.CHUNK, dtype=np.uint16).reshape(-1, 2), []
 
-    def make(start, stop, tick):
+    def make(indices):
         if len(made) == 3:
             raise KeyboardInterrupt
-        made.append(start // data.PIECE)
-        return rows[start:stop], {"start": [start]}
+        made.append(indices.tolist())
+        return rows[indices], np.full(len(indices), cache.DONE, np.uint8)
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path, rows, make)
-    assert not (tmp_path / "a.npy").exists() and not (tmp_path / "a.json").exists()
-    journal, = (tmp_path / "a.part").glob("*.jsonl")
-    with open(journal, "a") as f:
-        f.write('[384, 512, {"sta')  # torn
     made.append("killed")
-    array = build(tmp_path, rows, make)
-    assert made == [0, 1, 2, "killed", 3, 4]
-    assert np.array_equal(array.rows(range(len(rows))), rows)
-    assert array.notes == {"start": list(range(0, len(rows), data.PIECE))}
-    assert not (tmp_path / "a.part").exists()
+    assert np.array_equal(build(tmp_path, rows, make).rows(range(len(rows))), rows)
+    starts = [chunk if chunk == "killed" else chunk[0] // cache.CHUNK for chunk in made]
+    assert starts == [0, 1, 2, "killed", 3, 4]
 
 
-def test_a_kill_between_the_two_files_of_a_cache_costs_nothing(tmp_path, monkeypatch):
-    rows = np.arange(300, dtype=np.uint16).reshape(-1, 1)
-    write_json = experiment.write_json
-    monkeypatch.setattr(experiment, "write_json", lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+def test_a_row_is_on_disk_before_the_byte_that_says_so(tmp_path, monkeypatch):
+    rows = np.arange(4, dtype=np.uint16).reshape(-1, 1)
+    write = cache._write
+
+    def broken(path, blocks):
+        if path.suffix == ".npy":
+            raise KeyboardInterrupt
+        write(path, blocks)
+    monkeypatch.setattr(cache, "_write", broken)
+    with pytest.raises(KeyboardInterrupt):
         build(tmp_path, rows)
-    monkeypatch.setattr(experiment, "write_json", write_json)
-    array = build(tmp_path, rows, lambda start, stop, tick: pytest.fail("all rows are there"))
-    assert np.array_equal(array.rows(range(300)), rows)
+    assert (tmp_path / "a.status").read_bytes() == bytes(4)
+    monkeypatch.undo()
+    assert np.array_equal(build(tmp_path, rows).rows(range(4)), rows)
 
 
-def test_what_could_not_be_decoded_is_tried_again_and_nothing_else(tmp_path):
-    rows, made = np.arange(3 * data.PIECE, dtype=np.uint16).reshape(-1, 1), []
+def test_rows_to_do_are_tried_again_and_nothing_else(tmp_path):
+    rows, made = np.arange(300, dtype=np.uint16).reshape(-1, 1), []
 
-    def make(start, stop, tick):
-        made.append(start)
-        fails = start == data.PIECE and len(made) < 4
-        return rows[start:stop], {"bad": [[start, "a.png", "unreadable"]] if fails else []}
-
-    def check(notes):
-        if notes["bad"]:
-            experiment.fail("bad")
-    with pytest.raises(SystemExit):
-        build(tmp_path, rows, make, check)
-    assert made == [0, data.PIECE, 2 * data.PIECE] and not (tmp_path / "a.json").exists()
-    assert build(tmp_path, rows, make, check).notes == {"bad": []}
-    assert made[3:] == [data.PIECE]
+    def make(indices):
+        made.append(indices.tolist())
+        return rows[indices], (np.isin(indices, (5, 200), invert=True) | (len(made) > 3)).astype(
+            np.uint8)
+    assert np.flatnonzero(build(tmp_path, rows, make).status == cache.TODO).tolist() == [5, 200]
+    assert len(made) == 3
+    needed = np.arange(300) != 200
+    assert np.flatnonzero(build(tmp_path, rows, make, needed).status == 0).tolist() == [200]
+    assert np.array_equal(build(tmp_path, rows, make).rows(range(300)), rows)
+    assert made[3:] == [[5], [200]]
 
 
-def test_copies_that_nobody_finished_are_removed_after_a_day(tmp_path):
-    rows = np.zeros((4, 2), np.uint16)
-    kinds = ("images_{}.part", "images_{}.part/rows.npy", "images_{}.npy", "latents_{}0.npy",
-             "images_{}1.part", ".{}.npy.0.tmp", "my_{}.npy")
-    for age, name in ((0, "new"), (2, "old")):
-        paths = [tmp_path / kind.format(name) for kind in kinds]
-        for path in paths:
-            path.mkdir() if path.suffix == ".part" else path.write_bytes(b"rows")
-        for path in paths:
-            when = path.stat().st_mtime - age * 86400
-            os.utime(path, (when, when))
-        (tmp_path / f"latents_{name}0.json").write_text("{}")
-    build(tmp_path, rows)
-    left = {p.name for p in tmp_path.iterdir()} - {"a.npy", "a.json", "a.lock"}
-    assert left == {"images_new.part", "images_new.npy", "latents_new0.npy", "latents_new0.json",
-                    "images_new1.part", ".new.npy.0.tmp", "my_new.npy",
-                    "latents_old0.npy", "latents_old0.json", "my_old.npy"}
+def test_a_file_that_cannot_be_opened_now_is_read_later(image_tree, tmp_path, monkeypatch, capsys):
+    """Nothing that is made of images keeps its place black, either."""
+    root = image_tree({"TB/train/normal": 2, "TB/train/tb": 2})
+    args = settings(root, tmp_path, skip_bad_images=True)
+    read = decode.read_grey
+    errors = {"normal/1.png": OSError(24, "Too many open files"),
+              "tb/0.png": ValueError("DICOM compressed as X: pip install pylibjpeg")}
 
-
-def test_what_a_kill_left_of_a_cache_is_removed_by_its_next_builder(tmp_path):
-    """At once: who has the cache's lock is the only one who writes it."""
-    for name in (".a.json.0123456789abcdef.tmp", ".b.json.0123456789abcdef.tmp"):
-        (tmp_path / name).write_text("{")
-    build(tmp_path, np.zeros((4, 2), np.uint16))
-    assert [p.name for p in tmp_path.glob(".*.tmp")] == [".b.json.0123456789abcdef.tmp"]
-
-
-def test_a_lock_or_journal_is_never_written_through_a_link(tmp_path, capsys):
-    precious = tmp_path / "precious"
-    precious.write_text("of another user")
-    folder = tmp_path / "cache"
-    folder.mkdir()
-    (folder / "a.lock").symlink_to(precious)
-    with pytest.raises(SystemExit):
-        build(folder, np.zeros((4, 2), np.uint16))
-    assert precious.read_text() == "of another user" and "a.lock" in capsys.readouterr().err
-
-
-def test_known_images_need_no_pixels(image_tree, tmp_path):
-    """Not even where the cache of pixels was removed to save space."""
-    root = marker_tree(image_tree)
-    first = data.open_images(settings(root, tmp_path), ALONE, "train")
-    cache, = (tmp_path / "cache").glob("*.npy")
-    cache.unlink()
-    known = data.open_images(settings(root, tmp_path), ALONE, "train", pixels=False)
-    assert known.cache is None and not cache.exists()
-    assert known.labels.tolist() == first.labels.tolist()
-    assert (known.names == first.names).all()
-    decoded = known.decoded()
-    assert cache.exists() and decoded.images(range(4)).shape == (4, 1, 16, 16)
+    def failing(path):
+        for name, error in errors.items():
+            if path.endswith(name):
+                raise error
+        return read(path)
+    monkeypatch.setattr(decode, "read_grey", failing)
+    refused = message(data.open_images, settings(root, tmp_path), ALONE, "train")
+    assert "2 of 4 images" in refused and "Too many open" in refused and "pip install" in refused
+    some = data.open_images(args, ALONE, "train")
+    data.cached_thumbnails(some, tmp_path / "cache", ALONE)
+    assert len(some) == 2 and "2 images that cannot be decoded" in capsys.readouterr().out
+    monkeypatch.undo()
+    images = data.open_images(args, ALONE, "train")
+    assert len(images) == 4 and images.key == some.key
+    found = data.cached_thumbnails(images, tmp_path / "cache", ALONE).rows(images.rows)
+    assert np.allclose(found, data.thumbnails(images.images(range(4))), atol=1e-6)
 
 
 def test_a_start_reads_no_row_of_a_cache(image_tree, tmp_path, monkeypatch):
     root = marker_tree(image_tree)
     data.open_images(settings(root, tmp_path), ALONE, "train")
-    monkeypatch.setattr(data.CachedArray, "rows", None)
-    monkeypatch.setattr(data, "read_grey", None)
-    cache, = (tmp_path / "cache").glob("*.npy")
-    cache.write_bytes(cache.read_bytes()[:-100] + bytes(100))  # the same shape and size
+    monkeypatch.setattr(cache.CachedArray, "rows", None)
+    monkeypatch.setattr(decode, "read_grey", None)
     assert len(data.open_images(settings(root, tmp_path), ALONE, "train")) == 4
+
+
+def test_files_of_others_in_the_cache_folder_stay(image_tree, tmp_path):
+    folder = tmp_path / "cache"
+    (folder / "latents_paper.part").mkdir(parents=True)
+    for name in ("latents_paper.part/notes.txt", "images_mine.npy", ".b.json.0123.tmp"):
+        (folder / name).write_text("x")
+        os.utime(folder / name, (0, 0))
+    data.open_images(settings(marker_tree(image_tree), tmp_path), ALONE, "train")
+    assert sum(path.read_bytes() == b"x" for path in folder.rglob("*") if path.is_file()) == 3
 
 
 def open_at_once(barrier, root, out):
@@ -515,7 +500,7 @@ def test_two_processes_can_build_the_cache_at_once(image_tree, tmp_path, fork_se
         process.join(180)
     assert [process.exitcode for process in both] == [0, 0]
     names = sorted(p.suffix for p in (tmp_path / "cache").iterdir())
-    assert names == [".json", ".lock", ".npy"]  # one copy, nothing temporary
+    assert names == [".lock", ".npy", ".status"]  # one copy, nothing temporary
 
 
 def test_no_data_root_means_the_phantom_set(tmp_path, capsys):
@@ -569,7 +554,7 @@ def test_latents_of_subsets_share_the_cache_and_another_vae_does_not(image_tree,
     tb = data.open_images(settings(root, tmp_path, class_filter=1), ALONE, "train")
     last = data.LatentSet(tb.subset([2]), vae, "a", tmp_path / "cache", ALONE)  # builds it for all
     whole = data.LatentSet(images, vae, "a", tmp_path / "cache", ALONE)
-    assert len(list((tmp_path / "cache").glob("latents_*.json"))) == 1
+    assert len(list((tmp_path / "cache").glob("latents_*.npy"))) == 1
     assert torch.equal(last.posterior(np.array([0]))[0], whole.posterior(np.array([5]))[0])
     other = model.AutoencoderKL(16, 2, 4, (1, 2), 1).eval()
     mean = data.LatentSet(images, other, "b", tmp_path / "cache", ALONE).posterior(np.array([5]))[0]
@@ -593,11 +578,11 @@ def test_moments_match_numpy_far_from_zero():
 
 def test_latent_scale_json_is_what_a_direct_computation_gives(stages):
     stored = json.loads((stages.out / "v/latent_scale.json").read_text())
-    vae, args, sha = experiment.load_autoencoder(stages.vae_ckpt, ALONE)
+    vae, args, sha = sample.load_autoencoder(stages.vae_ckpt, ALONE)
     paths = sorted(stages.data.glob("TB/train/*/*.png"))
     pixels = np.stack([np.asarray(Image.open(p), dtype=np.float32) for p in paths])
     mean, logvar = (p.double() for p in vae.encode(torch.from_numpy(pixels / 127.5 - 1)[:, None]))
-    noise = torch.randn(mean.shape, generator=experiment.generator("cpu", 0, "scale", 0)).double()
+    noise = torch.randn(mean.shape, generator=dist.generator("cpu", 0, "scale", 0)).double()
     z = (mean + torch.exp(logvar / 2) * noise).numpy()
     assert stored["num_images"] == len(z) == 16
     assert stored["vae_sha256"] == sha and stored["img_size"] == 32
@@ -667,18 +652,3 @@ def test_the_written_phantom_set_has_no_image_twice(tmp_path):
     assert len(set(pixels)) == 10
     phantom.write_phantoms(tmp_path / "again", 3, 2, 32)
     assert [p.read_bytes() for p in sorted((tmp_path / "again").rglob("*.png"))] == pixels
-
-
-@pytest.mark.parametrize("kind", ["images", "latents", "thumbnails"])
-def test_a_build_that_nobody_went_on_with_for_a_day_is_removed(tmp_path, capsys, kind):
-    """Whatever is cached; one that is younger, and a whole cache, stay."""
-    for name, days in ((f"{kind}_old.part", 2), (f"{kind}_new.part", 0), (f"{kind}_half.npy", 2),
-                       (f"{kind}_whole.npy", 2)):
-        path = tmp_path / name
-        path.mkdir() if path.suffix == ".part" else path.touch()
-        os.utime(path, (time.time() - days * data.DAY,) * 2)
-    (tmp_path / f"{kind}_whole.json").touch()
-    data._remove_leftovers(tmp_path, tmp_path / "images_mine.part")
-    assert {p.name for p in tmp_path.iterdir()} == {
-        f"{kind}_new.part", f"{kind}_whole.npy", f"{kind}_whole.json"}
-    assert capsys.readouterr().out.count("never finished") == 2

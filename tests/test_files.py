@@ -18,6 +18,7 @@ from PIL import Image
 from test_data import ALONE, message, settings
 
 import data
+from lib import decode
 
 RAMP = np.add.outer(np.arange(24) * 4, np.arange(16) * 9)  # no symmetry, 0 to 227
 
@@ -265,7 +266,7 @@ def test_orientation_is_followed(tmp_path, orientation, name, options, full):
         exif[274] = orientation
         options = {"exif": exif, **options}
     Image.fromarray(stored).save(tmp_path / name, **options)
-    grey = data.read_grey(tmp_path / name)
+    grey = decode.read_grey(tmp_path / name)
     expected = UPRIGHT[orientation](RAMP / 255)
     assert grey.pixels.shape == expected.shape and grey.bits == (8 if full == 255 else 16)
     assert np.abs(grey.pixels - expected).max() < (0.02 if name == "x.jpg" else 1e-6)
@@ -308,7 +309,7 @@ def test_white_is_zero_and_bits_per_sample(tmp_path, bits, compression, order):
     for photometric in (0, 1):
         write_tiff(tmp_path / "x.tif", (values, bits, {262: photometric, 259: compression}),
                    order=order)
-        grey = data.read_grey(tmp_path / "x.tif")
+        grey = decode.read_grey(tmp_path / "x.tif")
         expected = values / (2**bits - 1)
         assert np.abs(grey.pixels - (expected if photometric else 1 - expected)).max() < 1e-6
         assert grey.bits == max(bits, 8)
@@ -322,19 +323,19 @@ def test_white_is_zero_and_bits_per_sample(tmp_path, bits, compression, order):
 def test_signed_and_32_bit_integers(tmp_path, bits, sample_format, highest, full, order):
     values = np.rint(RAMP / RAMP.max() * highest).astype(np.int64)
     write_tiff(tmp_path / "x.tif", (values, bits, {339: sample_format}), order=order)
-    assert np.abs(data.read_grey(tmp_path / "x.tif").pixels - values / full).max() < 1e-6
+    assert np.abs(decode.read_grey(tmp_path / "x.tif").pixels - values / full).max() < 1e-6
 
 
 @pytest.mark.parametrize("bits", [8, 16, 32])
 def test_negative_values_are_refused(tmp_path, bits):
     write_tiff(tmp_path / "x.tif", (RAMP // 2 - 1, bits, {339: 2}))
     with pytest.raises(ValueError, match="negative"):
-        data.read_grey(tmp_path / "x.tif")
+        decode.read_grey(tmp_path / "x.tif")
 
 
 def test_32_bit_integers_that_pillow_writes(tmp_path):
     Image.fromarray((RAMP * 257).astype(np.int32)).save(tmp_path / "x.tif")
-    assert np.abs(data.read_grey(tmp_path / "x.tif").pixels - RAMP / 255).max() < 1e-6
+    assert np.abs(decode.read_grey(tmp_path / "x.tif").pixels - RAMP / 255).max() < 1e-6
 
 
 def write_png16(path, values, significant):
@@ -355,7 +356,7 @@ def test_significant_bits_of_a_png(tmp_path):
     for values, significant, full in ((raw, 12, 4095), (scaled, 12, 65535), (raw, None, 65535),
                                       (raw, 16, 65535)):
         write_png16(tmp_path / "x.png", values, significant)
-        assert np.abs(data.read_grey(tmp_path / "x.png").pixels - values / full).max() < 1e-6
+        assert np.abs(decode.read_grey(tmp_path / "x.png").pixels - values / full).max() < 1e-6
     assert np.abs(scaled / 65535 - raw / 4095).max() < 2e-5
 
 
@@ -365,12 +366,12 @@ def test_the_highest_value_of_a_pgm_is_white(tmp_path, highest):
     kind = "u1" if highest < 256 else ">u2"
     header = f"P5\n{values.shape[1]} {values.shape[0]}\n{highest}\n".encode()
     (tmp_path / "x.pgm").write_bytes(header + values.astype(kind).tobytes())
-    assert np.abs(data.read_grey(tmp_path / "x.pgm").pixels - values / highest).max() < 1e-5
+    assert np.abs(decode.read_grey(tmp_path / "x.pgm").pixels - values / highest).max() < 1e-5
 
 
 def test_16_bit_jpeg_2000(tmp_path):
     Image.fromarray((RAMP * 257).astype(np.uint16)).save(tmp_path / "x.jp2")
-    assert np.abs(data.read_grey(tmp_path / "x.jp2").pixels - RAMP / 255).max() < 1e-6
+    assert np.abs(decode.read_grey(tmp_path / "x.jp2").pixels - RAMP / 255).max() < 1e-6
 
 
 def test_a_reduced_size_page_is_not_the_image(tmp_path):
@@ -380,11 +381,11 @@ def test_a_reduced_size_page_is_not_the_image(tmp_path):
     image = (RAMP * 16, 12, {254: 0, 274: 6, 262: 0})
     write_tiff(tmp_path / "x.tif", reduced, reduced_before_tiff_6, image, mask)
     expected = 1 - UPRIGHT[6](RAMP * 16 / 4095)  # turned and inverted as its own page says
-    assert np.abs(data.read_grey(tmp_path / "x.tif").pixels - expected).max() < 1e-6
+    assert np.abs(decode.read_grey(tmp_path / "x.tif").pixels - expected).max() < 1e-6
     write_tiff(tmp_path / "y.tif", (RAMP, 8, {}), (255 - RAMP, 8, {}))  # two images: the first
-    assert np.abs(data.read_grey(tmp_path / "y.tif").pixels - RAMP / 255).max() < 1e-6
+    assert np.abs(decode.read_grey(tmp_path / "y.tif").pixels - RAMP / 255).max() < 1e-6
     write_tiff(tmp_path / "z.tif", reduced)  # nothing else there
-    assert np.abs(data.read_grey(tmp_path / "z.tif").pixels - small / 255).max() < 1e-6
+    assert np.abs(decode.read_grey(tmp_path / "z.tif").pixels - small / 255).max() < 1e-6
 
 
 @pytest.mark.parametrize("highest, kind, dark", [
@@ -431,11 +432,11 @@ def test_what_a_package_would_read_is_never_left_out_for_good(image_tree, tmp_pa
         if path.endswith("normal/1.png"):
             raise ValueError("DICOM compressed as X cannot be read: pip install pylibjpeg")
         return whole(path)
-    whole = data.read_grey
-    monkeypatch.setattr(data, "read_grey", without_plugin)
+    whole = decode.read_grey
+    monkeypatch.setattr(decode, "read_grey", without_plugin)
     args = settings(root, tmp_path, skip_bad_images=True)
     assert "pip install pylibjpeg" in message(data.open_images, args, ALONE, "train")
-    monkeypatch.setattr(data, "read_grey", whole)
+    monkeypatch.setattr(decode, "read_grey", whole)
     assert len(data.open_images(args, ALONE, "train")) == 4
 
 
@@ -446,7 +447,7 @@ def test_what_a_package_would_read_is_never_left_out_for_good(image_tree, tmp_pa
 def pydicom():
     """The package; tests that need it are skipped without it."""
     module = pytest.importorskip("pydicom")
-    data.import_pydicom.cache_clear()  # pytest forgets after each test what it silenced
+    decode.import_pydicom.cache_clear()  # pytest forgets after each test what it silenced
     return module
 
 
@@ -511,7 +512,7 @@ def test_dicom_without_a_suffix_or_named_by_uid_is_read(
     note, = notes(capsys)
     assert note.strip().endswith("not read: 1 without a suffix")
     opened = []
-    monkeypatch.setattr(data, "is_dicom", opened.append)
+    monkeypatch.setattr(decode, "is_dicom", opened.append)
     again = data.open_images(settings(root, tmp_path), ALONE, "train")
     assert len(again) == 4 and not opened  # once is enough
 
@@ -529,11 +530,11 @@ def test_dicom_without_a_window_takes_the_range_of_its_bits(pydicom, tmp_path, b
     expected = (stored - stored.min()) / (2**bits - 1)
     for tags in ({}, {"RescaleSlope": "0.5", "RescaleIntercept": "-1024"}):
         write_dicom(tmp_path / "x.dcm", stored, bits, signed, **tags)
-        grey = data.read_grey(tmp_path / "x.dcm")
+        grey = decode.read_grey(tmp_path / "x.dcm")
         assert grey.bits == bits and grey.pixels.dtype == np.float32
         assert np.abs(grey.pixels - expected).max() < 1e-6
     write_dicom(tmp_path / "x.dcm", stored, bits, signed, RescaleSlope="-1", RescaleIntercept="5")
-    assert np.abs(data.read_grey(tmp_path / "x.dcm").pixels - (1 - expected)).max() < 1e-6
+    assert np.abs(decode.read_grey(tmp_path / "x.dcm").pixels - (1 - expected)).max() < 1e-6
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered")  # in pydicom's sigmoid
@@ -557,7 +558,7 @@ def test_dicom_windows_are_as_in_pydicom(pydicom, tmp_path, photometric, signed,
         expected = (windowed - ends[0]) / (ends[1] - ends[0])
         if photometric == "MONOCHROME1":
             expected = 1 - expected
-        assert np.abs(data.read_grey(tmp_path / "x.dcm").pixels - expected).max() < 1e-5
+        assert np.abs(decode.read_grey(tmp_path / "x.dcm").pixels - expected).max() < 1e-5
 
 
 @pytest.mark.parametrize("first", [0, 100, 4000])
@@ -568,11 +569,11 @@ def test_dicom_modality_lut(pydicom, tmp_path, first, bits, words):
     sequence = lut(200, first, bits, table, words)
     write_dicom(tmp_path / "x.dcm", stored, ModalityLUTSequence=sequence)
     expected = table[(stored - first).clip(0, 199)] / (2**bits - 1)
-    assert np.abs(data.read_grey(tmp_path / "x.dcm").pixels - expected).max() < 1e-6
+    assert np.abs(decode.read_grey(tmp_path / "x.dcm").pixels - expected).max() < 1e-6
     dataset = write_dicom(tmp_path / "x.dcm", stored, ModalityLUTSequence=sequence,
                           WindowCenter="90", WindowWidth="80")  # of what the LUT gives
     expected = ((table[(stored - first).clip(0, 199)] - 89.5) / 79 + 0.5).clip(0, 1)
-    assert np.abs(data.read_grey(tmp_path / "x.dcm").pixels - expected).max() < 1e-6
+    assert np.abs(decode.read_grey(tmp_path / "x.dcm").pixels - expected).max() < 1e-6
     if words:
         values = pydicom.pixels.apply_modality_lut(dataset.pixel_array, dataset)
         windowed = pydicom.pixels.apply_windowing(values, dataset) / (2**bits - 1)
@@ -592,7 +593,7 @@ def test_dicom_voi_lut_goes_before_a_window(pydicom, tmp_path, count, first, bit
         WindowWidth="2")
     rescaled = stored - 900 if first < 0 else stored
     expected = table[(rescaled - first).clip(0, count - 1)] / (2**bits - 1)
-    assert np.abs(data.read_grey(tmp_path / "x.dcm").pixels - expected).max() < 1e-6
+    assert np.abs(decode.read_grey(tmp_path / "x.dcm").pixels - expected).max() < 1e-6
     if bits > 8:  # pydicom fails for 8 bits and more than 256 entries
         looked_up = pydicom.pixels.apply_voi_lut(rescaled.astype(np.int32), dataset)
         assert np.abs(looked_up / (2**bits - 1) - expected).max() < 1e-6
@@ -603,11 +604,11 @@ def test_dicom_lut_of_65536_entries_and_a_first_value_written_as_unsigned(pydico
     stored = values_of(16)
     table = np.arange(65536)[::-1]
     write_dicom(tmp_path / "x.dcm", stored, 16, ModalityLUTSequence=lut(0, 0, 16, table))
-    assert np.abs(data.read_grey(tmp_path / "x.dcm").pixels - (1 - stored / 65535)).max() < 1e-6
+    assert np.abs(decode.read_grey(tmp_path / "x.dcm").pixels - (1 - stored / 65535)).max() < 1e-6
     stored, table = values_of(12), np.arange(4096)
     write_dicom(tmp_path / "x.dcm", stored, RescaleSlope="1", RescaleIntercept="-1024",
                 VOILUTSequence=lut(4096, 65536 - 1024, 12, table))
-    assert np.abs(data.read_grey(tmp_path / "x.dcm").pixels - stored / 4095).max() < 1e-6
+    assert np.abs(decode.read_grey(tmp_path / "x.dcm").pixels - stored / 4095).max() < 1e-6
 
 
 def test_dicom_lut_of_a_big_endian_file(pydicom, tmp_path):
@@ -619,7 +620,7 @@ def test_dicom_lut_of_a_big_endian_file(pydicom, tmp_path):
         dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRBigEndian
         dataset["PixelData"].VR = "OB"
         pydicom.dcmwrite(tmp_path / "big.dcm", dataset, implicit_vr=False, little_endian=False)
-        grey = data.read_grey(tmp_path / "big.dcm")
+        grey = decode.read_grey(tmp_path / "big.dcm")
         assert np.abs(grey.pixels - stored * 16 / 65535).max() < 1e-6
 
 
@@ -632,7 +633,7 @@ def test_dicom_presentation_lut(pydicom, tmp_path, words):
                 PresentationLUTSequence=lut(256, 0, bits, table, words))
     windowed = ((stored - 2047.5) / 2000 + 0.5).clip(0, 1)
     expected = table[np.rint(windowed * 255).astype(int)] / (2**bits - 1)
-    assert np.abs(data.read_grey(tmp_path / "x.dcm").pixels - expected).max() < 1e-6
+    assert np.abs(decode.read_grey(tmp_path / "x.dcm").pixels - expected).max() < 1e-6
 
 
 @pytest.mark.parametrize("photometric, shape, inverted", [
@@ -644,7 +645,7 @@ def test_dicom_inversions(pydicom, tmp_path, photometric, shape, inverted):
     tags = {"PresentationLUTShape": shape} if shape else {}
     write_dicom(tmp_path / "x.dcm", stored, PhotometricInterpretation=photometric, **tags)
     expected = 1 - stored / 4095 if inverted else stored / 4095
-    assert np.abs(data.read_grey(tmp_path / "x.dcm").pixels - expected).max() < 1e-6
+    assert np.abs(decode.read_grey(tmp_path / "x.dcm").pixels - expected).max() < 1e-6
 
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
@@ -658,7 +659,7 @@ def test_dicom_padding_is_black(pydicom, tmp_path, photometric, signed):
     for tags, padding in (({}, one), ({"PixelPaddingRangeLimit": limit}, many)):
         write_dicom(tmp_path / "x.dcm", stored, 12, signed, PixelPaddingValue=value,
                     PhotometricInterpretation=photometric, **tags)
-        pixels = data.read_grey(tmp_path / "x.dcm").pixels
+        pixels = decode.read_grey(tmp_path / "x.dcm").pixels
         assert padding.any() and (pixels[padding] == 0).all()
         assert np.abs(pixels - grey)[~padding].max() < 1e-6
 
@@ -691,7 +692,7 @@ def test_dicom_files_of_pydicom(pydicom, name):
         expected = 1 - expected
     if "PixelPaddingValue" in dataset:
         expected[stored == dataset.PixelPaddingValue] = 0
-    grey = data.read_grey(path)
+    grey = decode.read_grey(path)
     assert grey.bits == dataset.BitsStored and expected.std() > 1e-4
     assert np.abs(grey.pixels - expected).max() < 1e-5
 
@@ -703,7 +704,7 @@ def test_dicom_files_of_pydicom(pydicom, name):
     ("MR_truncated.dcm", "damaged"), ("no_meta.dcm", "no DICOM file")])
 def test_dicom_files_of_pydicom_that_are_no_grey_image(pydicom, name, reason):
     with pytest.raises(ValueError, match=reason):
-        data.read_grey(shipped(pydicom, name))
+        decode.read_grey(shipped(pydicom, name))
 
 
 def test_damaged_dicom_files_raise_only_what_callers_expect(pydicom, tmp_path):
@@ -713,10 +714,10 @@ def test_damaged_dicom_files_raise_only_what_callers_expect(pydicom, tmp_path):
     whole = path.read_bytes()
     path.write_text("Dear colleague, see attached.")
     with pytest.raises(ValueError, match="no DICOM file"):
-        data.read_grey(path)
+        decode.read_grey(path)
     path.write_bytes(whole[:-100])
     with pytest.raises(ValueError, match="damaged DICOM"):
-        data.read_grey(path)
+        decode.read_grey(path)
     rng = np.random.default_rng(0)
     for _ in range(150):
         damaged = bytearray(whole[:rng.integers(len(whole) // 4, len(whole) + 1)])
@@ -724,7 +725,7 @@ def test_damaged_dicom_files_raise_only_what_callers_expect(pydicom, tmp_path):
             damaged[rng.integers(min(len(damaged), len(whole) - 512))] = rng.integers(256)
         path.write_bytes(damaged)
         try:
-            assert data.decode(path, 16).shape == (16, 16)
+            assert decode.read_square(path, 16).shape == (16, 16)
         except (OSError, ValueError):
             pass
 
@@ -736,7 +737,7 @@ def test_compressed_dicom_says_which_packages_read_it(pydicom, monkeypatch):
         raise RuntimeError("Unable to decompress, the following packages are missing: ...")
     monkeypatch.setattr(pydicom.dataset.Dataset, "pixel_array", property(no_decoder))
     with pytest.raises(ValueError, match="RLE Lossless.* pip install pylibjpeg"):
-        data.read_grey(path)
+        decode.read_grey(path)
 
 
 @pytest.mark.parametrize("kind", [ValueError, RuntimeError, KeyError, NotImplementedError])
@@ -747,7 +748,7 @@ def test_what_pydicom_says_of_a_damaged_file_is_not_repeated(pydicom, tmp_path, 
         raise kind("cannot read (0010,0010) SECRET^NAME")
     monkeypatch.setattr(pydicom.dataset.Dataset, "pixel_array", property(damaged))
     with pytest.raises(ValueError) as e:
-        data.read_grey(tmp_path / "x.dcm")
+        decode.read_grey(tmp_path / "x.dcm")
     assert str(e.value) == f"damaged DICOM ({kind.__name__})"
 
 
@@ -756,7 +757,7 @@ def test_without_pydicom_one_line_says_how_to_install_it(image_tree, tmp_path, m
     (root / "TB/train/tb").mkdir()
     (root / "TB/train/tb/x.DCM").write_bytes(bytes(128) + b"DICM")
     monkeypatch.setitem(sys.modules, "pydicom", None)
-    data.import_pydicom.cache_clear()
+    decode.import_pydicom.cache_clear()
     text = message(data.open_images, settings(root, tmp_path), ALONE, "train")
     assert "pip install pydicom" in text and len(text.splitlines()) == 1
     (root / "TB/train/tb/x.DCM").unlink()
@@ -842,13 +843,13 @@ def test_copies_of_training_images_are_named_and_left_out(leaky_tree, tmp_path, 
     assert [os.path.basename(name) for name in val.names] == [
         b"other%d.png" % i for i in range(20, 24)]
     assert val.labels.tolist() == [0, 0, 1, 1] and len(train) == 12
-    expected = data.decode(leaky_tree / val.name(2), 32) / 32767.5 - 1
+    expected = decode.read_square(leaky_tree / val.name(2), 32) / 32767.5 - 1
     assert np.allclose(val.images([2])[0, 0], expected, atol=1e-6)  # rows, labels, names agree
 
 
 def test_copies_are_looked_for_once(leaky_tree, tmp_path, capsys, monkeypatch):
     _, first = open_both(leaky_tree, tmp_path)
-    monkeypatch.setattr(data, "read_grey", None)
+    monkeypatch.setattr(decode, "read_grey", None)
     monkeypatch.setattr(data.CachedArray, "rows", None)
     before = capsys.readouterr().out
     _, second = open_both(leaky_tree, tmp_path)

@@ -11,8 +11,10 @@ from conftest import ROOT, TINY_LDM, TINY_VAE
 from test_stages import assert_same_run
 from torch._dynamo.utils import counters
 
-import experiment
 import train_ldm
+import sample
+from lib import dist, run
+from lib.files import read_meta
 
 # Asked of a child process: to ask would take GPU memory in each of pytest's workers.
 QUESTION = "import torch; raise SystemExit(not torch.cuda.is_available())"
@@ -48,7 +50,7 @@ def gpu(tmp_path_factory):
 
 def test_the_stages_run_in_bf16_and_compiled(gpu):
     for name in ("v", "l"):
-        meta = experiment.read_meta(gpu.runs / name)
+        meta = read_meta(gpu.runs / name)
         assert (meta["device"], meta["dtype"]) == ("cuda:0", "bfloat16")
         assert (gpu.runs / name / "summary.json").exists()
 
@@ -68,7 +70,7 @@ def test_samples_are_those_of_the_cpu_within_rounding(gpu):
             "--num_sampling_steps=20", f"--device={device}", "--dtype=fp32",
             f"--out_dir={gpu.root / device}")
         paths = sorted((gpu.root / device).glob("*_0*.png"))
-        images[device] = torch.stack([experiment.load_image(path) for path in paths])
+        images[device] = torch.stack([run.load_image(path) for path in paths])
     difference = (images["cuda"] - images["cpu"]).abs()
     print(f"\nCPU and GPU differ by {difference.max():.4f} at most, {difference.mean():.5f} mean")
     assert len(images["cuda"]) == 8 and difference.mean() < 0.01
@@ -78,27 +80,27 @@ def test_samples_are_those_of_the_cpu_within_rounding(gpu):
 def small_ldm():
     """(args, Processes, models, loss_fn, MicroBatch) of a small UNet on the GPU, compiled."""
     args = train_ldm.parse_args(["--ldm_base_ch=32", "--ldm_num_res_blocks=1",
-                                 "--sampler=dpmpp_sde", "--num_sampling_steps=3"])
-    procs = experiment.Processes(0, 1, torch.device("cuda:0"), torch.bfloat16, True)
+                                 "--sampler=dpmpp_2m_sde", "--num_sampling_steps=3"])
+    ctx = dist.DistContext(0, 1, torch.device("cuda:0"), torch.bfloat16, True)
     shape = (4, 16, 16)
-    models = train_ldm.build_models(args, procs, shape, 2)
-    loss_fn = train_ldm.wrap(models[0], shape, args, procs)
-    mean = torch.randn(16, *shape, device=procs.device)
-    y = torch.arange(16, device=procs.device) % 2
-    return args, procs, models, loss_fn, train_ldm.MicroBatch((mean, mean - 6), y, None)
+    models = train_ldm.build_models(args, ctx, shape, 2)
+    loss_fn = train_ldm.wrap(models[0], shape, args, ctx)
+    mean = torch.randn(16, *shape, device=ctx.device)
+    y = torch.arange(16, device=ctx.device) % 2
+    return args, ctx, models, loss_fn, train_ldm.MicroBatch((mean, mean - 6), y, None)
 
 
 def test_a_step_waits_for_nothing_and_is_compiled_once(small_ldm):
-    args, procs, models, loss_fn, batch = small_ldm
-    means = train_ldm.LossMeans(procs)
+    args, ctx, models, loss_fn, batch = small_ldm
+    means = train_ldm.LossMeans(ctx)
     counters.clear()
     for step in range(10):
         warm = step >= 2
         torch.cuda.set_sync_debug_mode("error" if warm else "default")
         try:
             with torch._dynamo.config.patch(error_on_recompile=warm):
-                means.add(*train_ldm.train_step(*models, loss_fn, [batch], 1.0, step, args, procs))
-                experiment.send(torch.arange(16), procs.device)
+                means.add(*train_ldm.train_step(*models, loss_fn, [batch], 1.0, step, args, ctx))
+                ctx.to_device(torch.arange(16))
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert not counters["graph_break"]
@@ -106,13 +108,13 @@ def test_a_step_waits_for_nothing_and_is_compiled_once(small_ldm):
 
 
 def test_a_compiled_step_is_an_eager_one_within_rounding(small_ldm):
-    args, procs, models, loss_fn, batch = small_ldm
-    eager = procs._replace(compile=False)
+    args, ctx, models, loss_fn, batch = small_ldm
+    eager = ctx._replace(compile=False)
     other = train_ldm.build_models(args, eager, (4, 16, 16), 2)
     losses = []
     for step in range(30):
         there = batch._replace(y=batch.y.roll(step))
-        compiled = train_ldm.train_step(*models, loss_fn, [there], 1.0, step, args, procs)[0]
+        compiled = train_ldm.train_step(*models, loss_fn, [there], 1.0, step, args, ctx)[0]
         plain = train_ldm.train_step(*other, other[0], [there], 1.0, step, args, eager)[0]
         losses.append((compiled.mean().item(), plain.mean().item()))
     torch.testing.assert_close(*torch.tensor(losses).T, rtol=0.02, atol=0.02)
@@ -120,8 +122,8 @@ def test_a_compiled_step_is_an_eager_one_within_rounding(small_ldm):
 
 def test_compiled_samples_follow_the_weights(small_ldm):
     """Drawn by the averaged network, which is compiled once, while its weights go on changing."""
-    args, procs, (denoiser, ema, _), _, _ = small_ldm
-    plain = train_ldm.build_models(args, procs._replace(compile=False), (4, 16, 16), 2)[1].module
+    args, ctx, (denoiser, ema, _), _, _ = small_ldm
+    plain = train_ldm.build_models(args, ctx._replace(compile=False), (4, 16, 16), 2)[1].module
     wanted, drawn = [(i % 2, i) for i in range(16)], []
     for step in range(1, 6):
         with torch.no_grad():
@@ -130,7 +132,7 @@ def test_compiled_samples_follow_the_weights(small_ldm):
         ema.update(denoiser, 1000 * step)
         plain.load_state_dict(ema.module.state_dict())
         for averaged in (ema.module, plain):
-            drawn.append(experiment.sample_latents(averaged, (4, 16, 16), wanted, ["a", "b"], args,
-                                                   procs))
+            drawn.append(sample.sample_latents(averaged, (4, 16, 16), wanted, ["a", "b"], args,
+                                                   ctx))
     for compiled, eager, before in zip(drawn[2::2], drawn[3::2], drawn[::2], strict=False):
         assert (compiled - eager).abs().mean() < 0.1 * (compiled - before).abs().mean()

@@ -12,14 +12,17 @@ from conftest import error_of, run
 from PIL import Image
 
 import diffusion
-import experiment
 import export
 import model
 import train_vae
-from lib import diffusers_io, exported_pipeline
+from lib import diffusers_io
+import sample
+from lib import dist
+from lib.files import EXIT_FAILED
 
 diffusers = pytest.importorskip("diffusers")
-CPU = experiment.Processes(0, 1, torch.device("cpu"), torch.float32, False)
+exported_pipeline = pytest.importorskip("lib.exported_pipeline")
+CPU = dist.DistContext(0, 1, torch.device("cpu"), torch.float32, False)
 LDM = {"ldm_base_ch": 32, "ldm_ch_mults": (1, 2), "ldm_num_res_blocks": 2, "ldm_attn_res": (4,),
        "augment": 0, "zero_terminal_snr": True, "loss_weighting": "uniform", "prediction": "flow",
        "noise_schedule": "flow", "guidance_scale": 3.0, "guidance_interval": (0.3, 0.7)}
@@ -42,8 +45,8 @@ def randomised(module, seed=0):
 def exported(folder, ldm=None, vae=None):
     """(Denoiser, AutoencoderKL, module of the pipeline.py there) of random networks in a folder."""
     ldm, vae = {**LDM, **(ldm or {})}, {**VAE, **(vae or {})}
-    net = randomised(model.AutoencoderKL(*(vae[name] for name in experiment.VAE_SHAPE)))
-    denoiser = experiment.build_denoiser(ldm, net.latent_shape, 2)
+    net = randomised(model.AutoencoderKL(*(vae[name] for name in model.VAE_SHAPE)))
+    denoiser = model.build_denoiser(ldm, net.latent_shape, 2)
     randomised(denoiser, seed=1)
     export.write_parts(folder, denoiser, net, vae, {
         "args": ldm, "class_names": ["normal", "tb"], "trained_classes": [0, 1],
@@ -73,29 +76,22 @@ def test_the_unet_gives_the_same_output_there(tmp_path, ldm):
         assert largest(ours, denoiser.unet(x, t, y.flip(0))) > 1e-3  # the class matters
 
 
-@pytest.mark.parametrize("vae", [
-    {}, {"quant_conv": True, "attn_res": ()}, {"ch_mults": (1, 1, 2), "num_res_blocks": 2}])
-def test_the_autoencoder_gives_the_same_output_there(tmp_path, vae):
+@pytest.mark.parametrize("kind, vae", [
+    (diffusers.AutoencoderKL, {}), (diffusers.AutoencoderKL, {"quant_conv": True, "attn_res": ()}),
+    (diffusers.AutoencoderKL, {"ch_mults": (1, 1, 2), "num_res_blocks": 2}),
+    (exported_pipeline.CXRAutoencoder, {"patch_size": 2, "ch_mults": (1, 2)}),
+    (exported_pipeline.CXRAutoencoder, {"linear_path": True}),
+    (exported_pipeline.CXRAutoencoder,
+     {"patch_size": 4, "ch_mults": (1,), "linear_path": True, "quant_conv": True})])
+def test_the_autoencoder_gives_the_same_output_there(tmp_path, kind, vae):
     _, net, _ = exported(tmp_path, vae=vae)
-    theirs = diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae")
-    x, z = torch.rand(2, 1, 32, 32) * 2 - 1, torch.randn(2, *LATENT)
+    theirs = kind.from_pretrained(tmp_path / "vae")
+    x, z = torch.rand(2, 1, 32, 32) * 2 - 1, torch.randn(2, *net.latent_shape)
     posterior = theirs.encode(x).latent_dist
     assert largest(net.encode(x).mean, posterior.mean) < 1e-5
     assert largest(net.encode(x).logvar, posterior.logvar) < 1e-5
     assert largest(net.decode(z), theirs.decode(z).sample) < 1e-5
     assert theirs.config.scaling_factor == 0.7
-
-
-@pytest.mark.parametrize("vae", [
-    {"patch_size": 2, "ch_mults": (1, 2)}, {"linear_path": True},
-    {"patch_size": 4, "ch_mults": (1,), "linear_path": True, "quant_conv": True}])
-def test_so_does_one_that_only_the_pipeline_knows(tmp_path, vae):
-    _, net, pipeline = exported(tmp_path, vae=vae)
-    x, z = torch.rand(2, 1, 32, 32) * 2 - 1, torch.randn(2, *net.latent_shape)
-    posterior = pipeline.vae.encode(x).latent_dist
-    assert largest(net.encode(x).mean, posterior.mean) < 1e-5
-    assert largest(net.encode(x).logvar, posterior.logvar) < 1e-5
-    assert largest(net.decode(z), pipeline.vae.decode(z).sample) < 1e-5
 
 
 @pytest.mark.parametrize("process", [
@@ -129,14 +125,11 @@ def evaluated(workspace):
     """workspace whose LDM has an evaluation.json with hardly any copies."""
     w = workspace
     report = {
-        "ckpt": str(w.ldm_ckpt), "ckpt_sha256": experiment.sha256_file(w.ldm_ckpt), "split": "val",
-        "sampler": "dpmpp_sde", "num_sampling_steps": 20, "guidance_scale": 1.0,
-        "num_samples": {"normal": 100, "tb": 100}, "features": {"vae": "means"},
-        "groups": {"vae": {"all": {
-            "samples": {"num": 200, "fid": 1.25, "kid": 0.5}, "baseline": {"num": 16, "fid": 0.75,
-                                                                         "kid": 0.25}}}},
+        "ckpt": str(w.ldm_ckpt), "ckpt_sha256": run.sha256_file(w.ldm_ckpt), "split": "val",
+        "sampler": "dpmpp_2m_sde", "num_sampling_steps": 20, "guidance_scale": 1.0,
+        "num_samples": {"normal": 100, "tb": 100},
         "copies": {"share": 0.02, "expected": 0.01, "probability": 0.2, "distinct": 16},
-        "verdicts": [{"metric": "copies/share", "level": "ok", "value": "0.02", "meaning": "m"}]}
+        "verdicts": [{"metric": "fid (vae)", "level": "ok", "value": "1.25", "meaning": "as 0.75"}]}
 
     def write(**changes):
         path = w.out / "l" / "evaluation.json"
@@ -162,8 +155,8 @@ def test_export_writes_a_folder_that_samples_by_itself(evaluated, tmp_path):
     for one, other in ((0, 1), (0, 2)):  # of a class, and of two with the same number
         assert np.abs(drawn[one].astype(int) - drawn[other]).mean() > 3
     card = (moved / "README.md").read_text()
-    for text in ("normal (8), tb (8)", "synthetic", "1.25 | 0.75", "0.5 | 0.25", "2.0 % of 200",
-                 "0.8 to 5.0 %", "scale factor"):
+    for text in ("normal (8), tb (8)", "synthetic", "2.0 % of 200", "0.8 to 5.0 %",
+                 "| OK | fid (vae) | 1.25 | as 0.75 |"):
         assert text in card, text
 
 
@@ -172,56 +165,57 @@ def test_copies_are_not_handed_on_unless_asked_for(evaluated, tmp_path, capsys):
     evaluated.write_evaluation(copies=copies, verdicts=[{
         "metric": "copies/share", "level": "bad", "value": "0.5", "meaning": "so many"}])
     argv = [str(evaluated.ldm_ckpt), str(tmp_path / "made")]
-    for flags in ((), ("--without_evaluation",)):  # it was evaluated, and it counts
-        assert "50.0 % of the samples" in error_of(capsys, export.main, [*argv, *flags])
+    assert "50.0 % of the samples" in error_of(capsys, export.main, argv)
     assert not (tmp_path / "made").exists()
     export.main([*argv, "--allow_copies"])
     card = (tmp_path / "made" / "README.md").read_text()
-    assert "50.0 % of 200" in card and "BAD copies/share 0.5: so many" in card
+    assert "50.0 % of 200" in card and "| BAD | copies/share | 0.5 | so many |" in card
 
 
 def test_a_model_that_was_not_evaluated_is_not_handed_on(evaluated, tmp_path, capsys):
     argv = [str(evaluated.ldm_ckpt), str(tmp_path / "made")]
     for changes, reason in (
-            ({"ckpt_sha256": "another"}, "not of"), ({"num_samples": {"tb": 200}}, "class normal"),
-            ({"num_samples": {"normal": 3, "tb": 3}}, "6 samples"), ({}, "no ")):
+            ({"ckpt_sha256": "another"}, "not of"), ({"num_samples": {"tb": 200}}, "all classes"),
+            ({"num_samples": {"normal": 3, "tb": 3}}, "100 samples"), ({}, "missing")):
         path = evaluated.write_evaluation(**changes)
         if not changes:
             path.unlink()
         message = error_of(capsys, export.main, argv)
         assert reason in message and "evaluate.py --ckpt=" in message
         assert f"--data_root={evaluated.data}" in message
-    export.main([*argv, "--without_evaluation"])
+    export.main([*argv, "--allow_copies"])
     assert "Not evaluated" in (tmp_path / "made" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("damage", [
-    {"groups": None}, {"copies": {"share": 0.0, "probability": 1.0}}, {"verdicts": [1]},
-    {"features": {}}])
+    {"num_samples": 3}, {"copies": {"share": 0.0}}, {"verdicts": [1]}, {"split": None, "sampler": 0,
+                                                                       "verdicts": None}])
 def test_a_damaged_evaluation_is_one_line(evaluated, tmp_path, capsys, damage):
     evaluated.write_evaluation(**damage)
     message = error_of(capsys, export.main, [str(evaluated.ldm_ckpt), str(tmp_path / "made")])
     assert "run evaluate.py again" in message and not (tmp_path / "made").exists()
 
 
-def test_the_card_says_what_the_model_was_made_of(evaluated, tmp_path):
-    w = evaluated
-    common = [*w.common, f"--config={w.ldm_config}", f"--ae_ckpt_path={w.vae_ckpt}"]
-    run("train_ldm.py", *common, f"--init_from={w.ldm_ckpt}", "--class_filter=1", "--augment=2",
-        "--max_steps=2", "--run_name=child")
-    run("export.py", w.out / "child/ckpts/last.pt", tmp_path / "made", "--without_evaluation")
-    card = (tmp_path / "made" / "README.md").read_text()
-    assert "| tb (8) |" in card and "normal" not in card
-    for text in ("started from the model l,", "2 augmented versions", "trained on phantom/TB"):
-        assert text in card, text
-    assert json.loads((tmp_path / "made/classes.json").read_text())["classes"] == {"tb": 1}
+def test_the_card_says_what_the_model_was_made_of(evaluated):
+    checkpoint = run.load_checkpoint(evaluated.ldm_ckpt, "ldm")
+    nasty = "tb\n\n# Approved | for diagnosis\r\n"
+    checkpoint["args"] |= {"init_from": "/home/me/runs/parent/ckpts/best.pt", "augment": 2,
+                           "overfit_k": 8}
+    checkpoint |= {"class_names": ["normal", nasty], "trained_classes": [1]}
+    meta = {"data": [["normal", 5, ""], [nasty, 8, ""]], "world_size": 3, "git_commit": "abc"}
+    vae_settings = run.load_checkpoint(evaluated.vae_ckpt, "vae", weights=False)["args"]
+    card = export.model_card(checkpoint, vae_settings, meta, None)
+    for text in ("| tb # Approved \\| for diagnosis (8) |", "from the model parent,", "/home",
+                 "2 augmented copies", "| autoencoder | phantom/TB, split train |", "normal",
+                 "8, to memorise them", "steps of 24 images", "Not evaluated"):
+        assert (text in card) == (text not in ("/home", "normal")), text
 
 
 def test_a_folder_with_something_in_it_is_left_alone(evaluated, tmp_path, capsys):
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / "mine.txt").write_text("mine")
     argv = [str(evaluated.ldm_ckpt), str(tmp_path / "made")]
-    assert "is there already" in error_of(capsys, export.main, argv)
+    assert "exists" in error_of(capsys, export.main, argv)
     assert [p.name for p in (tmp_path / "made").iterdir()] == ["mine.txt"]
 
 
@@ -266,9 +260,7 @@ SD = (128, 256, 512, 512)  # sd-vae-ft-mse
 def test_an_autoencoder_of_theirs_is_the_same_here(tmp_path, channels, widths, attention,
                                                    quant_conv, size):
     theirs = make_theirs(tmp_path / "vae", channels, widths, attention, quant_conv)
-    args = train_vae.parse_args([f"--init_from={tmp_path}", f"--img_size={size}"])
-    models = train_vae.build_models(args, CPU)
-    train_vae.init_weights(models, args.init_from)
+    models = started(tmp_path, size)
     x = torch.rand(1, 1, size, size) * 2 - 1
     z = torch.randn(1, *models.vae.latent_shape)
     with torch.no_grad():
@@ -312,9 +304,9 @@ def test_weights_that_do_not_fit_are_named(tmp_path, capsys):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {
         "use_quant_conv": False, "use_post_quant_conv": False}))
-    args = train_vae.parse_args([f"--init_from={tmp_path}", "--img_size=32"])
-    models = train_vae.build_models(args, CPU)
-    assert "quant_conv" in error_of(capsys, train_vae.init_weights, models, args.init_from)
+    assert "quant_conv" in error_of(capsys, started, tmp_path)
+    (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"x" * 99)
+    assert "download it again" in error_of(capsys, started, tmp_path)
 
 
 def test_another_shape_than_that_of_the_start_is_refused(tmp_path, capsys):
@@ -324,14 +316,14 @@ def test_another_shape_than_that_of_the_start_is_refused(tmp_path, capsys):
     assert "--init_from" in error_of(capsys, train_vae.parse_args, ["--max_steps=0"])
 
 
-def test_a_start_that_is_refused_leaves_no_run(stages, tmp_path, quick):
+def test_a_refused_start_leaves_no_run(stages, tmp_path, quick):
     make_theirs(tmp_path / "theirs")
     (tmp_path / "theirs/diffusion_pytorch_model.safetensors").unlink()
     for argv in (["train_vae.py", f"--init_from={tmp_path}/theirs", "--img_size=32"],
                  ["train_ldm.py", f"--init_from={stages.vae_ckpt}", f"--config={stages.ldm_config}",
                   f"--ae_ckpt_path={stages.vae_ckpt}"]):
         done = quick(*argv, f"--data_root={stages.data}", f"--output_root={tmp_path}/runs")
-        assert done.code == experiment.EXIT_FAILED and done.err.count("\n") == 1
+        assert done.code == EXIT_FAILED and done.err.count("\n") == 1
         assert not [p for p in (tmp_path / "runs").glob("*") if p.name != "cache"]
 
 
@@ -346,24 +338,19 @@ def test_the_stages_go_on_from_it_without_training(stages, tmp_path):
     run("find_latent_scale.py", *common, f"--ae_ckpt_path={tmp_path}/v/ckpts/last.pt")
     run("train_ldm.py", *common, f"--config={stages.ldm_config}", "--run_name=l", "--max_steps=4",
         f"--ae_ckpt_path={tmp_path}/v/ckpts/last.pt")
-    run("export.py", tmp_path / "l/ckpts/best.pt", tmp_path / "out", "--without_evaluation")
-    again, _, _ = experiment.load_autoencoder(tmp_path / "v/ckpts/last.pt", CPU)
+    run("export.py", tmp_path / "l/ckpts/best.pt", tmp_path / "out", "--allow_copies")
+    again, _, _ = sample.load_autoencoder(tmp_path / "v/ckpts/last.pt", CPU)
     back = diffusers.AutoencoderKL.from_pretrained(tmp_path / "out" / "vae")
     z = torch.randn(1, *again.latent_shape)
     with torch.no_grad():
         assert largest(again.decode(z), back.decode(z).sample) < 1e-5
 
 
-def test_a_run_of_ours_is_a_start_too(stages, tmp_path):
-    common = [f"--data_root={stages.data}", f"--output_root={tmp_path}"]
-    out, _ = run("train_vae.py", *common, f"--init_from={stages.vae_ckpt}", "--max_steps=0",
-                 "--run_name=v")
-    before, after = (experiment.load_checkpoint(path, "vae")
-                     for path in (stages.vae_ckpt, tmp_path / "v/ckpts/last.pt"))
-    for name, value in before["ema"].items():
-        assert torch.equal(after["model"][name], value)
-        assert torch.equal(after["ema"][name], value)
-    run("train_vae.py", *common, f"--init_from={stages.vae_ckpt}", "--max_steps=3",
-        "--run_name=w")
-    trained = experiment.load_checkpoint(tmp_path / "w/ckpts/last.pt", "vae")
-    assert any(not torch.equal(trained["model"][k], v) for k, v in before["ema"].items())
+def test_a_run_of_ours_is_a_start_too(stages):
+    argv = [f"--init_from={stages.vae_ckpt}", f"--config={stages.vae_config}"]
+    models = train_vae.build_models(train_vae.parse_args(argv), CPU)
+    train_vae.init_weights(models, stages.vae_ckpt)
+    expected = run.load_checkpoint(stages.vae_ckpt, "vae")["ema"]
+    for module in (models.vae, models.ema.module):
+        for name, value in module.state_dict().items():
+            assert torch.equal(value, expected[name])

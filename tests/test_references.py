@@ -14,11 +14,12 @@ from test_diffusion import gaussian, quantiles
 from test_model import perturb, randn, tiny_unet
 
 import diffusion
-import experiment
 import model
 import train_ldm
 import train_vae
 from lib import metrics
+import sample
+from lib import dist
 
 linalg = pytest.importorskip("scipy.linalg")
 stats = pytest.importorskip("scipy.stats")
@@ -30,7 +31,7 @@ prdc = pytest.importorskip("prdc")
 diffusers = pytest.importorskip("diffusers")
 training_utils = pytest.importorskip("diffusers.training_utils")
 
-PROCS = experiment.Processes(0, 1, torch.device("cpu"), torch.float32, False)
+PROCS = dist.DistContext(0, 1, torch.device("cpu"), torch.float32, False)
 
 
 # --- reconstruction -----------------------------------------------------------------------------
@@ -215,9 +216,9 @@ TERMINAL = [("linear", True), ("cosine", True)]
 TWINS = [(sampler, kind, how, *schedule) for sampler, kind, how, schedules in (
     ("ddim", diffusers.DDIMScheduler, {"clip_sample": False}, VP + TERMINAL),
     ("ancestral", diffusers.DDPMScheduler, {"clip_sample": False}, VP + TERMINAL),
-    ("dpmpp", diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"},
+    ("dpmpp_2m", diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"},
      VP + FLOW),
-    ("dpmpp_sde", diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"},
+    ("dpmpp_2m_sde", diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"},
      VP + FLOW)) for schedule in schedules]
 
 
@@ -298,10 +299,10 @@ def test_samples_in_bf16_are_those_in_float32():
     torch.manual_seed(0)
     schedule = diffusion.NoiseSchedule("cosine", True)
     denoiser = diffusion.Denoiser(tiny_unet(seed=1), schedule, "v")
-    args = SimpleNamespace(seed=0, sampler="dpmpp", num_sampling_steps=5, guidance_scale=1.0,
+    args = SimpleNamespace(seed=0, sampler="dpmpp_2m", num_sampling_steps=5, guidance_scale=1.0,
                            guidance_interval=(0.0, 1.0))
     exact, rounded = (
-        experiment.sample_latents(denoiser, (4, 8, 8), [(0, i) for i in range(4)], ["tb"], args,
+        sample.sample_latents(denoiser, (4, 8, 8), [(0, i) for i in range(4)], ["tb"], args,
                                   PROCS._replace(dtype=dtype))
         for dtype in (torch.float32, torch.bfloat16))
     peak = exact.abs().max()

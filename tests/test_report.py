@@ -14,10 +14,10 @@ import pytest
 from conftest import error_of
 from PIL import Image
 
-import experiment
-import metrics
 import report
 from lib.html import VOID
+from lib import metrics, run, verdicts
+from lib.files import EXIT_FAILED, read_meta
 
 NASTY = "<img src=x onerror=alert(1)>"
 CHROMIUM = shutil.which("chromium-headless-shell") or shutil.which("chromium")
@@ -133,10 +133,10 @@ def test_ldm_page_shows_curves_samples_and_verdicts(stages, workspace, quick):
     for v in summary["verdicts"]:
         assert f"{v['level'].upper()} {v['metric']} {v['value']} {v['meaning']}" in seen.words
         assert v["level"] == "ok" or v["advice"] in seen.words
-    meta = experiment.read_meta(folder)
+    meta = read_meta(folder)
     assert meta["git_commit"] in seen.words and f"torch {meta['packages']['torch']}" in seen.words
     assert "finished at step 20" in seen.words and "normal 8, tb 8" in seen.words
-    assert f"wall time {experiment.time_text(summary['wall_seconds'])}" in seen.words
+    assert f"wall time {run.time_text(summary['wall_seconds'])}" in seen.words
     changed = seen.words.split("not the defaults")[1].split("all settings")[0]
     assert "lr 0.001" in changed and "seed" not in changed
     assert "Not measured: run evaluate.py" in seen.words
@@ -201,16 +201,16 @@ def test_gaps_and_single_points_are_drawn(make_run, capsys):
 
 def test_gradient_norms_are_drawn_as_logarithms(make_run, capsys):
     norms = (1.0, 10.0, 100.0, 0.0)
-    records = [{"step": i, metrics.GRAD: norm} for i, norm in enumerate(norms)]
+    records = [{"step": i, verdicts.GRAD: norm} for i, norm in enumerate(norms)]
     [curves] = made(capsys, make_run("r", records)).curves.values()
-    a, b, c = heights(curves[metrics.GRAD])  # no 0
+    a, b, c = heights(curves[verdicts.GRAD])  # no 0
     assert a - b == pytest.approx(b - c, abs=0.2)
 
 
 def test_lowest_val_loss_is_marked_and_its_samples_shown(make_run, capsys):
     losses = [5, 4, 3, 2, 2.5, 3, 3.5, 4, 4.5, 5.0]
-    records = [{"step": 10 * e, "epoch": e, metrics.VAL: float(losses[e - 1]),
-                metrics.VAL_TRAIN: 5.0 - 0.1 * e} for e in range(1, 11)]
+    records = [{"step": 10 * e, "epoch": e, verdicts.VAL: float(losses[e - 1]),
+                verdicts.VAL_TRAIN: 5.0 - 0.1 * e} for e in range(1, 11)]
     folder = make_run("r", records, classes=["tb"], epochs=range(1, 11))
     seen = made(capsys, folder)
     assert "lowest val/loss: epoch 4" in seen.words
@@ -225,7 +225,7 @@ def test_lowest_val_loss_is_marked_and_its_samples_shown(make_run, capsys):
 
 def test_names_are_escaped(make_run, capsys):
     records = [*logged(3), {"step": 40, "epoch": 4, f"{NASTY}": 1.0}]
-    verdict = metrics.Verdict(NASTY, "bad", "1", NASTY, NASTY)._asdict()
+    verdict = verdicts.Verdict(NASTY, "bad", "1", NASTY, NASTY)._asdict()
     folder = make_run(f"run {NASTY}", records, {"step": 40, "verdicts": [verdict]},
                       classes=[NASTY], note=NASTY)
     (folder / "evaluation.json").write_text(json.dumps({
@@ -305,7 +305,7 @@ def places(value, path=()):
 
 @pytest.mark.parametrize("name", ["summary.json", "evaluation.json", "run_meta.json"])
 def test_curves_are_shown_whatever_a_file_holds(make_run, capsys, name):
-    verdict = metrics.Verdict("train/loss", "bad", "1", "m", "a")._asdict()
+    verdict = verdicts.Verdict("train/loss", "bad", "1", "m", "a")._asdict()
     folder = make_run("r", logged(3), {"step": 30, "wall_seconds": 5.0, "verdicts": [verdict]},
                       classes=["tb"])
     row = {"num": 5, "fid": 1.0}
@@ -346,7 +346,7 @@ def test_what_is_no_run_is_one_line(workspace, make_run, tmp_path, quick):
     def refused(*argv):
         result = quick("report.py", *argv)
         lines = result.err.splitlines()
-        assert result.code == experiment.EXIT_FAILED and len(lines) == 1, result.err
+        assert result.code == EXIT_FAILED and len(lines) == 1, result.err
         return lines[0]
 
     assert "give one such as runs/ldm_tb" in refused(workspace.ldm_ckpt)
@@ -407,11 +407,11 @@ def test_real_images_are_written_as_training_sees_them(stages):
 
 def test_run_time_adds_up_over_stops(workspace, quick):
     folder, path = workspace.out / "l", workspace.ldm_ckpt
-    checkpoint = experiment.load_checkpoint(path, "ldm")
+    checkpoint = run.load_checkpoint(path, "ldm")
     assert checkpoint["seconds"] > 0
     experiment.save_checkpoint(path, "ldm", checkpoint | {"seconds": 3600.0})
     assert quick("train_ldm.py", f"--resume_dir={folder}", "--max_steps=21").code == 0
-    assert experiment.load_checkpoint(path, "ldm")["seconds"] > 3600
+    assert run.load_checkpoint(path, "ldm")["seconds"] > 3600
     assert quick("report.py", folder).code == 0
     assert "wall time 1 h 00 min" in Seen(folder / "report.html").words
 

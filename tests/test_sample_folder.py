@@ -9,7 +9,6 @@ from conftest import error_of, run, tree_hashes, write_png
 from PIL import Image
 
 import evaluate
-import experiment
 import sample
 
 FEW = ["--num_samples=2", "--num_sampling_steps=2", "--device=cpu"]
@@ -111,7 +110,7 @@ def test_a_run_that_was_broken_off_is_told_and_goes_on(workspace, monkeypatch, c
             "--device=cpu"]
     measure = [f"--samples_dir={folder}", *workspace.common, "--classifier_steps=1",
                "--device=cpu"]
-    save_image = experiment.save_image
+    save_image = run.save_image
 
     def three_times(path, x):
         nonlocal count

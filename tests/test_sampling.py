@@ -7,13 +7,14 @@ import pytest
 import torch
 
 import diffusion
-import experiment
 import model
-from args import interval
+from lib.args import interval
+import sample
+from lib import dist
 
 CLASSES = ["normal", "tb", "covid"]
 LATENT = (2, 8, 8)
-PROCS = experiment.Processes(0, 1, torch.device("cpu"), torch.float32, False)
+PROCS = dist.DistContext(0, 1, torch.device("cpu"), torch.float32, False)
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +28,12 @@ def denoiser():
 
 
 def latents(denoiser, samples, sampler="ancestral", seed=0, class_names=CLASSES, steps=4, scale=3.0,
-            progress=None, interval=(0.0, 1.0), procs=PROCS):
+            progress=None, interval=(0.0, 1.0), ctx=PROCS):
     args = SimpleNamespace(
         seed=seed, sampler=sampler, num_sampling_steps=steps, guidance_scale=scale,
         guidance_interval=interval)
-    return experiment.sample_latents(
-        denoiser, LATENT, samples, class_names, args, procs, progress)
+    return sample.sample_latents(
+        denoiser, LATENT, samples, class_names, args, ctx, progress)
 
 
 def test_guidance_is_on_inside_its_interval_only(denoiser, monkeypatch):
@@ -53,15 +54,15 @@ def test_guidance_is_on_inside_its_interval_only(denoiser, monkeypatch):
 
 
 def test_in_bf16_weights_are_cast_once_for_the_same_samples(denoiser):
-    procs = PROCS._replace(dtype=torch.bfloat16)
-    cast = experiment.cast_weights(denoiser, procs)
+    ctx = PROCS._replace(dtype=torch.bfloat16)
+    cast = sample.cast_weights(denoiser, ctx)
     dtypes = {p.dtype for p in cast.parameters()}
     assert dtypes == {torch.bfloat16, torch.float32}  # those of norms and embeddings stay
-    for other in (PROCS, procs._replace(compile=True)):
-        assert experiment.cast_weights(denoiser, other) is denoiser
-    once = latents(cast, [(0, 0), (1, 1)], procs=procs)
+    for other in (PROCS, ctx._replace(compile=True)):
+        assert sample.cast_weights(denoiser, other) is denoiser
+    once = latents(cast, [(0, 0), (1, 1)], ctx=ctx)
     assert {p.dtype for p in denoiser.parameters()} == {torch.float32}
-    assert torch.equal(once, latents(denoiser, [(0, 0), (1, 1)], procs=procs))
+    assert torch.equal(once, latents(denoiser, [(0, 0), (1, 1)], ctx=ctx))
 
 
 def test_all_batches_share_the_cast_weights(denoiser, monkeypatch):
@@ -72,9 +73,9 @@ def test_all_batches_share_the_cast_weights(denoiser, monkeypatch):
         return torch.zeros(len(wanted), *LATENT)
     monkeypatch.setattr(experiment, "sample_latents", spy)
     monkeypatch.setattr(experiment, "decode_latents", lambda vae, z, *rest: z)
-    procs = PROCS._replace(dtype=torch.bfloat16)
+    ctx = PROCS._replace(dtype=torch.bfloat16)
     vae = SimpleNamespace(latent_shape=LATENT)
-    list(experiment.sample_batches(denoiser, vae, 1.0, [(0, 0), (0, 1)], CLASSES, None, procs, 1,
+    list(sample.sample_batches(denoiser, vae, 1.0, [(0, 0), (0, 1)], CLASSES, None, ctx, 1,
                                    None))
     assert seen[0] is seen[1]
     assert {p.dtype for p in seen[0].parameters()} == {torch.bfloat16, torch.float32}
@@ -97,7 +98,7 @@ def test_a_sample_does_not_depend_on_its_batch(denoiser, sampler):
         assert torch.allclose(latents(denoiser, [one], sampler), together[i:i + 1], atol=1e-4)
 
 
-@pytest.mark.parametrize("sampler", ["ancestral", "dpmpp_sde", "ddim"])
+@pytest.mark.parametrize("sampler", ["ancestral", "dpmpp_2m_sde", "ddim"])
 def test_a_sample_depends_on_seed_class_name_and_number(denoiser, sampler):
     base = latents(denoiser, [(0, 0)], sampler)
     assert torch.equal(base, latents(denoiser, [(0, 0)], sampler))
@@ -118,7 +119,7 @@ def test_a_sample_depends_on_seed_class_name_and_number(denoiser, sampler):
 
 @torch.no_grad()
 def test_a_sample_is_guided_ddim_from_the_noise_of_its_own_key(denoiser):
-    rng = experiment.generator("cpu", 5, "sample", "tb", 3)
+    rng = dist.generator("cpu", 5, "sample", "tb", 3)
     x = torch.randn(LATENT, generator=rng)[None]
     for i in range(4):
         t, s = 1 - i / 4, 1 - (i + 1) / 4
@@ -148,12 +149,12 @@ def test_a_last_batch_is_filled_up_where_another_size_would_be_compiled(denoiser
     vae, seen = model.AutoencoderKL(16, 2, 8, (1, 2), 1).eval(), []
     sizes = denoiser.unet.register_forward_hook(lambda unet, inputs, out: seen.append(len(out)))
     wanted = [(i % 3, i) for i in range(7)]
-    args = SimpleNamespace(seed=0, sampler="dpmpp_sde", num_sampling_steps=2, guidance_scale=1.0,
+    args = SimpleNamespace(seed=0, sampler="dpmpp_2m_sde", num_sampling_steps=2, guidance_scale=1.0,
                            guidance_interval=(0.0, 1.0))
     drawn = {}
     for compiled in (False, True):
-        procs = PROCS._replace(compile=compiled)
-        parts = list(experiment.sample_batches(denoiser, vae, 1.0, wanted, CLASSES, args, procs, 4,
+        ctx = PROCS._replace(compile=compiled)
+        parts = list(sample.sample_batches(denoiser, vae, 1.0, wanted, CLASSES, args, ctx, 4,
                                                lambda done: None))
         assert [part for batch, _, _ in parts for part in batch] == wanted
         assert [len(x) for _, _, x in parts] == [4, 3]
@@ -168,9 +169,9 @@ def test_decode_latents_divides_by_the_scale():
     torch.manual_seed(0)
     vae = model.AutoencoderKL(16, 2, 8, (1, 2), 1).eval()
     z = torch.randn(5, 2, 8, 8)
-    x = experiment.decode_latents(vae, z, 0.25, PROCS, batch_size=2)
+    x = sample.decode_latents(vae, z, 0.25, PROCS, batch_size=2)
     assert x.shape == (5, 1, 16, 16)
     assert torch.allclose(x, vae.decode(4 * z).clamp(-1, 1), atol=1e-5)
-    assert not torch.allclose(x, experiment.decode_latents(vae, z, 1.0, PROCS), atol=0.05)
+    assert not torch.allclose(x, sample.decode_latents(vae, z, 1.0, PROCS), atol=0.05)
     vae.decoder[-1].bias += 100
-    assert torch.equal(experiment.decode_latents(vae, z, 1.0, PROCS), torch.ones(5, 1, 16, 16))
+    assert torch.equal(sample.decode_latents(vae, z, 1.0, PROCS), torch.ones(5, 1, 16, 16))

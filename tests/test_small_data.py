@@ -6,18 +6,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import read_jsonl, run
+from conftest import read_jsonl
 
 import data
 import diffusion
-import experiment
 import memorisation
-import metrics
 import model
 import train_ldm
 import train_vae
+import sample
+from lib import dist, run, verdicts
+from lib.files import EXIT_FAILED
 
-ALONE = experiment.Processes(0, 1, torch.device("cpu"), torch.float32, False)
+ALONE = dist.DistContext(0, 1, torch.device("cpu"), torch.float32, False)
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def evaluations(folder):
 def opened(workspace):
     """(LatentSet of the training images, autoencoder, its hash, settings)."""
     args = train_ldm.parse_args([*workspace.common, f"--config={workspace.ldm_config}"])
-    vae, settings, sha256 = experiment.load_autoencoder(workspace.vae_ckpt, ALONE)
+    vae, settings, sha256 = sample.load_autoencoder(workspace.vae_ckpt, ALONE)
     args.img_size = settings["img_size"]
     images = data.open_images(args, ALONE, "train")
     cache = workspace.out / "cache"
@@ -48,17 +49,13 @@ def opened(workspace):
 
 
 def test_val_loss_is_the_loss_of_the_averaged_weights(workspace, quick, ldm):
-    """Against a plain loop over the same draws; times are spread evenly, and draws stay the same.
-    """
+    """Compared with a plain loop over the same draws."""
     assert quick(*ldm, "--run_name=r", "--max_steps=6").code == 0
     logged = evaluations(workspace.out / "r")[6]
-    denoiser, _, checkpoint = experiment.load_ldm(workspace.out / "r/ckpts/last.pt", ALONE)
+    denoiser, _, checkpoint = sample.load_ldm(workspace.out / "r/ckpts/last.pt", ALONE)
     latents, vae, sha256, args = opened(workspace)
     scale = checkpoint["latent_scale_factor"]
-    watch = memorisation.Watch(latents, vae, sha256, scale, workspace.out / "cache", args, ALONE)
-    val = data.open_images(args, ALONE, "val", train=latents.images)
-    encoded = model.Posterior(*data.LatentSet(val, vae, sha256, workspace.out, ALONE, False)
-                              .posterior(np.arange(6)))
+    watch = memorisation.MemorisationMonitor(latents, vae, sha256, scale, workspace.out / "cache", args, ALONE)
     for name, inputs in (("val/loss", watch.val), ("val/train_loss", watch.train)):
         assert len(inputs.t) == 85 * 6 and (inputs.y.bincount() == 85 * 3).all()
         times = inputs.t.sort().values
@@ -69,19 +66,7 @@ def test_val_loss_is_the_loss_of_the_averaged_weights(workspace, quick, ldm):
             v = denoiser.unet(alpha * x0 + sigma * noise, t, y)
             losses.append((v - (alpha * noise - sigma * x0)).square().mean().item())
         assert logged[name] == pytest.approx(np.mean(losses), rel=1e-4)
-    # The latents are those of the validation images: over 85 draws the posterior's noise is small.
-    mean = watch.val.x0.view(85, 6, *vae.latent_shape).mean(0) / scale
-    tolerance = 4 * (0.5 * encoded.logvar.max()).exp().item() / 85**0.5 + 1e-3
-    assert (mean - encoded.mean).abs().max() < tolerance
     assert (watch.train.x0 - watch.val.x0).abs().max() > 0.1
-
-
-def test_two_processes_measure_the_same(workspace, quick, ldm):
-    assert quick(*ldm, "--run_name=one", "--max_steps=2").code == 0
-    run(*ldm, "--run_name=two", "--max_steps=2", "--batch_per_device=4", processes=2)
-    one, two = (evaluations(workspace.out / name)[2] for name in ("one", "two"))
-    for name in ("val/loss", "val/train_loss", "copies/share", "copies/probability"):
-        assert two[name] == pytest.approx(one[name], rel=1e-3), name
 
 
 def test_best_pt_is_of_the_lowest_val_loss_and_patience_stops(workspace, quick, ldm):
@@ -98,36 +83,28 @@ def test_best_pt_is_of_the_lowest_val_loss_and_patience_stops(workspace, quick, 
     path = folder / "ckpts/best.pt"
     assert f"the one to use: {path}, of epoch {best // 2}" in result.out
     assert f"sample.py --ckpt={path}" in result.out.splitlines()[-1]
-    stored = experiment.load_checkpoint(path, "ldm")
+    stored = run.load_checkpoint(path, "ldm")
     assert stored["step"] == best and stored["optimizer"] is None and stored["model"] is None
-    assert json.loads((folder / "summary.json").read_text())["best"]["step"] == best
     # Its weights are the averaged ones of that step.
     assert quick(*argv[:-3], *argv[-2:], "--run_name=short", "--sample_every=100",
                  f"--max_steps={best}").code == 0
-    weights = experiment.load_checkpoint(workspace.out / "short/ckpts/last.pt", "ldm")["ema"]
+    weights = run.load_checkpoint(workspace.out / "short/ckpts/last.pt", "ldm")["ema"]
     assert all(torch.equal(weights[k], v) for k, v in stored["ema"].items())
-    # Started again, it stops again; with more patience it goes on.
+    # Started again, it stops again; without patience it continues.
     again = quick(*argv, "--max_steps=200", "--patience=3")
     assert again.code == 0 and f"stopped at step {best + 6} of 200" in again.out
-    assert evaluations(folder).keys() == found.keys()
     assert quick(*argv, f"--max_steps={best + 8}", "--patience=0").code == 0
-    assert max(evaluations(folder)) == best + 8
+    assert evaluations(folder).keys() == found.keys() | {best + 8}
 
 
-def test_best_pt_is_sampled_and_evaluated_and_holds_no_raw_weights(workspace, quick, ldm):
-    assert quick(*ldm, "--run_name=r", "--max_steps=2").code == 0
-    best = workspace.out / "r/ckpts/best.pt"
-    few = ["--num_samples=1", "--num_sampling_steps=2"]
-    folders = []
-    for ckpt in (best, best.with_name("last.pt")):
-        folders.append(workspace.root / ckpt.stem)
-        assert quick("sample.py", f"--ckpt={ckpt}", *few, f"--out_dir={folders[-1]}").code == 0
-    one, two = ((folder / "tb_00000.png").read_bytes() for folder in folders)
-    assert one == two  # the same weights here
-    result = quick("sample.py", f"--ckpt={best}", *few, "--no-use_ema")
-    assert result.code == experiment.EXIT_FAILED and "averaged weights alone" in result.err
-    result = quick("sample.py", f"--ckpt={workspace.out / 'r'}")
-    assert f"give {best}" in result.err
+def test_best_pt_is_sampled_and_holds_no_raw_weights(workspace, quick):
+    best = workspace.out / "l/ckpts/best.pt"
+    argv = ["sample.py", f"--ckpt={best}", "--num_samples=1", "--num_sampling_steps=2"]
+    assert quick(*argv).code == 0
+    result = quick(*argv, "--no-use_ema", f"--out_dir={workspace.root / 's'}")
+    assert result.code == EXIT_FAILED and "averaged weights alone" in result.err
+    result = quick("sample.py", f"--ckpt={workspace.out / 'l'}")  # a run folder
+    assert result.code == EXIT_FAILED and f"give {best}" in result.err
 
 
 def test_without_validation_images_there_is_no_best(workspace, quick, ldm):
@@ -146,23 +123,22 @@ def test_without_validation_images_there_is_no_best(workspace, quick, ldm):
 
 
 def test_copies_among_the_last_samples_are_seen(workspace):
-    """Training images among the samples, also where one of them stands in `val` too; samples of
-    validation images are none."""
+    """Also of a training image that is in `val` too; validation images are no copies."""
     root = workspace.root / "d"
     shutil.copytree(workspace.data, root)
     shutil.copy(root / "TB/train/tb/00003.png", root / "TB/val/tb/copy.png")
     workspace.common = [f"--data_root={root}", f"--output_root={workspace.root / 'o'}"]
     latents, vae, sha256, args = opened(workspace)
-    watch = memorisation.Watch(latents, vae, sha256, 1.0, workspace.root / "o/cache", args, ALONE)
+    watch = memorisation.MemorisationMonitor(latents, vae, sha256, 1.0, workspace.root / "o/cache", args, ALONE)
     assert watch.num_val == 6
     real = latents.images.images(np.arange(16))
     val = data.open_images(args, ALONE, "val", train=latents.images).images(np.arange(6))
     rng = torch.Generator().manual_seed(0)
     slightly_off = (real + 0.02 * torch.randn(real.shape, generator=rng)).clamp(-1, 1)
-    assert metrics.health(watch.copies(val))[0].level == "ok"
+    assert verdicts.health(watch.copies(val))[0].level == "ok"
     found = watch.copies(slightly_off)
     assert found["copies/share"] == 16 / 22 and found["copies/expected"] == 1 / 17
-    assert metrics.health(found)[0].level == "bad"
+    assert verdicts.health(found)[0].level == "bad"
     for _ in range(memorisation.WINDOW):  # only the last evaluations count
         found = watch.copies(val)
     assert len(watch.recent) == 6 * memorisation.WINDOW and found["copies/share"] < 0.2
@@ -180,8 +156,8 @@ def test_a_run_starts_from_the_averaged_weights_of_another(workspace, quick, ldm
             f"--ae_ckpt_path={workspace.vae_ckpt}", "--max_steps=1", "--lr=0"]
     result = quick(*argv)
     assert result.code == 0 and "no class covid" in result.out, result.err
-    old = experiment.load_checkpoint(workspace.ldm_ckpt, "ldm")["ema"]
-    new = experiment.load_checkpoint(workspace.out / "n/ckpts/last.pt", "ldm")
+    old = run.load_checkpoint(workspace.ldm_ckpt, "ldm")["ema"]
+    new = run.load_checkpoint(workspace.out / "n/ckpts/last.pt", "ldm")
     assert new["class_names"] == ["covid", "normal", "tb"]
     for name, value in old.items():
         if name == "unet.class_emb.weight":
@@ -190,19 +166,12 @@ def test_a_run_starts_from_the_averaged_weights_of_another(workspace, quick, ldm
     torch.testing.assert_close(new["ema"], new["model"])
 
 
-INIT_ERRORS = {
-    "prediction": (["--prediction=x0"], "give --prediction=v"),
-    "shape": (["--ldm_base_ch=8"], "does not fit"),
-    "no file": (["--init_from=none.pt"], "no checkpoint at none.pt"),
-}
-
-
-@pytest.mark.parametrize("case", INIT_ERRORS)
-def test_weights_that_mean_nothing_are_refused(workspace, quick, ldm, case):
-    flags, says = INIT_ERRORS[case]
-    result = quick(*ldm, "--run_name=n", f"--init_from={workspace.ldm_ckpt}", "--max_steps=1",
-                   *flags)
-    assert result.code == experiment.EXIT_FAILED and says in result.err
+@pytest.mark.parametrize("flag, says", [
+    ("--prediction=x0", "give --prediction=v"), ("--ldm_base_ch=8", "does not fit"),
+    ("--init_from=none.pt", "no checkpoint at none.pt")])
+def test_weights_that_mean_nothing_are_refused(workspace, quick, ldm, flag, says):
+    result = quick(*ldm, f"--init_from={workspace.ldm_ckpt}", "--max_steps=1", flag)
+    assert result.code == EXIT_FAILED and says in result.err
     assert "Traceback" not in result.err
 
 
@@ -210,8 +179,7 @@ def test_weights_that_mean_nothing_are_refused(workspace, quick, ldm, case):
 
 
 def centre(x):
-    """(right, down) of the centre of brightness of images [B, 1, S, S], in pixels from the middle:
-    [B, 2]."""
+    """Centre of brightness of images [B, 1, S, S]: (right, down) pixels from the middle, [B, 2]."""
     side = x.shape[-1]
     weight = (x[:, 0] + 1).clamp_min(0)
     places = torch.arange(side) - (side - 1) / 2
@@ -273,20 +241,18 @@ def test_half_of_the_images_of_a_step_are_as_they_are(workspace):
     assert all(abs(count - 1600 / 3) < 90 for count in counts[1:])
     alone = train_ldm.draw_versions(16, 7, args, ALONE)
     assert (alone == drawn[7]).all()  # whatever the number of processes
-    assert train_ldm.draw_versions(4, 0, train_ldm.parse_args([]), ALONE).tolist() == [0] * 4
-    assert train_ldm.parse_args(["--mode=overfit_8"]).augment == 0
 
 
 @pytest.mark.parametrize("told", [True, False])
 def test_what_was_augmented_does_not_show_in_samples(told):
-    """A spot that is always in the middle, shifted in training: the samples of a network that is
-    told have it there, those of one that is not told have it anywhere."""
+    """A spot in the middle, shifted in training: only a network that is told where samples it
+    there."""
     args = train_ldm.parse_args(["--ldm_base_ch=16", "--ldm_ch_mults=1,2", "--ldm_num_res_blocks=1",
                                  "--ldm_attn_res=4", "--augment=1", "--lr=2e-3"])
     denoiser, ema, optimizer = train_ldm.build_models(args, ALONE, (1, 16, 16), 2)
     x = spot(0, 0, 16)
     rng = torch.Generator().manual_seed(0)
-    for step in range(400):
+    for step in range(250):
         numbers = torch.zeros(16, 6)
         numbers[:8, :2] = 4 * (torch.rand(8, 2, generator=rng) * 2 - 1)  # up to 4 pixels
         mean = data.augment(x.expand(16, -1, -1, -1), numbers)
@@ -295,7 +261,7 @@ def test_what_was_augmented_does_not_show_in_samples(told):
         train_ldm.train_step(denoiser, ema, optimizer, denoiser, [batch], 1.0, step, args, ALONE)
     y = torch.zeros(24, dtype=torch.long)
     samples = diffusion.sample(ema.module, y, lambda: torch.randn(24, 1, 16, 16, generator=rng),
-                               "dpmpp_sde", 10, 1.0, (0, 1))
+                               "dpmpp_2m_sde", 10, 1.0, (0, 1))
     off = centre(samples).abs().max(1).values
     assert (off.quantile(0.9) < 0.7) == told
 
@@ -308,11 +274,7 @@ def test_the_autoencoder_sees_half_of_its_images_changed(workspace):
     seen = torch.cat([train_vae.read_images(images, index, step, args, ALONE) for step in range(8)])
     same = (seen - x.repeat(8, 1, 1, 1)).abs().amax((1, 2, 3)) < 1e-3
     assert 0.35 < same.float().mean() < 0.65
-    assert len(seen.flatten(1).unique(dim=0)) > 16 * 3  # another change in each step
     first = [train_vae.read_images(images, index[r::2], 0, args, ALONE._replace(
         rank=r, world_size=2)) for r in range(2)]
     whole = train_vae.read_images(images, np.concatenate([index[::2], index[1::2]]), 0, args, ALONE)
     assert torch.equal(torch.cat(first), whole)
-    args.augment = False
-    assert torch.equal(train_vae.read_images(images, index, 0, args, ALONE), x)
-    assert not train_vae.parse_args(["--augment", "--overfit_k=4"]).augment

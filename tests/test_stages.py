@@ -14,11 +14,12 @@ import torch
 from conftest import ROOT, read_jsonl, run, start, tree_hashes
 from PIL import Image
 
-import args as command_line
-import experiment
 import model
 import train_ldm
 import train_vae
+from lib import args as command_line
+from lib import dist
+from lib.files import EXIT_FAILED, EXIT_STOPPED, fail
 
 DIVERSITY = {f"sample_diversity/{c}pairwise_mse_{k}"
              for c in ("", "normal/", "tb/") for k in ("mean", "std", "min", "max")}
@@ -77,19 +78,15 @@ def test_train_vae_leaves_the_files_of_the_contract(stages):
     assert grey(folder / "samples/recon_ep0050.png").shape == (2 * (32 + 16), 6 * 34 + 2)
 
 
-def test_an_autoencoder_is_judged_by_its_reconstructions(workspace, monkeypatch):
+def test_an_autoencoder_is_judged_by_its_reconstructions(workspace, quick):
     """The adversarial part of train/loss rises and falls with a judge that learns too."""
     log = workspace.out / "v/metrics.jsonl"
     records = [json.loads(line) for line in log.read_text().splitlines()]
-    judged = []
-
-    def health(values, losses, **how):
-        judged.extend(losses)
-        return []
-    monkeypatch.setattr(train_vae.metrics, "health", health)
-    train_vae.main(["--device=cpu", *workspace.common, f"--config={workspace.vae_config}",
-                    "--run_name=v", "--max_steps=100"])
-    assert judged == [r["train/rec"] for r in records if "train/rec" in r]
+    lines = [json.dumps(r | {"train/loss": None} if "train/loss" in r else r) for r in records]
+    log.write_text("".join(line + "\n" for line in lines))
+    assert quick("train_vae.py", f"--resume_dir={workspace.out / 'v'}").code == 0
+    levels = {v["metric"]: v["level"] for v in strict(workspace.out / "v/summary.json")["verdicts"]}
+    assert levels["train/loss"] == "ok"  # null is never ok
 
 
 def test_train_ldm_leaves_the_files_of_the_contract(stages):
@@ -119,7 +116,7 @@ def test_train_ldm_leaves_the_files_of_the_contract(stages):
     assert sorted(p.name for p in (folder / "samples").iterdir()) == [
         *(f"real_{c}.png" for c in ("normal", "tb")),
         *(f"sample_ep{e:04d}_{c}.png" for e in (5, 10) for c in ("normal", "tb"))]
-    state = experiment.load_checkpoint(stages.ldm_ckpt, "ldm")
+    state = run.load_checkpoint(stages.ldm_ckpt, "ldm")
     assert state["latent_scale_factor"] == scale["latent_scale_factor"] and state["step"] == 20
     assert not [k for k in state["model"] if "_orig_mod" in k or k.startswith("module.")]
 
@@ -141,31 +138,11 @@ def test_sample_leaves_images_manifest_and_grid(stages):
     assert DIVERSITY | LATENT <= strict(folder / "metrics.json").keys()
 
 
-def test_every_next_line_is_a_command_that_works(stages, workspace, quick):
-    """What each stage prints as the next command runs as it stands."""
-    def next_words(name):
-        command = re.search("^next: python (.*)$", stages.stdout[name], re.M).group(1)
-        return shlex.split(command.replace(str(stages.out), str(workspace.out)))
-
-    few = ["--num_samples=1", "--num_sampling_steps=2"]
-    for name, extra in (("train_vae", []), ("train_ldm", few)):
-        result = quick(*next_words(name), *extra, cwd=workspace.root)
-        assert result.code == 0, result.err
-    result = quick(*next_words("find_latent_scale"), f"--config={workspace.ldm_config}",
-                   "--max_steps=1", f"--output_root={workspace.out}")
-    assert result.code == 0, result.err
-
-
-@pytest.mark.parametrize("script", [
-    "train_vae.py", "find_latent_scale.py", "train_ldm.py", "sample.py"])
+@pytest.mark.parametrize("script", ["train_vae.py", "find_latent_scale.py", "train_ldm.py",
+                                    "sample.py", "evaluate.py", "report.py", "export.py"])
 def test_help_shows_arguments_and_defaults(quick, script):
     result = quick(script, "--help")
-    text = " ".join(result.out.split())
-    assert result.code == 0 and result.err == ""
-    for part in ("--config", "(default: auto)", "(default: 0)"):
-        assert part in text
-    assert ("--data_root" in text) == ("(default: TB)" in text) == (script != "sample.py")
-    assert quick("phantom.py", "--help").code == 0
+    assert result.code == 0 and result.err == "" and "(default:" in result.out
 
 
 READ = set()  # names of settings that were read
@@ -219,15 +196,16 @@ def test_a_stage_reads_every_flag_that_it_takes(workspace, quick, monkeypatch, n
     assert not unread, f"{name}.py takes flags that do nothing: {sorted(unread)}"
 
 
-def test_nothing_imports_a_stage_but_tests_and_the_benchmark():
+def test_library_and_stages_import_no_other_stage():
+    """But for the functions of sample.py, and for tests and the benchmark."""
     stages = {"train_vae", "train_ldm", "find_latent_scale", "sample", "evaluate", "report",
               "export", "bench", "gpu_check"}
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("slurm/*.py"), *ROOT.glob("config/*.py")]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("lib/*.py"), *ROOT.glob("slurm/*.py")]:
         nodes = list(ast.walk(ast.parse(path.read_text())))
         imported = {a.name for node in nodes if isinstance(node, ast.Import) for a in node.names}
         imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-        allowed = stages if path.name == "bench.py" else set()
-        assert not imported & (stages - allowed), path.name
+        allowed = {"sample"} if path.parent == ROOT else set()
+        assert not imported & (stages - allowed) or path.name == "bench.py", path.name
 
 
 # --- resuming ---
@@ -237,11 +215,11 @@ FINAL = ("model", "ema", "disc", "vae_optimizer", "disc_optimizer", "optimizer",
 
 
 def assert_same_run(a, b, kind):
-    one, two = (experiment.load_checkpoint(f / "ckpts/last.pt", kind) for f in (a, b))
+    one, two = (run.load_checkpoint(f / "ckpts/last.pt", kind) for f in (a, b))
     for key in FINAL:
         assert (key in one) == (key in two) and (key not in one or same(one[key], two[key])), key
     if kind == "ldm":
-        one, two = (experiment.load_checkpoint(f / "ckpts/best.pt", kind) for f in (a, b))
+        one, two = (run.load_checkpoint(f / "ckpts/best.pt", kind) for f in (a, b))
         assert one["step"] > 0 and all(same(one[key], two[key]) for key in ("ema", "step", "best"))
     assert read_jsonl(a / "metrics.jsonl") == read_jsonl(b / "metrics.jsonl")
     pictures = {p.name: p.read_bytes() for p in (a / "samples").iterdir()}
@@ -253,49 +231,28 @@ def assert_same_run(a, b, kind):
     assert ends[0] == ends[1]
 
 
-def stop_and_continue(script, args, folder, signals, after_line):
-    """Run, send each signal once a line `after_line` is out, go on, and let the last one finish."""
-    for number in signals:
-        process = start(script, *args)
-        out = []
-        for line in process.stdout:
-            out.append(line)
-            if after_line in line:
-                process.send_signal(number)
-                break
-        rest, err = process.communicate(timeout=300)
-        text = "".join(out) + rest
-        assert process.returncode == experiment.EXIT_STOPPED, text + err
-        assert f"stopped ({signal.Signals(number).name})" in text
-        assert f"--resume_dir={folder}" in text
-        assert not (folder / "summary.json").exists()
-        stopped_at = int(re.search(r"at step (\d+)", text).group(1))
-    out, _ = run(script, *args)
+def test_a_stopped_run_ends_like_one_that_was_not_stopped(stages, tmp_path):
+    """Here by a terminal that was closed; tests/robustness has the other signals."""
+    args = ["train_vae.py", f"--data_root={stages.data}", f"--output_root={tmp_path}",
+            f"--config={stages.vae_config}", "--max_steps=14", "--disc_start=2", "--log_every=1",
+            "--sample_every=5"]
+    run(*args, "--run_name=whole")
+    process = start(*args, "--run_name=parts")
+    for line in process.stdout:
+        if "step 4 " in line:
+            process.send_signal(signal.SIGHUP)
+            break
+    text, err = process.communicate(timeout=300)
+    assert process.returncode == EXIT_STOPPED, text + err
+    assert "stopped (SIGHUP)" in text and f"--resume_dir={tmp_path / 'parts'}" in text
+    assert not (tmp_path / "parts/summary.json").exists()
+    stopped_at = re.search(r"at step (\d+)", text).group(1)
+    out, _ = run(*args, "--run_name=parts")
     assert re.search(rf"continues at step\s+{stopped_at}\n", out)
-
-
-def test_a_vae_run_that_was_stopped_ends_like_one_that_was_not(stages, tmp_path):
-    args = [f"--data_root={stages.data}", f"--output_root={tmp_path}",
-            f"--config={stages.vae_config}", "--max_steps=26",
-            "--disc_start=10", "--log_every=1", "--sample_every=5"]
-    run("train_vae.py", *args, "--run_name=whole")
-    stop_and_continue("train_vae.py", [*args, "--run_name=parts"], tmp_path / "parts",
-                      [signal.SIGTERM], "step 4 ")
     assert_same_run(tmp_path / "whole", tmp_path / "parts", "vae")
 
 
-def test_an_ldm_run_that_was_stopped_ends_like_one_that_was_not(workspace):
-    args = [*workspace.common, f"--config={workspace.ldm_config}",
-            f"--ae_ckpt_path={workspace.vae_ckpt}", "--max_steps=50",
-            "--log_every=1", "--grad_accum=2", "--batch_per_device=3", "--sample_every=10"]
-    run("train_ldm.py", *args, "--run_name=whole")
-    stop_and_continue("train_ldm.py", [*args, "--run_name=parts"], workspace.out / "parts",
-                      [signal.SIGUSR1], "step 4 ")
-    assert_same_run(workspace.out / "whole", workspace.out / "parts", "ldm")
-
-
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("kind", ["vae", "ldm"])
+@pytest.mark.parametrize("kind, dtype", [("vae", "fp32"), ("ldm", "bf16")])
 def test_a_run_extended_by_max_steps_ends_like_a_longer_one(workspace, quick, kind, dtype):
     script = f"train_{kind}.py"
     own = {"vae": [f"--config={workspace.vae_config}", "--disc_start=2"],
@@ -313,40 +270,38 @@ def test_a_run_extended_by_max_steps_ends_like_a_longer_one(workspace, quick, ki
     assert_same_run(workspace.out / "whole", parts, kind)
 
 
-def test_the_first_log_line_after_a_resume_covers_the_steps_since(workspace, quick):
+def test_the_first_log_line_covers_the_steps_since_a_resume(workspace, quick):
     def logged(name):
         records = read_jsonl(workspace.out / name / "metrics.jsonl")
         return {r["step"]: r["train/loss"] for r in records if "train/loss" in r}
 
     args = ["train_ldm.py", *workspace.common, f"--config={workspace.ldm_config}",
-            f"--ae_ckpt_path={workspace.vae_ckpt}", "--log_every=4", "--run_name=r"]
-    assert quick(*args, "--max_steps=6").code == 0
-    assert quick(*args, "--max_steps=8").code == 0
-    lines = logged("r")
-    assert list(lines) == [4, 6, 8]
-    assert quick(*args[:-1], "--run_name=each", "--log_every=1", "--max_steps=8").code == 0
-    each = logged("each")
-    assert lines[8] == pytest.approx((each[7] + each[8]) / 2)
+            f"--ae_ckpt_path={workspace.vae_ckpt}", "--num_sampling_steps=2"]
+    assert quick(*args, "--run_name=r", "--log_every=4", "--max_steps=6").code == 0
+    assert quick(*args, "--run_name=r", "--max_steps=8").code == 0
+    assert quick(*args, "--run_name=each", "--log_every=1", "--max_steps=8").code == 0
+    lines, each = logged("r"), logged("each")
+    assert list(lines) == [4, 6, 8] and lines[8] == pytest.approx((each[7] + each[8]) / 2)
 
 
 @pytest.mark.parametrize("script, name", [("train_vae.py", "v"), ("train_ldm.py", "l")])
 def test_continuing_a_finished_run_changes_nothing(workspace, quick, script, name):
+    def files():
+        return {p: v for p, v in tree_hashes(folder).items() if p != "run_meta.json"}
     folder = workspace.out / name
-    before = {p: v for p, v in tree_hashes(folder).items() if p != "run_meta.json"}
-    summary = strict(folder / "summary.json")
+    before = files()
     result = quick(script, f"--resume_dir={folder}")
     assert result.code == 0, result.err
-    assert strict(folder / "summary.json") == summary
-    assert {p: v for p, v in tree_hashes(folder).items() if p != "run_meta.json"} == before
+    assert files() == before
 
 
 def test_a_run_that_diverges_says_so_and_leaves_good_weights(workspace, quick):
     result = quick("train_ldm.py", *workspace.common, f"--config={workspace.ldm_config}",
                    f"--ae_ckpt_path={workspace.vae_ckpt}", "--run_name=bad", "--max_steps=40",
                    "--lr=1e30", "--warmup_steps=0", "--max_bad_steps=4")
-    assert result.code == experiment.EXIT_FAILED
-    assert error_lines(result)[0].startswith("error: ") and "--resume_dir" in result.err
-    state = experiment.load_checkpoint(workspace.out / "bad/ckpts/last.pt", "ldm")
+    assert result.code == EXIT_FAILED
+    assert "--resume_dir" in only_error(result)
+    state = run.load_checkpoint(workspace.out / "bad/ckpts/last.pt", "ldm")
     assert all(v.isfinite().all() for v in state["model"].values())
     summary = strict(workspace.out / "bad/summary.json")
     assert summary["diverged"] is True
@@ -364,7 +319,7 @@ def test_overfit_one_reproduces_its_image(workspace):
     out, _ = run(
         "train_ldm.py", *workspace.common, f"--config={workspace.ldm_config}",
         f"--ae_ckpt_path={workspace.vae_ckpt}", "--run_name=one", "--overfit_one",
-        "--batch_per_device=4", "--lr=2e-3", "--warmup_steps=0", "--sampler=dpmpp",
+        "--batch_per_device=4", "--lr=2e-3", "--warmup_steps=0", "--sampler=dpmpp_2m",
         "--num_sampling_steps=20", "--max_steps=300", "--sample_every=1000", "--log_every=50")
     summary = strict(workspace.out / "one/summary.json")
     assert summary["overfit/passed"] is True and "\nPASS: " in out
@@ -372,22 +327,16 @@ def test_overfit_one_reproduces_its_image(workspace):
     records = read_jsonl(workspace.out / "one/metrics.jsonl")
     train = [r for r in records if "train/loss" in r]
     assert train[-1]["train/loss"] < 0.5 * train[0]["train/loss"]
-    assert train[-1]["epoch"] == 299 // 25
-    # sample.py draws the same image from the checkpoint:
-    # compare with what the VAE makes of the original.
+    # sample.py draws the same image from the checkpoint.
     run("sample.py", f"--ckpt={workspace.out}/one/ckpts/last.pt", "--num_samples=2",
-        "--sampler=dpmpp", "--num_sampling_steps=20", f"--out_dir={workspace.root}/s")
-    names = sorted(p.name for p in workspace.root.glob("s/*_0*.png"))
-    assert names == ["normal_00000.png", "normal_00001.png"]
-    recon = grey(workspace.out / "v/samples/recon_ep0050.png")
+        "--sampler=dpmpp_2m", "--num_sampling_steps=20", f"--out_dir={workspace.root}/s")
     original = grey(workspace.data / "TB/train/normal/00000.png")
     other = grey(workspace.data / "TB/train/normal/00001.png")
     drawn = grey(workspace.root / "s/normal_00000.png")
-    assert recon.shape[0] > 32
     assert np.abs(drawn - original).mean() < 0.6 * np.abs(drawn - other).mean()
 
 
-def test_the_learning_rate_cools_down_over_the_last_part_of_the_run():
+def test_the_learning_rate_cools_down_at_the_end():
     factors = [train_vae.cooldown(step, 10, 0.4) for step in range(10)]
     assert factors == pytest.approx([1, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
     assert [train_vae.cooldown(step, 10, 0.0) for step in range(10)] == [1] * 10
@@ -419,7 +368,7 @@ def test_class_dropout_trains_the_null_row_and_only_it(tmp_path, prob_uncond, tr
         "--weight_decay=0", "--guidance_scale=1", f"--prob_uncond={prob_uncond}",
         "--ldm_base_ch=8", "--ldm_ch_mults=1", "--ldm_num_res_blocks=1", "--ldm_attn_res=",
         "--num_sampling_steps=1", "--sample_batch_size=2"])
-    state = experiment.load_checkpoint(tmp_path / "ldm" / "ckpts" / "last.pt", "ldm")["model"]
+    state = run.load_checkpoint(tmp_path / "ldm" / "ckpts" / "last.pt", "ldm")["model"]
     after = state["unet.class_emb.weight"]
     assert (after != before).any(1).tolist() == trained
 
@@ -432,7 +381,7 @@ def drawn(folder):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_samples_do_not_depend_on_batch_size_processes_or_classes(workspace, quick, dtype):
+def test_samples_do_not_depend_on_batches_processes_or_classes(workspace, quick, dtype):
     common = ["sample.py", f"--ckpt={workspace.ldm_ckpt}", "--num_samples=3",
               "--num_sampling_steps=10", f"--dtype={dtype}"]
     assert quick(*common, f"--out_dir={workspace.root / 'reference'}").code == 0
@@ -447,15 +396,10 @@ def test_samples_do_not_depend_on_batch_size_processes_or_classes(workspace, qui
         worst = max(np.abs(p - reference[k]).max() for k, p in pictures.items())
         # bf16 keeps 8 bits, and batches round differently.
         assert worst <= (1 if dtype == "fp32" else 8), name
-        listed = [i["file"] for i in strict(workspace.root / name / "manifest.json")["images"]]
-        assert sorted(listed) == sorted(pictures)
     two, one = (strict(workspace.root / n / "metrics.json") for n in ("two", "one"))
     tolerance = dict(rel=1e-3, abs=1e-4) if dtype == "fp32" else dict(rel=0.05, abs=0.05)
     for key in DIVERSITY | LATENT:
         assert two[key] == pytest.approx(one[key], **tolerance)
-    assert quick(*common, "--seed=1", f"--out_dir={workspace.root / 'other'}").code == 0
-    others = drawn(workspace.root / "other")
-    assert all(np.abs(p - reference[k]).max() > 1 for k, p in others.items())
 
 
 def test_a_moved_autoencoder_is_accepted_by_its_hash(workspace, quick):
@@ -465,79 +409,46 @@ def test_a_moved_autoencoder_is_accepted_by_its_hash(workspace, quick):
               "--num_sampling_steps=2"]
     before = tree_hashes(workspace.out)
     result = quick(*common)
-    assert result.code == experiment.EXIT_FAILED and "--ae_ckpt_path" in only_error(result)
+    assert result.code == EXIT_FAILED and "--ae_ckpt_path" in only_error(result)
     other = torch.load(workspace.vae_ckpt, weights_only=True)
     torch.save({**other, "step": 7}, workspace.root / "other.pt")
     result = quick(*common, f"--ae_ckpt_path={workspace.root / 'other.pt'}")
-    assert result.code == experiment.EXIT_FAILED and "hash" in only_error(result)
+    assert result.code == EXIT_FAILED and "hash" in only_error(result)
     assert tree_hashes(workspace.out) == before
     assert quick(*common, f"--ae_ckpt_path={workspace.vae_ckpt}").code == 0
 
 
 # --- two processes ---
 
-GRADIENTS = """
+COLLECTIVES = """
 import sys
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel as DDP
 sys.path.insert(0, sys.argv[1])
-import contextlib, diffusion, experiment, model
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-
-def make():
-    torch.manual_seed(0)
-    unet = model.UNet((2, 8, 8), 2, 16, (1, 2), 1, (4,))
-    for p in unet.parameters():  # the zero-initialised layers too
-        torch.nn.init.normal_(p, 0, 0.1)
-    return diffusion.Denoiser(unet, diffusion.NoiseSchedule("cosine", True), "v")
-
-g = torch.Generator().manual_seed(1)
-x0, noise = torch.randn(2, 8, 2, 8, 8, generator=g)
-t, y = torch.rand(8, generator=g), torch.arange(8) % 3
-for dtype, rtol, atol in ((torch.float32, 1e-3, 1e-6), (torch.bfloat16, 0.05, 0.01)):
-    procs = experiment.Processes(rank, 2, torch.device("cpu"), dtype, False)
-    alone = make()
-    with procs.autocast():
-        loss = alone(x0, t, noise, y)
-    loss.mean().backward()
-    wrapped = make()
-    ddp = DDP(wrapped, gradient_as_bucket_view=True)
-    for micro in range(2):  # rank r has items 4 r to 4 r + 3, in two micro-batches
-        part = slice(4 * rank + 2 * micro, 4 * rank + 2 * micro + 2)
-        with contextlib.nullcontext() if micro else ddp.no_sync():
-            with procs.autocast():
-                loss = ddp(x0[part], t[part], noise[part], y[part])
-            (loss.mean() / 2).backward()
-    largest = max(p.grad.abs().max().item() for p in alone.parameters())
-    for (name, a), b in zip(alone.named_parameters(), wrapped.parameters(), strict=True):
-        assert torch.allclose(a.grad, b.grad, rtol=rtol, atol=atol * largest), (dtype, name)
-assert experiment.average(procs, torch.tensor([1.0 + 2 * rank])).item() == 2
+import argparse, experiment
+ctx = dist.setup(argparse.Namespace(device="cpu"))
+rank = ctx.rank
+assert ctx.average(torch.tensor([1.0 + 2 * rank])).item() == 2
 mine = torch.arange(7)[rank::2, None]
-assert experiment.gather(procs, mine).flatten().tolist() == list(range(7))
-assert experiment.gather(procs, torch.zeros(rank, 3)).shape == (1, 3)
-means = experiment.RunningMeans(procs, ("a",))
+assert ctx.gather(mine).flatten().tolist() == list(range(7))
+assert ctx.gather(torch.zeros(rank, 3)).shape == (1, 3)
+means = dist.RunningMeans(ctx, ("a",))
 for value in (1.0, 2.0) if rank else (3.0, 6.0):
     means.add((torch.tensor(value),), torch.tensor(0.0))
 assert means.read()["a"] == 3.0
 called = []
-assert experiment.on_main(procs, lambda: called.append(rank) or {"rank": rank}) == {"rank": 0}
+assert ctx.on_main(lambda: called.append(rank) or {"rank": rank}) == {"rank": 0}
 assert called == [0] * (rank == 0)
 try:
-    experiment.on_main(procs, lambda: experiment.fail("no such file"))
+    ctx.on_main(lambda: fail("no such file"))
 except SystemExit as e:
-    assert e.code == experiment.EXIT_FAILED
+    assert e.code == EXIT_FAILED
 print(f"rank {rank} fine")
-# As the stages end: gloo's threads must not outlive the interpreter, nor DDP the group.
-del ddp
-experiment.leave_processes()
 """
 
 
-def test_two_processes_compute_the_gradient_of_one_with_both_batches(tmp_path):
-    script = tmp_path / "gradients.py"
-    script.write_text(GRADIENTS)
+def test_what_two_processes_tell_each_other(tmp_path):
+    script = tmp_path / "collectives.py"
+    script.write_text(COLLECTIVES)
     out, _ = run(script, ROOT, processes=2)
     assert "rank 0 fine" in out and "rank 1 fine" in out
 
@@ -573,44 +484,6 @@ def test_a_run_compiles_each_network_once(workspace, name, networks, processes):
         assert (workspace.root / f"graphs{rank}").read_text() == f"{networks} graphs, 0 breaks"
 
 
-RANKS = """
-import hashlib, os, sys
-sys.path.insert(0, sys.argv[1])
-sys.argv = sys.argv[1:]
-import experiment, train_ldm
-step = experiment.clip_and_step
-def spy(module, optimizer, clip):
-    result = step(module, optimizer, clip)
-    weights = b"".join(p.detach().numpy().tobytes() for p in module.parameters())
-    spy.digest = hashlib.sha256(weights).hexdigest()
-    return result
-experiment.clip_and_step = spy
-train_ldm.main()
-open(os.environ["DIGESTS"] + os.environ["RANK"], "w").write(spy.digest)
-"""
-
-
-def test_two_processes_end_with_the_same_weights(workspace, monkeypatch):
-    script = workspace.root / "ranks.py"
-    script.write_text(RANKS)
-    monkeypatch.setenv("DIGESTS", str(workspace.root / "digest"))
-    out, _ = run(
-        script, ROOT, *workspace.common, f"--config={workspace.ldm_config}",
-        f"--ae_ckpt_path={workspace.vae_ckpt}", "--run_name=two", "--max_steps=10",
-        "--batch_per_device=4", processes=2)
-    digests = [(workspace.root / f"digest{rank}").read_text() for rank in (0, 1)]
-    assert digests[0] == digests[1]
-    # One process speaks.
-    assert out.count("step 10 epoch 4 ") == 1
-    assert out.count("epoch 5, step 10: ") == 1
-    records = read_jsonl(workspace.out / "two/metrics.jsonl")
-    assert [r["step"] for r in records if "train/loss" in r] == [5, 10]
-    assert strict(workspace.out / "two/run_meta.json")["world_size"] == 2
-    first = read_jsonl(workspace.out / "l/metrics.jsonl")[0]
-    # The same 8 images per step: 4 on each process.
-    assert records[0]["epoch"] == first["epoch"]
-
-
 # --- --check ---
 
 
@@ -623,30 +496,26 @@ def test_check_looks_at_the_inputs_and_writes_nothing(workspace, quick):
         assert quick(*argv, "--check").code == 0
         for flag in ("--check", "--check=flags"):
             result = quick(*argv, "--task=CT", flag)
-            assert result.code == experiment.EXIT_FAILED and "there: TB" in only_error(result)
+            assert result.code == EXIT_FAILED and "there: TB" in only_error(result)
     assert tree_hashes(workspace.root) == before
     scale.unlink()
     result = quick("train_ldm.py", *workspace.common, ae, "--check")
-    assert result.code == experiment.EXIT_FAILED and "find_latent_scale.py" in only_error(result)
+    assert result.code == EXIT_FAILED and "find_latent_scale.py" in only_error(result)
     assert quick("train_ldm.py", *workspace.common, ae, "--check=flags").code == 0
     workspace.vae_ckpt.unlink()
     for script in ("train_ldm.py", "find_latent_scale.py"):
         result = quick(script, *workspace.common, ae, "--check")
-        assert result.code == experiment.EXIT_FAILED and "no checkpoint" in only_error(result)
+        assert result.code == EXIT_FAILED and "no checkpoint" in only_error(result)
         assert quick(script, *workspace.common, ae, "--check=flags").code == 0
 
 
 # --- bad input ---
 
 
-def error_lines(result):
-    return [line for line in result.err.splitlines() if line.strip()]
-
-
 def only_error(result):
     """The one line that a failed stage wrote to standard error."""
     assert "Traceback" not in result.err + result.out, result.err
-    lines = error_lines(result)
+    lines = [line for line in result.err.splitlines() if line.strip()]
     assert len(lines) == 1 and lines[0].startswith("error: "), result.err
     return lines[0]
 
@@ -659,6 +528,8 @@ BAD = {
     "one class": ("train_vae.py --data_root={tmp}/one", "--class_filter=0"),
     "class filter": ("train_ldm.py --data_root={data} --class_filter=5", "0 = normal"),
     "size": ("train_vae.py --data_root={data} --img_size=30", "nearest that fits is 32"),
+    "discriminator": ("train_vae.py --data_root={data} --img_size=16 --config={vae_config}",
+                      "--disc_layers"),
     "other size": ("train_ldm.py --data_root={data} --img_size=64", "works at 32"),
     "latent size": ("train_ldm.py --data_root={data} --ldm_ch_mults=1,1,1,1,1", "ldm_ch_mults"),
     "eps": ("train_ldm.py --data_root={data} --prediction=eps --zero_terminal_snr",
@@ -673,19 +544,12 @@ BAD = {
     "no run": ("train_ldm.py --data_root={data} --resume_dir={tmp}/empty", "not a run folder"),
     "other scale size": ("find_latent_scale.py --data_root={data} --img_size=64", "trained at 32"),
     "overfit k": ("train_ldm.py --data_root={data} --overfit_k=17", "only 16"),
-    "overfit k vae": ("train_vae.py --data_root={data} --overfit_k=17 --config={vae_config}",
-                      "only 16"),
-    "config name": ("train_ldm.py --data_root={data} --config={tmp}/bad.py",
-                    "did you mean epochs?"),
-    "flag": ("train_vae.py --data_root={data} --base_chn=4", "did you mean --base_ch?"),
     "device": ("train_vae.py --data_root={data} --device=abacus", "--device=cpu"),
     "missing gpu": ("sample.py --ckpt={ldm} --device=cuda:7", "--device=cpu"),
     "no ckpt": ("sample.py", "--ckpt"),
     "sample missing": ("sample.py --ckpt={tmp}/no.pt", "no.pt"),
     "sample kind": ("sample.py --ckpt={vae}", "train_ldm.py"),
     "sample class": ("sample.py --ckpt={ldm} --classes=normal,covid", "normal, tb"),
-    "sample size": ("sample.py --ckpt={ldm} --img_size=512", "unknown argument --img_size"),
-    "sample sampler": ("sample.py --ckpt={ldm} --sampler=euler", "ddim"),
     "sample disk": ("sample.py --ckpt={ldm} --num_samples=1000000000000", "--num_samples"),
 }
 
@@ -699,7 +563,6 @@ def bad_tree(stages, tmp_path_factory):
         (tmp / name).mkdir(parents=True)
     shutil.copytree(stages.data / "TB/train/normal", tmp / "one/TB/train/normal")
     torch.save({"state_dict": {"w": torch.ones(2)}}, tmp / "foreign.pt")
-    (tmp / "bad.py").write_text("epoch = 3\n")
     return tmp
 
 
@@ -713,7 +576,7 @@ def test_bad_input_is_one_line_and_changes_nothing(stages, bad_tree, quick, name
     before = tree_hashes(bad_tree)
     root = [] if script == "sample.py" else [f"--output_root={out}"]
     result = quick(script, *root, *args)
-    assert result.code == experiment.EXIT_FAILED, result.out
+    assert result.code == EXIT_FAILED, result.out
     assert says in only_error(result)
     assert tree_hashes(bad_tree) == before
 
@@ -731,56 +594,27 @@ def test_an_output_folder_that_cannot_be_is_one_line(stages, workspace, quick, s
              "sample.py": [f"--ckpt={workspace.ldm_ckpt}", f"--out_dir={target}"]}[script]
     before = tree_hashes(workspace.root)
     result = quick(script, *needs)
-    assert result.code == experiment.EXIT_FAILED and "cannot write" in only_error(result)
+    assert result.code == EXIT_FAILED and "cannot write" in only_error(result)
     assert tree_hashes(workspace.root) == before
 
 
-def test_images_too_small_for_the_discriminator_are_refused_at_the_start(workspace, quick):
-    result = quick("train_vae.py", *workspace.common, f"--config={workspace.vae_config}",
-                   "--img_size=16", "--run_name=s", "--max_steps=2", "--disc_start=1")
-    assert result.code == experiment.EXIT_FAILED and "img_size" in only_error(result)
-    assert not (workspace.out / "s").exists()
-
-
-def test_a_class_named_twice_is_sampled_once_or_refused(workspace, quick):
-    result = quick("sample.py", f"--ckpt={workspace.ldm_ckpt}", "--classes=tb,tb",
-                   "--num_samples=2", "--num_sampling_steps=2")
-    if result.code == 0:
-        manifest = strict(workspace.out / "l/samples_ancestral_0/manifest.json")
-        assert [i["file"] for i in manifest["images"]] == ["tb_00000.png", "tb_00001.png"]
-    else:
-        assert "tb" in only_error(result)
-
-
-def test_no_latent_scale_names_the_command_that_makes_it(workspace, quick):
+@pytest.mark.parametrize("change", [None, {"vae_sha256": "0" * 64}, {"latent_scale_factor": 2.0}])
+def test_a_missing_or_wrong_scale_names_the_command(workspace, quick, change):
     path = workspace.out / "v/latent_scale.json"
     stored = strict(path)
     path.unlink()
+    if change:
+        path.write_text(json.dumps(stored | change))
     args = ["train_ldm.py", *workspace.common, f"--config={workspace.ldm_config}",
             f"--ae_ckpt_path={workspace.vae_ckpt}", "--max_steps=1", "--num_sampling_steps=2",
             "--run_name=n"]
     before = tree_hashes(workspace.out)
     result = quick(*args)
-    assert result.code == experiment.EXIT_FAILED and tree_hashes(workspace.out) == before
+    assert result.code == EXIT_FAILED and tree_hashes(workspace.out) == before
     command = re.search("python (find_latent_scale.py .*)$", only_error(result)).group(1)
     assert quick(*shlex.split(command), cwd=workspace.root).code == 0
     assert strict(path) == stored
     assert quick(*args).code == 0
-
-
-def test_a_latent_scale_of_another_autoencoder_is_refused(workspace, quick):
-    path = workspace.out / "v/latent_scale.json"
-    path.write_text(json.dumps({**strict(path), "vae_sha256": "0" * 64}))
-    args = ["train_ldm.py", *workspace.common, f"--config={workspace.ldm_config}",
-            f"--ae_ckpt_path={workspace.vae_ckpt}"]
-    before = tree_hashes(workspace.out)
-    result = quick(*args)
-    assert result.code == experiment.EXIT_FAILED and "find_latent_scale.py" in only_error(result)
-    path.write_text("{}")
-    assert quick(*args).code == experiment.EXIT_FAILED
-    path.unlink()
-    name = "v/latent_scale.json"
-    assert {**tree_hashes(workspace.out), name: before[name]} == before
 
 
 def test_a_factor_given_by_hand_wins_with_a_warning(workspace, quick):
@@ -790,7 +624,7 @@ def test_a_factor_given_by_hand_wins_with_a_warning(workspace, quick):
     off = quick(*args, f"--latent_scale_factor={2 * measured}", "--run_name=off")
     near = quick(*args, f"--latent_scale_factor={1.005 * measured}", "--run_name=near")
     assert off.code == near.code == 0 and "+100 % off" in off.out and "% off" not in near.out
-    state = experiment.load_checkpoint(workspace.out / "off/ckpts/last.pt", "ldm")
+    state = run.load_checkpoint(workspace.out / "off/ckpts/last.pt", "ldm")
     assert state["latent_scale_factor"] == 2 * measured
 
 

@@ -1,13 +1,13 @@
-"""Kill a training run with SIGKILL again and again; compare its end with that of a run left alone.
+"""Kill a training run with SIGKILL again and again, and compare its end with an undisturbed run.
 
     python tests/robustness/kill_storm.py --stage=ldm --kills=50 --seed=0
     python tests/robustness/kill_storm.py --stage=ldm --kills=15 --processes=2
 
 About half of the kills come at a random moment of a start. The others wait for an unfinished file:
-of a checkpoint or, as often, of a cache after the caches were removed. After each kill every file
-of the run must be absent or readable, and the checkpoint at least as far as before; then the same
-command is started again. Exit code 1 where that fails. With several processes a kill hits torchrun
-or one of them, by chance; the others must then end by themselves.
+of a checkpoint, or of a cache that was removed before. After each kill every file of the run must be
+absent or readable, and the checkpoint at least as far as before; then the same command is started
+again. Exit code 1 otherwise. With several processes a kill hits torchrun or one of them, by chance;
+the others must then end by themselves.
 """
 import argparse
 import json
@@ -22,8 +22,6 @@ import sys
 import tempfile
 import time
 
-import numpy as np
-
 TESTS = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
@@ -31,16 +29,17 @@ from conftest import ROOT, TINY_LDM, TINY_VAE, _as_main, python  # noqa: E402
 from test_stages import assert_same_run  # noqa: E402
 from test_survival import workers  # noqa: E402
 
-import data  # noqa: E402
 import experiment  # noqa: E402
-from args import at_least  # noqa: E402
+from lib.args import at_least  # noqa: E402
+from lib import run
+from lib.files import read_json, read_meta
 
 MAX_STEPS = {"ldm": 120, "vae": 40}
-AIMED = 120.0  # seconds for which a kill waits for its file: other work may slow the run down
+AIMED = 120.0  # seconds that a kill waits for its file, on a busy machine too
 
 
 class Torchrun:
-    """A stage on several processes, with the methods of a multiprocessing.Process."""
+    """A stage on several processes, with the interface of a multiprocessing.Process."""
 
     def __init__(self, argv, out, err, processes, rng):
         command = [*python(processes), str(ROOT / argv[0]), *argv[1:]]
@@ -54,7 +53,7 @@ class Torchrun:
         return self.process.poll() is None
 
     def kill(self):
-        """SIGKILL to torchrun or one of its processes; torchrun ends the others, or they do."""
+        """Send SIGKILL to torchrun or one of its processes, after which all must end."""
         self.ranks = workers(self.process) if self.is_alive() else []
         choice = self.rng.randrange(self.processes + 1)
         self.victim = self.ranks[choice] if choice < len(self.ranks) else self.process.pid
@@ -77,7 +76,7 @@ class Torchrun:
 
 
 class Storm:
-    """The folder of a storm, and the fork server that starts stages without the time of imports."""
+    """The folder of a storm, and a fork server that starts stages without importing torch."""
 
     def __init__(self, folder, stage, processes, rng):
         self.folder, self.stage, self.script = folder, stage, f"train_{stage}.py"
@@ -86,8 +85,7 @@ class Storm:
         self.run = self.out / "storm"
         self.caches = ("images", "latents") if stage == "ldm" else ("images",)
         self.server = multiprocessing.get_context("forkserver")
-        self.server.set_forkserver_preload(
-            ["torch", "torch._dynamo", "torch.distributed", "PIL.Image", "conftest"])
+        self.server.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed", "conftest"])
         (folder / "vae.py").write_text(TINY_VAE)
         (folder / "ldm.py").write_text(TINY_LDM)
 
@@ -118,7 +116,7 @@ class Storm:
                 "--num_sampling_steps=4", "--sample_batch_size=2"]
 
     def prepare(self):
-        """Data, and for the second stage an autoencoder with its latent scale."""
+        """Make data and, for the second stage, an autoencoder with its latent scale."""
         common = [f"--data_root={self.folder}/phantom", f"--output_root={self.out}"]
         self.finish("phantom.py", f"--out={self.folder}/phantom",
                     "--num_train=32", "--num_val=8", "--img_size=32")
@@ -128,24 +126,24 @@ class Storm:
             self.finish("find_latent_scale.py", *common,
                         f"--ae_ckpt_path={self.out}/v/ckpts/last.pt")
 
-    def unfinished(self, kind):
-        """Whether this start has begun a checkpoint or cache and not finished it."""
-        return not self.open_files(kind) <= self.left[kind]
-
     def open_files(self, kind):
-        """Files that are there only while something is made, or was when a start was killed."""
+        """Files that exist only while something is made, or because it was killed meanwhile."""
         pattern = "storm/ckpts/.*.tmp" if kind == "checkpoint" else "cache/*.part/*.jsonl"
         while True:
             try:
                 return set(self.out.glob(pattern))
-            except FileNotFoundError:  # a folder that was put in its place meanwhile
+            except FileNotFoundError:  # a folder that was replaced meanwhile
                 continue
 
-    def kill(self, aim, moment, skip):
-        """Start the run and kill it; returns what it was doing.
+    def unfinished(self, kind):
+        """Whether this start has begun a checkpoint or cache and not finished it."""
+        return not self.open_files(kind) <= self.left[kind]
 
-        That is 'checkpoint', 'cache', 'other', or 'finished'. The kill comes `moment` seconds after
-        the start, or earlier inside a file of the kind `aim`, after `skip` such files.
+    def kill(self, aim, moment, skip):
+        """Start the run, kill it, and return what it was doing: a key of `counts` below.
+
+        The kill comes `moment` seconds after the start, or earlier while a file of kind `aim` is
+        made, after `skip` such files.
         """
         self.left = {kind: self.open_files(kind) for kind in ("checkpoint", "cache")}
         process = self.start(*self.command("storm"))
@@ -171,50 +169,39 @@ class Storm:
         return "other"
 
     def check(self, step):
-        """Read everything that is there; returns the checkpoint's step, at least `step`."""
-        ckpt, log = self.run / "ckpts/last.pt", self.run / "metrics.jsonl"
+        """Read everything that exists; return the checkpoint's step, at least `step`."""
+        ckpt = self.run / "ckpts/last.pt"
         if (self.run / "run_meta.json").exists():
-            experiment.read_meta(self.run)
+            read_meta(self.run)
             assert ckpt.exists(), "a run description without a checkpoint: the run could not go on"
         else:
             assert step == 0, "the run description is gone"
         if ckpt.exists():
-            state = experiment.load_checkpoint(ckpt, self.stage)
-            reached = state["step"]
+            reached = run.load_checkpoint(ckpt, self.stage)["step"]
             assert reached >= step, f"the checkpoint went back from step {step} to {reached}"
             step = reached
-            text = log.read_bytes()
-            kept = text[:state["metrics_bytes"]]
-            assert len(kept) == state["metrics_bytes"], "metrics.jsonl is short"
-            assert kept[-1:] in (b"", b"\n"), "metrics.jsonl is short"
-            # Behind the last newline: a torn line.
-            records = [json.loads(line) for line in text.split(b"\n")[:-1]]
-            assert all(r["step"] <= step for r in records[:kept.count(b"\n")])
+            lines = (self.run / "metrics.jsonl").read_bytes().split(b"\n")[:-1]  # whole lines
+            logged = {record["step"] for record in map(json.loads, lines)}
+            assert set(range(1, step + 1)) <= logged, "metrics.jsonl is short"
         if (self.run / "summary.json").exists():
-            experiment.read_json(self.run / "summary.json", "summary")
+            read_json(self.run / "summary.json", "summary")
         for path in self.run.glob("samples/*.png"):
-            experiment.load_image(path)
-        if self.stage == "ldm":
-            experiment.read_json(self.out / "v/latent_scale.json", "latent scale")
-        caches = self.out / "cache"
-        for index in [*caches.glob("images_*.json"), *caches.glob("latents_*.json")]:
-            rows = np.load(index.with_suffix(".npy"), mmap_mode="r")
-            data._open_cached(index.with_suffix(".npy"), rows.shape, rows.dtype)
+            run.load_image(path)
         return step
 
 
 def storm(folder, stage, kills, seed, processes):
-    """The summary line; AssertionError or SystemExit where a file is broken or the runs differ."""
+    """The summary line; AssertionError or SystemExit if a file is broken or the runs differ."""
     rng = random.Random(seed)
     s = Storm(folder, stage, processes, rng)
     s.prepare()
     shutil.rmtree(s.out / "cache", ignore_errors=True)
     times = []
-    for _ in range(2):  # all of the run, and a start that finds it finished
+    for _ in range(2):  # the whole run, then a start that finds it finished
         begin = time.monotonic()
         s.finish(*s.command("whole"))
         times.append(time.monotonic() - begin)
-    # Time for a start and a few steps: most kills come after a new checkpoint, so it moves on.
+    # Time for a start and a few steps, so that most starts come to a new checkpoint.
     horizon = times[1] + 5 * (times[0] - times[1]) / MAX_STEPS[stage]
     shutil.rmtree(s.out / "cache")
 
@@ -223,7 +210,7 @@ def storm(folder, stage, kills, seed, processes):
     for number in range(kills):
         if number % 10 == 9:
             shutil.rmtree(s.out / "cache", ignore_errors=True)
-        missing = [kind for kind in s.caches if not list((s.out / "cache").glob(f"{kind}_*.json"))]
+        missing = [kind for kind in s.caches if not list((s.out / "cache").glob(f"{kind}_*.npy"))]
         if rng.random() < 0.5:
             aim, moment, skip = None, rng.uniform(0, horizon), 0
         elif missing and counts["cache"] <= counts["checkpoint"]:
@@ -251,15 +238,13 @@ def main():
     parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--processes", type=at_least(1), default=1)
     parser.add_argument("--stage", choices=tuple(MAX_STEPS), default="ldm")
-    parser.add_argument(
-        "--folder", help="empty folder to work in; none: a temporary one, removed at the end")
+    parser.add_argument("--folder", help="empty folder to work in; default: a new temporary one")
     args = parser.parse_args()
-    if args.folder:
-        folder = experiment.make_folder(args.folder).resolve()
-        print(storm(folder, args.stage, args.kills, args.seed, args.processes))
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            print(storm(pathlib.Path(folder), args.stage, args.kills, args.seed, args.processes))
+    folder = pathlib.Path(args.folder or tempfile.mkdtemp()).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    print(storm(folder, args.stage, args.kills, args.seed, args.processes))
+    if not args.folder:
+        shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

