@@ -1,7 +1,7 @@
 """Measure speed on this machine: the training step of both trainers, and sampling.
 
-    python bench.py                               # about two minutes on two idle CPU cores
-    python bench.py --peer                        # in turn with diffusers (pip install diffusers)
+    python dev/bench.py                               # about two minutes on two idle CPU cores
+    python dev/bench.py --peer                        # in turn with diffusers
 
 What is compared runs in one process in turn, A B C A B C ...; the last column, as in `1.20 x`, is
 the median over the rounds of a row's time by that of the first row of its part: above 1 is slower.
@@ -9,17 +9,16 @@ FLOPs are those of convolutions and matrix products, forward and backward. The p
 matrix products and 3x3 convolutions of the same precision reached between the rounds.
 
 The peer is diffusers with the same channels, blocks and attention. `script` is how its training
-script runs: float32, eager, plain layout, nothing fused. `tuned` has fused AdamW, foreach EMA, our
+script runs: float32, eager, contiguous, nothing fused. `tuned` has fused AdamW, foreach EMA, our
 precision and compilation, the faster layout and, for sampling, weights that are cast once. What we
 measured: docs/benchmarks.md.
 """
 import importlib.util
 import itertools
-import math
-import os
 import pathlib
 import re
 import statistics
+import sys
 import time
 import warnings
 
@@ -27,12 +26,16 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import experiment
-import interop
-import model
-import train_ldm
-import train_vae
-from args import BooleanFlag, add_precision_arguments, at_least, make_parser, parse_settings
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+import model  # noqa: E402
+import sample  # noqa: E402
+import train_ldm  # noqa: E402
+import train_vae  # noqa: E402
+from lib import diffusers_io, dist  # noqa: E402
+from lib.args import (BooleanFlag, add_precision_arguments, at_least, make_parser,  # noqa: E402
+                      parse_settings)
+from lib.files import fail, write_json  # noqa: E402
 
 CLASSES = ("normal", "tb")
 Z = 4  # latent channels
@@ -59,16 +62,6 @@ def count_flops(function):
         with FlopCounterMode(display=False) as flops, warnings.catch_warnings(action="ignore"):
             function()
     return flops.get_total_flops()
-
-
-def call_memory(function, device):
-    """Bytes that a call takes on a GPU above what lies there before it; 0 elsewhere."""
-    if device.type != "cuda":
-        return 0
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    function()
-    return torch.cuda.max_memory_allocated(device) - before
 
 
 def peak_candidates(device, dtype):
@@ -105,7 +98,6 @@ def measure(part, images, tasks, repeats, device, warmup=2):
             "part": part, "name": name, "seconds": seconds,
             "median": median, "min": min(seconds), "max": max(seconds),
             "images_per_second": images / median, "gflop_per_image": flops / images / 1e9,
-            "call_gib": call_memory(run, device) / 2**30,
             "peak_gflops": peaks[dtype] / 1e9, "fraction_of_peak": flops / median / peaks[dtype],
             "ratio": statistics.median(times[i] / times[0] for times in rounds)})
     return rows
@@ -128,71 +120,72 @@ def random_latents(args, device):
     return mean, torch.full_like(mean, -6.0), torch.arange(args.batch, device=device) % len(CLASSES)
 
 
-def own_ldm_step(args, procs):
+def own_ldm_step(args, ctx):
     """A step of train_ldm.py."""
     settings, shape = ldm_settings(args)
-    models = train_ldm.build_models(settings, procs, shape, len(CLASSES))
-    loss_fn = train_ldm.wrap(models[0], shape, settings, procs)
-    means, steps = train_ldm.LossMeans(procs), itertools.count()
-    mean, logvar, y = random_latents(args, procs.device)
+    models = train_ldm.build_models(settings, ctx, shape, len(CLASSES))
+    loss_fn = train_ldm.wrap(models[0], shape, settings, ctx)
+    means, steps = train_ldm.LossMeans(ctx), itertools.count()
+    mean, logvar, y = random_latents(args, ctx.device)
     batch = train_ldm.MicroBatch((mean, logvar), y, None)
 
     def run():
         means.add(*train_ldm.train_step(*models, loss_fn, [batch], 1.0, next(steps), settings,
-                                        procs))
+                                        ctx))
     return run
 
 
-def vae_settings(args, procs):
+def vae_settings(args, ctx):
     """(settings of train_vae.py, a batch of images)."""
     settings = train_vae.parse_args([
         f"--img_size={args.img_size}", f"--base_ch={args.vae_base_ch}", "--num_res_blocks=1",
         "--disc_weight=0", f"--batch_per_device={args.vae_batch}", f"--seed={args.seed}"])
     size = (args.vae_batch, 1, args.img_size, args.img_size)
-    return settings, torch.rand(size, device=procs.device) * 2 - 1
+    return settings, torch.rand(size, device=ctx.device) * 2 - 1
 
 
-def own_vae_step(args, procs):
+def own_vae_step(args, ctx):
     """A step of train_vae.py, without its discriminator, which starts late."""
-    settings, x = vae_settings(args, procs)
-    models = train_vae.build_models(settings, procs)
-    wrapped = train_vae.wrap(models, settings, procs)
-    means, steps = experiment.RunningMeans(procs, train_vae.LOSSES), itertools.count()
+    settings, x = vae_settings(args, ctx)
+    models = train_vae.build_models(settings, ctx)
+    wrapped = train_vae.wrap(models, settings, ctx)
+    means, steps = dist.RunningMeans(ctx, train_vae.LOSSES), itertools.count()
 
     def run():
-        means.add(*train_vae.train_step(models, *wrapped, None, x, next(steps), settings, procs))
+        means.add(*train_vae.train_step(models, *wrapped, None, x, next(steps), settings, ctx))
     return run
 
 
-def own_sampling(args, procs):
+def own_sampling(args, ctx):
     """A batch of latents, as sample.py draws it."""
     settings, shape = ldm_settings(args)
-    denoiser, _, _ = train_ldm.build_models(settings, procs, shape, len(CLASSES))
-    experiment.compile_for_sampling(denoiser, procs)
-    denoiser = experiment.cast_weights(denoiser, procs)
+    denoiser, _, _ = train_ldm.build_models(settings, ctx, shape, len(CLASSES))
+    if ctx.compile:
+        denoiser.unet.compile()
+    denoiser = sample.cast_weights(denoiser, ctx)
     wanted = [(i % len(CLASSES), i) for i in range(args.batch)]
-    return lambda: experiment.sample_latents(denoiser, shape, wanted, CLASSES, settings, procs)
+    return lambda: sample.sample_latents(denoiser, shape, wanted, CLASSES, settings, ctx)
 
 
 # --- the peer: likewise -------------------------------------------------------------------------
 
 
-def lay_out(net, procs, tuned):
+def lay_out(net, ctx, tuned):
     """Move a network of diffusers to the device, and if tuned into the faster layout."""
     # A convolution takes the layout of its weight: inputs need no change. On CPUs PyTorch's group
     # norm is slow in channels_last.
-    on_gpu = procs.device.type == "cuda"
+    on_gpu = ctx.device.type == "cuda"
     layout = torch.channels_last if tuned and on_gpu else torch.contiguous_format
-    return net.to(procs.device, memory_format=layout)
+    return net.to(ctx.device, memory_format=layout)
 
 
-def peer_unet(args, procs, tuned):
+def peer_unet(args, ctx, tuned):
     """UNet2DModel that is model.UNet, as export.py makes it."""
     import diffusers
     settings, shape = ldm_settings(args)
-    net = diffusers.UNet2DModel(**interop.unet_config(vars(settings), shape, len(CLASSES)))
-    net = lay_out(net, procs, tuned)
-    return torch.compile(net) if procs.compile else net
+    net = diffusers.UNet2DModel(**diffusers_io.unet_config(vars(settings), shape, len(CLASSES)))
+    net = lay_out(net, ctx, tuned)
+    return torch.compile(net) if ctx.compile else net
 
 
 def peer_step(net, tuned):
@@ -210,54 +203,54 @@ def peer_step(net, tuned):
     return step
 
 
-def peer_ldm_step(args, procs, tuned):
+def peer_ldm_step(args, ctx, tuned):
     """A training step as its training script does it."""
     from diffusers import DDPMScheduler
-    net, scheduler = peer_unet(args, procs, tuned), DDPMScheduler(num_train_timesteps=1000)
+    net, scheduler = peer_unet(args, ctx, tuned), DDPMScheduler(num_train_timesteps=1000)
     step = peer_step(net, tuned)
-    mean, logvar, y = random_latents(args, procs.device)
+    mean, logvar, y = random_latents(args, ctx.device)
 
     def run():
         x0 = model.Posterior(mean, logvar).sample(torch.randn_like(mean))
         noise, t = torch.randn_like(x0), torch.randint(0, 1000, (len(x0),), device=x0.device)
-        with procs.autocast():
+        with ctx.autocast():
             output = net(scheduler.add_noise(x0, noise, t), t, class_labels=y).sample
         step(torch.nn.functional.mse_loss(output.float(), noise))
     return run
 
 
-def peer_vae_step(args, procs, tuned):
+def peer_vae_step(args, ctx, tuned):
     """A training step of its autoencoder with our loss."""
     import diffusers
-    settings, x = vae_settings(args, procs)
-    net = diffusers.AutoencoderKL(**interop.vae_config(vars(settings), 1.0))
-    step = peer_step(lay_out(net, procs, tuned), tuned)
+    settings, x = vae_settings(args, ctx)
+    net = diffusers.AutoencoderKL(**diffusers_io.vae_config(vars(settings), 1.0))
+    step = peer_step(lay_out(net, ctx, tuned), tuned)
 
     def forward(x):
         posterior = net.encode(x).latent_dist
         return net.decode(posterior.sample()).sample.float(), posterior.kl().mean()
 
-    forward = torch.compile(forward) if procs.compile else forward
+    forward = torch.compile(forward) if ctx.compile else forward
 
     def run():
-        with procs.autocast():
+        with ctx.autocast():
             rec, kl = forward(x)
             loss = train_vae.reconstruction_loss(rec, x, settings) + settings.kl_weight * kl
         step(loss)
     return run
 
 
-def peer_sampling(args, procs, tuned):
+def peer_sampling(args, ctx, tuned):
     """A batch of latents by its DPM-Solver++."""
     from diffusers import DPMSolverMultistepScheduler
-    net, scheduler = peer_unet(args, procs, tuned), DPMSolverMultistepScheduler()
-    net = experiment.cast_weights(net, procs) if tuned else net
-    mean, _, y = random_latents(args, procs.device)
+    net, scheduler = peer_unet(args, ctx, tuned), DPMSolverMultistepScheduler()
+    net = sample.cast_weights(net, ctx) if tuned else net
+    mean, _, y = random_latents(args, ctx.device)
 
     def run():
         scheduler.set_timesteps(args.sampling_steps, device=mean.device)
         x = torch.randn_like(mean)
-        with torch.no_grad(), procs.autocast():
+        with torch.no_grad(), ctx.autocast():
             for t in scheduler.timesteps:
                 output = net(x, t, class_labels=y).sample.float()
                 x = scheduler.step(output, t, x).prev_sample
@@ -270,26 +263,14 @@ OURS = {"train": own_ldm_step, "vae": own_vae_step, "sample": own_sampling}
 PEERS = {"train": peer_ldm_step, "vae": peer_vae_step, "sample": peer_sampling}
 
 
-def tasks_of(part, args, procs):
+def tasks_of(part, args, ctx):
     """[(name, dtype, run)] of a part: ours and, with --peer, both of the peer."""
-    tasks = [("ours", procs.dtype, OURS[part](args, procs))]
+    tasks = [("ours", ctx.dtype, OURS[part](args, ctx))]
     if args.peer:
-        script = procs._replace(dtype=torch.float32, compile=False)
+        script = ctx._replace(dtype=torch.float32, compile=False)
         tasks += [("diffusers, script", script.dtype, PEERS[part](args, script, tuned=False)),
-                  ("diffusers, tuned", procs.dtype, PEERS[part](args, procs, tuned=True))]
+                  ("diffusers, tuned", ctx.dtype, PEERS[part](args, ctx, tuned=True))]
     return tasks
-
-
-def sampling_shares(step, evaluation, batch):
-    """{number of images: fraction of a full_train's time that the samples of its evaluations take},
-    from seconds of a training step and of a network evaluation, on `batch` images each."""
-    preset = train_ldm.parse_args(["--mode=full_train"])
-    sampling = preset.num_sampling_steps * evaluation
-    shares = {}
-    for images in (106, 10_000, 100_000):
-        training = preset.sample_every * math.ceil(images / batch) * step
-        shares[images] = sampling / (sampling + training)
-    return shares
 
 
 def device_name(device):
@@ -326,35 +307,24 @@ def main(argv=None):
     args = parse_settings(build_parser(), argv)
     parts = [part.strip() for part in args.only.split(",")]
     if not OURS.keys() >= set(parts):
-        experiment.fail(f"--only={args.only} has no such part: give some of {','.join(OURS)}")
+        fail(f"--only={args.only} has no such part: give some of {','.join(OURS)}")
     if args.peer and importlib.util.find_spec("diffusers") is None:
-        experiment.fail("--peer compares with diffusers: pip install diffusers")
-    procs = experiment.setup_processes(args)
+        fail("--peer compares with diffusers: pip install diffusers")
+    ctx = dist.setup(args)
     torch.set_num_threads(args.threads or torch.get_num_threads())
-    facts = {"device": device_name(procs.device), "layout": str(procs.memory_format),
-             "precision": f"{procs.dtype} (--dtype={args.dtype})", "compile": procs.compile,
-             "torch": torch.__version__, "load average": os.getloadavg()[0]}
+    facts = {"device": device_name(ctx.device), "layout": str(ctx.memory_format),
+             "precision": f"{ctx.dtype} (--dtype={args.dtype})", "compile": ctx.compile,
+             "torch": torch.__version__}
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     rows = []
     for part in parts:
-        try:
-            tasks = tasks_of(part, args, procs)
-        except ValueError as e:  # sizes that the networks refuse
-            experiment.fail(e)
+        tasks = tasks_of(part, args, ctx)
         images = args.vae_batch if part == "vae" else args.batch
-        new = measure(part, images, tasks, args.repeats, procs.device)
+        new = measure(part, images, tasks, args.repeats, ctx.device)
         print(*[ROW.format(**row) for row in new], sep="\n", flush=True)
         rows += new
-    shares = {}
-    seconds = {row["part"]: row["median"] for row in rows if row["name"] == "ours"}
-    if {"train", "sample"} <= seconds.keys():
-        evaluation = seconds["sample"] / args.sampling_steps
-        shares = sampling_shares(seconds["train"], evaluation, args.batch)
-        print("time that sampling takes in a full_train:", ", ".join(
-            f"{share:.0%} on {images:,} images" for images, share in shares.items()))
     if args.json:
-        experiment.write_json(args.json, {"facts": facts, "args": vars(args), "rows": rows,
-                                          "sampling_shares": shares})
+        write_json(args.json, {"facts": facts, "args": vars(args), "rows": rows})
 
 
 if __name__ == "__main__":
