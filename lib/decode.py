@@ -8,7 +8,7 @@ import warnings
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, TiffImagePlugin
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from lib.files import fail
 
@@ -79,6 +79,8 @@ def read_grey(path):
             return Grey(np.asarray(turned, dtype=np.float32) / 255, 8)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
         raise ValueError(f"too many pixels: {e}") from e
+    except UnidentifiedImageError as e:
+        raise ValueError("not an image that Pillow can read") from e
     except MemoryError as e:
         raise OSError(errno.ENOMEM, "not enough memory") from e
     except (SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError,

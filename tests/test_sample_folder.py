@@ -118,16 +118,16 @@ def test_a_class_name_that_is_no_file_name_is_not_loaded(workspace, capsys, name
 
 
 @pytest.mark.parametrize("classes, drawn_classes", [
-    (None, ["a", "b, c: d"]), ("b, c: d", ["b, c: d"]), ("a,b, c: d", ["a", "b, c: d"]),
-    ("b, c: d:a", ["a", "b, c: d"]), ("b", None), ("a,", None), ("a,a", ["a"])])
-def test_a_class_name_may_hold_commas_and_colons(workspace, capsys, classes, drawn_classes):
+    (None, ["a", "b c"]), ("b c", ["b c"]), ("a, b c", ["a", "b c"]), ("b c:a", ["a", "b c"]),
+    ("b", None), ("a,", None), ("a,a", ["a"])])
+def test_classes_are_a_list_of_names(workspace, capsys, classes, drawn_classes):
     state = torch.load(workspace.ldm_ckpt, weights_only=True)
-    torch.save({**state, "class_names": ["a", "b, c: d"]}, workspace.ldm_ckpt)
+    torch.save({**state, "class_names": ["a", "b c"]}, workspace.ldm_ckpt)
     argv = [f"--ckpt={workspace.ldm_ckpt}", "--num_samples=1", "--num_sampling_steps=1",
             f"--out_dir={workspace.root / 's'}", "--device=cpu"]
     argv += [f"--classes={classes}"] if classes else []
     if drawn_classes is None:
-        assert "it knows a, b, c: d" in error_of(capsys, sample.main, argv)
+        assert "it knows a, b c" in error_of(capsys, sample.main, argv)
         return
     sample.main(argv)
     assert listed(workspace.root / "s") == [f"{name}_00000.png" for name in drawn_classes]

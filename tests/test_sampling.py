@@ -53,6 +53,7 @@ def test_guidance_is_on_inside_its_interval_only(denoiser, monkeypatch):
 
 def test_in_bf16_weights_are_cast_once_for_the_same_samples(denoiser):
     ctx = PROCS._replace(dtype=torch.bfloat16)
+    denoiser = ctx.place(denoiser)
     cast = sample.cast_weights(denoiser, ctx)
     dtypes = {p.dtype for p in cast.parameters()}
     assert dtypes == {torch.bfloat16, torch.float32}  # those of norms and embeddings stay

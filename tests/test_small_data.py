@@ -1,5 +1,4 @@
 """Few images: val/loss, copies, best.pt, --patience, --init_from and --augment."""
-import json
 import shutil
 from types import SimpleNamespace
 
@@ -11,7 +10,6 @@ from conftest import read_jsonl
 import data
 import diffusion
 import memorisation
-import model
 import train_ldm
 import train_vae
 import sample
@@ -95,7 +93,7 @@ def test_best_pt_is_sampled_and_holds_no_raw_weights(workspace, quick):
     argv = ["sample.py", f"--ckpt={best}", "--num_samples=1", "--num_sampling_steps=2"]
     assert quick(*argv).code == 0
     result = quick(*argv, "--no-use_ema", f"--out_dir={workspace.root / 's'}")
-    assert result.code == EXIT_FAILED and "averaged weights alone" in result.err
+    assert result.code == EXIT_FAILED and "averaged weights only" in result.err
     result = quick("sample.py", f"--ckpt={workspace.out / 'l'}")  # a run folder
     assert result.code == EXIT_FAILED and f"give {best}" in result.err
 
@@ -147,7 +145,7 @@ def test_a_run_starts_from_the_averaged_weights_of_another(workspace, quick, ldm
     argv = [*ldm, f"--data_root={root}", "--run_name=n", f"--init_from={workspace.ldm_ckpt}",
             f"--ae_ckpt_path={workspace.vae_ckpt}", "--max_steps=1", "--lr=0"]
     result = quick(*argv)
-    assert result.code == 0 and "no class covid" in result.out, result.err
+    assert result.code == 0 and "does not know class covid" in result.out, result.err
     old = run.load_checkpoint(workspace.ldm_ckpt, "ldm")["ema"]
     new = run.load_checkpoint(workspace.out / "n/ckpts/last.pt", "ldm")
     assert new["class_names"] == ["covid", "normal", "tb"]
@@ -214,7 +212,7 @@ def test_versions_of_an_image_are_cached_as_they_are_encoded(workspace):
     cached, fresh = (data.LatentSet(few, vae, sha256, workspace.out / "cache", ALONE, use, 5, 2)
                      for use in (True, False))
     index, versions = np.array([0, 1, 2, 1]), np.array([0, 2, 1, 1])
-    told = cached.how_augmented(index, versions)
+    told = cached.augment_labels(index, versions)
     assert (told[0] == 0).all() and told[1:].abs().max() <= 1 and len(told.unique()) > 15
     expected = vae.encode(data.augment(few.images(index), told)).mean
     for latents in (cached, fresh):
@@ -226,12 +224,12 @@ def test_versions_of_an_image_are_cached_as_they_are_encoded(workspace):
 
 def test_half_of_the_images_of_a_step_are_as_they_are(workspace):
     args = train_ldm.parse_args(["--augment=3"])
-    drawn = [np.concatenate([train_ldm.draw_versions(8, step, args, ALONE._replace(
+    drawn = [np.concatenate([train_ldm.draw_copies(8, step, args, ALONE._replace(
         rank=rank, world_size=2)) for rank in range(2)]) for step in range(200)]
     counts = np.bincount(np.concatenate(drawn), minlength=4)
     assert counts.sum() == 3200 and abs(counts[0] - 1600) < 120  # 4 standard deviations
     assert all(abs(count - 1600 / 3) < 90 for count in counts[1:])
-    alone = train_ldm.draw_versions(16, 7, args, ALONE)
+    alone = train_ldm.draw_copies(16, 7, args, ALONE)
     assert (alone == drawn[7]).all()  # whatever the number of processes
 
 
