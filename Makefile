@@ -25,9 +25,15 @@ test: .venv/dev
 test-all: .venv/dev
 	$(PY) -m pytest --numprocesses=$(WORKERS)
 
-# What only a GPU can show. Where PyTorch is there already, as on a cluster: PY=python.
+# What only a GPU can show, in at most 8 minutes. If PyTorch is there already, as on a cluster:
+# PY=python.
 gpu-check:
-	$(PY) gpu_check.py
+	timeout 150 $(PY) -m pytest tests/test_gpu.py -q -p no:cacheprovider
+	timeout 110 $(PY) dev/bench.py --only=train,sample --peer --latent_size=32 --json=gpu_check_16.json
+	timeout 110 $(PY) dev/bench.py --only=train --peer --latent_size=32 --batch=128 \
+		--json=gpu_check_128.json
+	timeout 110 $(PY) dev/bench.py --only=vae --img_size=256 --vae_base_ch=64 --vae_batch=8 \
+		--json=gpu_check_vae.json
 
 .venv/runtime: requirements.txt
 	$(PYTHON) -m venv .venv

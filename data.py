@@ -50,18 +50,14 @@ class Listing(NamedTuple):
     flat: bool  # without class folders
 
 
-def _entries(folder):
-    """os.DirEntry objects of a folder, by name."""
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(entries, key=lambda entry: entry.name)
-    except OSError as e:
-        fail(f"cannot read the folder {folder}: {e.strerror}")
+def _fail_unreadable(error):
+    fail(f"cannot read the folder {error.filename}: {error.strerror}")
 
 
-def _is_folder(entry):
-    # Without a stat for each file; entry.is_dir() would raise for a link to itself.
-    return entry.is_dir(follow_symlinks=False) or entry.is_symlink() and os.path.isdir(entry.path)
+def _listed(folder):
+    """(folders, all other names) in a folder, each sorted, without a stat for each file."""
+    _, folders, others = next(os.walk(folder, onerror=_fail_unreadable))
+    return sorted(folders), sorted(others)
 
 
 def _is_broken_link(path):
@@ -76,8 +72,9 @@ def _refuse_broken_link(path):
 
 def _subfolders(folder):
     """Names of the folders in a folder, and of links without a target, that are not hidden."""
-    return [e.name for e in _entries(folder)
-            if (_is_folder(e) or _is_broken_link(e.path)) and not e.name.startswith(HIDDEN)]
+    folders, others = _listed(folder)
+    folders += [name for name in others if _is_broken_link(os.path.join(folder, name))]
+    return sorted(name for name in folders if not name.startswith(HIDDEN))
 
 
 def _shown(name):
@@ -90,65 +87,64 @@ def class_name(folder_name):
     return unicodedata.normalize("NFC", _shown(folder_name))
 
 
-def _walk(folder, above, left_out):
-    """Image entries below a folder at any depth, by path; the rest is counted in left_out.
+def _images_below(top, seen, left_out):
+    """Paths of the images below a folder at any depth; the rest is counted in left_out.
 
-    above: real paths of the folders on the way here, which a link must not lead back to.
+    seen: real paths of folders that links must not lead to.
     """
-    real = os.path.realpath(folder)
-    if real in above:
-        left_out["link back to a folder above it"] += 1
-        return []
     found = []
-    for entry in _entries(folder):
-        suffix = _shown(os.path.splitext(entry.name)[1].lower())
-        if entry.name.startswith(HIDDEN):
-            left_out["hidden"] += 1
-        elif _is_folder(entry) and entry.name.lower() in MASKS:
-            left_out["folder of masks"] += 1
-        elif _is_folder(entry):
-            found += _walk(entry.path, {*above, real}, left_out)
-        elif (suffix in decode.EXTENSIONS or decode.may_be_dicom(suffix)
-              or _is_broken_link(entry.path)):
-            found.append(entry)
-        else:
-            left_out[f"*{suffix}"] += 1
+    for folder, folders, others in os.walk(top, followlinks=True, onerror=_fail_unreadable):
+        real = os.path.realpath(folder)
+        if real in seen:
+            left_out["link to a folder read before"] += 1
+            folders.clear()
+            continue
+        seen = seen | {real}
+        left_out["folder of masks"] += sum(name.lower() in MASKS for name in folders)
+        left_out["hidden"] += sum(name.startswith(HIDDEN) for name in folders + others)
+        folders[:] = sorted(name for name in folders
+                            if name.lower() not in MASKS and not name.startswith(HIDDEN))
+        for name in sorted(name for name in others if not name.startswith(HIDDEN)):
+            path, suffix = os.path.join(folder, name), os.path.splitext(name)[1].lower()
+            if suffix in decode.EXTENSIONS or decode.may_be_dicom(suffix) or _is_broken_link(path):
+                found.append(path)
+            else:
+                left_out[f"*{_shown(suffix)}"] += 1
     return found
 
 
-def _flat_class(name):
+def _flat_class(path):
     """Class of an image in a split without class folders; see FLAT_RULE."""
+    name = os.path.basename(path)
     published = re.fullmatch(r"(?:MCUCXR|CHNCXR)_[0-9]+_1\.\w+", name)
     return "tb" if name.startswith("TB.") or published else "normal"
 
 
 def _split_files(folder, left_out):
-    """([(entry, class name)], class names, whether it is flat) of one TASK/SPLIT folder."""
-    entries = _entries(folder)
-    class_folders = [e for e in entries if _is_folder(e) and not e.name.startswith(HIDDEN)]
+    """([(path, class name)], class names, whether it is flat) of one TASK/SPLIT folder."""
+    folders, others = _listed(folder)
+    class_folders = [name for name in folders if not name.startswith(HIDDEN)]
     if not class_folders:
-        files = [(entry, _flat_class(entry.name)) for entry in _walk(folder, set(), left_out)]
+        files = [(path, _flat_class(path)) for path in _images_below(folder, set(), left_out)]
         return files, sorted({name for _, name in files}), True
-    files = []
-    for entry in entries:
-        if entry in class_folders:
-            found = _walk(entry.path, {os.path.realpath(folder)}, left_out)
-            files += [(image, class_name(entry.name)) for image in found]
-        elif entry.name.startswith(HIDDEN):
-            left_out["hidden"] += 1
-        else:
-            _refuse_broken_link(entry.path)  # it may have been a class
-            left_out["beside the class folders"] += 1
-    return files, [class_name(e.name) for e in class_folders], False
+    for name in {*folders, *others} - {*class_folders}:
+        hidden = name.startswith(HIDDEN)
+        left_out["hidden" if hidden else "beside the class folders"] += 1
+        if not hidden:
+            _refuse_broken_link(os.path.join(folder, name))  # it may have been a class
+    real = os.path.realpath(folder)
+    files = [(path, class_name(name)) for name in class_folders
+             for path in _images_below(os.path.join(folder, name), {real}, left_out)]
+    return files, [class_name(name) for name in class_folders], False
 
 
-def _image_file(entry, name, root):
+def _image_file(path, name, root):
     try:
-        stat = entry.stat()
+        stat = os.stat(path)
         size, mtime_ns = stat.st_size, stat.st_mtime_ns
     except OSError:
         size, mtime_ns = -1, 0
-    return ImageFile(os.path.relpath(entry.path, root), name, size, mtime_ns)
+    return ImageFile(os.path.relpath(path, root), name, size, mtime_ns)
 
 
 def find_members(root, task, split):
@@ -209,13 +205,13 @@ def scan(root, task, split, class_names=None):
         found += files
         folders += names
         flat = flat or is_flat
-    if left_out:
-        counts = ", ".join(f"{n} {reason}" for reason, n in sorted(left_out.items()))
+    if +left_out:
+        counts = ", ".join(f"{n} {reason}" for reason, n in sorted((+left_out).items()))
         notice(f"{where}: not read: {counts}")
     if not found:
         fail(f"no images in {where} (looked for {' '.join(sorted(decode.EXTENSIONS))})")
     read_as = _read_as(sorted(set(folders)), class_names, where, flat)
-    files = [_image_file(entry, read_as[name], root) for entry, name in found]
+    files = [_image_file(path, read_as[name], root) for path, name in found]
     names = sorted(set(read_as.values()))
     empty = sorted(set(names) - {f.class_name for f in files})
     if empty:

@@ -1,20 +1,20 @@
 """A procedural chest radiograph that stands in for data, and a script that writes a set of them.
 
-    python phantom.py --out=phantom --num_train=64 --num_val=16 --img_size=128
+    python -m lib.phantom --out=phantom --num_train=64 --num_val=16 --img_size=128
 
 writes PNG files laid out as a data root of your own would be: OUT/TB/SPLIT/CLASS/*.png. The classes
 are `normal` and `tb`; every image is a function of (seed, split, class, number).
 """
-import argparse
 import pathlib
 import secrets
 import shutil
+import sys
 
 import numpy as np
 from PIL import Image, ImageFilter
 
-from lib.args import at_least
-from lib.files import make_folder, notice, write_atomic
+from lib.args import Parser, at_least, file_path
+from lib.files import fail, make_folder, notice, write_atomic
 
 # --- the image ----------------------------------------------------------------------------------
 
@@ -86,15 +86,7 @@ def draw_phantom(rng: np.random.Generator, has_tb: bool, img_size: int) -> np.nd
     middle_density = middle_density * (0.3 + 0.7 * above * soft_step(y - apex - 0.05, 0.05))
     trachea = soft_step(0.035 - u, 0.008) * soft_step(apex + 0.4 - y, 0.05)
 
-    # --- hila and the vessels that fan out from them ---
-    wiggle, vessels = cloud(rng, 12, n), 0
-    for side in (-1, 1):
-        rx, ry = side * x - 0.12, y - apex - 0.52 * (base - apex)
-        r, theta = np.hypot(rx, ry), np.arctan2(ry, rx) + 0.2 * wiggle
-        vessels = vessels + 0.7 * np.exp(-((r / 0.12) ** 2))
-        for angle in (np.linspace(-1.4, 1.4, 9) + uni(-0.15, 0.15, 9)).tolist():
-            across = r * (theta - angle - uni(-1, 1) * r) / (0.006 + 0.012 * np.exp(-r / 0.15))
-            vessels = vessels + np.exp(-(across**2) - r / 0.25) * soft_step(r - 0.06, 0.015)
+    vessels = draw_vessels(rng, x, y - apex - 0.52 * (base - apex))
 
     # --- bones: spine, ribs (down and out behind, then down and in in front), clavicles ---
     spine = soft_step(0.08 - u, 0.012) * (0.8 + 0.2 * np.cos(2 * np.pi * y / uni(0.1, 0.12)))
@@ -110,26 +102,51 @@ def draw_phantom(rng: np.random.Generator, has_tb: bool, img_size: int) -> np.nd
     clavicle = clavicle * soft_step(0.325 - np.abs(u - 0.395), 0.015)
     bones = 0.06 * spine + 0.095 * ribs + 0.12 * clavicle
 
-    # --- tuberculosis: fluffy upper-zone opacities, some with a cavity ---
-    lesion = np.zeros_like(x)
-    for _ in range(lesion_rng.integers(1, 5) if has_tb else 0):
-        luni, level = lesion_rng.uniform, lesion_rng.uniform(0.16, 0.48)
-        side = 1 if luni() < 0.5 else -1
-        dx = x - side * luni(0.45, 0.75) * lung_w * min(1, level + 0.6)
-        at = np.hypot(dx, (y - apex - level * (base - apex)) * luni(0.8, 1.25))
-        ragged = cloud(lesion_rng, 12, n)
-        patch = soft_step(1 - at / luni(0.14, 0.24) + 0.4 * ragged, 0.15)
-        patch = luni(0.75, 1.05) * patch * np.clip(0.85 + 0.22 * cloud(lesion_rng, 32, n), 0, 1.2)
-        if luni() < 0.25:
-            shell = at / luni(0.08, 0.13) + 0.2 * ragged
-            rim = 0.8 * np.exp(-(((shell - 1) / 0.4) ** 2))
-            patch = np.maximum(patch * soft_step(shell - 0.9, 0.08), rim)
-        lesion = np.maximum(lesion, patch)
+    lesion = draw_lesions(lesion_rng, x, y - apex, lung_w, base - apex) if has_tb else 0.0
 
-    # --- sum, film response, detector ---
+    # --- sum and film response ---
     gas = lung * (1 - middle) * (0.8 + 0.2 * t) * (uni(0.38, 0.44) - 0.32 * lesion - 0.12 * vessels)
     density = body * (tissue + (1 - above) * belly + middle_density + bones - 0.05 * trachea - gas)
     film = 1 - np.exp(-((np.maximum(density, 0) * uni(1.5, 2.1)) ** uni(1.2, 1.7)))
+    return expose(rng, noise_rng, film, body, film_x, film_y, img_size)
+
+
+def draw_vessels(rng, x, y):
+    """The hila and the vessels that fan out from them, like x [n, n]; y is 0 at the hila."""
+    uni, wiggle, vessels = rng.uniform, cloud(rng, 12, len(x)), 0
+    for side in (-1, 1):
+        rx = side * x - 0.12
+        r, theta = np.hypot(rx, y), np.arctan2(y, rx) + 0.2 * wiggle
+        vessels = vessels + 0.7 * np.exp(-((r / 0.12) ** 2))
+        for angle in (np.linspace(-1.4, 1.4, 9) + uni(-0.15, 0.15, 9)).tolist():
+            across = r * (theta - angle - uni(-1, 1) * r) / (0.006 + 0.012 * np.exp(-r / 0.15))
+            vessels = vessels + np.exp(-(across**2) - r / 0.25) * soft_step(r - 0.06, 0.015)
+    return vessels
+
+
+def draw_lesions(rng, x, y, lung_w, lung_h):
+    """Tuberculosis: fluffy upper-zone opacities, some with a cavity, 0 to about 1 like x [n, n]. y
+    is 0 at the apex of the lung."""
+    uni, n, lesion = rng.uniform, len(x), np.zeros_like(x)
+    for _ in range(rng.integers(1, 5)):
+        level = uni(0.16, 0.48)
+        side = 1 if uni() < 0.5 else -1
+        dx = x - side * uni(0.45, 0.75) * lung_w * min(1, level + 0.6)
+        at = np.hypot(dx, (y - level * lung_h) * uni(0.8, 1.25))
+        ragged = cloud(rng, 12, n)
+        patch = soft_step(1 - at / uni(0.14, 0.24) + 0.4 * ragged, 0.15)
+        patch = uni(0.75, 1.05) * patch * np.clip(0.85 + 0.22 * cloud(rng, 32, n), 0, 1.2)
+        if uni() < 0.25:
+            shell = at / uni(0.08, 0.13) + 0.2 * ragged
+            rim = 0.8 * np.exp(-(((shell - 1) / 0.4) ** 2))
+            patch = np.maximum(patch * soft_step(shell - 0.9, 0.08), rim)
+        lesion = np.maximum(lesion, patch)
+    return lesion
+
+
+def expose(rng, noise_rng, film, body, film_x, film_y, img_size):
+    """What the detector makes of a film: blur, noise, the collimator's blades, 8 bits."""
+    uni, n = rng.uniform, len(film)
     film = Image.fromarray((255 * film).astype(np.uint8)).filter(ImageFilter.GaussianBlur(n / 400))
     film = np.asarray(film, np.float32) / 255
     noise = noise_rng.standard_normal((n, n), dtype=np.float32) * noise_rng.uniform(0.005, 0.014)
@@ -177,15 +194,17 @@ def phantom_root(output_root, img_size):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Write phantom chest radiographs as PNG files.")
+    parser = Parser(__doc__)
     add = parser.add_argument
-    add("--out", required=True, help="folder to write TB/SPLIT/CLASS/*.png below")
+    add("--out", type=file_path, required=True, help="folder to write TB/SPLIT/CLASS/*.png below")
     add("--num_train", type=at_least(1), default=64, help="training images per class")
     add("--num_val", type=at_least(0), default=16, help="validation images per class")
     add("--img_size", type=at_least(16), default=128, help="side in pixels")
     add("--seed", type=at_least(0), default=0, help="of the set")
-    args = parser.parse_args()
-    make_folder(args.out)
+    args = parser.parse(sys.argv[1:])
+    if any(pathlib.Path(args.out, "TB").glob("**/*.*")):
+        fail(f"{args.out}/TB holds files already: give another --out, so that no phantom replaces "
+             "an image or joins real ones")
     write_phantoms(args.out, args.num_train, args.num_val, args.img_size, args.seed)
     print(f"wrote {args.out}: use it with --data_root={args.out} --img_size={args.img_size}")
 

@@ -52,9 +52,9 @@ def test_settings_that_end_before_the_checkpoint_change_nothing(workspace, quick
 
 
 def test_two_unnamed_runs_of_one_second_get_two_folders(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment.time, "strftime", lambda *_: "20260101-000000")
+    monkeypatch.setattr(run.time, "strftime", lambda *_: "20260101-000000")
     args = train_ldm.parse_args([f"--output_root={tmp_path}"])
-    names = [os.path.basename(experiment.new_folder(args, "ldm")) for _ in range(3)]
+    names = [os.path.basename(run.new_folder(args, "ldm")) for _ in range(3)]
     assert names == ["ldm_20260101-000000", "ldm_20260101-000000_2", "ldm_20260101-000000_3"]
 
 
@@ -102,7 +102,7 @@ def test_an_owner_on_another_machine_is_given_two_minutes(
         if len(waited) == released_after:
             owner.kill()
             owner.wait()
-    monkeypatch.setattr(experiment.time, "sleep", sleep)
+    monkeypatch.setattr(run.time, "sleep", sleep)
     try:
         if released_after:
             take_lock(tmp_path / "lock", tmp_path).close()

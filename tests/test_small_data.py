@@ -29,8 +29,7 @@ def ldm(workspace):
             "--sample_batch_size=2", "--lr=3e-3"]
 
 
-def evaluations(folder):
-    """{step: record} of the evaluations in a run's metrics.jsonl."""
+def evaluations(folder):  # {step: record}
     return {r["step"]: r for r in read_jsonl(folder / "metrics.jsonl")
             if "sample_diversity/num_pairs" in r}
 
@@ -58,8 +57,7 @@ def test_val_loss_is_the_loss_of_the_averaged_weights(workspace, quick, ldm):
     watch = memorisation.MemorisationMonitor(latents, vae, sha256, scale, workspace.out / "cache", args, ALONE)
     for name, inputs in (("val/loss", watch.val), ("val/train_loss", watch.train)):
         assert len(inputs.t) == 85 * 6 and (inputs.y.bincount() == 85 * 3).all()
-        times = inputs.t.sort().values
-        assert torch.allclose(times, (torch.arange(510) + 0.5) / 510)
+        assert torch.allclose(inputs.t.sort().values, (torch.arange(510) + 0.5) / 510)
         losses = []
         for x0, t, noise, y in zip(*(part.split(1) for part in inputs), strict=True):
             alpha, sigma = denoiser.schedule.alpha(t).item(), denoiser.schedule.sigma(t).item()
@@ -80,19 +78,14 @@ def test_best_pt_is_of_the_lowest_val_loss_and_patience_stops(workspace, quick, 
     best = min(losses, key=losses.get)
     assert max(found) == best + 6 < 200  # two steps an epoch, three evaluations
     assert f"stopped at step {best + 6} of 200" in result.out and "--patience" in result.out
-    path = folder / "ckpts/best.pt"
-    assert f"the one to use: {path}, of epoch {best // 2}" in result.out
-    assert f"sample.py --ckpt={path}" in result.out.splitlines()[-1]
-    stored = run.load_checkpoint(path, "ldm")
+    assert f"the one to use: {folder / 'ckpts/best.pt'}, of epoch {best // 2}" in result.out
+    stored = run.load_checkpoint(folder / "ckpts/best.pt", "ldm")
     assert stored["step"] == best and stored["optimizer"] is None and stored["model"] is None
     # Its weights are the averaged ones of that step.
-    assert quick(*argv[:-3], *argv[-2:], "--run_name=short", "--sample_every=100",
-                 f"--max_steps={best}").code == 0
+    assert quick(*argv, "--run_name=short", "--sample_every=100", f"--max_steps={best}").code == 0
     weights = run.load_checkpoint(workspace.out / "short/ckpts/last.pt", "ldm")["ema"]
     assert all(torch.equal(weights[k], v) for k, v in stored["ema"].items())
-    # Started again, it stops again; without patience it continues.
-    again = quick(*argv, "--max_steps=200", "--patience=3")
-    assert again.code == 0 and f"stopped at step {best + 6} of 200" in again.out
+    # Without patience it continues.
     assert quick(*argv, f"--max_steps={best + 8}", "--patience=0").code == 0
     assert evaluations(folder).keys() == found.keys() | {best + 8}
 
@@ -112,9 +105,8 @@ def test_without_validation_images_there_is_no_best(workspace, quick, ldm):
     shutil.copytree(workspace.data / "TB/train", root / "TB/train")
     result = quick(*ldm, f"--data_root={root}", "--run_name=r", "--max_steps=2", "--patience=1")
     assert result.code == 0 and "Validation is skipped" in result.out
-    assert not (workspace.out / "r/ckpts/best.pt").exists()
+    assert not (workspace.out / "r/ckpts/best.pt").exists() and "stopped at" not in result.out
     assert "sample.py --ckpt=" in result.out and "last.pt" in result.out.splitlines()[-1]
-    assert "stopped at" not in result.out
     logged = evaluations(workspace.out / "r")[2]
     assert "val/loss" not in logged and "copies/share" in logged
 

@@ -11,7 +11,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, read_jsonl, run, start, tree_hashes
+from conftest import ROOT, read_jsonl, run, save_checkpoint, start, tree_hashes
 from PIL import Image
 
 import model
@@ -357,7 +357,7 @@ def test_class_dropout_trains_the_null_row_and_only_it(tmp_path, prob_uncond, tr
     vae = model.AutoencoderKL(*settings.values()).state_dict()
     ae_path = tmp_path / "ae" / "ckpts" / "last.pt"
     ae_path.parent.mkdir(parents=True)
-    experiment.save_checkpoint(ae_path, "vae", {"args": settings, "model": vae, "ema": vae})
+    save_checkpoint(ae_path, "vae", {"args": settings, "model": vae, "ema": vae})
     torch.manual_seed(3)
     before = model.UNet((2, 4, 4), 2, 8, (1,), 1, ()).class_emb.weight
     train_ldm.main([
@@ -424,7 +424,9 @@ COLLECTIVES = """
 import sys
 import torch
 sys.path.insert(0, sys.argv[1])
-import argparse, experiment
+import argparse
+from lib import dist
+from lib.files import EXIT_FAILED, fail
 ctx = dist.setup(argparse.Namespace(device="cpu"))
 rank = ctx.rank
 assert ctx.average(torch.tensor([1.0 + 2 * rank])).item() == 2

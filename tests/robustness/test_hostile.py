@@ -3,6 +3,7 @@ import argparse
 import collections
 import contextlib
 import io
+import hashlib
 import json
 import math
 import os
@@ -19,7 +20,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
-from conftest import tree_hashes
+from conftest import save_checkpoint, tree_hashes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -200,7 +201,7 @@ def test_no_half_phantom_set_is_taken_for_one(disk, quick):
 
 
 def test_a_phantom_set_written_to_a_full_disk_is_one_line_and_leaves_whole_pictures(disk, quick):
-    command = ["phantom.py", f"--out={disk.folder / 'p'}", "--num_train=6", "--num_val=1",
+    command = ["lib/phantom.py", f"--out={disk.folder / 'p'}", "--num_train=6", "--num_val=1",
                "--img_size=128"]
     disk.leave(20 * PAGE)
     result = quick(*command)
@@ -330,14 +331,14 @@ def test_runs_are_found_and_continued_whatever_the_date_in_their_description(
     found, line = value_or_line(run.find_autoencoder, args)
     assert line or found.parent.parent.name in ("a", "b")
     args = train_vae.parse_args([f"--resume_dir={tmp_path / 'b'}"])
-    run, line = value_or_line(run.Run, args, ALONE, "vae", "x", {})
-    assert line or run.resumed
+    made, line = value_or_line(run.Run, args, ALONE, "vae", "x", {})
+    assert line or made.args.resume_dir
 
 
 def scale_in(folder, vae_sha256):
     args = argparse.Namespace(task="TB", data_root=None, output_root="runs",
                               latent_scale_factor=None, resume_dir=None, split="train")
-    return train_ldm.read_scale(args, folder / "ckpts/last.pt", vae_sha256)
+    return run.read_latent_scale(args, folder / "ckpts/last.pt", vae_sha256)[0]
 
 
 def test_a_damaged_latent_scale_is_one_line_and_never_another_factor(stages, tmp_path):
@@ -345,7 +346,7 @@ def test_a_damaged_latent_scale_is_one_line_and_never_another_factor(stages, tmp
     path = tmp_path / "latent_scale.json"
     content = (stages.out / "v/latent_scale.json").read_bytes()
     path.write_bytes(content)
-    sha = run.sha256_file(stages.vae_ckpt)
+    sha = hashlib.sha256(stages.vae_ckpt.read_bytes()).hexdigest()
     factor = scale_in(tmp_path, sha)
     assert factor == strict(path)["latent_scale_factor"]
     for broken in [*damaged(content, 300), *NO_OBJECTS.values()]:
@@ -449,7 +450,7 @@ def checkpoint(tmp_path_factory):
     optimizer = torch.optim.AdamW(layers.parameters())
     sum(p.square().sum() for p in layers.parameters()).backward()
     optimizer.step()
-    experiment.save_checkpoint(path, "ldm", {
+    save_checkpoint(path, "ldm", {
         "model": layers.state_dict(), "optimizer": optimizer.state_dict(), "step": 7,
         "ema": None, "args": {"lr": 1e-3, "ldm_ch_mults": (1, 2)}})
     return run.load_checkpoint(path, "ldm"), path.read_bytes(), path
