@@ -1,4 +1,5 @@
-"""cpu_ops.py: the operations against PyTorch's own, and where the networks use them."""
+"""lib/cpu_ops.py: the operations against PyTorch's own, and where networks use them."""
+import copy
 import os
 import subprocess
 import sys
@@ -6,9 +7,9 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 
 import model
-from conftest import ROOT
 from lib import cpu_ops, dist
 
 CL = torch.channels_last
@@ -52,7 +53,7 @@ def test_group_norm_is_the_one_of_pytorch(shared, silu, batch, groups, each_way)
 
     def own(x, scale, shift):
         scale, shift = scale.expand(batch, -1), shift.expand(batch, -1)
-        return cpu_ops.GroupNorm.apply(x, scale, shift, groups, 1e-3, silu)
+        return cpu_ops.NormFunction.apply(x, scale, shift, groups, 1e-3, silu)
     upstream = torch.randn(batch, 12, 6, 5)
     wide = [tensor.detach().double().requires_grad_() for tensor in (x, scale, shift)]
     got = values_and_gradients(own, (x, scale, shift), upstream)
@@ -69,24 +70,35 @@ def test_the_convolution_is_the_one_of_pytorch(batch, height, width, each_way):
     bias = torch.randn(8).requires_grad_()
     upstream = torch.randn(batch, 8, height, width).contiguous(memory_format=CL)
     inputs = (x, weight, bias)
-    got = values_and_gradients(cpu_ops.Conv3x3.apply, inputs, upstream)
+    got = values_and_gradients(cpu_ops.ConvFunction.apply, inputs, upstream)
     wanted = values_and_gradients(lambda *a: F.conv2d(*a, padding=1), inputs, upstream)
     for a, b in zip(got, wanted, strict=True):
         assert torch.allclose(a, b, atol=1e-4)
     assert got[0].is_contiguous(memory_format=CL) and got[2].is_contiguous(memory_format=CL)
 
 
-def test_they_are_for_bf16_in_channels_last_that_is_not_compiled():
+def test_they_are_for_bf16_in_channels_last():
     x = torch.randn(2, 8, 4, 4)
-    rows = x.bfloat16().contiguous(memory_format=CL)
-    assert cpu_ops.usable(rows)
+    assert cpu_ops.usable(x.bfloat16().contiguous(memory_format=CL))
     assert not cpu_ops.usable(x.contiguous(memory_format=CL))
     assert not cpu_ops.usable(x.bfloat16())
-    assert not cpu_ops.usable(rows.to("meta"))
-    assert not torch.compile(cpu_ops.usable, backend="eager")(rows)
 
 
-def test_large_maps_are_normed_here_where_there_is_a_compiler(monkeypatch):
+def test_install_keeps_weights_names_copies_and_float32():
+    torch.manual_seed(0)
+    for plain, call, shape in networks(installed=False):
+        x, state = torch.randn(shape), plain.state_dict()
+        before = call(x)
+        cpu_ops.install(plain)
+        assert list(plain.state_dict()) == list(state)
+        assert torch.equal(call(x), before)  # float32 takes PyTorch's way
+        twin = copy.deepcopy(plain)
+        assert [type(m) for m in twin.modules()] == [type(m) for m in plain.modules()]
+        kinds = {type(m).__name__ for m in twin.modules()}
+        assert "GroupNorm" not in kinds and "FastGroupNorm" in kinds
+
+
+def test_large_maps_are_normed_here_given_a_compiler(monkeypatch):
     def usable(side, trained):
         x = torch.zeros(1, 64, side, side, dtype=torch.bfloat16).contiguous(memory_format=CL)
         return cpu_ops.group_norm_usable(x.requires_grad_(trained))
@@ -100,16 +112,18 @@ def test_large_maps_are_normed_here_where_there_is_a_compiler(monkeypatch):
 @pytest.mark.parametrize("missing", [{"CXX": "{}/c++", "TORCHINDUCTOR_CACHE_DIR": "{}/cache"},
                                      {"TORCH_COMPILE_DISABLE": "1"}],
                          ids=["compiler", "wish"])
-def test_where_nothing_can_be_compiled_the_result_is_the_same(missing, tmp_path):
+def test_results_are_the_same_without_a_compiler(missing, tmp_path):
     code = """
 import torch, model
+from lib import cpu_ops
 norm = model.norm(32, 8)
+cpu_ops.install(norm)
 x = torch.randn(2, 32, 128, 128).to(torch.bfloat16, memory_format=torch.channels_last)
 with torch.autocast("cpu", torch.bfloat16), torch.compiler.set_stance("force_eager"):
     h = norm(x, silu=True)
 wanted = torch.nn.functional.silu(torch.nn.GroupNorm.forward(norm, x.float()))
-assert x.numel() >= 4 * model.cpu_ops.SMALL and (h - wanted).abs().max() < 0.05
-assert not model.cpu_ops.can_compile()
+assert x.numel() >= 4 * cpu_ops.SMALL and (h - wanted).abs().max() < 0.05
+assert not cpu_ops.can_compile()
 """
     env = os.environ | {name: value.format(tmp_path) for name, value in missing.items()}
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True,
@@ -118,11 +132,11 @@ assert not model.cpu_ops.can_compile()
 
 
 def test_programs_start_without_the_compiler():
-    code = "import sys, model; assert 'torch._dynamo' not in sys.modules"
+    code = "import sys, train_ldm; assert 'torch._dynamo' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_only_a_convolution_of_many_weights_and_few_pixels_is_a_product():
+def test_small_maps_with_many_weights_are_products():
     def usable(channels, side):
         x = torch.zeros(1, channels, side, side, dtype=torch.bfloat16)
         weight = torch.zeros(channels, channels, 3, 3, device="meta")
@@ -130,8 +144,8 @@ def test_only_a_convolution_of_many_weights_and_few_pixels_is_a_product():
     assert usable(64, 4) and not usable(64, 8) and not usable(32, 4) and usable(512, 32)
 
 
-def networks():
-    """[(network, inputs)] with weights that are nowhere zero."""
+def networks(installed=True):
+    """[(network, call, shape of x)] with weights that are nowhere zero."""
     unet = model.UNet((4, 8, 8), 2, 32, (1, 2, 4), 1, (4,))
     vae = model.AutoencoderKL(16, 4, 32, (1, 2), 1, attn_res=(8,))
     disc = model.PatchDiscriminator(16, 2)
@@ -139,13 +153,15 @@ def networks():
     for net in (unet, vae, disc):
         for weight in net.parameters():
             torch.nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
+        if installed:
+            cpu_ops.install(net)
     return [(unet, lambda x: unet(x, t, y), (2, 4, 8, 8)),
             (vae, lambda x: vae(x, torch.ones(2, *vae.latent_shape))[0], (2, 1, 16, 16)),
             (disc, disc, (2, 1, 64, 64))]
 
 
 @pytest.mark.parametrize("small", [True, False])
-def test_networks_give_in_bf16_and_channels_last_what_they_give_in_float32(small, monkeypatch):
+def test_networks_agree_in_bf16_and_float32(small, monkeypatch):
     if not small:
         monkeypatch.setattr(cpu_ops, "group_norm_usable", cpu_ops.usable)
     torch.manual_seed(0)
@@ -176,7 +192,7 @@ def nodes(output):
 
 
 @pytest.mark.parametrize("small", [True, False])
-def test_norms_of_the_networks_are_pytorchs_where_the_maps_are_small(small, monkeypatch):
+def test_norms_of_small_maps_are_pytorchs(small, monkeypatch):
     if not small:
         monkeypatch.setattr(cpu_ops, "group_norm_usable", cpu_ops.usable)
     for net, call, shape in networks():
@@ -184,7 +200,7 @@ def test_norms_of_the_networks_are_pytorchs_where_the_maps_are_small(small, monk
         norms = sum(isinstance(m, torch.nn.GroupNorm) for m in net.modules())
         with torch.autocast("cpu", torch.bfloat16):
             names = nodes(call(torch.randn(shape).contiguous(memory_format=CL)))
-        own = names.count("GroupNormBackward")
+        own = names.count("NormFunctionBackward")
         native = sum("NativeGroupNorm" in name for name in names)
         assert norms and (own, native) == ((0, norms) if small else (norms, 0))
 
@@ -193,8 +209,10 @@ def test_group_norm_keeps_the_layout():
     for side in (4, 128):  # either side of SMALL
         x = torch.randn(2, 32, side, side).bfloat16().contiguous(memory_format=CL)
         assert cpu_ops.group_norm_usable(x) == (side == 128 and cpu_ops.can_compile())
+        norm = model.norm(32, 8)
+        cpu_ops.install(norm)
         with torch.autocast("cpu", torch.bfloat16):
-            h = model.norm(32, 8)(x, silu=True)
+            h = norm(x, silu=True)
         assert h.is_contiguous(memory_format=CL) and h.dtype == torch.bfloat16
 
 
