@@ -38,9 +38,8 @@ def each_way(request, monkeypatch):
         pytest.skip("no C++ compiler")
 
 
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("silu", [False, True])
-@pytest.mark.parametrize("batch, groups", [(3, 4), (1, 12)])
+@pytest.mark.parametrize("batch, groups, silu, shared", [
+    (3, 4, True, False), (3, 4, False, True), (1, 12, True, True)])
 def test_group_norm_is_the_one_of_pytorch(shared, silu, batch, groups, each_way):
     torch.manual_seed(0)
     x = random_images(batch, 12, 6, 5)
@@ -160,26 +159,6 @@ def networks(installed=True):
             (disc, disc, (2, 1, 64, 64))]
 
 
-@pytest.mark.parametrize("small", [True, False])
-def test_networks_agree_in_bf16_and_float32(small, monkeypatch):
-    if not small:
-        monkeypatch.setattr(cpu_ops, "group_norm_usable", cpu_ops.usable)
-    torch.manual_seed(0)
-    for net, call, shape in networks():
-        x = torch.randn(shape)
-        results = []
-        for bf16 in (False, True):
-            net.to(memory_format=CL if bf16 else torch.contiguous_format)
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                out = call(x.contiguous(memory_format=CL) if bf16 else x)
-            weights = list(net.parameters())
-            loss = (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum()
-            results.append([out.detach(), *torch.autograd.grad(loss, weights)])
-        exact, rounded = (torch.cat([v.flatten() for v in values[1:]]) for values in results)
-        assert (results[0][0] - results[1][0]).norm() < 0.03 * results[0][0].norm()
-        assert (exact - rounded).norm() < 0.05 * exact.norm()
-
-
 def nodes(output):
     """Names of all that the gradient of a tensor goes through."""
     todo, seen = [output.grad_fn], set()
@@ -192,28 +171,39 @@ def nodes(output):
 
 
 @pytest.mark.parametrize("small", [True, False])
-def test_norms_of_small_maps_are_pytorchs(small, monkeypatch):
+def test_networks_agree_in_bf16_and_float32(small, monkeypatch):
+    """And the norms of small maps are PyTorch's."""
     if not small:
         monkeypatch.setattr(cpu_ops, "group_norm_usable", cpu_ops.usable)
+    torch.manual_seed(0)
     for net, call, shape in networks():
-        net.to(memory_format=CL)
+        x, weights = torch.randn(shape), list(net.parameters())
+        results = []
+        for bf16 in (False, True):
+            layout = CL if bf16 else torch.contiguous_format
+            net.to(memory_format=layout)
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                out = call(x.contiguous(memory_format=layout))
+            loss = (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum()
+            results.append([out.detach(), *torch.autograd.grad(loss, weights, retain_graph=True)])
+        exact, rounded = (torch.cat([v.flatten() for v in values[1:]]) for values in results)
+        assert (results[0][0] - results[1][0]).norm() < 0.03 * results[0][0].norm()
+        assert (exact - rounded).norm() < 0.05 * exact.norm()
+        names = nodes(out)
         norms = sum(isinstance(m, torch.nn.GroupNorm) for m in net.modules())
-        with torch.autocast("cpu", torch.bfloat16):
-            names = nodes(call(torch.randn(shape).contiguous(memory_format=CL)))
-        own = names.count("NormFunctionBackward")
         native = sum("NativeGroupNorm" in name for name in names)
-        assert norms and (own, native) == ((0, norms) if small else (norms, 0))
+        ours = names.count("NormFunctionBackward")
+        assert norms and (ours, native) == ((0, norms) if small else (norms, 0))
 
 
-def test_group_norm_keeps_the_layout():
-    for side in (4, 128):  # either side of SMALL
-        x = torch.randn(2, 32, side, side).bfloat16().contiguous(memory_format=CL)
-        assert cpu_ops.group_norm_usable(x) == (side == 128 and cpu_ops.can_compile())
-        norm = model.norm(32, 8)
-        cpu_ops.install(norm)
-        with torch.autocast("cpu", torch.bfloat16):
-            h = norm(x, silu=True)
-        assert h.is_contiguous(memory_format=CL) and h.dtype == torch.bfloat16
+@pytest.mark.parametrize("side", [4, 128])  # either side of SMALL
+def test_group_norm_keeps_the_layout(side):
+    x = torch.randn(2, 32, side, side).bfloat16().contiguous(memory_format=CL)
+    norm = model.norm(32, 8)
+    cpu_ops.install(norm)
+    with torch.autocast("cpu", torch.bfloat16):
+        h = norm(x, silu=True)
+    assert h.is_contiguous(memory_format=CL) and h.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype, compiled, layout", [

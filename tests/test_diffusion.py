@@ -76,11 +76,6 @@ def test_q_sample_has_the_marginal_mean_and_standard_deviation():
     assert torch.allclose(xt.std(1), schedule.sigma(t), rtol=0.02)
 
 
-def test_unknown_schedule_is_refused():
-    with pytest.raises(ValueError, match="sigmoid.*linear, cosine or flow"):
-        diffusion.NoiseSchedule("sigmoid", True)
-
-
 # --- parametrisations ---
 
 
@@ -158,19 +153,15 @@ def test_loss_weights(monkeypatch, prediction, name, zero_terminal_snr):
         assert torch.allclose(loss, capped * schedule.sigma(t) ** 2 * mse)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_eps_with_zero_terminal_snr_is_refused(name):
-    with pytest.raises(ValueError, match="eps.*no-zero_terminal_snr"):
-        diffusion.Denoiser(tiny_unet(), diffusion.NoiseSchedule(name, True), "eps")
-    diffusion.Denoiser(tiny_unet(), diffusion.NoiseSchedule(name, False), "eps")
-
-
-def test_unknown_prediction_and_weighting_are_refused():
-    schedule = diffusion.NoiseSchedule("cosine", True)
-    with pytest.raises(ValueError, match="'epsilon'.*eps, v, x0 or flow"):
-        diffusion.Denoiser(tiny_unet(), schedule, "epsilon")
-    with pytest.raises(ValueError, match="'snr'.*uniform or min_snr"):
-        diffusion.Denoiser(tiny_unet(), schedule, "v", "snr")
+@pytest.mark.parametrize("name, zero_terminal_snr, prediction, weighting, message", [
+    ("sigmoid", True, "v", "uniform", "'sigmoid'.*linear, cosine or flow"),
+    ("cosine", True, "epsilon", "uniform", "'epsilon'.*eps, v, x0 or flow"),
+    ("cosine", True, "v", "snr", "'snr'.*uniform or min_snr"),
+    *((name, True, "eps", "uniform", "eps.*no-zero_terminal_snr") for name in SCHEDULES)])
+def test_bad_settings_are_refused(name, zero_terminal_snr, prediction, weighting, message):
+    with pytest.raises(ValueError, match=message):
+        schedule = diffusion.NoiseSchedule(name, zero_terminal_snr)
+        diffusion.Denoiser(tiny_unet(), schedule, prediction, weighting)
 
 
 # --- classifier-free guidance ---
@@ -178,7 +169,7 @@ def test_unknown_prediction_and_weighting_are_refused():
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @torch.no_grad()
-def test_guidance_moves_x0_away_from_the_null_class_in_all_channels(monkeypatch, prediction):
+def test_guidance_moves_x0_away_from_the_null_class(monkeypatch, prediction):
     monkeypatch.setattr(diffusion, "EPS_BOUND", math.inf)
     unet = tiny_unet(seed=1)
     denoiser = diffusion.Denoiser(unet, diffusion.NoiseSchedule("cosine", False), prediction)
@@ -382,18 +373,6 @@ def gaussian_error(sampler, schedule, steps, mean=-0.3, std=1.5):
 
 
 @pytest.mark.parametrize("name, zero_terminal_snr", ENDS)
-def test_ddim_and_dpmpp_converge_to_the_same_image(name, zero_terminal_snr):
-    schedule = diffusion.NoiseSchedule(name, zero_terminal_snr)
-    gaps = []
-    for steps in (20, 100, 500):
-        ddim, dpmpp = (draw(sampler, schedule, mixture(schedule), steps, n=200)
-                       for sampler in ("ddim", "dpmpp_2m"))
-        gaps.append((ddim - dpmpp).abs().mean().item())
-    assert gaps[1] < gaps[0] / 2 and gaps[2] < gaps[1] / 3 and gaps[2] < 0.003
-    assert gaussian_error("dpmpp_2m", schedule, 20) < gaussian_error("ddim", schedule, 20) / 3
-
-
-@pytest.mark.parametrize("name, zero_terminal_snr", ENDS)
 def test_order_of_convergence(name, zero_terminal_snr):
     schedule = diffusion.NoiseSchedule(name, zero_terminal_snr)
 
@@ -431,20 +410,6 @@ def test_eight_steps_keep_what_is_narrow(name, zero_terminal_snr):
     assert x0.std().item() == pytest.approx(0.2, rel=0.1)
     ddim, dpmpp = (gaussian_error(sampler, schedule, 8, 0.7, 0.5) for sampler in ("ddim", "dpmpp_2m"))
     assert dpmpp < ddim / 6
-
-
-@pytest.mark.parametrize("zero_terminal_snr", [True, False])
-def test_ddim_on_the_straight_path_takes_the_euler_steps_of_flow_matching(zero_terminal_snr):
-    schedule = diffusion.NoiseSchedule("flow", zero_terminal_snr)
-    denoise, steps = mixture(schedule), 10
-    ddim = draw("ddim", schedule, denoise, steps)
-    x = levels(schedule, 1.0)[1] * quantiles(1000)
-    for i in range(steps):
-        t, s = 1 - i / steps, 1 - (i + 1) / steps
-        (alpha_t, sigma_t), (_, sigma_s) = levels(schedule, t), levels(schedule, s)
-        x0 = denoise(x, t)
-        x = x + (sigma_s - sigma_t) * ((x - alpha_t * x0) / sigma_t - x0)  # dx/dsigma = eps - x0
-    assert torch.allclose(ddim, x, atol=1e-10)
 
 
 @pytest.mark.parametrize("sampler", diffusion.SAMPLERS)

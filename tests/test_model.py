@@ -179,7 +179,7 @@ def test_extreme_log_variances_stay_finite():
         assert posterior.kl().isfinite().all()
 
 
-def test_kl_matches_torch_distributions_and_a_hand_computed_value():
+def test_kl_is_that_of_torch_and_a_hand_computed_value():
     mean, logvar = randn(3, 2, 4, 4), randn(3, 2, 4, 4, seed=1)
     q = torch.distributions.Normal(mean, (logvar / 2).exp())
     standard = torch.distributions.Normal(0.0, 1.0)
@@ -323,14 +323,6 @@ def test_timestep_embedding_closed_form():
         assert torch.allclose(row, torch.tensor(expected), atol=1e-3)
 
 
-@pytest.mark.parametrize("num_classes", [1, 2, 5])
-def test_null_class_is_no_real_class(num_classes):
-    unet = tiny_unet(num_classes)
-    assert unet.null_class not in range(num_classes)
-    assert unet.class_emb.num_embeddings == num_classes + 1
-    unet(randn(1, 4, 8, 8), torch.tensor([0.5]), torch.tensor([unet.null_class]))
-
-
 # --- EMA ---
 
 
@@ -343,26 +335,6 @@ def test_ema_warm_up_closed_form():
         ema.update(module, step)
         expected = decay * expected + (1 - decay) * step
         assert torch.allclose(ema.module.weight, expected)
-
-
-def test_ema_converges_to_constant_weights():
-    module = nn.Linear(3, 2)
-    ema = model.EMA(module, 0.9)
-    perturb(module)
-    for step in range(1, 201):
-        ema.update(module, step)
-    for ours, theirs in zip(ema.module.parameters(), module.parameters(), strict=True):
-        assert torch.allclose(ours, theirs, atol=1e-6)
-
-
-def test_ema_forgets_its_initial_weights_in_a_short_run():
-    module = nn.Linear(1, 1, bias=False)
-    nn.init.zeros_(module.weight)
-    ema = model.EMA(module, 0.999)
-    nn.init.ones_(module.weight)
-    for step in range(1, 51):
-        ema.update(module, step)
-    assert ema.module.weight.item() > 0.999  # a plain decay of 0.999 would still be at 0.05
 
 
 def test_ema_is_a_frozen_copy_that_leaves_its_source_alone():
