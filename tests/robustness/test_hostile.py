@@ -9,7 +9,6 @@ import math
 import os
 import random
 import resource
-import shutil
 import signal
 import struct
 import subprocess
@@ -27,9 +26,7 @@ from PIL import Image
 from test_stages import assert_same_run, drawn, only_error, same, strict
 
 import args as command_line
-import data
 import train_ldm
-import train_vae
 from lib import decode
 from lib import dist, run
 from lib.files import EXIT_FAILED
@@ -107,7 +104,7 @@ def trainer(stages, script):
 
 
 @pytest.mark.parametrize("script, kind", [("train_vae.py", "vae"), ("train_ldm.py", "ldm")])
-def test_a_disk_that_fills_up_during_a_checkpoint_keeps_the_one_before(
+def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(
         stages, tmp_path, disk, quick, script, kind):
     args = trainer(stages, script)
     assert quick(*args, f"--output_root={tmp_path}", "--run_name=whole", "--max_steps=8").code == 0
@@ -147,7 +144,7 @@ def test_a_full_disk_at_any_file_of_a_run_is_one_line(stages, tmp_path, disk, qu
     assert_same_run(tmp_path / "whole", disk.folder / "parts", "ldm")
 
 
-def test_a_line_of_metrics_that_was_cut_by_a_full_disk_is_written_again(
+def test_a_metrics_line_cut_by_a_full_disk_is_written_again(
         stages, tmp_path, disk, quick):
     args = [*trainer(stages, "train_ldm.py"), "--batch_per_device=1", "--log_every=1",
             "--sample_every=4"]  # every 64 steps
@@ -239,7 +236,7 @@ def assert_types(parser, values):
     assert {k: again[k] for k in values} == values
 
 
-def test_a_damaged_run_description_is_one_line_or_has_settings_of_the_right_types(stages, tmp_path):
+def test_a_damaged_run_meta_is_one_line_or_has_the_right_types(stages, tmp_path):
     path = tmp_path / "run_meta.json"
     content = (stages.out / "l/run_meta.json").read_bytes()
     refusals = 0
@@ -259,7 +256,7 @@ def scale_in(folder, vae_sha256):
     return run.read_latent_scale(args, folder / "ckpts/last.pt", vae_sha256)[0]
 
 
-def test_a_damaged_latent_scale_is_one_line_and_never_another_factor(stages, tmp_path):
+def test_a_damaged_latent_scale_is_never_another_factor(stages, tmp_path):
     """One flipped bit cannot turn both the factor and the standard deviation, its inverse."""
     path = tmp_path / "latent_scale.json"
     content = (stages.out / "v/latent_scale.json").read_bytes()
@@ -323,7 +320,7 @@ def test_a_checkpoint_with_flipped_bits_is_refused_or_whole(checkpoint, draw):
 
 @settings(repeatable, max_examples=150)
 @given(st.data())
-def test_a_checkpoint_that_was_cut_or_has_a_hole_is_refused_or_whole(checkpoint, draw):
+def test_a_cut_or_holed_checkpoint_is_refused_or_whole(checkpoint, draw):
     content = checkpoint[1]
     start = draw.draw(st.integers(0, len(content) - 1))
     assert_equal_or_refused(checkpoint, content[:start])

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import is_alive, ROOT, _as_main, read_jsonl, run, start
+from conftest import ROOT, _as_main, is_alive, read_jsonl, run, start
 from test_stages import assert_same_run, strict
-import sample
-from lib import dist
+
 from lib.files import EXIT_FAILED, EXIT_STOPPED
+from lib.run import load_checkpoint
 
 
 LIMIT_S = 150  # after which a process counts as hanging
@@ -44,7 +44,6 @@ def command(stages, tmp_path):
 
 HOOK = """
 import hashlib, importlib, itertools, os, pathlib, signal, sys, time
-from lib.run import load_checkpoint
 sys.path.insert(0, {root!r})
 
 def before(place, action):
