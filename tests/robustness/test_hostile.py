@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_stages import assert_same_run, drawn, only_error, same, strict
 
-import args as command_line
+from lib import args as command_line
 import train_ldm
 from lib import decode
 from lib import dist, run
