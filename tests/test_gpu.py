@@ -11,8 +11,8 @@ from conftest import ROOT, TINY_LDM, TINY_VAE
 from test_stages import assert_same_run
 from torch._dynamo.utils import counters
 
-import train_ldm
 import sample
+import train_ldm
 from lib import dist, run
 from lib.files import read_meta
 
