@@ -126,7 +126,7 @@ def picture(run, name, text):
 
 
 def judge(run):
-    """[verdicts.Verdict] of a run: the stored ones at its end, before that on the latest numbers."""
+    """[verdicts.Verdict] of a run: those stored at its end, until then of the latest numbers."""
     overfit = {name: value for name, value in run.latest.items() if name.startswith("overfit/")}
     found = []
     if overfit:

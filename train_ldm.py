@@ -506,7 +506,7 @@ def main(argv=None):
     means, diverged = LossMeans(ctx), False
 
     while True:
-        # --- checkpoint: before an evaluation, which may take longer than the training before it ---
+        # --- checkpoint, at most every --save_minutes ---
         evaluating = step > 0 and (step == total_steps or
                                    step % (args.sample_every * order.epoch_steps) == 0)
         stopping, save_due = run.poll()  # all ranks agree here

@@ -364,7 +364,7 @@ def main(argv=None):
     means, diverged = RunningMeans(ctx, LOSSES), False
 
     while True:
-        # --- checkpoint: before an evaluation, which may take long ---
+        # --- checkpoint, at most every --save_minutes ---
         evaluating = step == total_steps or (
             step > 0 and step % (args.sample_every * order.epoch_steps) == 0)
         stopping, save_due = run.poll()  # all ranks agree here

@@ -299,7 +299,9 @@ class Run:
             logged = record.get("step", step)
             if logged < step or logged == step and "train/grad_norm" in record:
                 kept.append(line + b"\n")
-        write_atomic(self.metrics_path, lambda f: f.write(b"".join(kept)))
+        kept = b"".join(kept)
+        if self.metrics_path.exists() and self.metrics_path.read_bytes() != kept:
+            write_atomic(self.metrics_path, lambda f: f.write(kept))
 
     # --- the training loop ---
 
@@ -309,8 +311,9 @@ class Run:
         return self.stop_signal.poll(due)
 
     def stop_if_asked(self, state):
-        """Within an evaluation: save state() and leave, if a signal asked this rank to."""
-        if self.stop_signal.name:
+        """Within an evaluation: save state() and leave, if a signal asked rank 0 to. Another rank
+        goes on to the next poll: if it left now, nobody would save."""
+        if self.stop_signal.name and self.ctx.is_main:
             self.save(state())
             self._leave()
 

@@ -125,7 +125,8 @@ def evaluated(workspace):
     """workspace whose LDM has an evaluation.json with hardly any copies."""
     w = workspace
     report = {
-        "ckpt": str(w.ldm_ckpt), "ckpt_sha256": hashlib.sha256(w.ldm_ckpt.read_bytes()).hexdigest(), "split": "val",
+        "ckpt": str(w.ldm_ckpt), "split": "val",
+        "ckpt_sha256": hashlib.sha256(w.ldm_ckpt.read_bytes()).hexdigest(),
         "sampler": "dpmpp_2m_sde", "num_sampling_steps": 20, "guidance_scale": 1.0,
         "num_samples": {"normal": 100, "tb": 100},
         "copies": {"share": 0.02, "expected": 0.01, "probability": 0.2, "distinct": 16},

@@ -52,7 +52,8 @@ def test_val_loss_is_the_loss_of_the_averaged_weights(workspace, quick, ldm):
     denoiser, _, checkpoint = sample.load_ldm(workspace.out / "r/ckpts/last.pt", ALONE)
     latents, vae, sha256, args = opened(workspace)
     scale = checkpoint["latent_scale_factor"]
-    watch = memorisation.MemorisationMonitor(latents, vae, sha256, scale, workspace.out / "cache", args, ALONE)
+    watch = memorisation.MemorisationMonitor(latents, vae, sha256, scale, workspace.out / "cache",
+                                             args, ALONE)
     for name, inputs in (("val/loss", watch.val), ("val/train_loss", watch.train)):
         assert len(inputs.t) == 85 * 6 and (inputs.y.bincount() == 85 * 3).all()
         assert torch.allclose(inputs.t.sort().values, (torch.arange(510) + 0.5) / 510)
@@ -119,7 +120,8 @@ def test_copies_among_the_last_samples_are_seen(workspace):
     shutil.copy(root / "TB/train/tb/00003.png", root / "TB/val/tb/copy.png")
     workspace.common = [f"--data_root={root}", f"--output_root={workspace.root / 'o'}"]
     latents, vae, sha256, args = opened(workspace)
-    watch = memorisation.MemorisationMonitor(latents, vae, sha256, 1.0, workspace.root / "o/cache", args, ALONE)
+    watch = memorisation.MemorisationMonitor(latents, vae, sha256, 1.0, workspace.root / "o/cache",
+                                             args, ALONE)
     assert watch.num_val == 6
     real = latents.images.images(np.arange(16))
     val = data.open_images(args, ALONE, "val", train=latents.images).images(np.arange(6))
