@@ -252,8 +252,8 @@ def main(argv=None):
         for row in measure(part, images, tasks_of(part, args, ctx), args.repeats, ctx.device):
             print(ROW.format(**row), flush=True)
             rows.append(row)
-    if args.json:
-        write_json(args.json, {"facts": facts, "args": vars(args), "rows": rows})
+        if args.json:  # after each part: a run that is cut off keeps what it measured
+            write_json(args.json, {"facts": facts, "args": vars(args), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -292,16 +292,15 @@ class Run:
                 write_json(self.folder / "run_meta.json", self.meta)
 
     def _trim_log(self, step):
-        """Keep whole lines of metrics.jsonl up to the checkpoint's step; the evaluation at that
-        step is done again."""
-        kept = []
-        for line, record in read_records(self.metrics_path):
+        """Cut metrics.jsonl back to its last whole line up to the checkpoint's step. The evaluation
+        at that step is done again."""
+        end = 0
+        for behind, record in read_records(self.metrics_path):
             logged = record.get("step", step)
             if logged < step or logged == step and "train/grad_norm" in record:
-                kept.append(line + b"\n")
-        kept = b"".join(kept)
-        if self.metrics_path.exists() and self.metrics_path.read_bytes() != kept:
-            write_atomic(self.metrics_path, lambda f: f.write(kept))
+                end = behind
+        if self.metrics_path.exists():
+            os.truncate(self.metrics_path, end)
 
     # --- the training loop ---
 
@@ -503,17 +502,20 @@ def git_commit():
 
 
 def read_records(path):
-    """[(line, dict)] of metrics.jsonl, without lines that are damaged."""
+    """[(position behind the line, dict)] of metrics.jsonl, without lines that are torn or
+    damaged."""
     if not os.path.exists(path):
         return []
     try:
-        lines = pathlib.Path(path).read_bytes().splitlines()
+        lines = pathlib.Path(path).read_bytes().splitlines(keepends=True)
     except OSError as e:
         fail(f"cannot read {path}: {e.strerror}")
-    records = []
+    records, behind = [], 0
     for line in lines:
+        behind += len(line)
         with contextlib.suppress(ValueError):
-            records.append((line, parse_json(line)))
+            if line.endswith(b"\n"):
+                records.append((behind, parse_json(line)))
     return records
 
 

@@ -78,7 +78,7 @@ def test_samples_are_those_of_the_cpu_within_rounding(gpu):
 
 @pytest.fixture
 def small_ldm():
-    """(args, Processes, models, loss_fn, MicroBatch) of a small UNet on the GPU, compiled."""
+    """(args, DistContext, models, loss_fn, MicroBatch) of a small UNet on the GPU, compiled."""
     args = train_ldm.parse_args(["--ldm_base_ch=32", "--ldm_num_res_blocks=1",
                                  "--sampler=dpmpp_2m_sde", "--num_sampling_steps=3"])
     ctx = dist.DistContext(0, 1, torch.device("cuda:0"), torch.bfloat16, True)
