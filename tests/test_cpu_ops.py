@@ -14,10 +14,9 @@ from lib import cpu_ops, dist
 CL = torch.channels_last
 
 
-@pytest.fixture(autouse=True, params=["eager", pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.fixture(params=["eager", pytest.param("compiled", marks=pytest.mark.slow)])
 def each_way(request, monkeypatch):
     """Once as if there were no C++ compiler, once with one, which takes a minute."""
-    torch.manual_seed(0)
     if request.param == "eager":
         monkeypatch.setattr(cpu_ops, "can_compile", lambda: False)
     elif not cpu_ops.can_compile():
@@ -42,7 +41,8 @@ def values_and_gradients(function, inputs, upstream):
 
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("batch, groups", [(3, 4), (1, 12)])
-def test_group_norm_equals_pytorchs(silu, batch, groups):
+def test_group_norm_equals_pytorchs(each_way, silu, batch, groups):
+    torch.manual_seed(0)
     x = random_images(batch, 12, 6, 5)
     scale = (1 + 0.5 * torch.randn(batch, 12)).requires_grad_()
     shift = torch.randn(batch, 12).requires_grad_()
@@ -62,7 +62,8 @@ def test_group_norm_equals_pytorchs(silu, batch, groups):
 
 
 @pytest.mark.parametrize("batch, height, width", [(2, 4, 4), (1, 1, 3), (3, 5, 2)])
-def test_convolution_equals_pytorchs(batch, height, width):
+def test_convolution_equals_pytorchs(each_way, batch, height, width):
+    torch.manual_seed(0)
     x = random_images(batch, 6, height, width)
     weight = torch.randn(8, 6, 3, 3).contiguous(memory_format=CL).requires_grad_()
     inputs = (x, weight, torch.randn(8).requires_grad_())
@@ -137,7 +138,8 @@ def output_and_gradients(net, call, x, bf16):
 
 
 @pytest.mark.parametrize("everywhere", [True, False])
-def test_bf16_equals_plain_float32_within_rounding(everywhere, monkeypatch):
+def test_bf16_equals_plain_float32_within_rounding(each_way, everywhere, monkeypatch):
+    torch.manual_seed(0)
     if everywhere:  # also on maps too small for it to gain
         monkeypatch.setattr(cpu_ops, "group_norm_usable", cpu_ops.usable)
         monkeypatch.setattr(cpu_ops, "conv3x3_usable", lambda x, weight: cpu_ops.usable(x))

@@ -206,7 +206,7 @@ def test_scale_one_costs_one_network_evaluation():
 
 # --- samplers ---
 
-NOISY = ("ancestral", "dpmpp_sde")  # draw fresh noise at every step
+NOISY = ("ancestral", "dpmpp_2m_sde")  # draw fresh noise at every step
 ENDS = [(name, zero) for name in SCHEDULES for zero in (True, False)]
 CASES = [(sampler, *case) for sampler in diffusion.SAMPLERS for case in ENDS]
 
@@ -333,7 +333,7 @@ def test_a_step_is_one_evaluation_at_equal_distances(sampler, steps):
         return gaussian(schedule, 0.7, 0.5)(x, t)
 
     x0 = draw(sampler, schedule, denoise, steps)
-    if sampler in ("dpmpp", "dpmpp_sde"):  # of lambda = log((1 - t) / t), in parts of one range
+    if sampler in ("dpmpp_2m", "dpmpp_2m_sde"):  # of lambda = log((1 - t) / t), in parts of one range
         ends = math.log(6 * steps)
         middles = (2 * (i + 0.5) / (steps - 1) - 1 for i in range(steps - 1))
         assert seen == pytest.approx([1, *(1 / (1 + math.exp(ends * m)) for m in middles)])
@@ -387,10 +387,10 @@ def test_ddim_and_dpmpp_converge_to_the_same_image(name, zero_terminal_snr):
     gaps = []
     for steps in (20, 100, 500):
         ddim, dpmpp = (draw(sampler, schedule, mixture(schedule), steps, n=200)
-                       for sampler in ("ddim", "dpmpp"))
+                       for sampler in ("ddim", "dpmpp_2m"))
         gaps.append((ddim - dpmpp).abs().mean().item())
     assert gaps[1] < gaps[0] / 2 and gaps[2] < gaps[1] / 3 and gaps[2] < 0.003
-    assert gaussian_error("dpmpp", schedule, 20) < gaussian_error("ddim", schedule, 20) / 3
+    assert gaussian_error("dpmpp_2m", schedule, 20) < gaussian_error("ddim", schedule, 20) / 3
 
 
 @pytest.mark.parametrize("name, zero_terminal_snr", ENDS)
@@ -405,7 +405,7 @@ def test_order_of_convergence(name, zero_terminal_snr):
     # Equal steps in t are unbounded in log SNR at both ends, which costs a factor log(steps). On
     # 'linear' sigma is sqrt(t / 10) near 0: its last step is of first order, which shows beyond
     # 300 steps only.
-    assert 1.6 < order("dpmpp", 40, 160 if name == "linear" else 320) < 2.2
+    assert 1.6 < order("dpmpp_2m", 40, 160 if name == "linear" else 320) < 2.2
 
 
 @pytest.mark.parametrize("name, zero_terminal_snr", ENDS)
@@ -419,7 +419,7 @@ def test_second_order_of_the_stochastic_sampler(name, zero_terminal_snr):
 
     ancestral = error("ancestral")
     assert ancestral < -0.06
-    assert abs(error("dpmpp_sde")) < 0.5 * abs(ancestral)
+    assert abs(error("dpmpp_2m_sde")) < 0.5 * abs(ancestral)
 
 
 @pytest.mark.parametrize("name, zero_terminal_snr", ENDS)
@@ -427,9 +427,9 @@ def test_eight_steps_keep_what_is_narrow(name, zero_terminal_snr):
     """Equal steps in t are too long near t = 0, where what is narrow is decided: they lose 25 to 60
     % of this standard deviation."""
     schedule = diffusion.NoiseSchedule(name, zero_terminal_snr)
-    x0 = draw("dpmpp_sde", schedule, gaussian(schedule, 0.0, 0.2), 8, n=5000)
+    x0 = draw("dpmpp_2m_sde", schedule, gaussian(schedule, 0.0, 0.2), 8, n=5000)
     assert x0.std().item() == pytest.approx(0.2, rel=0.1)
-    ddim, dpmpp = (gaussian_error(sampler, schedule, 8, 0.7, 0.5) for sampler in ("ddim", "dpmpp"))
+    ddim, dpmpp = (gaussian_error(sampler, schedule, 8, 0.7, 0.5) for sampler in ("ddim", "dpmpp_2m"))
     assert dpmpp < ddim / 6
 
 
