@@ -179,17 +179,13 @@ def test_extreme_log_variances_stay_finite():
         assert posterior.kl().isfinite().all()
 
 
-def test_kl_matches_torch_distributions_and_a_hand_computed_value():
+def test_kl_matches_torch_distributions():
     mean, logvar = randn(3, 2, 4, 4), randn(3, 2, 4, 4, seed=1)
     q = torch.distributions.Normal(mean, (logvar / 2).exp())
     standard = torch.distributions.Normal(0.0, 1.0)
     expected = torch.distributions.kl_divergence(q, standard).sum((1, 2, 3))
     assert torch.allclose(model.Posterior(mean, logvar).kl(), expected, rtol=1e-4)
-    one = torch.ones(1, 1, 1, 1)
-    # Mean 3, variance 4: (9 + 4 - 1 - ln 4) / 2.
-    kl = model.Posterior(3 * one, math.log(4) * one).kl()
-    assert kl.item() == pytest.approx(5.30685, abs=1e-4)
-    assert model.Posterior(0 * one, 0 * one).kl().item() == 0
+    assert model.Posterior(*torch.zeros(2, 1, 1, 1, 1)).kl().item() == 0
 
 
 def test_posterior_samples_have_its_mean_and_standard_deviation():
@@ -217,7 +213,7 @@ def test_discriminator_gives_one_logit_a_patch(height, width, num_layers):
 
 
 @pytest.mark.parametrize("num_layers, patch", [(2, 34), (3, 70)])
-def test_a_logit_of_the_discriminator_sees_its_patch(num_layers, patch):
+def test_a_discriminator_logit_sees_its_patch(num_layers, patch):
     disc = model.PatchDiscriminator(8, num_layers).requires_grad_(False)
     for layer in disc.modules():
         if isinstance(layer, nn.GroupNorm):
@@ -227,12 +223,6 @@ def test_a_logit_of_the_discriminator_sees_its_patch(num_layers, patch):
     logits[0, 0, logits.shape[2] // 2, logits.shape[3] // 2].backward()
     seen = x.grad[0, 0].abs().amax(0).nonzero()
     assert seen.max() - seen.min() + 1 == patch
-
-
-def test_discriminator_scores_an_image_without_its_batch():
-    disc = model.PatchDiscriminator(base_ch=8).train()
-    x = randn(3, 1, 32, 32)
-    assert torch.allclose(disc(x)[:1], disc(x[:1]), atol=1e-5)
 
 
 # --- UNet ---
@@ -323,14 +313,6 @@ def test_timestep_embedding_closed_form():
         assert torch.allclose(row, torch.tensor(expected), atol=1e-3)
 
 
-@pytest.mark.parametrize("num_classes", [1, 2, 5])
-def test_null_class_is_no_real_class(num_classes):
-    unet = tiny_unet(num_classes)
-    assert unet.null_class not in range(num_classes)
-    assert unet.class_emb.num_embeddings == num_classes + 1
-    unet(randn(1, 4, 8, 8), torch.tensor([0.5]), torch.tensor([unet.null_class]))
-
-
 # --- EMA ---
 
 
@@ -343,26 +325,6 @@ def test_ema_warm_up_closed_form():
         ema.update(module, step)
         expected = decay * expected + (1 - decay) * step
         assert torch.allclose(ema.module.weight, expected)
-
-
-def test_ema_converges_to_constant_weights():
-    module = nn.Linear(3, 2)
-    ema = model.EMA(module, 0.9)
-    perturb(module)
-    for step in range(1, 201):
-        ema.update(module, step)
-    for ours, theirs in zip(ema.module.parameters(), module.parameters(), strict=True):
-        assert torch.allclose(ours, theirs, atol=1e-6)
-
-
-def test_ema_forgets_its_initial_weights_in_a_short_run():
-    module = nn.Linear(1, 1, bias=False)
-    nn.init.zeros_(module.weight)
-    ema = model.EMA(module, 0.999)
-    nn.init.ones_(module.weight)
-    for step in range(1, 51):
-        ema.update(module, step)
-    assert ema.module.weight.item() > 0.999  # a plain decay of 0.999 would still be at 0.05
 
 
 def test_ema_is_a_frozen_copy_that_leaves_its_source_alone():
