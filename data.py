@@ -144,7 +144,7 @@ def _split_files(folder, left_out):
 
 def _image_file(entry, name, root):
     try:
-        stat = entry.stat()
+        stat = os.stat(entry.path)  # entry.stat() would keep it in memory
         size, mtime_ns = stat.st_size, stat.st_mtime_ns
     except OSError:
         size, mtime_ns = -1, 0
@@ -361,8 +361,8 @@ def _list_split(args, split, optional, class_names):
         fail(f"--class_filter={args.class_filter}, but the classes are {there}")
     if len(names) == 1 and args.class_filter != 0:
         rule = f" ({FLAT_RULE})" if listing.flat else ""
-        fail(f"only one class, {names[0]!r}, in {listing.folder}{rule}; the model needs two to tell "
-             "apart. Check the folders, or give --class_filter=0 to train on this class alone")
+        fail(f"only one class, {names[0]!r}, in {listing.folder}{rule}; the model needs two to "
+             "tell apart. Check the folders, or give --class_filter=0 to train on this class alone")
     return listing
 
 

@@ -28,7 +28,7 @@ from PIL import Image
 import data
 import diffusion
 import sample
-from lib import dist, metrics, run, verdicts
+from lib import decode, dist, metrics, run, verdicts
 from lib.args import (BooleanFlag, add_data_arguments, add_precision_arguments,
                       add_sampling_arguments, at_least, file_path, make_parser, parse_settings)
 from lib.files import fail, first_line, make_folder, notice, read_json, write_atomic, write_json
@@ -177,7 +177,7 @@ def read_samples(folder, class_names, img_size):
         return max(fits, key=len, default=None)  # one class name may begin another
 
     found = {path: class_of(path) for path in [*folder.iterdir(), *folder.glob("*/*")]
-             if path.suffix.lower() in data.EXTENSIONS and path.name not in OWN_PICTURES}
+             if path.suffix.lower() in decode.EXTENSIONS and path.name not in OWN_PICTURES}
     if (folder / "manifest.json").exists():
         found = dict.fromkeys(found) | listed_samples(folder)
     members = sorted((class_names.index(name), path) for path, name in found.items()

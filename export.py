@@ -16,7 +16,7 @@ import tempfile
 import torch
 
 import diffusion
-from lib.args import BooleanFlag, bare_parser, file_path, parse_bare
+from lib.args import BooleanFlag, Parser, file_path, parse_settings
 from lib.files import fail
 from lib.diffusers_io import to_diffusers, unet_config, unet_names, vae_config, vae_names
 import sample
@@ -54,7 +54,7 @@ FEWEST_SAMPLES = 100  # that an evaluation must have searched for copies
 
 def build_parser():
     """Parser of this program."""
-    parser = bare_parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("ckpt", type=file_path, help="ckpts/best.pt, or last.pt, of a train_ldm.py run")
     add("folder", type=file_path, help="folder to make")
@@ -207,7 +207,7 @@ def model_card(checkpoint, vae_settings, meta, report):
 
 
 def main(argv=None):
-    args = parse_bare(build_parser(), argv)
+    args = parse_settings(build_parser(), argv)
     try:
         import diffusers  # noqa: F401
         import safetensors

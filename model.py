@@ -419,7 +419,7 @@ def build_vae(settings):
     return AutoencoderKL(*(settings[name] for name in VAE_SHAPE))
 
 
-def build_denoiser(settings, latent_shape, num_classes, aug_dim):
+def build_denoiser(settings, latent_shape, num_classes, aug_dim=0):
     """diffusion.Denoiser with its UNet from a dict of train_ldm.py's settings; aug_dim: length of
     the augmentation labels, if --augment is on. ValueError if settings contradict each other,
     KeyError if one is missing."""

@@ -13,7 +13,7 @@ import re
 import shlex
 from typing import NamedTuple
 
-from lib.args import bare_parser, file_path, parse_bare
+from lib.args import Parser, file_path, parse_settings
 from lib.html import draw, image, nested_table, page, show, table, tag, verdict_list
 from lib import metrics, verdicts
 from lib.files import fail, first_line, parse_json, write_atomic
@@ -127,25 +127,22 @@ def picture(run, name, text):
 
 def judge(run):
     """[verdicts.Verdict] of a run: the stored ones at its end, before that on the latest numbers."""
+    overfit = {name: value for name, value in run.latest.items() if name.startswith("overfit/")}
+    found = []
+    if overfit:
+        level = "ok" if overfit["overfit/passed"] == 1 else "bad"
+        found = [verdicts.Verdict("memorising", level, "", verdicts.format_overfit(overfit), "")]
     if run.summary:
-        return [verdicts.Verdict(**v) for v in run.summary.get("verdicts", ())]
+        return found + [verdicts.Verdict(**v) for v in run.summary.get("verdicts", ())]
     val, val_train, rec, loss = ([y for _, y in run.points(name)] for name in (
         verdicts.VAL, verdicts.VAL_TRAIN, "train/rec", verdicts.LOSS))
     values = dict(run.latest)
     if MSE_MEASURED in values:
         values[metrics.MSE_MEAN] = values[MSE_MEASURED]
-    overfit = bool(run.meta["args"].get("overfit_k") or run.meta["args"].get("overfit_one"))
-    return verdicts.health(values, rec or loss, overfit=overfit, best_epoch=run.best.get("epoch"),
-                          val_history=(val[:-1], val_train[:-1]))
-
-
-def verdicts(run):
-    """Verdicts on training, and whether an overfit run memorised its images."""
-    parts = [verdict_list(judge(run))]
-    overfit = {name: value for name, value in run.latest.items() if name.startswith("overfit/")}
-    if overfit:
-        parts.append(tag("p", "memorising: ", verdicts.format_overfit(overfit)))
-    return tag("div", *parts)
+    memorising = any(run.meta["args"].get(name) for name in ("overfit_k", "overfit_one"))
+    return found + verdicts.health(values, rec or loss, overfit=memorising,
+                                  val_history=(val[:-1], val_train[:-1]),
+                                  best_epoch=run.best.get("epoch"))
 
 
 def facts(run):
@@ -170,12 +167,11 @@ def facts(run):
 def curves(run):
     """All charts of a run."""
     figures = []
+    mark = run.best and (run.best["step"], f"lowest val/loss: epoch {run.best.get('epoch')}")
     for title, names in CHARTS.items():
         lines = {name: points for name in names if (points := run.points(name))}
-        mark = None
-        if run.best and verdicts.VAL in lines:
-            mark = run.best["step"], f"lowest val/loss: epoch {run.best.get('epoch')}"
-        figures.append(guarded(draw, title, lines, mark, REFERENCES))
+        mark_here = mark if verdicts.VAL in lines else None
+        figures.append(guarded(draw, title, lines, mark_here, REFERENCES))
     return tag("div", *figures, class_="grid")
 
 
@@ -214,7 +210,7 @@ def guarded(section, *arguments):
 def report(run):
     """The page of one run."""
     name = run.folder.resolve().name
-    parts = [tag("h1", name), tag("h2", "Verdicts"), guarded(verdicts, run),
+    parts = [tag("h1", name), tag("h2", "Verdicts"), guarded(lambda: verdict_list(judge(run))),
              tag("h2", "Run"), guarded(lambda: table(facts(run).items())),
              tag("details", tag("summary", "all settings"), table(run.meta["args"].items())),
              tag("h2", "Curves"), guarded(curves, run), tag("h2", "Samples"), guarded(samples, run)]
@@ -228,9 +224,8 @@ def report(run):
 
 def numbers(run):
     """{name: value} of the metrics and verdicts that runs are compared by."""
-    names = [name for names in CHARTS.values() for name in names if name in run.latest]
-    return {**{name: run.latest[name] for name in names},
-            **{f"verdict on {v.metric}": f"{v.value} {v.level}" for v in judge(run)}}
+    verdicts = {f"verdict on {v.metric}": f"{v.value} {v.level}" for v in judge(run)}
+    return {name: run.latest.get(name) for names in CHARTS.values() for name in names} | verdicts
 
 
 def differences(columns):
@@ -260,10 +255,10 @@ def comparison(runs):
 
 
 def main(argv=None):
-    parser = bare_parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=file_path, help="run folder")
     parser.add_argument("--out", type=file_path, help="HTML file; None: in the first run's folder")
-    args = parse_bare(parser, argv)
+    args = parse_settings(parser, argv)
     runs = {path: open_run(path) for path in args.runs}
     first = runs[args.runs[0]]
     if len(runs) == 1:

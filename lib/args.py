@@ -195,7 +195,6 @@ def trainer_parser(doc, img_size, lr, epochs, batch_per_device, init_from_help):
     add("--wandb_entity", help="W&B user or team")
     add("--wandb_tags", default="", help="comma list")
     add("--wandb_id", help="W&B run to continue")
-    add("--wandb_artifacts", action=BooleanFlag, default=False, help="upload the final checkpoint")
     add = parser.add_argument_group("optimizer").add_argument
     add("--lr", type=at_least(0, float), default=lr, help="AdamW learning rate after warm-up")
     add("--weight_decay", type=at_least(0, float), default=0.01, help="AdamW weight decay")

@@ -92,15 +92,11 @@ def normalisation(rows, scale, shift, groups, eps):
 
 
 @fused
-def affine(rows, gain, offset):
-    """gain * x + offset."""
-    return torch.addcmul(offset[:, None], rows.float(), gain[:, None]).to(rows.dtype)
-
-
-@fused
-def affine_silu(rows, gain, offset):
-    """SiLU of gain * x + offset, and SiLU's derivative there."""
+def affine(rows, gain, offset, silu):
+    """(h = gain * x + offset, None), or with silu (SiLU of h, SiLU's derivative at h)."""
     h = torch.addcmul(offset[:, None], rows.float(), gain[:, None])
+    if not silu:
+        return h.to(rows.dtype), None
     s = h.sigmoid()
     return (h * s).to(rows.dtype), (s * (1 + h * (1 - s))).to(rows.dtype)
 
@@ -147,11 +143,7 @@ class NormFunction(torch.autograd.Function):
     def forward(ctx, x, scale, shift, groups, eps, silu):
         rows, scale, shift = as_rows(x), scale.contiguous(), shift.contiguous()
         gain, offset, mean, inv_std = normalisation(rows, scale, shift, groups, eps)
-        derivative = None
-        if silu:
-            h, derivative = affine_silu(rows, gain, offset)
-        else:
-            h = affine(rows, gain, offset)
+        h, derivative = affine(rows, gain, offset, silu)
         ctx.save_for_backward(derivative, rows, scale, mean, inv_std)
         return as_images(h, *x.shape[2:])
 

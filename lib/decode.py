@@ -5,10 +5,9 @@ import logging
 import os
 import struct
 import warnings
-from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, TiffImagePlugin
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from lib.files import fail
 
@@ -25,20 +24,13 @@ TiffImagePlugin.OPEN_INFO.setdefault((b"MM", 0, (1,), 1, (16,), ()), ("I;16B", "
 TiffImagePlugin.OPEN_INFO.setdefault((b"MM", 1, (1,), 1, (32,), ()), ("I", "I;32B"))
 
 
-class Grey(NamedTuple):
-    """A whole image: float32 [H, W], 0 black to 1 white, and the number of bits of a value."""
-
-    pixels: np.ndarray
-    bits: int
-
-
 def read_square(path, img_size):
     """Centre square of an image file, resized (box filter down, bicubic up), which keeps the aspect
     ratio: uint16 [img_size, img_size], 0 black to 65535 white.
 
     Raises ValueError or OSError if it cannot be decoded, decompression bombs included.
     """
-    grey = read_grey(path).pixels
+    grey = read_grey(path)
     height, width = grey.shape
     side = min(height, width)
     if side < 8:
@@ -52,7 +44,8 @@ def read_square(path, img_size):
 
 
 def read_grey(path):
-    """Grey of an image file. Raises ValueError or OSError if it cannot be decoded.
+    """A whole image file as float32 [H, W], 0 black to 1 white. Raises ValueError or OSError if it
+    cannot be decoded.
 
     EXIF and TIFF orientation, WhiteIsZero and BitsPerSample are followed. 8-bit and 16-bit grey
     keep their full range, colour becomes luma, transparency becomes black.
@@ -76,9 +69,11 @@ def read_grey(path):
                 turned = Image.alpha_composite(black, turned)
             if turned.mode != "L":
                 turned = turned.convert("RGB").convert("L")
-            return Grey(np.asarray(turned, dtype=np.float32) / 255, 8)
+            return np.asarray(turned, dtype=np.float32) / 255
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
         raise ValueError(f"too many pixels: {e}") from e
+    except UnidentifiedImageError as e:
+        raise ValueError("not an image that Pillow can read") from e
     except MemoryError as e:
         raise OSError(errno.ENOMEM, "not enough memory") from e
     except (SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError,
@@ -97,7 +92,7 @@ def _is_signed(image):
 
 
 def _deep_grey(turned, image):
-    """Grey of an image of integers that are signed or have more than 8 bits; `turned`: upright."""
+    """The same for integers that are signed or have more than 8 bits; `turned`: upright."""
     values, signed = np.asarray(turned), _is_signed(image)
     tags = image.tag_v2 if image.format == "TIFF" else {}
     bits = tags[258][0] if tags else 16  # BitsPerSample
@@ -110,9 +105,7 @@ def _deep_grey(turned, image):
     # 32-bit integers are mostly 16-bit values that NumPy or a viewer wrote.
     full = 65535 if bits == 32 and values.max() <= 65535 else 2**(bits - signed) - 1
     grey = values.astype(np.float32) / full
-    if tags.get(262) == 0:  # WhiteIsZero
-        grey = 1 - grey
-    return Grey(grey, bits)
+    return 1 - grey if tags.get(262) == 0 else grey  # WhiteIsZero
 
 
 # --- DICOM --------------------------------------------------------------------------------------
@@ -145,7 +138,7 @@ def is_dicom(path):
 
 
 def read_dicom(path):
-    """Grey of a DICOM file with one frame of one sample per pixel. Raises ValueError or OSError.
+    """The same for a DICOM file with one frame of one sample per pixel.
 
     Modality LUT or rescaling, VOI LUT or window, PresentationLUTShape, MONOCHROME1 and padding are
     followed (DICOM PS3.3, C.7.6.3.1 and C.11). Nothing else of the file is kept, and no message
@@ -161,7 +154,7 @@ def read_dicom(path):
         if padding is not None:
             low, high = sorted((padding, dataset.get("PixelPaddingRangeLimit", padding)))
             grey[(stored >= low) & (stored <= high)] = 0
-        return Grey(grey.astype(np.float32), dataset.BitsStored)
+        return grey.astype(np.float32)
     except pydicom.errors.InvalidDicomError as e:
         raise ValueError("no DICOM file") from e
     except AttributeError as e:  # of a dataset: a keyword of the standard that it lacks

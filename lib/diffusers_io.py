@@ -127,7 +127,7 @@ def up_types(down_types):
 
 
 def unet_config(settings, latent_shape, num_classes):
-    """Arguments of the UNet2DModel that equals model.UNet with a dict of train_ldm.py's settings."""
+    """Arguments of the UNet2DModel that equals our UNet with a dict of train_ldm.py's settings."""
     channels, size, _ = latent_shape
     base, mults = settings["ldm_base_ch"], settings["ldm_ch_mults"]
     down_types = block_types(size, mults, settings["ldm_attn_res"], "DownBlock2D")

@@ -54,14 +54,13 @@ class CXRAutoencoder(AutoencoderKL):
         return DecoderOutput(sample=x) if return_dict else (x,)
 
 
-PARTS = {kind.__name__: kind for kind in (
-    UNet2DModel, AutoencoderKL, CXRAutoencoder, FlowMatchEulerDiscreteScheduler, DDIMScheduler)}
-
-
 def load(folder):
     """The model or scheduler in a folder, of the class that its config names."""
     [config] = folder.glob("*config.json")
-    return PARTS[json.loads(config.read_text())["_class_name"]].from_pretrained(folder)
+    kinds = (UNet2DModel, AutoencoderKL, CXRAutoencoder, FlowMatchEulerDiscreteScheduler,
+             DDIMScheduler)
+    name = json.loads(config.read_text())["_class_name"]
+    return {kind.__name__: kind for kind in kinds}[name].from_pretrained(folder)
 
 
 class Pipeline:

@@ -1,160 +1,158 @@
-"""Procedural chest radiographs that stand in for data, and a program that writes a set of them.
+"""A procedural chest radiograph that stands in for data, and a script that writes a set of them.
 
     python -m lib.phantom --out=phantom --num_train=64 --num_val=16 --img_size=128
 
-writes PNG files laid out as your own data would be: OUT/TB/SPLIT/CLASS/*.png. The classes are
-`normal` and `tb`; every image is a function of (seed, split, class, number).
+writes PNG files laid out as a data root of your own would be: OUT/TB/SPLIT/CLASS/*.png. The classes
+are `normal` and `tb`; every image is a function of (seed, split, class, number).
 """
 import pathlib
 import secrets
 import shutil
-from typing import NamedTuple
+import sys
 
 import numpy as np
 from PIL import Image, ImageFilter
 
-from lib.args import Parser, at_least
+from lib.args import Parser, at_least, file_path
 from lib.files import fail, make_folder, notice, write_atomic
 
-# --- one image: densities over smooth implicit shapes -------------------------------------------
+# --- the image ----------------------------------------------------------------------------------
 
 
 def soft_step(distance, width):
-    """Sigmoid edge: 0 for distance << 0, 1 for distance >> 0."""
+    """Sigmoid edge: 0 where distance << 0, 1 where distance >> 0."""
     return 0.5 + 0.5 * np.tanh(distance / (2 * width))
 
 
-def bump(x, center, width):
-    """Gaussian bell of height 1."""
-    return np.exp(-(((x - center) / width) ** 2))
+def soft_max(a, b, round_by):
+    """Maximum with a rounded corner, for joining outlines without a crease."""
+    return 0.5 * (a + b + np.sqrt((a - b) ** 2 + round_by))
 
 
 def cloud(rng, cells, n):
-    """Smooth random field [n, n] of zero mean, about `cells` bumps across."""
+    """Smooth random field [n, n], zero mean, about `cells` bumps across."""
     grid = rng.standard_normal((cells, cells)).astype(np.float32)
     return np.asarray(Image.fromarray(grid).resize((n, n), Image.BICUBIC))
-
-
-class Chest(NamedTuple):
-    """A patient: coordinates [n, n] from -1 to 1, y downwards, and what all organs are placed by."""
-
-    x: np.ndarray
-    y: np.ndarray
-    u: np.ndarray  # distance from the midline, |x|
-    t: np.ndarray  # height in the lung: 0 at its apex, 1 at the dome of the diaphragm
-    lung_width: float
-    apex: float
-    wall: np.ndarray  # distance of the lung's outer edge from the midline
-    above: np.ndarray  # 1 above the diaphragm, 0 below it
-
-
-def pose_chest(uniform, film_x, film_y):
-    """Chest on a film with coordinates [n, n]; the right dome is higher than the left."""
-    tilt, scale = uniform(-0.05, 0.05), uniform(0.95, 1.25)
-    x = (film_x + tilt * film_y - uniform(-0.1, 0.1)) / scale
-    y = (film_y - tilt * film_x - uniform(-0.2, 0.06)) / scale
-    u = np.abs(x)
-    lung_width, apex, base = uniform(0.5, 0.64), uniform(-0.74, -0.64), uniform(0.12, 0.4)
-    t = np.clip((y - apex) / (base - apex), 0, 1.3)
-    wall = 0.1 + (lung_width - 0.1) * (1 - (1 - np.minimum(t, 1)) ** 2.6) ** 0.6
-    off_top = u - uniform(0.4, 0.55) * lung_width
-    dome = base + (x > 0) * uniform(0.02, 0.09) + 1.1 * off_top**2 * (1 + (off_top > 0))
-    return Chest(x, y, u, t, lung_width, apex, wall, soft_step(dome - y, 0.012))
-
-
-def trunk(uniform, chest):
-    """(outline, density) of neck, shoulders, trunk and arms."""
-    x, y, u, lung_width = chest.x, chest.y, chest.u, chest.lung_width
-    neck, shoulder = uniform(0.16, 0.24) - u, y + uniform(0.8, 0.88) - uniform(0.1, 0.4) * u**2
-    side = lung_width + uniform(0.1, 0.28) + 0.04 * np.cos(3 * (y - 0.2)) - u
-    arm = uniform(-0.25, 0.1) + uniform(0, 2.5) * (u - lung_width - 0.15) - y
-    upper = 0.07 * np.logaddexp(neck / 0.07, shoulder / 0.07)  # a maximum with a rounded corner
-    skin = np.minimum(upper, np.maximum(side, arm))
-    depth = np.maximum(skin, 0)
-    belly = 0.3 * soft_step(lung_width - u, 0.05) * (1 - np.exp(-depth / 0.15))
-    density = 0.25 + 0.37 * (1 - np.exp(-depth / 0.12)) + (1 - chest.above) * belly
-    return soft_step(skin, 0.008), density
-
-
-def mediastinum(uniform, chest):
-    """(outline, density) of heart and great vessels: right atrium on one side; aortic knob,
-    pulmonary trunk and left ventricle on the other."""
-    t = chest.t
-    right = uniform(0.09, 0.12) + uniform(0.02, 0.07) * bump(t, 0.82, 0.22)
-    heart = uniform(0.2, 0.36) * soft_step(t - uniform(0.68, 0.78), 0.085)
-    heart = heart * (1 - 0.35 * np.clip(t - 0.9, 0, 1))
-    knob = uniform(0.03, 0.08) * bump(t, uniform(0.3, 0.36), 0.08)
-    left = uniform(0.08, 0.11) + knob + uniform(0, 0.06) * bump(t, 0.53, 0.1) + heart
-    inside = np.where(chest.x > 0, left, right) - chest.u
-    outline = soft_step(inside, 0.014)
-    lit = chest.above * soft_step(chest.y - chest.apex - 0.05, 0.05)
-    density = (0.28 - 0.14 * np.exp(-np.maximum(inside, 0) / 0.1)) * (0.3 + 0.7 * lit)
-    return outline, outline * density
-
-
-def bones(uniform, chest):
-    """Density of the spine and of the ribs: down and out behind, down and in in front."""
-    y, u = chest.y, chest.u
-    spine = soft_step(0.08 - u, 0.012) * (0.8 + 0.2 * np.cos(2 * np.pi * y / uniform(0.1, 0.12)))
-    v, sag, drop = u / chest.wall, uniform(0.14, 0.26), uniform(0.25, 0.4)
-    spacing, first, ribs = uniform(0.125, 0.155), uniform(0, 0.1), 0
-    back, front = soft_step(v - 0.1, 0.04), 0.5 * soft_step(v - 0.5, 0.08)
-    for weight, curve in ((back, sag * v**2.2), (front, sag + drop * (1 - v))):
-        phase = (y - first - curve) / spacing
-        ribs = ribs + weight * np.exp(-(((phase - np.round(phase)) / 0.27) ** 4))
-    ribs = ribs * soft_step(1.06 - v, 0.02) * soft_step(y - chest.apex, 0.02)
-    return 0.06 * spine + 0.095 * ribs * (0.15 + 0.85 * chest.above)
-
-
-def lesions(rng, chest):
-    """Opacity from 0 to 1 of tuberculosis: one to four fluffy patches in the upper zones, some
-    with a cavity."""
-    uniform, n, opacity = rng.uniform, len(chest.x), np.zeros_like(chest.x)
-    for _ in range(rng.integers(1, 5)):
-        level, side = uniform(0.16, 0.48), rng.choice((-1, 1))
-        across = chest.x - side * uniform(0.45, 0.75) * chest.lung_width * min(1, level + 0.6)
-        r = np.hypot(across, (chest.t - level) * uniform(0.8, 1.25))
-        ragged = cloud(rng, 12, n)
-        patch = soft_step(1 - r / uniform(0.14, 0.24) + 0.4 * ragged, 0.15)
-        patch = uniform(0.75, 1.05) * patch * np.clip(0.85 + 0.22 * cloud(rng, 32, n), 0, 1.2)
-        if uniform() < 0.25:
-            shell = r / uniform(0.08, 0.13) + 0.2 * ragged
-            patch = np.maximum(patch * soft_step(shell - 0.9, 0.08), 0.8 * bump(shell, 1, 0.4))
-        opacity = np.maximum(opacity, patch)
-    return opacity
 
 
 def draw_phantom(rng: np.random.Generator, has_tb: bool, img_size: int) -> np.ndarray:
     """One frontal chest image, uint8 [img_size, img_size]: bone white, air 0, heart on the right.
 
-    Lesions and noise have generators of their own, so a seed is one patient in both classes.
+    A sum of densities over smooth implicit shapes in patient coordinates (-1 to 1, y down), at any
+    img_size. Lesions and noise have generators of their own: a seed is one patient in both classes.
     """
     lesion_rng, noise_rng = (np.random.default_rng(s) for s in rng.integers(2**63, size=2))
-    uniform = rng.uniform
+    uni = rng.uniform
     n = max(img_size, 128)  # small images are averaged down from 128 so that ribs do not alias
     axis = ((np.arange(n) + 0.5) * 2 / n - 1).astype(np.float32)
     film_x, film_y = np.meshgrid(axis, axis)
 
-    # --- anatomy ---
-    chest = pose_chest(uniform, film_x, film_y)
-    body, tissue = trunk(uniform, chest)
-    middle, middle_density = mediastinum(uniform, chest)
-    lung = soft_step(chest.wall - chest.u, 0.012) * chest.above * (1 - middle)
-    lung = lung * soft_step(chest.y - chest.apex, 0.015) * (0.8 + 0.2 * chest.t)
-    air = uniform(0.36, 0.42) - 0.01 * cloud(rng, 24, n)  # vessels
-    if has_tb:
-        air = air - 0.32 * lesions(lesion_rng, chest)
-    density = body * (tissue + middle_density + bones(uniform, chest) - lung * air)
+    # --- pose ---
+    tilt, scale = rng.normal(0, 0.03), uni(0.95, 1.25)
+    x = (film_x + tilt * film_y - uni(-0.1, 0.1)) / scale
+    y = (film_y - tilt * film_x - uni(-0.2, 0.06)) / scale
+    u, left = np.abs(x), soft_step(x, 0.02)  # distance from the midline; 1 on the patient's left
 
-    # --- film response, detector noise, and the collimator's rounded blades ---
-    film = 1 - np.exp(-((np.maximum(density, 0) * uniform(1.5, 2.1)) ** uniform(1.2, 1.7)))
+    # --- body: neck and shoulders above, trunk and arms at the sides ---
+    lung_w, apex, base = uni(0.5, 0.64), uni(-0.74, -0.64), uni(0.12, 0.4)
+    neck, shoulder = uni(0.16, 0.24) - u, y - uni(-0.88, -0.8) - uni(0.1, 0.4) * u**2
+    trunk = lung_w + uni(0.1, 0.28) + 0.04 * np.cos(3 * (y - 0.2)) - u
+    arm = uni(-0.25, 0.1) + uni(0, 2.5) * (u - lung_w - 0.15) - y
+    skin = -soft_max(-soft_max(neck, shoulder, 0.04), -soft_max(trunk, arm, 0.01), 0.01)
+    body, depth = soft_step(skin, 0.008), np.maximum(skin, 0)
+    tissue = 0.25 + 0.37 * (1 - np.exp(-depth / 0.12))
+
+    # --- lungs over the diaphragm domes, the right dome higher ---
+    t = np.clip((y - apex) / (base - apex), 0, 1.3)  # 0 at the apex of the lung, 1 at the dome
+    wall = 0.1 + (lung_w - 0.1) * (1 - (1 - np.minimum(t, 1)) ** 2.6) ** 0.6
+    off_top = u - uni(0.4, 0.55) * lung_w
+    dome = base + left * uni(0.02, 0.09) + uni(0.7, 1.6) * off_top**2 * (1 + (off_top > 0))
+    above = soft_step(dome - y, 0.012)
+    lung = soft_step(wall - u, 0.012) * above * soft_step(y - apex, 0.015)
+    bubble = np.hypot((x - uni(0.2, 0.35)) / uni(0.08, 0.18), (y - dome - 0.13) / 0.07)
+    bubble = soft_step(1 - bubble, 0.12)
+    belly = 0.3 * soft_step(lung_w - u, 0.05) * (1 - np.exp(-depth / 0.15)) - uni(0, 0.2) * bubble
+
+    # --- mediastinum: right atrium; aortic knob, pulmonary trunk and ventricle on the left ---
+    right_edge = uni(0.09, 0.12) + uni(0.02, 0.07) * np.exp(-(((t - 0.82) / 0.22) ** 2))
+    knob = np.exp(-(((t - uni(0.3, 0.36)) / 0.08) ** 2))
+    pulmonary = np.exp(-(((t - 0.53) / 0.1) ** 2))
+    heart = uni(0.2, 0.36) * soft_step(t - uni(0.68, 0.78), 0.085)
+    heart = heart * (1 - 0.35 * np.clip(t - 0.9, 0, 1))
+    left_edge = uni(0.08, 0.11) + uni(0.03, 0.08) * knob + uni(0, 0.06) * pulmonary + heart
+    inside = right_edge + left * (left_edge - right_edge) - u
+    middle = soft_step(inside, 0.014)
+    middle_density = middle * (0.28 - 0.14 * np.exp(-np.maximum(inside, 0) / 0.1))
+    middle_density = middle_density * (0.3 + 0.7 * above * soft_step(y - apex - 0.05, 0.05))
+    trachea = soft_step(0.035 - u, 0.008) * soft_step(apex + 0.4 - y, 0.05)
+
+    vessels = draw_vessels(rng, x, y - apex - 0.52 * (base - apex))
+
+    # --- bones: spine, ribs (down and out behind, then down and in in front), clavicles ---
+    spine = soft_step(0.08 - u, 0.012) * (0.8 + 0.2 * np.cos(2 * np.pi * y / uni(0.1, 0.12)))
+    v, sag, drop = u / wall, uni(0.14, 0.26), uni(0.25, 0.4)
+    spacing, first, ribs = uni(0.125, 0.155), uni(0, 0.1), 0
+    back, front = soft_step(v - 0.1, 0.04), 0.5 * soft_step(v - 0.5, 0.08)
+    for weight, curve in ((back, sag * v**2.2), (front, sag + drop * (1 - v))):
+        phase = (y - first - curve) / spacing
+        ribs = ribs + weight * np.exp(-(((phase - np.round(phase)) / 0.27) ** 4))
+    ribs = ribs * soft_step(1.06 - v, 0.02) * soft_step(y - apex, 0.02) * (0.15 + 0.85 * above)
+    line = apex + uni(0.16, 0.26) - uni(0.1, 0.35) * (u - 0.1) - 0.03 * np.sin(8 * u)
+    clavicle = soft_step(0.032 - np.abs(y - line), 0.008)
+    clavicle = clavicle * soft_step(0.325 - np.abs(u - 0.395), 0.015)
+    bones = 0.06 * spine + 0.095 * ribs + 0.12 * clavicle
+
+    lesion = draw_lesions(lesion_rng, x, y - apex, lung_w, base - apex) if has_tb else 0.0
+
+    # --- sum and film response ---
+    gas = lung * (1 - middle) * (0.8 + 0.2 * t) * (uni(0.38, 0.44) - 0.32 * lesion - 0.12 * vessels)
+    density = body * (tissue + (1 - above) * belly + middle_density + bones - 0.05 * trachea - gas)
+    film = 1 - np.exp(-((np.maximum(density, 0) * uni(1.5, 2.1)) ** uni(1.2, 1.7)))
+    return expose(rng, noise_rng, film, body, film_x, film_y, img_size)
+
+
+def draw_vessels(rng, x, y):
+    """The hila and the vessels that fan out from them, like x [n, n]; y is 0 at the hila."""
+    uni, wiggle, vessels = rng.uniform, cloud(rng, 12, len(x)), 0
+    for side in (-1, 1):
+        rx = side * x - 0.12
+        r, theta = np.hypot(rx, y), np.arctan2(y, rx) + 0.2 * wiggle
+        vessels = vessels + 0.7 * np.exp(-((r / 0.12) ** 2))
+        for angle in (np.linspace(-1.4, 1.4, 9) + uni(-0.15, 0.15, 9)).tolist():
+            across = r * (theta - angle - uni(-1, 1) * r) / (0.006 + 0.012 * np.exp(-r / 0.15))
+            vessels = vessels + np.exp(-(across**2) - r / 0.25) * soft_step(r - 0.06, 0.015)
+    return vessels
+
+
+def draw_lesions(rng, x, y, lung_w, lung_h):
+    """Tuberculosis: fluffy upper-zone opacities, some with a cavity, 0 to about 1 like x [n, n]. y
+    is 0 at the apex of the lung."""
+    uni, n, lesion = rng.uniform, len(x), np.zeros_like(x)
+    for _ in range(rng.integers(1, 5)):
+        level = uni(0.16, 0.48)
+        side = 1 if uni() < 0.5 else -1
+        dx = x - side * uni(0.45, 0.75) * lung_w * min(1, level + 0.6)
+        at = np.hypot(dx, (y - level * lung_h) * uni(0.8, 1.25))
+        ragged = cloud(rng, 12, n)
+        patch = soft_step(1 - at / uni(0.14, 0.24) + 0.4 * ragged, 0.15)
+        patch = uni(0.75, 1.05) * patch * np.clip(0.85 + 0.22 * cloud(rng, 32, n), 0, 1.2)
+        if uni() < 0.25:
+            shell = at / uni(0.08, 0.13) + 0.2 * ragged
+            rim = 0.8 * np.exp(-(((shell - 1) / 0.4) ** 2))
+            patch = np.maximum(patch * soft_step(shell - 0.9, 0.08), rim)
+        lesion = np.maximum(lesion, patch)
+    return lesion
+
+
+def expose(rng, noise_rng, film, body, film_x, film_y, img_size):
+    """What the detector makes of a film: blur, noise, the collimator's blades, 8 bits."""
+    uni, n = rng.uniform, len(film)
     film = Image.fromarray((255 * film).astype(np.uint8)).filter(ImageFilter.GaussianBlur(n / 400))
     film = np.asarray(film, np.float32) / 255
     noise = noise_rng.standard_normal((n, n), dtype=np.float32) * noise_rng.uniform(0.005, 0.014)
     film = (film + noise * np.sqrt(film)) * body
-    edges = np.array([uniform(0.94, 1.08) for _ in range(3)])
-    field = (film_x > -edges[0]) & (film_x < edges[1]) & (film_y < edges[2])
-    field &= film_x**6 + film_y**6 < uniform(1.1, 1.35)
+    field = (film_x > uni(-1.08, -0.94)) & (film_x < uni(0.94, 1.08)) & (film_y < uni(0.94, 1.08))
+    field &= film_x**6 + film_y**6 < uni(1.1, 1.35)  # rounded blades: the corners are true black
     film = Image.fromarray((255 * np.clip(1.01 * film - 0.01, 0, 1) * field).astype(np.uint8))
     return np.array(film if n == img_size else film.resize((img_size, img_size), Image.BOX))
 
@@ -174,10 +172,10 @@ def write_phantoms(folder, num_train, num_val, img_size, seed=0):
 
 
 def phantom_root(output_root, img_size):
-    """Data root of the set that stands in if none is given, written on first use.
+    """Data root of the set that stands in where none is given, written on first use.
 
     64 training and 16 validation images per class. The folder appears in one step, so that a run
-    that starts at the same moment, or after a kill, never takes half a set for one.
+    which starts at the same moment, or after a kill, never takes half a set for one.
     """
     folder = pathlib.Path(output_root, "cache", f"phantom_{img_size}")
     if not folder.exists():
@@ -195,18 +193,18 @@ def phantom_root(output_root, img_size):
     return folder
 
 
-def main(argv=None):
+def main():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--out", required=True, help="folder to write TB/SPLIT/CLASS/*.png below")
+    add("--out", type=file_path, required=True, help="folder to write TB/SPLIT/CLASS/*.png below")
     add("--num_train", type=at_least(1), default=64, help="training images per class")
     add("--num_val", type=at_least(0), default=16, help="validation images per class")
     add("--img_size", type=at_least(16), default=128, help="side in pixels")
     add("--seed", type=at_least(0), default=0, help="of the set")
-    args = parser.parse(argv)
-    folder = pathlib.Path(args.out, "TB")
-    if any(path.is_file() for path in folder.rglob("*")):
-        fail(f"{folder} holds files already, which are not overwritten: give another --out")
+    args = parser.parse(sys.argv[1:])
+    if any(pathlib.Path(args.out, "TB").glob("**/*.*")):
+        fail(f"{args.out}/TB holds files already: give another --out, so that no phantom replaces "
+             "an image or joins real ones")
     write_phantoms(args.out, args.num_train, args.num_val, args.img_size, args.seed)
     print(f"wrote {args.out}: use it with --data_root={args.out} --img_size={args.img_size}")
 

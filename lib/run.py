@@ -502,11 +502,16 @@ def git_commit():
 
 def read_records(path):
     """[(line, dict)] of metrics.jsonl, without lines that are damaged."""
+    if not os.path.exists(path):
+        return []
+    try:
+        lines = pathlib.Path(path).read_bytes().splitlines()
+    except OSError as e:
+        fail(f"cannot read {path}: {e.strerror}")
     records = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in pathlib.Path(path).read_bytes().splitlines():
-            with contextlib.suppress(ValueError):
-                records.append((line, parse_json(line)))
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            records.append((line, parse_json(line)))
     return records
 
 

@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from lib import phantom
 from lib.files import EXIT_FAILED
 
 
@@ -75,6 +77,15 @@ def start(*argv, processes=1, cwd=ROOT):
         [*python(processes), str(script), *map(str, argv[1:])],
         cwd=cwd, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, preexec_fn=hear,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def is_alive(pid):
+    """Whether a process of this machine runs and is no zombie."""
+    try:
+        stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
 
 
 def run(*argv, code=0, timeout=300, **kwargs):
@@ -204,7 +215,7 @@ def stages(tmp_path_factory, worker_id):
             return s
         s.vae_config.write_text(TINY_VAE)
         s.ldm_config.write_text(TINY_LDM)
-        stage("phantom", f"--out={s.data}", "--num_train=8", "--num_val=3", "--img_size=32")
+        phantom.write_phantoms(s.data, 8, 3, 32)
         stage("train_vae", *s.common, f"--config={s.vae_config}", "--run_name=v", "--max_steps=100")
         stage("find_latent_scale", *s.common, f"--ae_ckpt_path={s.vae_ckpt}")
         stage("train_ldm", *s.common, f"--config={s.ldm_config}", "--run_name=l", "--max_steps=20")
@@ -222,3 +233,8 @@ def workspace(stages, tmp_path):
     w.vae_ckpt, w.ldm_ckpt = w.out / "v/ckpts/last.pt", w.out / "l/ckpts/last.pt"
     w.common = [f"--data_root={w.data}", f"--output_root={w.out}"]
     return w
+
+
+def save_checkpoint(path, kind, state):
+    """A checkpoint file as Run.save writes it."""
+    torch.save({"kind": kind, "step": 0, **state}, path)

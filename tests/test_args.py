@@ -232,6 +232,7 @@ def stored(tmp_path):
         (tmp_path / "a").mkdir()
         args = vars(train_ldm.parse_args([*argv, f"--output_root={tmp_path}"]))
         write_json(tmp_path / "a/run_meta.json", {"args": args | changes})
+        (tmp_path / "a/metrics.jsonl").touch()
         return [f"--resume_dir={tmp_path / 'a'}"]
     return make
 

@@ -12,88 +12,87 @@ import train_ldm
 import train_vae
 from dev import bench
 from lib import dist
+from lib.args import parse_settings
 
 TINY = ("--latent_size=8", "--base_ch=8", "--batch=2", "--repeats=2", "--img_size=32",
-        "--vae_base_ch=8", "--vae_batch=1", "--sampling_steps=3", "--device=cpu")
-CTX = dist.DistContext(0, 1, torch.device("cpu"), torch.float32, False)
+        "--vae_base_ch=8", "--vae_batch=2", "--sampling_steps=3", "--device=cpu")
+CPU = dist.DistContext(0, 1, torch.device("cpu"), torch.float32, False)
 
 
 @pytest.fixture
-def args(monkeypatch):
-    """Settings of a tiny benchmark."""
-    kept = []
-    monkeypatch.setattr(bench, "candidates_of", lambda part, args, ctx: kept.append(args) or [])
-    monkeypatch.setattr(bench, "measure", lambda *args: [])
-    bench.main([*TINY, "--only=train", "--dtype=fp32"])
-    monkeypatch.undo()
-    return kept[0]
+def args():
+    return parse_settings(bench.build_parser(), [*TINY, "--peer"])
 
 
 @pytest.fixture
 def peer():
     if importlib.util.find_spec("diffusers") is None:
         pytest.skip("diffusers is not installed")
+    return bench.PeerContext(*CPU)
 
 
 @pytest.fixture
-def built(monkeypatch):
-    """Networks that were built, in order: ours by the trainers, and those of the peer."""
+def trained(monkeypatch):
+    """Networks that the trainers stepped, in order."""
     networks = []
-
-    def keep(owner, name, network):
-        original = getattr(owner, name)
-
-        def build(*args):
-            result = original(*args)
-            networks.append(network(result))
-            return result
-        monkeypatch.setattr(owner, name, build)
-
-    keep(train_ldm, "build_models", lambda models: models[0])
-    keep(train_vae, "build_models", lambda models: models.vae)
-    keep(bench, "place_peer", lambda net: net)
+    for stage in (train_ldm, train_vae):
+        def step(models, *rest, original=stage.train_step):
+            networks.append(models.vae if isinstance(models, train_vae.Models) else models)
+            return original(models, *rest)
+        monkeypatch.setattr(stage, "train_step", step)
     return networks
 
 
 # --- measuring ----------------------------------------------------------------------------------
 
 
-def test_candidates_take_turns(monkeypatch):
+def test_tasks_take_turns(monkeypatch):
     called = []
-    monkeypatch.setattr(bench, "peak_rate", lambda *_: called.append("peak") or 1.0)
+    product = torch.randn(8, 8)
+    monkeypatch.setattr(bench, "peak_candidates", lambda *_: [(lambda: called.append("peak"), 1)])
     monkeypatch.setattr(bench, "count_flops", lambda function: 1)
-    candidates = [(name, torch.float32, lambda name=name: called.append(name)) for name in "ab"]
-    bench.measure("part", 4, candidates, 3, CTX.device, warmup=1)
-    assert called == ["peak", "a", "b"] * 4
+    tasks = [(name, torch.float32, lambda name=name: called.append(name) or product @ product)
+             for name in "ab"]
+    bench.measure("part", 4, tasks, 3, CPU.device)
+    assert called == (["peak"] * 3 + ["a", "b"]) * 5  # two rounds of warm-up
 
 
-def test_a_row_has_medians_ratios_and_the_best_peak(monkeypatch):
-    """The warm-up does not count; ratios are taken within each round."""
-    seconds = iter([99, 1, 1, 2, 10, 30, 2, 8])
-    peaks = iter([1e9, 2e9, 0.5e9, 1e9])
+def test_numbers_of_a_row_come_from_timed_rounds_in_turn(monkeypatch):
+    seconds = iter([*[0.4] * 3, *[0.8] * 3, 99, 1,  # a candidate in float32 and bf16, then tasks
+                    *[0.4] * 3, *[0.8] * 3, 98, 1, *[0.4] * 3, *[0.8] * 3, 1, 2,
+                    0.4, 0.1, 0.4, *[0.8] * 3, 10, 30, *[0.4] * 3, 0.8, 0.2, 0.8, 2, 8])
     monkeypatch.setattr(bench, "clock", lambda function, device: next(seconds))
-    monkeypatch.setattr(bench, "peak_rate", lambda *_: next(peaks))
+    monkeypatch.setattr(bench, "peak_candidates", lambda *_: [(None, 8e8)])
     monkeypatch.setattr(bench, "count_flops", lambda function: 18e9)
-    candidates = [(name, torch.float32, None) for name in "ab"]
-    a, b = bench.measure("part", 4, candidates, 3, CTX.device, warmup=1)
+    tasks = [("a", torch.float32, None), ("b", torch.bfloat16, None)]
+    a, b = bench.measure("part", 4, tasks, 3, CPU.device)
     assert (a["part"], a["name"], b["name"]) == ("part", "a", "b")
-    assert a["seconds"] == [1, 10, 2] and b["seconds"] == [2, 30, 8] and b["median"] == 8
+    assert a["seconds"] == [1, 10, 2] and b["seconds"] == [2, 30, 8]
     assert a["ratio"] == 1 and b["ratio"] == 3  # the median of 2, 3, 4; that of medians is 4
     assert b["images_per_second"] == 0.5 and b["gflop_per_image"] == 4.5
-    assert b["peak_gflops"] == 2 and b["fraction_of_peak"] == 18 / 8 / 2
+    assert (a["peak_gflops"], b["peak_gflops"]) == (8, 4)
+    assert b["fraction_of_peak"] == 18 / 8 / 4
 
 
-def test_flops_of_forward_and_backward_are_counted():
+def test_flops_of_the_peak_are_those_that_run():
+    for function, flops in bench.peak_candidates(CPU.device, torch.float32):
+        assert bench.count_flops(function) == flops
+
+
+def test_flops_of_a_convolution_and_its_backward():
     conv = torch.nn.Conv2d(3, 5, 3, padding=1)
     x = torch.randn(2, 3, 8, 8, requires_grad=True)
     forward = 2 * 2 * 8 * 8 * 5 * 3 * 9  # two per multiply-add
     assert bench.count_flops(lambda: conv(x)) == forward
     assert bench.count_flops(lambda: conv(x).sum().backward()) == 3 * forward
+
+
+def test_flops_of_attention_and_of_compiled_code_are_counted():
     q = torch.randn(2, 3, 16, 8)
     products = 2 * (2 * 2 * 3 * 16 * 16 * 8)  # q k^T and the sum over v
     assert bench.count_flops(lambda: F.scaled_dot_product_attention(q, q, q)) == products
-    compiled = torch.compile(torch.nn.Linear(16, 16, bias=False), backend="eager")
     a = torch.randn(16, 16)
+    compiled = torch.compile(torch.nn.Linear(16, 16, bias=False), backend="eager")
     compiled(a)
     with warnings.catch_warnings(action="error"):
         assert bench.count_flops(lambda: compiled(a)) == 2 * 16**3
@@ -103,97 +102,90 @@ def test_flops_of_forward_and_backward_are_counted():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("part, tuned", [
-    ("train", None), ("train", False), ("train", True),
-    ("vae", None), ("vae", False), ("vae", True)])
-def test_each_step_trains_all_weights(args, built, request, part, tuned, dtype):
-    ours, theirs = bench.PARTS[part]
-    ctx = CTX._replace(dtype=dtype)
-    if tuned is None:
-        run = ours(args, ctx)
-    else:
-        request.getfixturevalue("peer")
-        run = theirs(args, ctx, tuned)
-    parameters = list(built[-1].parameters())
-    before = [p.clone() for p in parameters]
-    for _ in range(3):
-        run()
-    assert not any(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
-    assert all(p.grad is None and p.dtype == torch.float32 for p in parameters)
+@pytest.mark.parametrize("by_peer", [False, True])
+@pytest.mark.parametrize("part", ["train", "vae"])
+def test_a_step_trains_every_weight(args, peer, trained, part, by_peer, dtype):
+    ctx = (peer if by_peer else CPU)._replace(dtype=dtype)
+    run = bench.PARTS[part](args, ctx, by_peer)
+    run()
+    before = [p.clone() for p in trained[0].parameters()]
+    run()
+    run()
+    after = list(trained[0].parameters())
+    assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(p.grad is None and p.dtype == torch.float32 for p in after)
+    kinds = {type(module).__module__.split(".")[0] for module in trained[0].modules()}
+    assert ("diffusers" in kinds) == by_peer
+    if by_peer:  # group norm is slow in channels_last on a CPU
+        assert all(p.is_contiguous() for p in after)
 
 
-def test_sampling_evaluates_once_per_step(args, built):
-    """Without guidance, which would double it."""
-    run = bench.our_sampling(args, CTX)
-    batch = bench.ldm_problem(args, CTX)[2]
-    with torch.no_grad():
-        forward = bench.count_flops(
-            lambda: built[0].unet(batch.posterior[0], torch.zeros(2), batch.y))
-    assert bench.count_flops(run) == 3 * forward > 0
+def saved_by_upsampling(channels, size):
+    """FLOPs of 2 images that model.Upsample saves in a forward pass: 4 products per output
+    instead of 9."""
+    return 2 * 2 * channels**2 * (2 * size) ** 2 * (9 - 4)
 
 
-def saved_by_upsampling(images, channels, size):
-    """FLOPs that model.Upsample saves in a forward pass: 4 products per output instead of 9."""
-    return 2 * images * channels**2 * (2 * size) ** 2 * (9 - 4)
-
-
-@pytest.mark.parametrize("tuned", [False, True])
-def test_the_peer_does_the_same_work(args, built, peer, tuned):
+def test_the_peer_does_the_same_work(args, peer):
     args.latent_size = 16  # attention at the first level and in the middle
-    work = {}
-    for part, (ours, theirs) in bench.PARTS.items():
-        runs = ours(args, CTX), theirs(args, CTX, tuned)
-        sizes = [sum(p.numel() for p in net.parameters()) for net in built[-2:]]
-        assert sizes[0] == sizes[1]
-        our_flops, their_flops = map(bench.count_flops, runs)
-        work[part] = their_flops - our_flops
-    saved = saved_by_upsampling(2, 32, 4) + saved_by_upsampling(2, 16, 8)
-    logged = 2 * 2 * 4  # LossMeans sorts two losses into four quarters by a product
-    assert work["train"] == 3 * saved - logged  # backward is twice the forward
-    assert work["sample"] == 3 * saved  # steps
-    settings = bench.vae_problem(args, CTX)[0]
-    size = settings.img_size // 2 ** (len(settings.ch_mults) - 1)
-    widths = [settings.base_ch * mult for mult in reversed(settings.ch_mults)]
-    assert work["vae"] == 3 * sum(saved_by_upsampling(1, width, size << i)
-                                  for i, width in enumerate(widths[:-1]))
+    unet = saved_by_upsampling(32, 4) + saved_by_upsampling(16, 8)
+    vae = sum(saved_by_upsampling(*level) for level in ((32, 4), (32, 8), (16, 16)))
+    for part, saved in (("train", 3 * unet), ("vae", 3 * vae), ("sample", 3 * unet)):
+        # Backward is twice the forward; three steps of sampling.
+        ours, theirs = (bench.count_flops(bench.PARTS[part](args, ctx, ctx is peer))
+                        for ctx in (CPU, peer))
+        assert theirs - ours == saved, part
 
 
-def test_the_peer_runs_as_its_script_and_tuned(args, monkeypatch):
-    monkeypatch.setitem(bench.PARTS, "train", (lambda args, ctx: ctx.compile,
-                                               lambda args, ctx, tuned: (ctx.compile, tuned)))
-    ctx = CTX._replace(dtype=torch.bfloat16, compile=True)
-    assert bench.candidates_of("train", args, ctx) == [("ours", torch.bfloat16, True)]
-    args.peer = True
-    assert bench.candidates_of("train", args, ctx)[1:] == [
-        ("diffusers, script", torch.float32, (False, False)),
+def test_sampling_evaluates_once_per_step(args):
+    one, three = [], []
+    for steps, flops in ((1, one), (3, three)):
+        args.sampling_steps = steps
+        flops.append(bench.count_flops(bench.sampling(args, CPU, peer=False)))
+    assert three[0] == 3 * one[0] > 0
+
+
+def test_the_peer_is_measured_as_its_script_and_tuned(args, peer, monkeypatch):
+    for part in bench.PARTS:
+        monkeypatch.setitem(bench.PARTS, part, lambda args, ctx, peer: (ctx.compile, peer))
+    ctx = CPU._replace(dtype=torch.bfloat16, compile=True)
+    ours = ("ours", torch.bfloat16, (True, False))
+    assert bench.tasks_of("train", args, ctx) == [
+        ours, ("diffusers, script", torch.float32, (False, True)),
         ("diffusers, tuned", torch.bfloat16, (True, True))]
+    args.peer = False
+    assert bench.tasks_of("train", args, ctx) == [ours]
 
 
 # --- the program --------------------------------------------------------------------------------
 
 
-def test_report(capsys, tmp_path):
+def test_the_table_and_the_json_file_say_the_same(quick, tmp_path):
     path = tmp_path / "bench.json"
-    bench.main([*TINY, "--dtype=bf16", "--threads=1", f"--json={path}"])
+    done = quick("dev/bench.py", *TINY, "--only=sample,vae", "--vae_batch=1", f"--json={path}")
+    assert done.code == 0, done.err
     report = json.loads(path.read_text())
     facts, rows = report["facts"], report["rows"]
-    assert (facts["dtype"], facts["compile"], facts["threads"]) == ("torch.bfloat16", False, 1)
-    assert [row["part"] for row in rows] == ["train", "vae", "sample"]
-    lines = [line for line in capsys.readouterr().out.splitlines() if "images/s" in line]
-    for line, row in zip(lines, rows, strict=True):
-        assert line.startswith(row["part"]) and len(row["seconds"]) == 2 and row["ratio"] == 1
-        assert row["fraction_of_peak"] == pytest.approx(
-            row["gflop_per_image"] * row["images_per_second"] / row["peak_gflops"])
+    assert facts["compile"] is False and report["args"]["vae_base_ch"] == 8
+    first, *lines = [line for line in done.out.splitlines() if not line.startswith("note: ")]
+    assert all(str(value) in first for value in facts.values())
+    assert [r["part"] for r in rows] == ["sample", "vae"]
+    for line, r, images in zip(lines, rows, (2, 1), strict=True):
+        assert line.startswith(r["part"]) and r["name"] in line
+        assert len(r["seconds"]) == 2 and min(r["seconds"]) > 0 and r["ratio"] == 1
+        assert r["images_per_second"] == pytest.approx(images * 2 / sum(r["seconds"]))
+        assert 0 < r["fraction_of_peak"] < 1
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--only=train,sapmle"], "sapmle"),
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--only=train,sapmle"], "sapmle.*choose from train,vae,sample"),
+    (["--only="], "choose from"),
+    (["--sampling_steps=20,500"], "invalid int value"),
     (["--latent_size=0"], "at least 1"),
     (["--only=train", "--latent_size=6"], "cannot be halved"),
     (["--only=vae", "--img_size=33"], "multiple of 8"),
-    (["--peer"], "pip install diffusers"),
-])
-def test_bad_arguments_are_refused(monkeypatch, flags, message):
+    (["--peer"], "pip install diffusers")])
+def test_bad_arguments_are_one_line(monkeypatch, flags, message):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(SystemExit, match=message):
         bench.main([*TINY, *flags])

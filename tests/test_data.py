@@ -2,7 +2,6 @@
 import json
 import os
 import pathlib
-import shutil
 import struct
 import zlib
 from types import SimpleNamespace
@@ -40,34 +39,6 @@ def message(function, *args, **kwargs):
 # --- folders ---
 
 
-def names_of(listing):
-    return [(file.path, file.class_name) for file in listing.files]
-
-
-def test_class_folders_sorted_by_name(image_tree):
-    root = image_tree({"TB/train/tb": 1, "TB/train/normal": 2})
-    (root / "TB/train/.cache").mkdir()
-    (root / "TB/train/tb/notes.txt").write_text("no image")
-    (root / "TB/train/tb/._0.png").write_text("left by a Mac")
-    shutil.copy(root / "TB/train/tb/0.png", root / "TB/train/tb/1.JPG")
-    listing = data.scan(root, "TB", "train")
-    assert listing.class_names == ["normal", "tb"]
-    assert names_of(listing) == [
-        ("TB/train/normal/0.png", "normal"), ("TB/train/normal/1.png", "normal"),
-        ("TB/train/tb/0.png", "tb"), ("TB/train/tb/1.JPG", "tb")]
-
-
-def test_flat_layout_by_prefix(image_tree):
-    root = image_tree({"TB/train": 2})
-    shutil.copy(root / "TB/train/0.png", root / "TB/train/TB.7.png")
-    shutil.copy(root / "TB/train/0.png", root / "TB/train/tb.8.png")
-    shutil.copy(root / "TB/train/0.png", root / "TB/train/TBC.png")
-    listing = data.scan(root, "TB", "train")
-    assert dict(names_of(listing)) == {
-        "TB/train/0.png": "normal", "TB/train/1.png": "normal", "TB/train/TB.7.png": "tb",
-        "TB/train/tb.8.png": "normal", "TB/train/TBC.png": "normal"}
-
-
 def test_all_cxr_joins_the_tasks(image_tree):
     root = image_tree({"TB/train/normal": 1, "TB/train/tb": 1, "PNEUMONIA/train/normal": 2,
                        "PNEUMONIA/train/pneumonia": 1, "OTHER/val/x": 1})
@@ -92,13 +63,6 @@ def test_what_is_missing_is_answered_with_what_is_there(image_tree, tmp_path):
     assert "class tb" in message(data.scan, root, "TB", "train")
     assert data.scan(root, "COVID", "val") is None
     assert data.open_images(settings(root, tmp_path, task="COVID"), ALONE, "val", True) is None
-
-
-def test_a_missing_validation_split_is_skipped_with_a_notice(image_tree, tmp_path, capsys):
-    root = image_tree({"TB/train/normal": 1, "TB/train/tb": 1})
-    assert data.open_images(settings(root, tmp_path), ALONE, "val", optional=True) is None
-    out = capsys.readouterr().out
-    assert "there: train. Validation is skipped" in out
 
 
 def test_one_class_only_is_refused_unless_asked_for(image_tree, tmp_path):
@@ -173,19 +137,6 @@ def test_palette_with_transparency_and_1_bit(tmp_path):
     bits.paste(1, (0, 0, 16, 4))
     decoded = decode_array(tmp_path, bits)
     assert decoded[:4].min() == 1 and decoded[4:].max() == 0
-
-
-def test_the_transparent_grey_of_a_grey_image_is_black(tmp_path):
-    image = Image.new("L", (16, 16), 255)
-    image.paste(90, (0, 0, 8, 16))
-    decoded = decode_array(tmp_path, image, transparency=255)
-    assert np.abs(decoded[:, :8] - 90 / 255).max() < 1e-3 and decoded[:, 8:].max() == 0
-
-
-def test_the_content_decides_the_format_not_the_name(tmp_path):
-    Image.new("L", (16, 16), 77).save(tmp_path / "x.jpg")
-    (tmp_path / "x.jpg").rename(tmp_path / "x.png")
-    assert np.abs(decode.read_square(tmp_path / "x.png", 16) / 65535 - 77 / 255).max() < 2 / 255
 
 
 @pytest.mark.parametrize("height, width", [(16, 30), (30, 16), (17, 16), (16, 21)])
@@ -265,30 +216,6 @@ def test_a_split_without_one_good_image_is_one_error(image_tree, tmp_path):
     skipping = settings(root, tmp_path, skip_bad_images=True)
     line = message(data.open_images, skipping, ALONE, "train")
     assert "no images of class normal, tb are left" in line
-
-
-def test_file_names_that_are_no_utf8_work(image_tree, tmp_path):
-    root = image_tree({"TB/train/normal": 1, "TB/train/tb": 1})
-    folder = root / "TB/train/tb"
-    os.rename(os.fsencode(folder / "0.png"), os.fsencode(folder) + b"/r\xf6ntgen.png")
-    assert len(data.open_images(settings(root, tmp_path), ALONE, "train")) == 2
-
-
-@pytest.mark.filterwarnings("ignore")  # Pillow warns of damaged TIFF tags
-def test_damaged_files_raise_only_what_callers_expect(tmp_path):
-    rng = np.random.default_rng(0)
-    picture = Image.fromarray(rng.integers(0, 256, (24, 20), dtype=np.uint8))
-    for name in ("a.png", "a.jpg", "a.tif", "a.gif", "a.bmp", "a.webp"):
-        picture.save(tmp_path / name)
-        whole = (tmp_path / name).read_bytes()
-        for _ in range(40):
-            damaged = bytearray(whole[:rng.integers(len(whole) // 2, len(whole) + 1)])
-            damaged[rng.integers(min(len(damaged), 120))] = rng.integers(256)
-            (tmp_path / name).write_bytes(damaged)
-            try:
-                assert decode.read_square(tmp_path / name, 16).shape == (16, 16)
-            except (OSError, ValueError):
-                pass
 
 
 # --- image cache ---
@@ -548,7 +475,7 @@ def test_cached_latents_are_those_encoded_on_the_fly(image_tree, tmp_path, vae):
     assert not torch.equal(cached.posterior(index)[0][0], cached.posterior(index)[0][1])
 
 
-def test_latents_of_subsets_share_the_cache_and_another_vae_does_not(image_tree, tmp_path, vae):
+def test_latents_of_subsets_share_a_cache_other_vaes_do_not(image_tree, tmp_path, vae):
     root = image_tree({"TB/train/normal": 3, "TB/train/tb": 3})
     images = data.open_images(settings(root, tmp_path), ALONE, "train")
     tb = data.open_images(settings(root, tmp_path, class_filter=1), ALONE, "train")
@@ -563,17 +490,16 @@ def test_latents_of_subsets_share_the_cache_and_another_vae_does_not(image_tree,
 
 def test_moments_match_numpy_far_from_zero():
     rng = np.random.default_rng(0)
-    # Around 1e8 even in float64 the naive E[x^2] - E[x]^2 has no digit left.
-    x = 1e8 * np.arange(1, 4)[:, None, None] + 0.5 * rng.standard_normal((50, 3, 5, 5))
-    moments = find_latent_scale.Moments()
-    for part in np.split(x, [7, 40]):
-        moments.add(torch.from_numpy(part))
-    means, stds = moments.channels()
-    assert np.allclose(means, x.mean((0, 2, 3)), rtol=1e-12)
-    assert np.allclose(stds, x.std((0, 2, 3)), rtol=1e-6)
-    mean, std = moments.overall()
-    assert np.isclose(mean, x.mean(), rtol=1e-12)
-    assert np.isclose(std, x.std(), rtol=1e-9)
+    # Around 1e5 in float32: in float64 the naive E[x^2] - E[x]^2 would be off by 1e-5.
+    x = (1e5 * np.arange(1, 4)[:, None, None] + rng.standard_normal((150, 3, 5, 5)))
+    x = torch.from_numpy(x.astype(np.float32))
+    latents = SimpleNamespace(images=x, posterior=lambda index: (
+        x[index], torch.full_like(x[index], -200.0)))
+    result, x = find_latent_scale.measure(latents, 0, ALONE), x.double().numpy()
+    assert np.allclose(result["channel_mean"], x.mean((0, 2, 3)), rtol=1e-12)
+    assert np.allclose(result["channel_std"], x.std((0, 2, 3)), rtol=1e-9)
+    assert np.isclose(result["mean"], x.mean(), rtol=1e-12)
+    assert np.isclose(result["std"], x.std(), rtol=1e-12)
 
 
 def test_latent_scale_json_is_what_a_direct_computation_gives(stages):
@@ -606,16 +532,6 @@ def phantoms(has_tb, img_size=64):
     return np.stack(drawn).astype(np.float32)
 
 
-def test_phantom_is_a_function_of_the_generator_alone():
-    first, again = phantoms(True), phantoms(True)
-    assert draw_phantom(np.random.default_rng(0), True, 64).dtype == np.uint8
-    assert first.shape == (len(SEEDS), 64, 64)
-    assert np.array_equal(first, again)
-    flat = first.reshape(len(SEEDS), -1) / 127.5 - 1
-    mse = np.square(flat[:, None] - flat[None]).mean(-1)  # [seed, seed], on the [-1, 1] scale
-    assert mse[np.triu_indices(len(SEEDS), 1)].min() > 0.03
-
-
 def test_tuberculosis_brightens_the_upper_zones_only():
     # One seed is one patient in both classes: the difference of a pair is the disease alone.
     difference = phantoms(True) - phantoms(False)  # [seed, 64, 64], grey levels
@@ -624,7 +540,7 @@ def test_tuberculosis_brightens_the_upper_zones_only():
     assert np.abs(difference[:, 44:]).max() <= 2
 
 
-def test_corners_are_true_black_and_the_heart_is_on_the_image_right():
+def test_corners_are_black_and_the_heart_is_on_the_right():
     for img_size in (32, 64):
         normal = phantoms(False, img_size)
         assert (normal[:, [0, 0, -1, -1], [0, -1, 0, -1]] == 0).all()
@@ -632,14 +548,6 @@ def test_corners_are_true_black_and_the_heart_is_on_the_image_right():
     mean_image = normal.mean(axis=0)
     heart_rows = slice(28, 36)
     assert mean_image[heart_rows, 38:44].mean() > mean_image[heart_rows, 20:26].mean() + 15
-
-
-def test_geometry_does_not_depend_on_the_size():
-    for seed in range(4):
-        small = draw_phantom(np.random.default_rng(seed), True, 64).astype(np.float32)
-        large = draw_phantom(np.random.default_rng(seed), True, 256)
-        reduced = Image.fromarray(large).resize((64, 64), Image.BOX)
-        assert np.abs(small - np.asarray(reduced, np.float32)).mean() < 4
 
 
 def test_the_written_phantom_set_has_no_image_twice(tmp_path):

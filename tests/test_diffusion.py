@@ -67,7 +67,7 @@ def test_cosine_and_flow_closed_forms():
     assert torch.allclose(flow.alpha(t), 1 - t) and torch.allclose(flow.sigma(t), t)
 
 
-def test_q_sample_has_the_marginal_mean_and_std():
+def test_q_sample_has_the_marginal_mean_and_standard_deviation():
     schedule = diffusion.NoiseSchedule("linear", False)
     x0, t = torch.tensor([2.0, -1.0]), torch.tensor([0.1, 0.6])
     noise = randn(2, 1, 200, 200)
@@ -153,14 +153,15 @@ def test_loss_weights(monkeypatch, prediction, name, zero_terminal_snr):
         assert torch.allclose(loss, capped * schedule.sigma(t) ** 2 * mse)
 
 
-@pytest.mark.parametrize("schedule, prediction, weighting, message", [
-    (("sigmoid", True), "v", "uniform", "sigmoid.*linear, cosine or flow"),
-    (("cosine", True), "epsilon", "uniform", "'epsilon'.*eps, v, x0 or flow"),
-    (("cosine", True), "v", "snr", "'snr'.*uniform or min_snr"),
-    *[((name, True), "eps", "uniform", "eps.*no-zero_terminal_snr") for name in SCHEDULES]])
-def test_what_does_not_exist_is_refused(schedule, prediction, weighting, message):
+@pytest.mark.parametrize("name, zero_terminal_snr, prediction, weighting, message", [
+    ("sigmoid", True, "v", "uniform", "'sigmoid'.*linear, cosine or flow"),
+    ("cosine", True, "epsilon", "uniform", "'epsilon'.*eps, v, x0 or flow"),
+    ("cosine", True, "v", "snr", "'snr'.*uniform or min_snr"),
+    *((name, True, "eps", "uniform", "eps.*no-zero_terminal_snr") for name in SCHEDULES)])
+def test_bad_settings_are_refused(name, zero_terminal_snr, prediction, weighting, message):
     with pytest.raises(ValueError, match=message):
-        diffusion.Denoiser(None, diffusion.NoiseSchedule(*schedule), prediction, weighting)
+        schedule = diffusion.NoiseSchedule(name, zero_terminal_snr)
+        diffusion.Denoiser(tiny_unet(), schedule, prediction, weighting)
 
 
 # --- classifier-free guidance ---
@@ -289,7 +290,7 @@ def test_mixture_is_recovered(sampler, name, zero_terminal_snr):
 
 
 @pytest.mark.parametrize("sampler, name, zero_terminal_snr", CASES)
-def test_a_known_image_keeps_the_marginals_at_every_step(sampler, name, zero_terminal_snr):
+def test_known_image_keeps_the_marginals_at_every_step(sampler, name, zero_terminal_snr):
     """With x0 known, x_t must be alpha x0 + sigma noise exactly, however few steps there are."""
     schedule, x0, seen = diffusion.NoiseSchedule(name, zero_terminal_snr), 0.8, []
 
@@ -323,7 +324,7 @@ def test_a_step_is_one_evaluation_at_equal_distances(sampler, steps):
         return gaussian(schedule, 0.7, 0.5)(x, t)
 
     x0 = draw(sampler, schedule, denoise, steps)
-    if sampler.startswith("dpmpp"):  # of lambda = log((1 - t) / t), in parts of one range
+    if sampler in ("dpmpp_2m", "dpmpp_2m_sde"):  # of lambda = log((1 - t) / t), in parts of one range
         ends = math.log(6 * steps)
         middles = (2 * (i + 0.5) / (steps - 1) - 1 for i in range(steps - 1))
         assert seen == pytest.approx([1, *(1 / (1 + math.exp(ends * m)) for m in middles)])
@@ -334,7 +335,7 @@ def test_a_step_is_one_evaluation_at_equal_distances(sampler, steps):
 
 @pytest.mark.parametrize("name, zero_terminal_snr", ENDS)
 @pytest.mark.parametrize("steps", [1, 2, 3, 8, 500])
-def test_lambda_grid_falls_evenly_from_1_to_0(name, zero_terminal_snr, steps):
+def test_times_at_equal_distances_of_lambda_fall_from_1_to_0(name, zero_terminal_snr, steps):
     schedule = diffusion.NoiseSchedule(name, zero_terminal_snr)
     grid = diffusion.lambda_grid(schedule, steps)
     times = [t for t, _, _ in grid]
@@ -369,18 +370,6 @@ def gaussian_error(sampler, schedule, steps, mean=-0.3, std=1.5):
     exact = mean + std * (sigma_1 * noise - alpha_1 * mean) / std_1
     x0 = draw(sampler, schedule, gaussian(schedule, mean, std), steps, n=100)
     return (x0 - exact).abs().mean().item()
-
-
-@pytest.mark.parametrize("name, zero_terminal_snr", ENDS)
-def test_ddim_and_dpmpp_2m_converge_to_the_same_image(name, zero_terminal_snr):
-    schedule = diffusion.NoiseSchedule(name, zero_terminal_snr)
-    gaps = []
-    for steps in (20, 100, 500):
-        ddim, dpmpp = (draw(sampler, schedule, mixture(schedule), steps, n=200)
-                       for sampler in ("ddim", "dpmpp_2m"))
-        gaps.append((ddim - dpmpp).abs().mean().item())
-    assert gaps[1] < gaps[0] / 2 and gaps[2] < gaps[1] / 3 and gaps[2] < 0.003
-    assert gaussian_error("dpmpp_2m", schedule, 20) < gaussian_error("ddim", schedule, 20) / 3
 
 
 @pytest.mark.parametrize("name, zero_terminal_snr", ENDS)
@@ -419,23 +408,21 @@ def test_eight_steps_keep_what_is_narrow(name, zero_terminal_snr):
     schedule = diffusion.NoiseSchedule(name, zero_terminal_snr)
     x0 = draw("dpmpp_2m_sde", schedule, gaussian(schedule, 0.0, 0.2), 8, n=5000)
     assert x0.std().item() == pytest.approx(0.2, rel=0.1)
-    ddim, dpmpp_2m = (gaussian_error(sampler, schedule, 8, 0.7, 0.5)
-                      for sampler in ("ddim", "dpmpp_2m"))
-    assert dpmpp_2m < ddim / 6
+    ddim, dpmpp = (gaussian_error(sampler, schedule, 8, 0.7, 0.5) for sampler in ("ddim", "dpmpp_2m"))
+    assert dpmpp < ddim / 6
 
 
-@pytest.mark.parametrize("zero_terminal_snr", [True, False])
-def test_ddim_on_the_straight_path_is_euler_flow_matching(zero_terminal_snr):
-    schedule = diffusion.NoiseSchedule("flow", zero_terminal_snr)
-    denoise, steps = mixture(schedule), 10
-    ddim = draw("ddim", schedule, denoise, steps)
-    x = levels(schedule, 1.0)[1] * quantiles(1000)
-    for i in range(steps):
-        t, s = 1 - i / steps, 1 - (i + 1) / steps
-        (alpha_t, sigma_t), (_, sigma_s) = levels(schedule, t), levels(schedule, s)
-        x0 = denoise(x, t)
-        x = x + (sigma_s - sigma_t) * ((x - alpha_t * x0) / sigma_t - x0)  # dx/dsigma = eps - x0
-    assert torch.allclose(ddim, x, atol=1e-10)
+@pytest.mark.parametrize("sampler", diffusion.SAMPLERS)
+def test_only_ancestral_draws_noise_on_the_way(sampler):
+    schedule, x = diffusion.NoiseSchedule("flow", True), quantiles(50)
+    rng = torch.Generator().manual_seed(0)
+
+    def noise():
+        return torch.randn(50, generator=rng, dtype=torch.float64)
+
+    one, other = (diffusion.SAMPLERS[sampler](mixture(schedule), schedule, x, 10, noise)
+                  for _ in range(2))
+    assert torch.equal(one, other) == (sampler not in NOISY)
 
 
 # --- compilation ---

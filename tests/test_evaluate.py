@@ -43,12 +43,6 @@ def test_vae_features_are_means_on_a_coarse_grid():
     np.testing.assert_allclose(space.network(x).view(2, 4, 4).numpy(), np.stack([blocks, blocks]))
 
 
-def test_a_copy_is_found_whatever_its_exposure():
-    x = torch.rand(5, 1, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    darker = 32 * data.thumbnails(0.3 * x - 0.2)  # of variance 1
-    torch.testing.assert_close(darker, 32 * data.thumbnails(x), rtol=1e-3, atol=1e-3)
-
-
 def test_a_last_batch_of_one_image_is_measured():
     samples = grey_samples(np.arange(65), 4)
     assert [len(part) for part in data.batches(samples)] == [64, 1]
@@ -62,8 +56,8 @@ def test_the_baseline_has_as_many_of_each_class_as_samples():
     chosen = evaluate.as_many(labels, like, seed=0)
     assert np.bincount(labels[chosen]).tolist() == [2, 3]  # all three there are of class 1
     assert len(set(chosen)) == 5
-    assert chosen.tolist() == evaluate.as_many(labels, like, seed=0).tolist()
-    assert chosen.tolist() != evaluate.as_many(labels, like, seed=1).tolist()
+    other = evaluate.as_many(labels, like, seed=1)
+    assert chosen.tolist() == evaluate.as_many(labels, like, seed=0).tolist() != other.tolist()
 
 
 def test_rows_of_a_group_with_a_baseline_of_the_same_number():
@@ -95,25 +89,11 @@ def test_no_verdict_on_distances_that_chance_does_not_move():
     assert evaluate.distance_verdicts("x", rows) == []
 
 
-def test_bootstrap_std_is_that_of_the_difference():
-    """If samples and baseline are of one distribution, the difference over it is about 1."""
-    g = torch.Generator().manual_seed(0)
-    heights = []
-    for _ in range(12):
-        groups = [evaluate.Labelled(np.zeros(n, int), torch.randn(n, 3, generator=g))
-                  for n in (60, 400, 80)]
-        rows = evaluate.group_rows(*groups, seed=0)
-        for name in ("fid", "kid"):
-            gap = rows["samples"][name] - rows["baseline"][name]
-            heights.append(gap / rows["bootstrap_std"][name])
-    assert 0.4 < np.std(heights) < 1.6 and max(map(abs, heights)) < 4
-
-
 def test_few_images_have_no_precision_and_recall():
-    features = torch.randn(120, 4, generator=torch.Generator().manual_seed(0))
-    assert {"fid", "precision", "coverage"} <= evaluate.distances(features, features).keys()
-    assert evaluate.distances(features, features[:99]).keys() == {"fid", "kid"}
-    assert evaluate.distances(features[:99], features).keys() == {"fid", "kid"}
+    x = torch.randn(120, 4, generator=torch.Generator().manual_seed(0))
+    assert {"fid", "precision", "coverage"} <= evaluate.distances(x, x).keys()
+    for few in ((x, x[:99]), (x[:99], x)):
+        assert evaluate.distances(*few).keys() == {"fid", "kid"}
 
 
 def test_parts_of_labelled_values_keep_what_belongs_together():
@@ -130,17 +110,13 @@ def test_augmentation_never_flips():
     assert len({image.numpy().tobytes() for image in out}) == 64
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped"])
-def test_damaged_weights_of_the_classifier_are_trained_again(tmp_path, capsys, damage):
+def test_damaged_weights_of_the_classifier_are_trained_again(tmp_path, capsys):
     views = torch.rand(8, 1, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     train = evaluate.Labelled(np.arange(8) % 2, views)
     args = SimpleNamespace(output_root=tmp_path, classifier_steps=2)
     net = evaluate.real_classifier("abc", train, 2, 0, args, CPU)
     path, = (tmp_path / "cache").iterdir()
-    whole = path.read_bytes()
-    position = whole.index(net.head.bias.numpy().tobytes())
-    flipped = whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1:]
-    path.write_bytes({"cut": whole[:1000], "flipped": flipped}[damage])
+    path.write_bytes(path.read_bytes()[:1000])
     again = evaluate.real_classifier("abc", train, 2, 0, args, CPU)
     assert f"{path} is damaged" in capsys.readouterr().out
     stored = evaluate.real_classifier("abc", train, 2, 0, args, CPU)
@@ -304,14 +280,16 @@ def generators(tmp_path_factory):
                 if name not in ("good", "latticed"):
                     patch.setattr(evaluate, "c2st", lambda *_: {
                         "all": dict.fromkeys(("samples", "baseline"), (0.5, 0.4, 0.6))})
+                steps = 120  # of many trainings
                 if name not in ("good", "swapped"):
+                    steps = 200
                     aurocs = dict.fromkeys((evaluate.ON_SAMPLES, evaluate.ON_HELD_OUT),
                                            (0.9, 0.8, 1.0))
                     gain = {evaluate.BOTH: (0.0, -0.1, 0.1)}
                     patch.setattr(evaluate, "tstr", lambda *_: (aurocs, gain))
                 evaluate.main([f"--samples_dir={root / name}", f"--data_root={root / 'data'}",
                                f"--out_dir={out}", f"--output_root={root / 'runs'}",
-                               "--classifier_steps=120"])
+                               f"--classifier_steps={steps}"])
         return json.loads((out / "evaluation.json").read_text())
     return report
 
@@ -338,9 +316,7 @@ def test_real_images_of_other_patients_pass(generators):
 
 
 def test_noise_is_far_and_not_precise(generators):
-    good, noise = (samples_row(generators(n)) for n in ("good", "noise"))
-    assert noise["fid"] > 5 * good["fid"] and noise["kid"] > 5 * abs(good["kid"])
-    assert noise["precision"] < 0.3
+    assert samples_row(generators("noise"))["precision"] < 0.3
     for metric in ("fid", "kid", "coverage"):
         assert level(generators("noise"), f"{metric} (classifier)") == "bad"
     assert level(generators("noise"), "precision (classifier)") != "ok"
@@ -354,7 +330,7 @@ def test_what_is_plainly_wrong_is_far(generators, name):
 
 @pytest.mark.parametrize("name, least, most", [
     ("slightly_blurred", 0.1, 0.5), ("grainy", 2.0, 100.0)])
-def test_what_is_wrong_with_fine_detail_shows_in_its_power(generators, name, least, most):
+def test_wrong_fine_detail_shows_in_its_power(generators, name, least, most):
     report = generators(name)
     assert least < report["power"]["all"]["samples"]["16-32"] < most
     assert level(report, "power") != "ok"
@@ -388,28 +364,28 @@ def test_swapped_labels_are_found(generators):
     assert report["auroc"][evaluate.ON_SAMPLES][2] < 0.5
     assert level(report, "class fidelity") == "bad"
     assert report["auroc"][evaluate.TSTR][0] < 0.4
-    kid, good_kid = ({name: rows["samples"]["kid"]
-                      for name, rows in r["groups"]["classifier"].items()} for r in (report, good))
-    assert kid["all"] == pytest.approx(good_kid["all"])  # the whole is the same
-    assert kid["normal"] > good_kid["normal"] + 0.05
+    for name, farther in (("all", False), ("normal", True)):  # the whole is the same
+        kid, good_kid = (r["groups"]["classifier"][name]["samples"]["kid"] for r in (report, good))
+        assert (kid > good_kid + 0.05) == farther
 
 
-def test_a_caricature_is_no_success():
-    for interval, expected in (((1.0, 0.98, 1.0), "watch"), ((0.92, 0.85, 0.97), "ok")):
-        auroc = {evaluate.ON_SAMPLES: interval, evaluate.ON_HELD_OUT: (0.85, 0.78, 0.91)}
-        report = {"groups": {}, "auroc": auroc}
-        verdict = next(v for v in evaluate.judge(report) if v.metric == "class fidelity")
-        assert verdict.level == expected
-        assert ("caricatures" in verdict.advice) == (expected == "watch")
+@pytest.mark.parametrize("interval, expected", [
+    ((1.0, 0.98, 1.0), "watch"), ((0.92, 0.85, 0.97), "ok")])
+def test_a_caricature_is_no_success(interval, expected):
+    auroc = {evaluate.ON_SAMPLES: interval, evaluate.ON_HELD_OUT: (0.85, 0.78, 0.91)}
+    verdict, = evaluate.judge({"groups": {}, "auroc": auroc})
+    assert (verdict.metric, verdict.level) == ("class fidelity", expected)
+    assert ("caricatures" in verdict.advice) == (expected == "watch")
 
 
 # --- the command line ---
 
 
-def test_report_of_a_model(workspace, quick):
-    argv = ["evaluate.py", *workspace.common, f"--ckpt={workspace.ldm_ckpt}", "--num_samples=4",
-            "--num_sampling_steps=5", "--sampler=ddim", "--classifier_steps=20"]
-    result = quick(*argv)
+def test_report_of_a_model_and_of_its_samples(workspace, quick):
+    common = [*workspace.common, "--classifier_steps=20"]
+    ckpt = f"--ckpt={workspace.ldm_ckpt}"
+    sampling = ["--num_samples=4", "--num_sampling_steps=5", "--sampler=ddim"]
+    result = quick("evaluate.py", *common, ckpt, *sampling)
     assert result.code == 0, result.err
     report = json.loads((workspace.out / "l/evaluation.json").read_text())
     assert report["sampler"] == "ddim" and report["step"] == 20
@@ -427,30 +403,18 @@ def test_report_of_a_model(workspace, quick):
     with Image.open(workspace.out / "l/evaluation_pairs.png") as pairs:
         assert pairs.size == (8 * 34 + 2, 2 * (32 + 16))
 
-    # --- again, in one feature space: the classifiers of the real images are not trained anew ---
+    # --- the same samples as a folder, in one space: the real classifiers are not trained anew ---
     weights = sorted((workspace.out / "cache").glob("classifier_*.pt"))
     assert len(weights) == evaluate.TRAININGS
-    written = [path.stat().st_mtime_ns for path in weights]
-    again = quick(*argv, "--features=vae", f"--out_dir={workspace.root / 'vae'}")
+    written, folder = [path.stat().st_mtime_ns for path in weights], workspace.root / "s"
+    assert quick("sample.py", ckpt, *sampling, f"--out_dir={folder}").code == 0
+    again = quick("evaluate.py", *common, f"--ae_ckpt_path={workspace.vae_ckpt}", "--features=vae",
+                  f"--samples_dir={folder}")
     assert again.code == 0, again.err
     assert [path.stat().st_mtime_ns for path in weights] == written
-    other = json.loads((workspace.root / "vae/evaluation.json").read_text())
-    assert other["auroc"] == report["auroc"] and list(other["groups"]) == ["vae"]
-    assert other["groups"]["vae"] == report["groups"]["vae"]
-
-
-def test_samples_of_sample_py_are_measured_like_the_model(workspace, quick):
-    common = [f"--data_root={workspace.data}", f"--output_root={workspace.out}",
-              "--classifier_steps=20"]
-    ckpt, folder = f"--ckpt={workspace.ldm_ckpt}", workspace.root / "s"
-    steps = ["--num_samples=4", "--num_sampling_steps=5", "--sampler=ddim"]
-    assert quick("sample.py", ckpt, *steps, f"--out_dir={folder}").code == 0
-    assert quick("evaluate.py", *common, ckpt, *steps).code == 0
-    ae = f"--ae_ckpt_path={workspace.vae_ckpt}"
-    assert quick("evaluate.py", *common, ae, f"--samples_dir={folder}").code == 0
-    of_model, of_folder = (json.loads(path.read_text())["groups"] for path in (
-        workspace.out / "l/evaluation.json", folder / "evaluation.json"))
-    assert of_folder == of_model and of_folder["vae"]["all"]["samples"]["num"] == 8
+    other = json.loads((folder / "evaluation.json").read_text())
+    assert other["auroc"] == report["auroc"]
+    assert other["groups"] == {"vae": report["groups"]["vae"]}
 
 
 def test_bad_input_is_one_line(workspace, image_tree, capsys, monkeypatch):
@@ -463,7 +427,7 @@ def test_bad_input_is_one_line(workspace, image_tree, capsys, monkeypatch):
             ([], "--samples_dir"),
             ([ckpt, "--samples_dir=x"], "either"),
             (["--samples_dir=x"], "--img_size"),
-            ([*workspace.common, ckpt, "--img_size=64"], "was trained at 32"),
+            ([*workspace.common, ckpt, "--img_size=64"], "works at 32"),
             ([*workspace.common, f"--samples_dir={small}", "--img_size=15"], "at least 16"),
             ([*workspace.common, ckpt, "--features=x"], "TorchScript")):
         assert says in error_of(capsys, evaluate.main, [

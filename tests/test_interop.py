@@ -1,5 +1,6 @@
 """To diffusers and back: the same numbers there as here, a card that tells the truth, and no
 patients handed on. Every network there is made by diffusers itself."""
+import hashlib
 import json
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ import train_vae
 from lib import diffusers_io
 import sample
 from lib import dist
-from lib.files import EXIT_FAILED
+from lib.run import load_checkpoint
 
 diffusers = pytest.importorskip("diffusers")
 exported_pipeline = pytest.importorskip("lib.exported_pipeline")
@@ -125,7 +126,7 @@ def evaluated(workspace):
     """workspace whose LDM has an evaluation.json with hardly any copies."""
     w = workspace
     report = {
-        "ckpt": str(w.ldm_ckpt), "ckpt_sha256": run.sha256_file(w.ldm_ckpt), "split": "val",
+        "ckpt": str(w.ldm_ckpt), "ckpt_sha256": hashlib.sha256(w.ldm_ckpt.read_bytes()).hexdigest(), "split": "val",
         "sampler": "dpmpp_2m_sde", "num_sampling_steps": 20, "guidance_scale": 1.0,
         "num_samples": {"normal": 100, "tb": 100},
         "copies": {"share": 0.02, "expected": 0.01, "probability": 0.2, "distinct": 16},
@@ -197,13 +198,13 @@ def test_a_damaged_evaluation_is_one_line(evaluated, tmp_path, capsys, damage):
 
 
 def test_the_card_says_what_the_model_was_made_of(evaluated):
-    checkpoint = run.load_checkpoint(evaluated.ldm_ckpt, "ldm")
+    checkpoint = load_checkpoint(evaluated.ldm_ckpt, "ldm")
     nasty = "tb\n\n# Approved | for diagnosis\r\n"
     checkpoint["args"] |= {"init_from": "/home/me/runs/parent/ckpts/best.pt", "augment": 2,
                            "overfit_k": 8}
     checkpoint |= {"class_names": ["normal", nasty], "trained_classes": [1]}
     meta = {"data": [["normal", 5, ""], [nasty, 8, ""]], "world_size": 3, "git_commit": "abc"}
-    vae_settings = run.load_checkpoint(evaluated.vae_ckpt, "vae", weights=False)["args"]
+    vae_settings = load_checkpoint(evaluated.vae_ckpt, "vae", weights=False)["args"]
     card = export.model_card(checkpoint, vae_settings, meta, None)
     for text in ("| tb # Approved \\| for diagnosis (8) |", "from the model parent,", "/home",
                  "2 augmented copies", "| autoencoder | phantom/TB, split train |", "normal",
@@ -244,11 +245,17 @@ def make_theirs(folder, channels=3, widths=(32, 64), attention=False, quant_conv
     return net
 
 
+def start_from(models, path):
+    state = train_vae.initial_weights(models.vae, path)
+    for module in (models.vae, models.ema.module):
+        module.load_state_dict(state)
+
+
 def started(folder, size=32):
     """train_vae.Models that start from a diffusers folder."""
     args = train_vae.parse_args([f"--init_from={folder}", f"--img_size={size}"])
     models = train_vae.build_models(args, CPU)
-    train_vae.init_weights(models, args.init_from)
+    start_from(models, args.init_from)
     return models
 
 
@@ -316,17 +323,6 @@ def test_another_shape_than_that_of_the_start_is_refused(tmp_path, capsys):
     assert "--init_from" in error_of(capsys, train_vae.parse_args, ["--max_steps=0"])
 
 
-def test_a_refused_start_leaves_no_run(stages, tmp_path, quick):
-    make_theirs(tmp_path / "theirs")
-    (tmp_path / "theirs/diffusion_pytorch_model.safetensors").unlink()
-    for argv in (["train_vae.py", f"--init_from={tmp_path}/theirs", "--img_size=32"],
-                 ["train_ldm.py", f"--init_from={stages.vae_ckpt}", f"--config={stages.ldm_config}",
-                  f"--ae_ckpt_path={stages.vae_ckpt}"]):
-        done = quick(*argv, f"--data_root={stages.data}", f"--output_root={tmp_path}/runs")
-        assert done.code == EXIT_FAILED and done.err.count("\n") == 1
-        assert not [p for p in (tmp_path / "runs").glob("*") if p.name != "cache"]
-
-
 def test_the_stages_go_on_from_it_without_training(stages, tmp_path):
     make_theirs(tmp_path / "theirs")
     common = [f"--data_root={stages.data}", f"--output_root={tmp_path}"]
@@ -349,8 +345,8 @@ def test_the_stages_go_on_from_it_without_training(stages, tmp_path):
 def test_a_run_of_ours_is_a_start_too(stages):
     argv = [f"--init_from={stages.vae_ckpt}", f"--config={stages.vae_config}"]
     models = train_vae.build_models(train_vae.parse_args(argv), CPU)
-    train_vae.init_weights(models, stages.vae_ckpt)
-    expected = run.load_checkpoint(stages.vae_ckpt, "vae")["ema"]
+    start_from(models, stages.vae_ckpt)
+    expected = load_checkpoint(stages.vae_ckpt, "vae")["ema"]
     for module in (models.vae, models.ema.module):
         for name, value in module.state_dict().items():
             assert torch.equal(value, expected[name])

@@ -66,13 +66,8 @@ def test_ssim_of_an_image_with_itself_is_one_and_symmetric():
     assert torch.allclose(ssim(x, x), torch.ones(2), atol=1e-6)
     assert torch.allclose(ms_ssim(x, x), torch.ones(2), atol=1e-6)
     assert torch.allclose(ssim(x, y), ssim(y, x), atol=1e-6)
-
-
-@pytest.mark.parametrize("height", [7, 21])
-def test_ms_ssim_with_one_scale_is_ssim(height):
-    x = images(2, height, 40)
-    y = 0.8 * x + 0.1
-    assert torch.allclose(ms_ssim(x, y), ssim(x, y), atol=1e-6)
+    x = x[:, :, :21]  # for one scale only
+    assert torch.allclose(ms_ssim(x, 0.8 * x + 0.1), ssim(x, 0.8 * x + 0.1), atol=1e-6)
 
 
 HARD_PAIRS = {

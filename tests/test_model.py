@@ -179,13 +179,17 @@ def test_extreme_log_variances_stay_finite():
         assert posterior.kl().isfinite().all()
 
 
-def test_kl_matches_torch_distributions():
+def test_kl_is_that_of_torch_and_a_hand_computed_value():
     mean, logvar = randn(3, 2, 4, 4), randn(3, 2, 4, 4, seed=1)
     q = torch.distributions.Normal(mean, (logvar / 2).exp())
     standard = torch.distributions.Normal(0.0, 1.0)
     expected = torch.distributions.kl_divergence(q, standard).sum((1, 2, 3))
     assert torch.allclose(model.Posterior(mean, logvar).kl(), expected, rtol=1e-4)
-    assert model.Posterior(*torch.zeros(2, 1, 1, 1, 1)).kl().item() == 0
+    one = torch.ones(1, 1, 1, 1)
+    # Mean 3, variance 4: (9 + 4 - 1 - ln 4) / 2.
+    kl = model.Posterior(3 * one, math.log(4) * one).kl()
+    assert kl.item() == pytest.approx(5.30685, abs=1e-4)
+    assert model.Posterior(0 * one, 0 * one).kl().item() == 0
 
 
 def test_posterior_samples_have_its_mean_and_standard_deviation():
@@ -213,7 +217,7 @@ def test_discriminator_gives_one_logit_a_patch(height, width, num_layers):
 
 
 @pytest.mark.parametrize("num_layers, patch", [(2, 34), (3, 70)])
-def test_a_discriminator_logit_sees_its_patch(num_layers, patch):
+def test_a_logit_of_the_discriminator_sees_its_patch(num_layers, patch):
     disc = model.PatchDiscriminator(8, num_layers).requires_grad_(False)
     for layer in disc.modules():
         if isinstance(layer, nn.GroupNorm):
@@ -223,6 +227,12 @@ def test_a_discriminator_logit_sees_its_patch(num_layers, patch):
     logits[0, 0, logits.shape[2] // 2, logits.shape[3] // 2].backward()
     seen = x.grad[0, 0].abs().amax(0).nonzero()
     assert seen.max() - seen.min() + 1 == patch
+
+
+def test_discriminator_scores_an_image_without_its_batch():
+    disc = model.PatchDiscriminator(base_ch=8).train()
+    x = randn(3, 1, 32, 32)
+    assert torch.allclose(disc(x)[:1], disc(x[:1]), atol=1e-5)
 
 
 # --- UNet ---

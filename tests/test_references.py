@@ -96,10 +96,9 @@ def test_the_perceptual_term_is_that_of_the_lpips_package(monkeypatch):
         """(train/rec, gradient norm, reconstruction) of a first step."""
         args = train_vae.parse_args([
             "--img_size=32", "--z_channels=2", "--base_ch=8", "--ch_mults=1,2",
-            "--num_res_blocks=1",
-            "--disc_weight=0", f"--perceptual_weight={weight}"])
+            "--num_res_blocks=1", "--disc_weight=0", f"--perceptual_weight={weight}"])
         models = train_vae.build_models(args, PROCS)
-        noise, _ = experiment.draw(PROCS, len(x), models.vae.latent_shape, args.seed, "vae", 0)
+        noise, _ = PROCS.global_noise(len(x), models.vae.latent_shape, args.seed, "vae", 0)
         rec = models.vae(x, noise)[0].detach()
         fns = train_vae.wrap(models, args, PROCS)
         losses, _ = train_vae.train_step(models, *fns, perceptual, x, 0, args, PROCS)

@@ -1,5 +1,4 @@
 """Few images: val/loss, copies, best.pt, --patience, --init_from and --augment."""
-import json
 import shutil
 from types import SimpleNamespace
 
@@ -11,7 +10,6 @@ from conftest import read_jsonl
 import data
 import diffusion
 import memorisation
-import model
 import train_ldm
 import train_vae
 import sample
@@ -29,8 +27,7 @@ def ldm(workspace):
             "--sample_batch_size=2", "--lr=3e-3"]
 
 
-def evaluations(folder):
-    """{step: record} of the evaluations in a run's metrics.jsonl."""
+def evaluations(folder):  # {step: record}
     return {r["step"]: r for r in read_jsonl(folder / "metrics.jsonl")
             if "sample_diversity/num_pairs" in r}
 
@@ -58,8 +55,7 @@ def test_val_loss_is_the_loss_of_the_averaged_weights(workspace, quick, ldm):
     watch = memorisation.MemorisationMonitor(latents, vae, sha256, scale, workspace.out / "cache", args, ALONE)
     for name, inputs in (("val/loss", watch.val), ("val/train_loss", watch.train)):
         assert len(inputs.t) == 85 * 6 and (inputs.y.bincount() == 85 * 3).all()
-        times = inputs.t.sort().values
-        assert torch.allclose(times, (torch.arange(510) + 0.5) / 510)
+        assert torch.allclose(inputs.t.sort().values, (torch.arange(510) + 0.5) / 510)
         losses = []
         for x0, t, noise, y in zip(*(part.split(1) for part in inputs), strict=True):
             alpha, sigma = denoiser.schedule.alpha(t).item(), denoiser.schedule.sigma(t).item()
@@ -80,19 +76,14 @@ def test_best_pt_is_of_the_lowest_val_loss_and_patience_stops(workspace, quick, 
     best = min(losses, key=losses.get)
     assert max(found) == best + 6 < 200  # two steps an epoch, three evaluations
     assert f"stopped at step {best + 6} of 200" in result.out and "--patience" in result.out
-    path = folder / "ckpts/best.pt"
-    assert f"the one to use: {path}, of epoch {best // 2}" in result.out
-    assert f"sample.py --ckpt={path}" in result.out.splitlines()[-1]
-    stored = run.load_checkpoint(path, "ldm")
+    assert f"the one to use: {folder / 'ckpts/best.pt'}, of epoch {best // 2}" in result.out
+    stored = run.load_checkpoint(folder / "ckpts/best.pt", "ldm")
     assert stored["step"] == best and stored["optimizer"] is None and stored["model"] is None
     # Its weights are the averaged ones of that step.
-    assert quick(*argv[:-3], *argv[-2:], "--run_name=short", "--sample_every=100",
-                 f"--max_steps={best}").code == 0
+    assert quick(*argv, "--run_name=short", "--sample_every=100", f"--max_steps={best}").code == 0
     weights = run.load_checkpoint(workspace.out / "short/ckpts/last.pt", "ldm")["ema"]
     assert all(torch.equal(weights[k], v) for k, v in stored["ema"].items())
-    # Started again, it stops again; without patience it continues.
-    again = quick(*argv, "--max_steps=200", "--patience=3")
-    assert again.code == 0 and f"stopped at step {best + 6} of 200" in again.out
+    # Without patience it continues.
     assert quick(*argv, f"--max_steps={best + 8}", "--patience=0").code == 0
     assert evaluations(folder).keys() == found.keys() | {best + 8}
 
@@ -102,7 +93,7 @@ def test_best_pt_is_sampled_and_holds_no_raw_weights(workspace, quick):
     argv = ["sample.py", f"--ckpt={best}", "--num_samples=1", "--num_sampling_steps=2"]
     assert quick(*argv).code == 0
     result = quick(*argv, "--no-use_ema", f"--out_dir={workspace.root / 's'}")
-    assert result.code == EXIT_FAILED and "averaged weights alone" in result.err
+    assert result.code == EXIT_FAILED and "averaged weights only" in result.err
     result = quick("sample.py", f"--ckpt={workspace.out / 'l'}")  # a run folder
     assert result.code == EXIT_FAILED and f"give {best}" in result.err
 
@@ -112,9 +103,8 @@ def test_without_validation_images_there_is_no_best(workspace, quick, ldm):
     shutil.copytree(workspace.data / "TB/train", root / "TB/train")
     result = quick(*ldm, f"--data_root={root}", "--run_name=r", "--max_steps=2", "--patience=1")
     assert result.code == 0 and "Validation is skipped" in result.out
-    assert not (workspace.out / "r/ckpts/best.pt").exists()
+    assert not (workspace.out / "r/ckpts/best.pt").exists() and "stopped at" not in result.out
     assert "sample.py --ckpt=" in result.out and "last.pt" in result.out.splitlines()[-1]
-    assert "stopped at" not in result.out
     logged = evaluations(workspace.out / "r")[2]
     assert "val/loss" not in logged and "copies/share" in logged
 
@@ -155,7 +145,7 @@ def test_a_run_starts_from_the_averaged_weights_of_another(workspace, quick, ldm
     argv = [*ldm, f"--data_root={root}", "--run_name=n", f"--init_from={workspace.ldm_ckpt}",
             f"--ae_ckpt_path={workspace.vae_ckpt}", "--max_steps=1", "--lr=0"]
     result = quick(*argv)
-    assert result.code == 0 and "no class covid" in result.out, result.err
+    assert result.code == 0 and "does not know class covid" in result.out, result.err
     old = run.load_checkpoint(workspace.ldm_ckpt, "ldm")["ema"]
     new = run.load_checkpoint(workspace.out / "n/ckpts/last.pt", "ldm")
     assert new["class_names"] == ["covid", "normal", "tb"]
@@ -222,7 +212,7 @@ def test_versions_of_an_image_are_cached_as_they_are_encoded(workspace):
     cached, fresh = (data.LatentSet(few, vae, sha256, workspace.out / "cache", ALONE, use, 5, 2)
                      for use in (True, False))
     index, versions = np.array([0, 1, 2, 1]), np.array([0, 2, 1, 1])
-    told = cached.how_augmented(index, versions)
+    told = cached.augment_labels(index, versions)
     assert (told[0] == 0).all() and told[1:].abs().max() <= 1 and len(told.unique()) > 15
     expected = vae.encode(data.augment(few.images(index), told)).mean
     for latents in (cached, fresh):
@@ -234,12 +224,12 @@ def test_versions_of_an_image_are_cached_as_they_are_encoded(workspace):
 
 def test_half_of_the_images_of_a_step_are_as_they_are(workspace):
     args = train_ldm.parse_args(["--augment=3"])
-    drawn = [np.concatenate([train_ldm.draw_versions(8, step, args, ALONE._replace(
+    drawn = [np.concatenate([train_ldm.draw_copies(8, step, args, ALONE._replace(
         rank=rank, world_size=2)) for rank in range(2)]) for step in range(200)]
     counts = np.bincount(np.concatenate(drawn), minlength=4)
     assert counts.sum() == 3200 and abs(counts[0] - 1600) < 120  # 4 standard deviations
     assert all(abs(count - 1600 / 3) < 90 for count in counts[1:])
-    alone = train_ldm.draw_versions(16, 7, args, ALONE)
+    alone = train_ldm.draw_copies(16, 7, args, ALONE)
     assert (alone == drawn[7]).all()  # whatever the number of processes
 
 

@@ -1,12 +1,8 @@
-"""A start with 20,000 and 200,000 images, on one process and on two: what it opens, and its memory.
-
-    python -m pytest tests/robustness/test_scale.py -s     # prints the cost per image, too
-"""
+"""A start with 20,000 and 200,000 images, on one process and on two: files opened, and memory."""
 import json
 import os
 import re
 import subprocess
-import time
 
 import numpy as np
 import pytest
@@ -24,15 +20,13 @@ import atexit, json, os, re, runpy, sys
 root, out = sys.argv[1:3]
 sys.argv = sys.argv[3:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
-opened = {"images": [], "pixels": [], "latents": []}  # appending is safe in threads, += is not
+opened = {"images": [], "pixels": []}  # appending is safe in threads, += is not
 def watch(event, args):
     if event == "open" and isinstance(args[0], str):
         if args[0].startswith(root) and args[0].endswith(".png"):
             opened["images"].append(1)
         if "/cache/images_" in args[0] and args[0].endswith(".npy"):
             opened["pixels"].append(1)
-        if "/cache/latents_" in args[0] and args[0].endswith(".npy"):
-            opened["latents"].append(1)
 sys.addaudithook(watch)
 runpy.run_path(sys.argv[0], run_name="__main__")
 peak = re.search("VmHWM:\\\\s*(\\\\d+) kB", open("/proc/self/status").read()).group(1)
@@ -68,9 +62,8 @@ def big(tmp_path_factory):
 
 
 def start(big, out, count, processes, name):
-    """(seconds, [what each rank opened, and its peak memory])"""
+    """[what each rank opened, and its peak memory]"""
     data_root = big / str(count)
-    begin = time.monotonic()
     done = subprocess.run(
         [*python(processes), str(big / "watched.py"), str(data_root), str(out / name),
          str(ROOT / "train_ldm.py"), f"--data_root={data_root}", f"--output_root={out}",
@@ -81,31 +74,25 @@ def start(big, out, count, processes, name):
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert re.search(rf"images\s+{count}\n", done.stdout)
-    seconds = time.monotonic() - begin
-    return seconds, [json.loads((out / f"{name}{rank}").read_text()) for rank in range(processes)]
+    return [json.loads((out / f"{name}{rank}").read_text()) for rank in range(processes)]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_start_costs_little_per_image(big, tmp_path, processes):
-    peaks, text = {}, [f"\n{processes} processes, {SIDE} px"]
+    peaks = {}
     for count in (SMALL, LARGE):
         out = tmp_path / str(count)
         out.mkdir()
-        first, built = start(big, out, count, processes, "first")
-        second, found = start(big, out, count, processes, "second")
-        # All are decoded once, by all processes together; the second start opens none of them, nor
-        # the decoded pixels: the latents are there. Rank 0 shows eight of each class in the end.
+        built = start(big, out, count, processes, "first")
+        found = start(big, out, count, processes, "second")
+        # All are decoded once, by all processes together. The second start opens none of them, and
+        # of their pixels the header alone. Rank 0 shows eight of each class in the end.
         shown = 16
         assert sum(rank["images"] for rank in built) == count + shown
         assert min(rank["images"] for rank in built) > 0.4 * count / processes
         assert [rank["images"] for rank in found] == [shown, *[0] * (processes - 1)]
-        assert all(rank["pixels"] == 0 for rank in found)
-        assert all(rank["latents"] > 0 for rank in found)
+        assert all(rank["pixels"] <= 2 for rank in found)
         peaks[count] = [max(rank["peak_mb"] for rank in ranks) for ranks in (built, found)]
-        text.append(f"{count} images: first start {first:.1f} s ({1e6 * first / count:.0f} us per "
-                    f"image), second {second:.1f} s ({1e6 * second / count:.0f} us per image), "
-                    f"peak memory {peaks[count][0]:.0f} and {peaks[count][1]:.0f} MB")
-    print("\n".join(text))
     # What grows is the list of names, whatever the size of the images.
     for small, large in zip(peaks[SMALL], peaks[LARGE], strict=True):
         assert large - small < 1000 * (LARGE - SMALL) / 2**20

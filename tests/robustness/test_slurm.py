@@ -174,7 +174,6 @@ def test_gpus_are_not_requested_twice(checkout, gres, sbatch_flags, asked):
 
 @pytest.mark.parametrize(("command", "says"), [
     ("train_vae.sh TB 1 --gpus=two", "such as 2 or a100:2"),
-    ("train_vae.sh TB 1 --gpus=a100:", "such as 2 or a100:2"),
     ("train_vae.sh TB 1 --gpus", "--gpus needs a value"),
     ("train_vae.sh TB 1 --time --nodes=2", "--time needs a value"),
     ("train_vae.sh TB 1 --after=", "--after needs a value"),
@@ -185,7 +184,6 @@ def test_gpus_are_not_requested_twice(checkout, gres, sbatch_flags, asked):
     ("pipeline.sh TB 1 overfit_one --ldm --learning_rat=1", "--learning_rat"),
     ("launch_sweep_swarm.sh me/p/abc biggpu 0 2 1 --learning_rat=1", "--learning_rat"),
     ("launch_sweep_swarm.sh me/p/abc biggpu -1 3 2", "not -1 3 2"),
-    ("launch_sweep_swarm.sh me/p/abc biggpu 0 none 2", "not 0 none 2"),
     ("launch_sweep_swarm.sh me/p/abc biggpu 0 3 0", "not 0 3 0"),
     ("train_vae.sh TB 1 --help", "--z_channels")])
 def test_wrong_commands_submit_nothing(checkout, command, says):
@@ -201,7 +199,6 @@ AGENT = ("slurm/ldm_sweep_agent.slurm", "me/p/abc", "big", "2", "3")
     (("slurm/train.slurm", "train_vae.py"), {}, "run this with sbatch"),
     (("slurm/train.slurm", "--mode=full_train"), {"SLURM_SUBMIT_DIR": "."},
      "sbatch slurm/train.slurm PROGRAM [flags]"),
-    (AGENT[:2], {}, "SWEEP_ID PARTITION [K] [RUNS]"),
     (AGENT, {}, "type: ./slurm/launch_sweep_swarm.sh me/p/abc big 2 1 3"),
     (AGENT, {"SLURM_JOB_PARTITION": "small"}, "launch_sweep_swarm.sh me/p/abc big 2 1 3"),
     (AGENT, {"SLURM_JOB_PARTITION": "big"}, "launch_sweep_swarm.sh me/p/abc big 2 1 3")])

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, _as_main, read_jsonl, run, start, tree_hashes
+from conftest import ROOT, _as_main, is_alive, read_jsonl, run, start
 from test_stages import assert_same_run, strict
-import sample
-from lib import dist
+
 from lib.files import EXIT_FAILED, EXIT_STOPPED
+from lib.run import load_checkpoint
 
 
 LIMIT_S = 150  # after which a process counts as hanging
@@ -28,9 +28,7 @@ LIMIT_S = 150  # after which a process counts as hanging
 def command(stages, tmp_path):
     """command(stage, RUN_NAME, ...) -> argv of a short run below tmp_path/runs, with no cache yet.
 
-    Two steps per epoch; a log line each step (one that straddles a stop covers less), evaluations
-    at steps 4, 8 and 12. The pictures of an evaluation and the discriminator (from step 3) are
-    thus caught half done by some stop.
+    Two steps per epoch, a log line each step, evaluations at steps 4, 8 and 12.
     """
     settings = {
         "train_vae": [f"--config={stages.vae_config}", "--disc_start=3"],
@@ -68,8 +66,7 @@ import {stage}
 
 def hooked(folder, stage, body):
     """Path of a script that is `stage`, once the lines `body` have been run."""
-    number = next(i for i in itertools.count() if not (folder / f"hooked_{i}.py").exists())
-    path = folder / f"hooked_{number}.py"
+    path = folder / f"hooked_{len(list(folder.glob('hooked_*')))}.py"
     path.write_text(HOOK.format(root=str(ROOT), stage=stage, body=body))
     return str(path)
 
@@ -92,11 +89,9 @@ def together(fork_server, tmp_path):
             port = probe.getsockname()[1]
         started = []
         for i, argv in enumerate(commands):
-            env = {}
-            if ranks:
-                env = {"RANK": i, "LOCAL_RANK": i,
-                       "WORLD_SIZE": len(commands), "LOCAL_WORLD_SIZE": len(commands),
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            env = {"RANK": i, "LOCAL_RANK": i, "WORLD_SIZE": len(commands),
+                   "LOCAL_WORLD_SIZE": len(commands), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": port} if ranks else {}
             env = {k: str(v) for k, v in env.items()}
             paths = [tmp_path / f"{name}_{i}" for name in ("out", "err")]
             process = fork_server.Process(
@@ -138,30 +133,23 @@ before({place!r}, send)
 KILLED, FINISHES = -1, -2
 MOMENTS = {
     "train_ldm": [
-        ("data.read_grey", 5, "SIGTERM", KILLED),  # while images are decoded
+        ("lib.decode.read_grey", 5, "SIGTERM", KILLED),  # while images are decoded
         ("data.LatentSet._encode", 1, "SIGUSR1", KILLED),  # while latents are encoded
         ("torch.save", 1, "SIGTERM", 0),  # while the first checkpoint is written
         ("os.replace", 1, "SIGUSR1", 0),  # while run_meta.json is put in place
-        ("run.Run.save", 2, "SIGTERM", 3),  # before the checkpoint of step 2 is copied
-        # Before that of step 4 is: before the evaluation there.
-        ("run.Run.save", 1, "SIGUSR1", 4),
-        ("dist.clip_and_step", 3, "SIGUSR1", 7),  # in the middle of an epoch
+        ("lib.run.Run.save", 2, "SIGTERM", 3),  # before the checkpoint of step 2
+        ("lib.run.Run.save", 1, "SIGUSR1", 4),  # before that of step 4 and the evaluation there
+        ("lib.dist.clip_and_step", 3, "SIGUSR1", 7),  # in the middle of an epoch
         ("sample.sample_latents", 1, "SIGTERM", 8),  # while images are sampled
-        ("run.Run.log_images", 1, "SIGUSR1", 9),  # evaluation all but done
-        # While the second picture of the last evaluation is written.
-        ("run.save_grid", 2, "SIGTERM", FINISHES),
+        ("lib.run.save_grid", 2, "SIGUSR1", 9),  # evaluation all but done
+        ("lib.run.save_grid", 2, "SIGTERM", FINISHES),  # the last picture of the last evaluation
     ],
     "train_vae": [
-        ("data.read_grey", 20, "SIGTERM", KILLED),  # while validation images are decoded
-        ("torch.save", 1, "SIGUSR1", 0),
-        ("os.replace", 1, "SIGTERM", 0),
-        ("run.Run.save", 2, "SIGUSR1", 3),
-        # Two calls per step: before the autoencoder's at step 5.
-        ("dist.clip_and_step", 3, "SIGTERM", 5),
-        ("run.Run.save", 3, "SIGUSR1", 8),  # before the evaluation
-        ("metrics.psnr", 1, "SIGUSR1", 9),  # in its only batch
-        ("dist.clip_and_step", 2, "SIGTERM", 10),  # before the discriminator's at step 10
-        ("run.Run.log_images", 1, "SIGTERM", FINISHES),
+        ("lib.decode.read_grey", 20, "SIGTERM", KILLED),  # while validation images are decoded
+        ("lib.dist.clip_and_step", 3, "SIGTERM", 3),  # before the first of the discriminator
+        ("lib.run.Run.save", 5, "SIGUSR1", 8),  # before the evaluation
+        ("lib.metrics.psnr", 1, "SIGUSR1", 9),  # in the only batch of an evaluation
+        ("lib.dist.clip_and_step", 2, "SIGTERM", 10),  # before the discriminator's at step 10
     ],
 }
 
@@ -176,25 +164,19 @@ def test_stops_at_awkward_moments_change_nothing(command, quick, tmp_path, stage
     for place, call, name, step in MOMENTS[stage]:
         script = hooked(tmp_path, stage, SEND.format(place=place, call=call, name=name))
         # A checkpoint each step; else at stops and evaluations only.
-        often = place == "run.Run.save"
+        often = place == "lib.run.Run.save"
         result = quick(script, *args, f"--save_minutes={0 if often else 60}")
-        if step == KILLED:
-            assert result.code == -getattr(signal, name), (place, result.err)
-            assert not (folder / "run_meta.json").exists()
+        code = {KILLED: -getattr(signal, name), FINISHES: 0}.get(step, EXIT_STOPPED)
+        assert result.code == code, (place, result.out, result.err)
+        if step in (KILLED, FINISHES):
             continue
-        if step == FINISHES:
-            assert result.code == 0, (place, result.out, result.err)
-            continue
-        assert result.code == EXIT_STOPPED, (place, result.out, result.err)
         assert f"stopped ({name}) at step {step}, " in result.out, (place, result.out)
-        assert run.load_checkpoint(folder / "ckpts/last.pt", stage[-3:])["step"] == step
+        assert load_checkpoint(folder / "ckpts/last.pt", stage[-3:])["step"] == step
         assert not (folder / "summary.json").exists()
     result = quick(f"{stage}.py", *args)
     assert result.code == 0, result.err
     assert_same_run(tmp_path / "runs/whole", folder, stage[-3:])
-    # The two killed before the handlers were there could not tidy up; the others left nothing.
-    assert len(left_over(folder)) <= 2
-    assert all(name.startswith((".last.pt.", ".run_meta.")) for name in left_over(folder))
+    assert len(left_over(folder)) <= 2  # of the two that were killed while they wrote
 
 
 # --- two processes ------------------------------------------------------------------------------
@@ -212,48 +194,49 @@ def workers(process):
     return [ranks[rank] for rank in sorted(ranks)]
 
 
-def finished(process, limit_s=LIMIT_S):
+def wait_for(process, text):
+    """Read its output up to the line that starts with `text`."""
+    for line in process.stdout:
+        if line.startswith(text):
+            break
+
+
+def finished(process):
     """Output of a process that must end by itself."""
     try:
-        return "".join(process.communicate(timeout=limit_s))
+        return "".join(process.communicate(timeout=LIMIT_S))
     except Exception:
         process.terminate()  # torchrun takes its workers along, by force after 30 s
         print(*process.communicate(), sep="\n")
         raise
 
 
-def stop_after(process, line, receiver, number):
-    """Send a signal once `line` is out. Returns the whole output.
-
-    receiver: "torchrun", or the rank whose worker gets the signal.
-    """
-    out = []
-    for text in process.stdout:
-        out.append(text)
-        if line in text:
-            pid = process.pid if receiver == "torchrun" else workers(process)[receiver]
-            os.kill(pid, number)
-            break
-    return "".join(out) + finished(process)
+ON_RANK_1 = """
+def send(call, *args):
+    if call == 1 and os.environ["RANK"] == "1":
+        time.sleep(0.5)  # rank 0 is done with its part and waits
+        os.kill(os.getpid(), signal.SIGUSR1)
+before("sample.sample_latents", send)
+"""
 
 
-@pytest.mark.parametrize("stage", ["train_ldm", pytest.param("train_vae", marks=pytest.mark.slow)])
-def test_two_processes_that_were_stopped_end_like_two_that_were_not(command, tmp_path, stage):
-    """torchrun passes SIGTERM on to its workers; SIGUSR1 would end it, so that goes to a worker."""
-    run(f"{stage}.py", *command(stage, "whole", "--batch_per_device=4"), processes=2)
+def test_two_stopped_processes_end_like_two_that_were_not(command, tmp_path):
+    """By a signal on one rank in an evaluation, and by one to torchrun, which passes it on."""
+    run("train_ldm.py", *command("train_ldm", "whole", "--batch_per_device=4"), processes=2)
     folder = tmp_path / "runs/parts"
-    args = [f"{stage}.py", *command(stage, "parts", "--batch_per_device=4")]
-    before = 0
-    for line, receiver, name in (("step 3 ", "torchrun", "SIGTERM"), ("step 6 ", 1, "SIGUSR1")):
-        out = stop_after(start(*args, processes=2), line, receiver, getattr(signal, name))
-        by = name if receiver == "torchrun" else "on another rank"
-        assert out.count(f"stopped ({by}) at step ") == 1, out
-        step = run.load_checkpoint(folder / "ckpts/last.pt", stage[-3:])["step"]
-        assert before < step < 12 and f"stopped ({by}) at step {step}, " in out
-        before = step
-    out, _ = run(*args, processes=2)
-    assert re.search(rf"continues at step\s+{before}\n", out)
-    assert_same_run(tmp_path / "runs/whole", folder, stage[-3:])
+    args = command("train_ldm", "parts", "--batch_per_device=4")
+    finished(start(hooked(tmp_path, "train_ldm", ON_RANK_1), *args, processes=2))
+    assert load_checkpoint(folder / "ckpts/last.pt", "ldm")["step"] == 4
+    assert not (folder / "summary.json").exists()
+    process = start("train_ldm.py", *args, processes=2)
+    wait_for(process, "step 6 ")
+    process.terminate()
+    out = finished(process)
+    step = load_checkpoint(folder / "ckpts/last.pt", "ldm")["step"]
+    assert 4 < step < 12 and out.count(f"stopped (SIGTERM) at step {step}, ") == 1
+    out, _ = run("train_ldm.py", *args, processes=2)
+    assert re.search(rf"continues at step\s+{step}\n", out)
+    assert_same_run(tmp_path / "runs/whole", folder, "ldm")
 
 
 @pytest.mark.slow
@@ -277,81 +260,14 @@ def report(*args):
     pathlib.Path(path + os.environ["RANK"]).write_text(str(held))
 before("torch.distributed.destroy_process_group", report)
 """
-STOP = """
-def stop(call, *args):
-    if call > 5:
-        os.kill(os.getpid(), signal.SIGUSR1)
-before("experiment.batch_indices", stop)
-"""
 
 
-@pytest.mark.parametrize("stage, body, finishes", [
-    ("train_ldm", LEAVE, True), ("train_vae", LEAVE + STOP, False)])
-def test_nothing_holds_the_process_group_when_it_is_destroyed(
-        command, tmp_path, stage, body, finishes):
-    """Else some runs of several processes would never end: experiment.leave_processes."""
-    script = hooked(tmp_path, stage, body)
-    process = start(script, tmp_path / "held_", *command(stage, "run", "--batch_per_device=4"),
-                    processes=2)
-    out = finished(process, 90)
-    assert (process.returncode == 0) == finishes, out
+def test_nothing_holds_the_process_group_when_it_is_destroyed(command, tmp_path):
+    """Else some runs of several processes would never end: lib.dist.leave_group."""
+    script = hooked(tmp_path, "train_vae", LEAVE)
+    run(script, tmp_path / "held_", *command("train_vae", "run", "--batch_per_device=4"),
+        processes=2, timeout=90)
     assert [(tmp_path / f"held_{rank}").read_text() for rank in (0, 1)] == ["0", "0"]
-
-
-ON_RANK_1 = """
-def send(call, *args):
-    if call == 1 and os.environ["RANK"] == "1":
-        time.sleep(0.5)  # rank 0 is done with its part and waits
-        os.kill(os.getpid(), signal.SIGUSR1)
-before("sample.sample_latents", send)
-"""
-
-
-def test_a_signal_on_one_rank_in_an_evaluation_stops_both(command, tmp_path):
-    args = command("train_ldm", "parts", "--batch_per_device=4")
-    finished(start(hooked(tmp_path, "train_ldm", ON_RANK_1), *args, processes=2), 90)
-    folder = tmp_path / "runs/parts"
-    assert run.load_checkpoint(folder / "ckpts/last.pt", "ldm")["step"] == 4
-    assert not (folder / "summary.json").exists()
-
-
-def test_a_run_goes_on_with_another_number_of_processes(command, quick, together, tmp_path):
-    def both(*argv):
-        results = together([argv, argv], ranks=True)
-        assert [r.code for r in results] == [0, 0], results[0].err + results[1].err
-        assert results[1].out == ""
-        return results[0].out
-
-    def one(*argv):
-        result = quick(*argv)
-        assert result.code == 0, result.err
-        return result.out
-
-    for name, first, then, counts in (("fewer", both, one, (2, 1)), ("more", one, both, (1, 2))):
-        folder = tmp_path / "runs" / name
-        argv = ["train_ldm.py", *command("train_ldm", name, "--batch_per_device=4")]
-        first(*argv, "--max_steps=5")
-        old = run.load_checkpoint(folder / "ckpts/last.pt", "ldm")
-        out = then(*argv, "--max_steps=9")
-        assert f"continuing on {counts[1]} processes instead of {counts[0]}" in out
-        assert "max_steps=9 (was 5)" in out and re.search(r"continues at step\s+5\n", out)
-        new = run.load_checkpoint(folder / "ckpts/last.pt", "ldm")
-        assert (old["step"], new["step"]) == (5, 9)
-        assert strict(folder / "run_meta.json")["world_size"] == counts[1]
-        # 16 images by 4 per process: two steps per epoch for two processes, four for one
-        records = read_jsonl(folder / "metrics.jsonl")
-        epochs = {r["step"]: r["epoch"] for r in records if "train/loss" in r}
-        fewer, more = [0, 0, 1, 1, 2, 1, 1, 1, 2], [0, 0, 0, 0, 1, 2, 3, 3, 4]
-        expected = fewer if counts == (2, 1) else more
-        assert epochs == dict(enumerate(expected, 1))
-        # the optimiser goes on, too
-        moments = [s["optimizer"]["state"][0]["step"].item() for s in (old, new)]
-        assert moments == [5, 9]
-
-
-def weights(folder, kind):
-    state = run.load_checkpoint(folder / "ckpts/last.pt", kind)["model"]
-    return torch.cat([v.flatten() for v in state.values()])
 
 
 @pytest.mark.parametrize("stage", ["train_ldm", pytest.param("train_vae", marks=pytest.mark.slow)])
@@ -364,21 +280,24 @@ def test_processes_that_share_a_batch_do_what_one_does(command, together, tmp_pa
         assert [r.code for r in results] == [0] * processes, results[0].err
         return results[0].out
 
-    kind = stage[-3:]
     train("start", 1, "--max_steps=1")
     for name, processes in (("one", 1), ("two", 2), ("four", 4)):
         train(name, processes, "--max_steps=6")
     train("mixed", 4, "--max_steps=3")
-    out = train("mixed", 1, "--max_steps=6")
-    assert "with the same 8 images per step: only rounding changes" in out
+    assert "continuing on 1 processes instead of 4" in train("mixed", 1, "--max_steps=6")
     train("other", 1, "--max_steps=6", "--seed=1")
-    start, one, other = (weights(tmp_path / "runs" / n, kind) for n in ("start", "one", "other"))
+
+    def weights(name):
+        state = load_checkpoint(tmp_path / "runs" / name / "ckpts/last.pt", stage[-3:])
+        return torch.cat([v.flatten() for v in state["model"].values()])
+    start, one, other = map(weights, ("start", "one", "other"))
     way = (one - start).norm()
     for name in ("two", "four", "mixed"):
-        assert (weights(tmp_path / "runs" / name, kind) - one).norm() < 0.02 * way, name
-        losses = [[r["train/loss"] for r in read_jsonl(tmp_path / f"runs/{n}/metrics.jsonl")
-                   if "train/loss" in r] for n in ("one", name)]
-        assert losses[1] == pytest.approx(losses[0], rel=1e-3), name
+        assert (weights(name) - one).norm() < 0.02 * way, name
+        logs = [read_jsonl(tmp_path / f"runs/{n}/metrics.jsonl") for n in ("one", name)]
+        for metric in ("train/loss", "val/loss", "val/train_loss", "copies/share"):
+            alone, shared = ([r[metric] for r in log if metric in r] for log in logs)
+            assert shared == pytest.approx(alone, rel=1e-3), (name, metric)
     assert (other - one).norm() > way  # what another seed would make of it
 
 
@@ -388,40 +307,16 @@ def test_ranks_end_when_torchrun_was_killed(command, tmp_path):
     argv = ["train_ldm.py", *command("train_ldm", "orphans", "--batch_per_device=4"),
             "--max_steps=100000", "--sample_every=100000"]
     process = start(*argv, processes=2)
-    for line in process.stdout:
-        if line.startswith("step 3 "):
-            break
+    wait_for(process, "step 3 ")
     ranks = workers(process)
     process.kill()
     deadline = time.monotonic() + 60
-    while any(map(experiment.is_alive, ranks)):
+    while any(map(is_alive, ranks)):
         assert time.monotonic() < deadline, "they train on"
         time.sleep(0.1)
     out = "".join(process.communicate())
-    step = run.load_checkpoint(folder / "ckpts/last.pt", "ldm")["step"]
+    step = load_checkpoint(folder / "ckpts/last.pt", "ldm")["step"]
     assert step >= 3 and f"stopped (SIGTERM) at step {step}, " in out
-    out, _ = run(*argv[:-2], f"--max_steps={step + 2}", "--sample_every=100000", processes=2)
-    assert re.search(rf"continues at step\s+{step}\n", out)
-
-
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_is_named_in_one_line(command, tmp_path, victim):
-    argv = command("train_ldm", "killed", "--batch_per_device=4")
-    process = start("train_ldm.py", *argv, "--max_steps=100000", "--sample_every=100000",
-                    processes=2)
-    for line in process.stdout:
-        if line.startswith("step 3 "):
-            break
-    pid = workers(process)[victim]
-    os.kill(pid, signal.SIGKILL)
-    _, err = process.communicate(timeout=LIMIT_S)
-    lines = err.splitlines()
-    first = next(i for i, line in enumerate(lines) if line.startswith("error: "))
-    assert f"rank {victim} (process {pid} on " in lines[first] and "killed" in lines[first]
-    # Of Python's tracebacks there is torchrun's alone, and it comes after the line.
-    assert err.count("Traceback (most recent call last)") == 1
-    assert first < lines.index("Traceback (most recent call last):")
-    assert process.returncode == 1
 
 
 # Poisons the latents of rank 1 at steps 2, 3 and from 7 on, and writes a line for each step: a
@@ -430,8 +325,9 @@ POISON = """
 rank = os.environ["RANK"]
 log = open(sys.argv.pop(1) + rank, "w", buffering=1)
 now = []
-import experiment, model, torch
-before("experiment.batch_indices", lambda call, step, *args: now.append(step))
+import model, torch
+from lib import dist
+before("lib.dist.BatchOrder.indices", lambda call, order, step: now.append(step))
 original = model.Posterior.sample
 def sample(self, noise):
     z = original(self, noise)
@@ -477,15 +373,13 @@ def test_a_nan_on_one_rank_is_skipped_by_both(command, together, tmp_path, stage
             assert (old == new) == bool(bad)  # a bad step changes nothing, a good one does
 
     folder = tmp_path / "runs/bad"
-    state = run.load_checkpoint(folder / "ckpts/last.pt", stage[-3:])
+    state = load_checkpoint(folder / "ckpts/last.pt", stage[-3:])
     assert (state["step"], state["bad_steps"].item()) == (10, 3)  # of the step before the last
     assert all(v.isfinite().all() for key in ("model", "ema") for v in state[key].values())
     assert strict(folder / "summary.json")["diverged"] is True
     records = read_jsonl(folder / "metrics.jsonl")
     null = [r["step"] for r in records if "train/loss" in r and r["train/loss"] is None]
-    assert null == [3, 4, 8, 9, 10, 11]
-    skipped = [r["step"] for r in records if r.get("train/bad_steps")]
-    assert skipped == null and results[0].out.count("1 non-finite steps skipped") == 6
+    assert null == [3, 4, 8, 9, 10, 11] == [r["step"] for r in records if r.get("train/bad_steps")]
 
 
 # --- two runs that build the same caches --------------------------------------------------------
@@ -497,13 +391,12 @@ def slowly(place):
             pathlib.Path({folder!r}, place + "." + str(os.getpid())).touch()
             time.sleep(3)  # the other one comes to the lock
     before(place, note)
-slowly("data.read_grey")
+slowly("lib.decode.read_grey")
 slowly("data.LatentSet._encode")
 """
 
 
-def test_two_runs_that_want_the_same_caches_build_them_once(stages, command, together, quick,
-                                                            tmp_path):
+def test_two_runs_build_the_same_caches_once(stages, command, together, tmp_path):
     for name in ("a", "b"):  # with the pictures for which each would read some films
         (tmp_path / "runs" / name / "samples").mkdir(parents=True)
         for path in (stages.out / "l/samples").glob("real_*.png"):
@@ -511,20 +404,11 @@ def test_two_runs_that_want_the_same_caches_build_them_once(stages, command, tog
     script = hooked(tmp_path, "train_ldm", BUILD.format(folder=str(tmp_path)))
     results = together([(script, *command("train_ldm", name)) for name in ("a", "b")])
     assert [r.code for r in results] == [0, 0], results[0].err + results[1].err
-    assert sum("waiting until it ends" in r.out for r in results) >= 1
-    for place in ("data.read_grey", "data.LatentSet._encode"):
+    assert any("waiting" in r.out for r in results)
+    for place in ("lib.decode.read_grey", "data.LatentSet._encode"):
         assert len(list(tmp_path.glob(f"{place}.*"))) == 1, "made twice"
     assert_same_run(tmp_path / "runs/a", tmp_path / "runs/b", "ldm")
-    cache = tmp_path / "runs/cache"
-    names = sorted(p.name.split("_")[0] + p.suffix for p in cache.iterdir())
-    of_both = [f"{kind}{suffix}" for kind in ("images", "latents", "thumbnails")
-               for suffix in (".json", ".lock", ".npy") for split in ("train", "val")]
-    assert names == sorted(["copies.json", "copies.lock", *of_both])
     assert not left_over(tmp_path / "runs")
-    before = tree_hashes(cache)
-    assert quick("train_ldm.py", *command("train_ldm", "c")).code == 0
-    assert tree_hashes(cache) == before
-    assert_same_run(tmp_path / "runs/a", tmp_path / "runs/c", "ldm")
 
 
 # --- killed at random moments -------------------------------------------------------------------
@@ -537,7 +421,6 @@ def test_a_storm_of_kills_changes_nothing(tmp_path, stage, kills, processes):
     """On two processes torchrun itself is among the victims."""
     out, _ = run("tests/robustness/kill_storm.py", f"--stage={stage}", f"--kills={kills}",
                  f"--processes={processes}", f"--folder={tmp_path}", timeout=900)
-    print(out)
     pattern = r"kills, (\d+) inside checkpoint writing, (\d+) inside cache building"
     counts = re.search(pattern, out).groups()
     assert f"{kills} kills" in out and "equal to the undisturbed run" in out
