@@ -7,13 +7,14 @@ import subprocess
 import pytest
 import torch
 from conftest import ROOT, TINY_LDM, TINY_VAE, python
-from test_stages import assert_same_run
+from test_stages import FINAL, same
 from torch._dynamo.utils import counters
 
 import sample
 import train_ldm
-from lib import dist, run
+from lib import dist
 from lib.files import read_meta
+from lib.run import load_checkpoint, load_image
 
 GPUS = torch.cuda.device_count()  # this takes no GPU memory in pytest's workers
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(GPUS == 0, reason="no GPU here")]
@@ -53,7 +54,10 @@ def test_a_resumed_run_ends_like_one_in_one_go(gpu, stage, name):
     argv = [*getattr(gpu, stage), f"--run_name=parts_{name}"]
     gpu(f"train_{stage}.py", *argv, "--max_steps=23")
     gpu(f"train_{stage}.py", *argv)
-    assert_same_run(gpu.runs / name, gpu.runs / f"parts_{name}", stage)
+    one, two = (load_checkpoint(gpu.runs / folder / "ckpts/last.pt", stage)
+                for folder in (name, f"parts_{name}"))
+    for key in FINAL[:7]:  # the logs differ: the first part has an end of its own
+        assert same(one.get(key), two.get(key)), key
 
 
 def test_samples_equal_those_of_the_cpu_within_rounding(gpu):
@@ -63,7 +67,7 @@ def test_samples_equal_those_of_the_cpu_within_rounding(gpu):
             "--num_sampling_steps=20", f"--device={device}", "--dtype=fp32",
             f"--out_dir={gpu.root / device}")
         paths = sorted((gpu.root / device).glob("*_0*.png"))
-        images[device] = torch.stack([run.load_image(path) for path in paths])
+        images[device] = torch.stack([load_image(path) for path in paths])
     difference = (images["cuda"] - images["cpu"]).abs()
     print(f"\nCPU and GPU differ by {difference.max():.4f} at most, {difference.mean():.5f} mean")
     assert len(images["cuda"]) == 8 and difference.mean() < 0.01
