@@ -195,7 +195,7 @@ def read_samples(folder, class_names, img_size):
         if img_size is None:
             with Image.open(members[0][1]) as image:
                 img_size = min(image.size)
-        rows = np.stack([data.decode(path, img_size) for _, path in members])
+        rows = np.stack([decode.read_square(path, img_size) for _, path in members])
     except (OSError, ValueError) as e:
         fail(f"cannot decode an image in {folder}: {e}")
     return Samples(rows, labels)

@@ -16,12 +16,11 @@ import tempfile
 import torch
 
 import diffusion
-from lib.args import BooleanFlag, Parser, file_path, parse_settings
-from lib.files import fail
-from lib.diffusers_io import to_diffusers, unet_config, unet_names, vae_config, vae_names
 import sample
 from lib import dist, metrics, run
-from lib.files import command_line, data_flags, first_line, make_folder, read_json, read_meta
+from lib.args import BooleanFlag, Parser, file_path, parse_settings
+from lib.diffusers_io import to_diffusers, unet_config, unet_names, vae_config, vae_names
+from lib.files import command_line, data_flags, fail, first_line, make_folder, read_json, read_meta
 
 HERE = pathlib.Path(__file__).resolve().parent
 CARD = """---

@@ -13,10 +13,10 @@ import re
 import shlex
 from typing import NamedTuple
 
-from lib.args import Parser, file_path, parse_settings
-from lib.html import draw, image, nested_table, page, show, table, tag, verdict_list
 from lib import metrics, verdicts
+from lib.args import Parser, file_path, parse_settings
 from lib.files import fail, first_line, parse_json, write_atomic
+from lib.html import draw, image, nested_table, page, show, table, tag, verdict_list
 from lib.run import time_text
 
 MSE_MEASURED = f"{metrics.MSE_MEAN}_raw"  # without it, samples that are noise count as -1

@@ -11,7 +11,7 @@ import runpy
 import sys
 import types
 
-from lib.files import (MADE_BY, fail, first_line, holds_run, named_folder, notice, read_meta)
+from lib.files import MADE_BY, fail, first_line, holds_run, named_folder, notice, read_meta
 
 # --- types --------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import pathlib
 from typing import NamedTuple
 
 import numpy as np
+
 from lib import run
 from lib.files import fail, first_line, make_folder, notice, take_lock
 

@@ -8,8 +8,7 @@ import pathlib
 import torch
 
 import model
-from lib.files import fail
-from lib.files import first_line, read_json
+from lib.files import fail, first_line, read_json
 
 # Parts of a ResBlock and of an Attention, if diffusers names them otherwise.
 RENAMED = {"emb": "time_emb_proj", "skip": "conv_shortcut", "norm": "group_norm",

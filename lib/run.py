@@ -29,10 +29,9 @@ from PIL import Image, ImageDraw
 from lib import verdicts
 from lib.args import changed_settings, print_settings
 from lib.dist import StopSignal, load_optimizer
-from lib.files import (EXIT_FAILED, EXIT_STOPPED, MADE_BY, command_line, data_flags, fail,
-                       finite, first_line, make_folder, named_folder, notice, parse_json,
-                       read_json, read_meta, remove_temporaries, say, take_lock, write_atomic,
-                       write_json)
+from lib.files import (EXIT_FAILED, EXIT_STOPPED, MADE_BY, command_line, data_flags, fail, finite,
+                       first_line, make_folder, named_folder, notice, parse_json, read_json,
+                       read_meta, remove_temporaries, say, take_lock, write_atomic, write_json)
 
 # --- checkpoints --------------------------------------------------------------------------------
 

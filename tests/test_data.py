@@ -15,10 +15,9 @@ from PIL import Image
 import data
 import find_latent_scale
 import model
-from lib import cache, decode
-from lib.phantom import draw_phantom
 import sample
-from lib import dist, phantom
+from lib import cache, decode, dist, phantom
+from lib.phantom import draw_phantom
 
 ALONE = dist.DistContext(0, 1, torch.device("cpu"), torch.float32, False)
 

@@ -15,10 +15,9 @@ from PIL import Image
 import diffusion
 import export
 import model
-import train_vae
-from lib import diffusers_io
 import sample
-from lib import dist
+import train_vae
+from lib import diffusers_io, dist
 from lib.run import load_checkpoint
 
 diffusers = pytest.importorskip("diffusers")

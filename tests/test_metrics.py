@@ -7,8 +7,8 @@ import torch
 
 from lib.metrics import (CopyTest, auroc, auroc_gain, auroc_interval, beta_binomial_tail, detail,
                          distinct_rows, frechet_distance, kernel_distance, latent_stats,
-                         manifold_metrics, mean_auroc, ms_ssim, octave_power, octaves,
-                         pairwise_mse, psnr, sample_diversity, ssim)
+                         manifold_metrics, mean_auroc, ms_ssim, octave_power, octaves, pairwise_mse,
+                         psnr, sample_diversity, ssim)
 from lib.verdicts import (OK, TABLE, format_training, format_verdicts, health, loss_trend,
                           overfit_verdict, sweep_objective)
 

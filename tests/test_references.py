@@ -15,11 +15,10 @@ from test_model import perturb, randn, tiny_unet
 
 import diffusion
 import model
+import sample
 import train_ldm
 import train_vae
-from lib import metrics
-import sample
-from lib import dist
+from lib import dist, metrics
 
 linalg = pytest.importorskip("scipy.linalg")
 stats = pytest.importorskip("scipy.stats")

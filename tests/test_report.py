@@ -15,9 +15,9 @@ from conftest import error_of, save_checkpoint
 from PIL import Image
 
 import report
-from lib.html import VOID
 from lib import metrics, run, verdicts
 from lib.files import read_meta
+from lib.html import VOID
 
 NASTY = "<img src=x onerror=alert(1)>"
 CHROMIUM = shutil.which("chromium-headless-shell") or shutil.which("chromium")

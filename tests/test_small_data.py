@@ -10,9 +10,9 @@ from conftest import read_jsonl
 import data
 import diffusion
 import memorisation
+import sample
 import train_ldm
 import train_vae
-import sample
 from lib import dist, run, verdicts
 from lib.files import EXIT_FAILED
 

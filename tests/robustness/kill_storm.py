@@ -10,7 +10,6 @@ started again. Exit code 1 otherwise. With several processes a kill hits torchru
 chance; the others must then end by themselves.
 """
 import argparse
-import json
 import multiprocessing
 import os
 import pathlib
@@ -29,9 +28,9 @@ from conftest import ROOT, TINY_LDM, TINY_VAE, _as_main, is_alive, python  # noq
 from test_stages import assert_same_run  # noqa: E402
 from test_survival import workers  # noqa: E402
 
+from lib import run  # noqa: E402
 from lib.args import at_least  # noqa: E402
-from lib import run
-from lib.files import read_json, read_meta
+from lib.files import read_json, read_meta  # noqa: E402
 
 MAX_STEPS = {"ldm": 120, "vae": 40}
 AIMED = 120.0  # seconds that a kill waits for its file, on a busy machine too
@@ -124,12 +123,9 @@ class Storm:
 
     def open_files(self, kind):
         """Files that exist only while something is made, or because it was killed meanwhile."""
-        pattern = "storm/ckpts/.*.tmp" if kind == "checkpoint" else "cache/*.part/*.jsonl"
-        while True:
-            try:
-                return set(self.out.glob(pattern))
-            except FileNotFoundError:  # a folder that was replaced meanwhile
-                continue
+        if kind == "checkpoint":
+            return set(self.out.glob("storm/ckpts/.*.tmp"))
+        return {path for path in self.out.glob("cache/*.status") if 0 in path.read_bytes()}
 
     def unfinished(self, kind):
         """Whether this start has begun a checkpoint or cache and not finished it."""
@@ -167,17 +163,13 @@ class Storm:
     def check(self, step):
         """Read everything that exists; return the checkpoint's step, at least `step`."""
         ckpt = self.run / "ckpts/last.pt"
-        if (self.run / "run_meta.json").exists():
-            read_meta(self.run)
-            assert ckpt.exists(), "a run description without a checkpoint: the run could not go on"
-        else:
-            assert step == 0, "the run description is gone"
         if ckpt.exists():
+            read_meta(self.run)  # otherwise the run could not go on
             reached = run.load_checkpoint(ckpt, self.stage)["step"]
             assert reached >= step, f"the checkpoint went back from step {step} to {reached}"
             step = reached
-            lines = (self.run / "metrics.jsonl").read_bytes().split(b"\n")[:-1]  # whole lines
-            logged = {record["step"] for record in map(json.loads, lines)}
+            records = [record for _, record in run.read_records(self.run / "metrics.jsonl")]
+            logged = {record["step"] for record in records}
             assert set(range(1, step + 1)) <= logged, "metrics.jsonl is short"
         if (self.run / "summary.json").exists():
             read_json(self.run / "summary.json", "summary")
@@ -206,7 +198,9 @@ def storm(folder, stage, kills, seed, processes):
     for number in range(kills):
         if number % 10 == 9:
             shutil.rmtree(s.out / "cache", ignore_errors=True)
-        missing = [kind for kind in s.caches if not list((s.out / "cache").glob(f"{kind}_*.npy"))]
+        missing = [kind for kind in s.caches
+                   if not any(0 not in path.read_bytes()
+                              for path in (s.out / "cache").glob(f"{kind}_*.status"))]
         if rng.random() < 0.5:
             aim, moment, skip = None, rng.uniform(0, horizon), 0
         elif missing and counts["cache"] <= counts["checkpoint"]:
@@ -218,7 +212,7 @@ def storm(folder, stage, kills, seed, processes):
     s.finish(*s.command("storm"))
     s.check(MAX_STEPS[stage])
     assert_same_run(s.out / "whole", s.run, stage)
-    stray = [*s.out.rglob(".*.tmp"), *s.out.rglob("*.part")]
+    stray = list(s.out.rglob(".*.tmp"))
     assert not stray, stray
     return (f"kill storm {stage}, {processes} processes, seed {seed}: {kills} kills, "
             f"{counts['checkpoint']} inside checkpoint writing, "

@@ -25,10 +25,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_stages import assert_same_run, drawn, only_error, same, strict
 
-import args as command_line
 import train_ldm
-from lib import decode
-from lib import dist, run
+from lib import args as command_line, decode, dist, run
 from lib.files import EXIT_FAILED
 
 ALONE = dist.DistContext(0, 1, torch.device("cpu"), torch.float32, False)

@@ -50,6 +50,8 @@ def before(place, action):
     # Call action(number of the call, *args) before each call of the function `place`, such as
     # data.LatentSet._encode.
     module, *path, name = place.split(".")
+    if module == "lib":
+        module += "." + path.pop(0)
     owner = importlib.import_module(module)
     for part in path:
         owner = getattr(owner, part)
@@ -137,8 +139,8 @@ MOMENTS = {
         ("data.LatentSet._encode", 1, "SIGUSR1", KILLED),  # while latents are encoded
         ("torch.save", 1, "SIGTERM", 0),  # while the first checkpoint is written
         ("os.replace", 1, "SIGUSR1", 0),  # while run_meta.json is put in place
-        ("lib.run.Run.save", 2, "SIGTERM", 3),  # before the checkpoint of step 2
-        ("lib.run.Run.save", 1, "SIGUSR1", 4),  # before that of step 4 and the evaluation there
+        ("lib.run.Run.save", 3, "SIGTERM", 3),  # before the checkpoint of step 2
+        ("lib.run.Run.save", 2, "SIGUSR1", 4),  # before that of step 4 and the evaluation there
         ("lib.dist.clip_and_step", 3, "SIGUSR1", 7),  # in the middle of an epoch
         ("sample.sample_latents", 1, "SIGTERM", 8),  # while images are sampled
         ("lib.run.save_grid", 2, "SIGUSR1", 9),  # evaluation all but done
@@ -147,7 +149,7 @@ MOMENTS = {
     "train_vae": [
         ("lib.decode.read_grey", 20, "SIGTERM", KILLED),  # while validation images are decoded
         ("lib.dist.clip_and_step", 3, "SIGTERM", 3),  # before the first of the discriminator
-        ("lib.run.Run.save", 5, "SIGUSR1", 8),  # before the evaluation
+        ("lib.run.Run.save", 6, "SIGUSR1", 8),  # before the evaluation
         ("lib.metrics.psnr", 1, "SIGUSR1", 9),  # in the only batch of an evaluation
         ("lib.dist.clip_and_step", 2, "SIGTERM", 10),  # before the discriminator's at step 10
     ],
