@@ -1,6 +1,8 @@
-# make demo: all four stages on the phantom set, and a page about it. make test: what must hold, in
-# minutes. make test-all: everything, with kill storms and, where one answers, a Slurm. Each of these
-# makes .venv by itself. make gpu-check: for a machine with a GPU.
+# make demo: all four stages on the phantom set, and a report.
+# make test: the fast tests, in minutes.
+# make test-all: all tests, with kill storms and, if one is reachable, a Slurm.
+# make gpu-check: tests and benchmarks for a machine with a GPU, at most 8 minutes.
+# The first three make .venv by themselves.
 PYTHON ?= python3
 PY = .venv/bin/python
 RUNS ?= runs
@@ -25,15 +27,20 @@ test: .venv/dev
 test-all: .venv/dev
 	$(PY) -m pytest --numprocesses=$(WORKERS)
 
-# What only a GPU can show, in at most 8 minutes. If PyTorch is there already, as on a cluster:
-# PY=python.
+# If PyTorch is installed already, as on a cluster: make gpu-check PY=python. Every line has a time
+# limit of its own, and a line that fails does not stop the next.
+BENCH = $(PY) dev/bench.py --peer --repeats=5
 gpu-check:
-	timeout 150 $(PY) -m pytest tests/test_gpu.py -q -p no:cacheprovider
-	timeout 110 $(PY) dev/bench.py --only=train,sample --peer --latent_size=32 --json=gpu_check_16.json
-	timeout 110 $(PY) dev/bench.py --only=train --peer --latent_size=32 --batch=128 \
-		--json=gpu_check_128.json
-	timeout 110 $(PY) dev/bench.py --only=vae --img_size=256 --vae_base_ch=64 --vae_batch=8 \
-		--json=gpu_check_vae.json
+	@status=0; set -x; \
+	timeout 210 $(PY) -m pytest tests/test_gpu.py -q -s -p no:cacheprovider || status=1; \
+	timeout 90 $(BENCH) --only=train,sample --latent_size=32 --json=gpu_check_16.json || status=1; \
+	timeout 60 $(BENCH) --only=train --latent_size=32 --batch=128 --json=gpu_check_128.json || \
+		status=1; \
+	timeout 60 $(BENCH) --only=train,sample --latent_size=32 --compile=off \
+		--json=gpu_check_eager.json || status=1; \
+	timeout 60 $(BENCH) --only=vae --img_size=256 --vae_base_ch=64 --vae_batch=8 \
+		--json=gpu_check_vae.json || status=1; \
+	exit $$status
 
 .venv/runtime: requirements.txt
 	$(PYTHON) -m venv .venv

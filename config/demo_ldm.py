@@ -1,4 +1,4 @@
-# Second half of `make demo`: a small conditional UNet on 4 x 16 x 16 latents, minutes on two cores.
+# `make demo`, second half: small conditional UNet on 4 x 16 x 16 latents; minutes on two CPU cores.
 ldm_base_ch = 48
 ldm_ch_mults = (1, 2, 2)
 ldm_num_res_blocks = 1

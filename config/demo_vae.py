@@ -1,4 +1,4 @@
-# First half of `make demo`: an autoencoder for 64 px phantoms, two minutes on two CPU cores.
+# `make demo`, first half: autoencoder for 64 px phantoms; two minutes on two CPU cores.
 img_size = 64
 z_channels = 4
 patch_size = 4
