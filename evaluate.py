@@ -79,7 +79,7 @@ class Samples:
     """Generated images, read like a data.ImageSet."""
 
     def __init__(self, rows, labels):
-        """rows: uint16 [N, S, S], as from data.decode; labels [N]: class indices."""
+        """rows: uint16 [N, S, S], as from decode.read_square; labels [N]: class indices."""
         self.rows, self.labels = rows, labels
 
     def __len__(self):
@@ -283,7 +283,7 @@ def shrunk(x):
 
 def augment(x, rng):
     """Images [B, 1, S, S], each with a random shift, zoom, rotation and exposure; no flips."""
-    labels = torch.rand(len(x), len(data.AUG_RANGES), generator=rng) * 2 - 1
+    labels = torch.rand(len(x), data.AUG_DIM, generator=rng) * 2 - 1
     return data.augment(x, labels.to(x.device))
 
 
@@ -583,7 +583,6 @@ def group_classes(labels, class_names):
     if lacking:
         notice(f"{'; '.join(lacking)}: no AUROC")
     return groups, not lacking
-
 
 
 # --- report -------------------------------------------------------------------------------------

@@ -131,9 +131,9 @@ def write_parts(folder, denoiser, vae, vae_settings, checkpoint):
     unet.save_pretrained(folder / "unet")
     autoencoder.save_pretrained(folder / "vae")
     make_scheduler(denoiser).save_pretrained(folder / "scheduler")
-    told = {"classes": {class_names[c]: c for c in checkpoint["trained_classes"]},
-            **{name: settings[name] for name in ("guidance_scale", "guidance_interval")}}
-    (folder / "classes.json").write_text(json.dumps(told, indent=2) + "\n")
+    sampling = {"classes": {class_names[c]: c for c in checkpoint["trained_classes"]},
+                **{name: settings[name] for name in ("guidance_scale", "guidance_interval")}}
+    (folder / "classes.json").write_text(json.dumps(sampling, indent=2) + "\n")
     shutil.copyfile(HERE / "lib" / "exported_pipeline.py", folder / "pipeline.py")
 
 

@@ -34,7 +34,6 @@ def measure(latents, seed, ctx):
     """{name: number} about posterior samples of all latents. Not about their means: the diffusion
     model is trained on samples. Sums are float64, shifted by the first batch's mean."""
     count, noise_variance, lowest, highest = 0, 0.0, math.inf, -math.inf
-    shift = total = square_total = 0.0  # then float64 [C]
     num_images = len(latents.images)
     progress = run.Progress(ctx, "measuring latents", num_images)
     for start in range(0, num_images, 64):
@@ -45,7 +44,8 @@ def measure(latents, seed, ctx):
         noise_variance += logvar.double().exp().mean().item() * len(z)
         z = z.double().cpu()
         if start == 0:
-            shift = z.mean((0, 2, 3))
+            shift = z.mean((0, 2, 3))  # float64 [C]
+            total = square_total = torch.zeros_like(shift)
         z = z - shift[:, None, None]
         count += z.numel() // z.shape[1]
         total = total + z.sum((0, 2, 3))

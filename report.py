@@ -224,8 +224,8 @@ def report(run):
 
 def numbers(run):
     """{name: value} of the metrics and verdicts that runs are compared by."""
-    verdicts = {f"verdict on {v.metric}": f"{v.value} {v.level}" for v in judge(run)}
-    return {name: run.latest.get(name) for names in CHARTS.values() for name in names} | verdicts
+    latest = {name: run.latest.get(name) for names in CHARTS.values() for name in names}
+    return latest | {f"verdict on {v.metric}": f"{v.value} {v.level}" for v in judge(run)}
 
 
 def differences(columns):

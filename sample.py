@@ -40,7 +40,7 @@ def load_autoencoder(ckpt_path, ctx, config_path=None):
     try:
         vae = model.build_vae(settings)
     except KeyError as e:
-        fail(f"{ckpt_path} is of another version of this program: it lacks {e}")
+        run.fail_version(ckpt_path, e)
     if config_path:
         described = run.read_meta(pathlib.Path(config_path).parent)["args"]
         for name in model.VAE_SHAPE:
@@ -74,7 +74,7 @@ def load_ldm(ckpt_path, ctx, ae_ckpt_path=None, use_ema=None):
         denoiser = model.build_denoiser(checkpoint["args"], checkpoint["latent_shape"], len(names),
                                         data.AUG_DIM)
     except KeyError as e:
-        fail(f"{ckpt_path} is of another version of this program: it lacks {e}")
+        run.fail_version(ckpt_path, e)
     if use_ema is None:
         use_ema = checkpoint["ema"] is not None
     weights = checkpoint["ema" if use_ema else "model"]

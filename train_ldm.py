@@ -153,7 +153,7 @@ def check_inputs(args):
         read_latent_scale(args, ae_path, load_checkpoint(ae_path, "vae")["sha256"])
         if args.init_from:
             load_checkpoint(args.init_from, "ldm")
-    Run.report(args)
+    Run.report(args, "ldm")
 
 
 # --- model and step -----------------------------------------------------------------------------
@@ -429,10 +429,10 @@ def save_pictures(run, epoch, x, labels, images, args):
         label = f"{name}, epoch {epoch}, guidance {args.guidance_scale:g}"
         paths[name] = run.save_grid(f"sample_ep{epoch:04d}_{name}",
                                     [x[torch.tensor(labels) == c]], [label])
-        members = np.flatnonzero(images.labels == c)
-        real = images.images(members[np.linspace(0, len(members) - 1, min(8, len(members)),
-                                                 dtype=int)])
-        run.save_grid(f"real_{name}", [real], [f"{name}, real"])
+        if not (run.folder / "samples" / f"real_{name}.png").exists():
+            members = np.flatnonzero(images.labels == c)
+            chosen = np.linspace(0, len(members) - 1, min(8, len(members)), dtype=int)
+            run.save_grid(f"real_{name}", [images.images(members[chosen])], [f"{name}, real"])
     return paths
 
 

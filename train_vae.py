@@ -20,7 +20,7 @@ from lib.args import (BooleanFlag, at_least, int_list, parse_settings, run_to_co
 from lib.dist import BatchOrder, RunningMeans, clip_and_step, setup
 from lib.files import data_flags, fail, notice
 from lib.metrics import detail, ms_ssim, octave_power, psnr, ssim
-from lib.run import Run, load_checkpoint
+from lib.run import Run, fail_version, load_checkpoint
 from lib.verdicts import health
 
 LOSSES = ("train/loss", "train/rec", "train/kl", "train/g_loss", "train/d_loss", "train/grad_norm")
@@ -86,9 +86,10 @@ def preset(args):
     if folder:
         return diffusers_io.vae_settings(folder, args.img_size)
     stored = load_checkpoint(args.init_from, "vae", weights=False)["args"]
-    if missing := [name for name in model.VAE_SHAPE if name not in stored]:
-        fail(f"{args.init_from} is of another version of this program: it lacks {missing}")
-    return {name: stored[name] for name in model.VAE_SHAPE}
+    try:
+        return {name: stored[name] for name in model.VAE_SHAPE}
+    except KeyError as e:
+        fail_version(args.init_from, e)
 
 
 def parse_args(argv=None):
@@ -309,7 +310,7 @@ def main(argv=None):
     args = parse_args(argv)
     if args.check:
         data.check_folders(args)
-        Run.report(args)
+        Run.report(args, "vae")
         return
 
     # --- processes, models, data ---

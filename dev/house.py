@@ -51,24 +51,23 @@ def main():
     called = set().union(*(names_from_lib(trees[f"{name}.py"]) for name in PATH))
     of_lib = [node for name in product if name.startswith("lib/") for node in trees[name].body
               if (pathlib.Path(name).stem, getattr(node, "name", None)) in called]
-    functions = [(length(node), f"{name}: {node.name}", node.name == "main") for name in product
-                 for node in ast.walk(trees[name])
-                 if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    functions = [(length(node), f"{node.name} in {name}") for name in product
+                 for node in ast.walk(trees[name]) if isinstance(node, ast.FunctionDef)]
+    mains = [function for function in functions if function[1].startswith("main in ")]
+    longest_main, longest = max(mains), max(set(functions) - set(mains))
     figures = [
         ("lines of product Python", sum(lines[name] for name in product), 6900),
         ("lines of the reading path", sum(lines[f"{name}.py"] for name in PATH)
          + sum(length(node) for node in of_lib), 3700),
-        ("lines of the longest main", max(n for n, _, is_main in functions if is_main), 130),
-        ("lines of the longest other function ({1})".format(*max(f[:2] for f in functions
-                                                               if not f[2])),
-         max(n for n, _, is_main in functions if not is_main), 80),
+        (f"lines of {longest_main[1]}", longest_main[0], 130),
+        (f"lines of {longest[1]}", longest[0], 80),
         ("names that train_ldm.py takes from lib/", len(names_from_lib(trees["train_ldm.py"])), 20),
         ("other Python files at the top level",
          len([name for name in product if "/" not in name and name not in TOP]), 0),
         ("lines of tests", sum(n for name, n in lines.items() if name.startswith("tests/")), 9200),
         ("words of docs without docs/log.md", sum(words(name) for name in files if
          name.startswith("docs/") and name.endswith(".md") and name != "docs/log.md"), 8000)]
-    for what, value, bound in figures:
+    for what, value, bound in figures:  # of functions, the longest
         print(f"{'ok ' if value <= bound else 'BAD'} {value:6,d} (at most {bound:5,d})  {what}")
     sys.exit(any(value > bound for _, value, bound in figures))
 

@@ -310,7 +310,7 @@ def run_to_continue(args):
     if folder and holds_run(folder):
         return folder
     if getattr(args, "resume_dir", None):
-        fail(f"--resume_dir={folder} is not a run folder: it has no run_meta.json")
+        fail(f"--resume_dir={folder} is not a run folder: it holds neither checkpoints nor metrics")
     return None
 
 

@@ -12,7 +12,6 @@ import numpy as np
 from lib import run
 from lib.files import fail, first_line, make_folder, notice, take_lock
 
-
 TODO, DONE = 0, 1  # status of a row; other values are up to the caller
 CHUNK = 128  # rows that are written at once: what a kill can cost a process
 
@@ -128,5 +127,5 @@ def _write(path, blocks):
 
 
 def _fail(path, error):
-    fail(f"cannot write {path}: {error.strerror}; free some space or choose another "
-                    "--output_root. What is done stays")
+    fail(f"cannot write {path}: {error.strerror}; free some space or choose another --output_root. "
+         "What is done stays")

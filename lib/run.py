@@ -69,8 +69,13 @@ def load_checkpoint(path, kind, weights=True):
         made_by = f" but by {MADE_BY[found]}" if found in MADE_BY else ""
         fail(f"{path} was not made by {MADE_BY[kind]}{made_by}")
     if missing := [name for name in NEEDED[kind] if name not in state]:
-        fail(f"{path} is of another version of this program: it lacks {', '.join(missing)}")
+        fail_version(path, ", ".join(missing))
     return state
+
+
+def fail_version(path, missing):
+    """End the program because a checkpoint lacks what this version needs."""
+    fail(f"{path} is of another version of this program: it lacks {missing}")
 
 
 def load_archive(file):
@@ -209,13 +214,12 @@ class Run:
             self._go_on()
 
     @staticmethod
-    def report(args):
-        """Print for --check the folder that a run would write to (empty: named by its date), and
-        the step of the checkpoint in it (-1: none)."""
+    def report(args, kind):
+        """Print for --check the folder that a run of this kind would write to (empty: named by its
+        date), and the step of the checkpoint in it (-1: none)."""
         folder, step = named_folder(args) or "", -1
         checkpoint = os.path.join(folder, "ckpts", "last.pt")
         if folder and os.path.exists(checkpoint):
-            kind = "ldm" if hasattr(args, "mode") else "vae"
             step = load_checkpoint(checkpoint, kind, weights=False)["step"]
         print(folder, step, sep="\n")
 
@@ -266,6 +270,7 @@ class Run:
         self.stop_signal = StopSignal(self.ctx)
         self.progress = Progress(self.ctx, "step", total_steps, step)
         self.saved_step, self.save_time = step, time.perf_counter()
+        self.status = ""  # the last log line, beside the progress
         self.restart_clock(step)
         if not self.ctx.is_main:
             return
@@ -316,19 +321,20 @@ class Run:
             self.save(state())
             self._leave()
 
-    def save(self, state, path=None):
-        """Write ckpts/last.pt, or `path`, atomically; last.pt only once per step, so that a
-        finished run that is started again keeps its checkpoint, and its hash, as it is."""
-        is_last = path is None
-        if is_last and state["step"] == self.saved_step and self.last_path.exists():
+    def save(self, state):
+        """Write ckpts/last.pt, once per step: a finished run that is started again keeps its
+        checkpoint, and its hash, as it is."""
+        if state["step"] == self.saved_step and self.last_path.exists():
             return
-        if is_last:
-            self.saved_step, self.save_time = state["step"], time.perf_counter()
+        self.saved_step, self.save_time = state["step"], time.perf_counter()
         if self.ctx.is_main:
-            self._check_lock()
-            state = {"kind": self.kind, **state, "world_size": self.ctx.world_size,
-                     "seconds": self.seconds()}
-            write_atomic(path or self.last_path, lambda f: torch.save(state, f))
+            self._write(self.last_path, state)
+
+    def _write(self, path, state):
+        self._check_lock()
+        state = {"kind": self.kind, **state, "world_size": self.ctx.world_size,
+                 "seconds": self.seconds()}
+        write_atomic(path, lambda f: torch.save(state, f))
 
     def save_best(self, state):
         """Write ckpts/best.pt, to sample from and not to go on from: the averaged weights alone. A
@@ -342,7 +348,7 @@ class Run:
         left_out = {"optimizer": None, "recent": None}
         if state["ema"] is not None:
             left_out["model"] = None
-        self.save(state | left_out, self.best_path)
+        self._write(self.best_path, state | left_out)
 
     def _check_lock(self):
         """End the program if the folder is no longer ours: moved, removed, perhaps made anew."""
@@ -403,7 +409,7 @@ class Run:
 
     def show_progress(self, step):
         """Update the status line."""
-        self.progress.update(step, getattr(self, "status", ""))
+        self.progress.update(step, self.status)
 
     def save_grid(self, name, rows, labels):
         """Path of samples/NAME.png with a row of images for each tensor; see save_grid."""
