@@ -7,7 +7,7 @@ Every sample has a seed of its own, (seed, class, number), so neither the batch 
 of processes changes it. The checkpoint names its autoencoder and holds the latent scale factor.
 """
 import copy
-import os
+import functools
 import pathlib
 import re
 from typing import NamedTuple
@@ -37,58 +37,54 @@ def load_autoencoder(ckpt_path, ctx, config_path=None):
     """
     checkpoint = run.load_checkpoint(ckpt_path, "vae")
     settings = checkpoint["args"]
-    try:
-        vae = model.build_vae(settings)
-    except KeyError as e:
-        run.fail_version(ckpt_path, e)
+    vae = run.load_network(model.build_vae, settings, checkpoint["ema"], ckpt_path)
     if config_path:
         described = run.read_meta(pathlib.Path(config_path).parent)["args"]
-        for name in model.VAE_SHAPE:
-            if finite(settings[name]) != described.get(name):
-                fail(f"{config_path} says {name}={described.get(name)}, but {ckpt_path} has "
-                     f"{settings[name]}: they are not of the same run")
-    run.load_weights(vae, checkpoint["ema"], ckpt_path)
+        if any(finite(settings[name]) != described.get(name) for name in model.VAE_SHAPE):
+            fail(f"{config_path} and {ckpt_path} are not of the same run: leave one out")
     return ctx.place(vae).eval().requires_grad_(False), settings, checkpoint["sha256"]
 
 
 def autoencoder_of(checkpoint, ckpt_path):
     """Path of the autoencoder that the LDM checkpoint at ckpt_path was trained with."""
     path = run.find_moved(checkpoint["ae_ckpt_path"], run.run_folder(ckpt_path))
-    if not os.path.exists(path):
+    if not path.exists():
         fail(f"the autoencoder is no longer at {path}: give its checkpoint with --ae_ckpt_path")
     return path
 
 
-def load_ldm(ckpt_path, ctx, ae_ckpt_path=None, use_ema=None):
-    """(Denoiser, AutoencoderKL, checkpoint dict) of an LDM checkpoint, networks on the device.
-
-    ae_ckpt_path: where the autoencoder is now, if it was moved. use_ema None: averaged weights if
-    there are any. Ends the program if the model was trained with another autoencoder.
-    """
-    checkpoint = run.load_checkpoint(ckpt_path, "ldm")
+def build_denoiser(checkpoint, ckpt_path, use_ema=None):
+    """Denoiser with the weights of an LDM checkpoint, on the CPU; averaged ones if use_ema, or if
+    it is None and there are any. Ends the program if the checkpoint lacks them."""
     names = checkpoint["class_names"]
     for name in names:  # it becomes a file name: a stranger's `../x` must not leave the folder
         if not isinstance(name, str) or not name or name[0] == "." or "/" in name or "\0" in name:
             fail(f"{ckpt_path} has a class {name!r}, which is no file name: it is not loaded")
-    try:
-        denoiser = model.build_denoiser(checkpoint["args"], checkpoint["latent_shape"], len(names),
-                                        data.AUG_DIM)
-    except KeyError as e:
-        run.fail_version(ckpt_path, e)
     if use_ema is None:
         use_ema = checkpoint["ema"] is not None
     weights = checkpoint["ema" if use_ema else "model"]
     if weights is None:
         fail(f"{ckpt_path} was trained without averaged weights: give --no-use_ema" if use_ema else
              f"{ckpt_path} holds averaged weights only: take last.pt for --no-use_ema")
-    run.load_weights(denoiser, weights, ckpt_path)
-    denoiser = ctx.place(denoiser).eval().requires_grad_(False)
+    build = functools.partial(model.build_denoiser, latent_shape=checkpoint["latent_shape"],
+                              num_classes=len(names), aug_dim=data.AUG_DIM)
+    return run.load_network(build, checkpoint["args"], weights, ckpt_path)
+
+
+def load_ldm(ckpt_path, ctx, ae_ckpt_path=None, use_ema=None):
+    """(Denoiser, AutoencoderKL, checkpoint dict) of an LDM checkpoint, networks on the device.
+
+    ae_ckpt_path: where the autoencoder is now, if it was moved; use_ema as in build_denoiser. Ends
+    the program if the model was trained with another autoencoder.
+    """
+    checkpoint = run.load_checkpoint(ckpt_path, "ldm")
+    denoiser = build_denoiser(checkpoint, ckpt_path, use_ema)
     path = ae_ckpt_path or autoencoder_of(checkpoint, ckpt_path)
     vae, _, vae_sha256 = load_autoencoder(path, ctx)
     if vae_sha256 != checkpoint["vae_sha256"]:
         fail(f"{path} is not the autoencoder that {ckpt_path} was trained with (its hash differs); "
              "give that one with --ae_ckpt_path, or train the LDM again")
-    return denoiser, vae, checkpoint
+    return ctx.place(denoiser).eval().requires_grad_(False), vae, checkpoint
 
 
 class TrainedModel(NamedTuple):
@@ -134,9 +130,8 @@ def prepare_sampling(args, ctx):
 
 
 def cast_weights(module, ctx):
-    """A copy with bf16 weights, if autocast would cast them in every evaluation: in bf16,
-    uncompiled. Otherwise the module itself. On a CPU the results are the same bit for bit;
-    elsewhere model.Upsample sums weights that are rounded already."""
+    """A copy with bf16 weights if autocast would cast them in every evaluation, which it does in
+    bf16 without torch.compile; otherwise the module itself."""
     if ctx.dtype != torch.bfloat16 or ctx.compile:
         return module
     module = copy.deepcopy(module)
@@ -149,9 +144,8 @@ def cast_weights(module, ctx):
 def sample_latents(denoiser, latent_shape, requests, class_names, args, ctx, tick=None):
     """Normalised latents [B, C, h, w] on the device for requests, [(class index, number)].
 
-    args: seed, sampler, num_sampling_steps, guidance_scale, guidance_interval. A sample's noise
-    comes from (seed, class name, number) on the CPU: the same on every device and in every batch.
-    tick() is called before each network evaluation.
+    A sample's noise comes from (args.seed, class name, number) on the CPU: the same on every device
+    and in every batch. tick() is called before each network evaluation.
     """
     rngs = [dist.generator("cpu", args.seed, "sample", class_names[c], number)
             for c, number in requests]
@@ -179,11 +173,8 @@ def decode_latents(vae, z, latent_scale_factor, ctx, batch_size=16):
 def sample_batches(denoiser, vae, latent_scale_factor, requests, class_names, args, ctx, batch_size,
                    label, tick=None):
     """Yield ([(class index, number)], normalised latents, images in [-1, 1]), on the CPU, for
-    batches of `requests`.
-
-    args as in sample_latents. label: of the progress line; tick() is called before each network
-    evaluation. Ends the program if a batch does not fit into memory.
-    """
+    batches of `requests`. label: of the progress line; tick() is called before each network
+    evaluation. Ends the program if a batch does not fit into memory."""
     denoiser = cast_weights(denoiser, ctx)
     # In evaluations of one image: batches differ in size.
     progress = run.Progress(ctx, label, len(requests) * args.num_sampling_steps)
@@ -215,8 +206,8 @@ def sample_batches(denoiser, vae, latent_scale_factor, requests, class_names, ar
 
 
 def latent_metrics(z, labels, class_names, latent_scale_factor, real_pairwise_mse):
-    """Metrics of normalised latents z [N, C, h, w] with class indices [N]: final_latent_stats/* and
-    sample_diversity/*. real_pairwise_mse: that of the training latents, or None."""
+    """Metrics final_latent_stats/* and sample_diversity/* of normalised latents z [N, C, h, w] with
+    class indices [N]. real_pairwise_mse: that of the training latents, or None."""
     values = metrics.latent_stats(z / latent_scale_factor, latent_scale_factor)
     return values | metrics.sample_diversity(z, labels, class_names, real_pairwise_mse)
 
@@ -242,16 +233,13 @@ def real_rows(folder, class_names, img_size):
     listing = data.scan(folder.parent.parent, folder.parent.name, folder.name, class_names)
     if listing is None:
         fail(f"no folder --real_dir={folder}")
-    rows = {}
-    for name in class_names:
-        paths = [pathlib.Path(listing.root, file.path) for file in listing.files
-                 if file.class_name == name]
-        try:
-            if paths:
-                rows[name] = data.decode_some(paths, img_size, ROW)
-        except (OSError, ValueError) as e:
-            fail(f"an image in {folder} cannot be decoded: {e}")
-    return rows
+    paths = {name: [] for name in class_names}
+    for file in listing.files:
+        paths[file.class_name].append(pathlib.Path(listing.root, file.path))
+    try:
+        return {name: data.decode_some(some, img_size, ROW) for name, some in paths.items() if some}
+    except (OSError, ValueError) as e:
+        fail(f"an image in {folder} cannot be decoded: {e}")
 
 
 def prepare_folder(folder, checkpoint, requests, args):
@@ -262,26 +250,23 @@ def prepare_folder(folder, checkpoint, requests, args):
     """
     class_names = checkpoint["class_names"]
     settings = {name: getattr(args, name) for name in SAMPLING_SETTINGS}
-    for name in ("step", "vae_sha256", "latent_scale_factor"):
-        settings[name] = checkpoint[name]
-    settings["ckpt_sha256"] = checkpoint["sha256"]
-    settings = finite(settings)  # as they are read back
+    settings |= {name: checkpoint[name] for name in ("step", "vae_sha256", "latent_scale_factor")}
+    settings = finite({**settings, "ckpt_sha256": checkpoint["sha256"]})  # as they are read back
+    path, before = folder / "manifest.json", {**settings, "images": []}
+    if path.exists():
+        before = read_json(path, "manifest of samples")
+    elif any(folder.glob("*.png")):
+        fail(f"{folder} holds images without a manifest.json: give another --out_dir")
+    for name, value in settings.items():
+        if before.get(name) != value:
+            fail(f"{folder} holds samples of other settings ({name} {before.get(name)}, now "
+                 f"{value}): give another --out_dir, or remove the folder")
     images = {}
     for c, i in requests:
         file = file_name(class_names, c, i)
         images[file] = {"file": file, "class": class_names[c], "number": i}
-    path = folder / "manifest.json"
-    advice = "give another --out_dir, or remove the folder"
-    if path.exists():
-        before = read_json(path, "manifest of samples")
-        for name, value in settings.items():
-            if before.get(name) != value:
-                fail(f"{folder} holds samples of other settings ({name} {before.get(name)}, now "
-                     f"{value}): {advice}")
-        images |= {image["file"]: image for image in before["images"]
-                   if (folder / image["file"]).exists()}
-    elif any(folder.glob("*.png")):
-        fail(f"{folder} holds images without a manifest.json: {advice}")
+    images |= {image["file"]: image for image in before["images"]
+               if (folder / image["file"]).exists()}
     make_folder(folder)
     write_json(path, {"ckpt": args.ckpt, **settings, "images": [*images.values()]})
 

@@ -30,16 +30,11 @@ from lib.verdicts import health, overfit_verdict, sweep_objective
 # --- modes and arguments ------------------------------------------------------------------------
 
 PRESETS = {
-    "full_train": dict(
-        batch_per_device=16, epochs=1000, log_every=100, sample_every=10, wandb=True),
-    "overfit_one": dict(
-        batch_per_device=1, epochs=1000, log_every=10, sample_every=5, wandb=False),
-    "overfit_8": dict(
-        batch_per_device=8, epochs=1500, log_every=25, sample_every=10, wandb=True),
-    "overfit_16": dict(
-        batch_per_device=16, epochs=1500, log_every=25, sample_every=10, wandb=True),
-    "overfit_32": dict(
-        batch_per_device=16, epochs=1500, log_every=50, sample_every=10, wandb=True),
+    "full_train": dict(epochs=1000, log_every=100, sample_every=10, wandb=True),
+    "overfit_one": dict(epochs=1000, log_every=10, sample_every=5, wandb=False),
+    "overfit_8": dict(epochs=1500, log_every=25, sample_every=10, wandb=True),
+    "overfit_16": dict(epochs=1500, log_every=25, sample_every=10, wandb=True),
+    "overfit_32": dict(epochs=1500, log_every=50, sample_every=10, wandb=True),
 }
 
 
@@ -51,11 +46,11 @@ def resolve_mode(args):
                          "as overfit_16")
     named = {"full_train": 0, "overfit_one": 1}
     in_mode = named[args.mode] if args.mode in named else int(args.mode.removeprefix("overfit_"))
-    asked = {k for k in (in_mode, args.overfit_k, int(args.overfit_one)) if k}
+    asked = {in_mode, args.overfit_k, int(args.overfit_one)} - {0}
     if len(asked) > 1:
         raise ValueError(f"--mode={args.mode}, --overfit_one and --overfit_k ask for different "
                          f"numbers of images: {', '.join(map(str, sorted(asked)))}")
-    k = asked.pop() if asked else 0
+    k = max(asked, default=0)
     return {0: "full_train", 1: "overfit_one"}.get(k, f"overfit_{k}"), k
 
 
@@ -64,10 +59,12 @@ def preset(args):
     the nearest size."""
     mode, k = resolve_mode(args)
     nearest = "overfit_8" if k < 12 else "overfit_16" if k < 24 else "overfit_32"
-    row = PRESETS.get(mode) or {**PRESETS[nearest], "batch_per_device": min(k, 16)}
-    if k:  # memorising: no class dropout, hence no null class to guide from, nothing augmented
-        row = {**row, "prob_uncond": 0.0, "guidance_scale": 1.0, "warmup_steps": 0, "augment": 0}
-    return row
+    row = PRESETS.get(mode, PRESETS[nearest])
+    if not k:
+        return {**row, "batch_per_device": 16}
+    # Memorising: no class dropout, hence no null class to guide from, nothing augmented.
+    return {**row, "batch_per_device": min(k, 16), "prob_uncond": 0.0, "guidance_scale": 1.0,
+            "warmup_steps": 0, "augment": 0}
 
 
 def build_parser():
@@ -99,7 +96,7 @@ def build_parser():
     add("--zero_terminal_snr", action=BooleanFlag,
         help="t = 1 is pure noise; None: yes, except for eps")
     add("--loss_weighting", choices=("uniform", "min_snr"), default="uniform", help="over t")
-    add("--prob_uncond", type=at_least(0, float, 1), default=0.1,
+    add("--prob_uncond", type=at_least(0, float, 0.9), default=0.1,
         help="fraction of labels replaced by the null class")
     add("--use_ema", action=BooleanFlag, default=True, help="sample from averaged weights")
     add("--ema_decay", type=at_least(0, float, 1), default=0.999,
@@ -133,15 +130,11 @@ def parse_args(argv=None):
         args.zero_terminal_snr = args.prediction != "eps"
     if args.max_steps == 0:
         fail("--max_steps=0 trains nothing: leave it out")
-    if args.prob_uncond == 1:
-        fail("--prob_uncond=1 drops every label, so no class is learned: give 0.1")
+    if args.overfit_k and args.prob_uncond == 0:
+        args.guidance_scale = 1.0  # there is no null class to guide from
     if args.guidance_scale != 1 and args.prob_uncond == 0:
-        if not args.overfit_k:
-            fail(f"--guidance_scale={args.guidance_scale:g} guides away from the null class, which "
-                 "--prob_uncond=0 never trains: give --guidance_scale=1 or --prob_uncond=0.1")
-        notice(f"--guidance_scale={args.guidance_scale:g} is ignored: {args.mode} trains no null "
-               "class to guide from")
-        args.guidance_scale = 1.0
+        fail(f"--guidance_scale={args.guidance_scale:g} guides away from the null class, which "
+             "--prob_uncond=0 never trains: give --guidance_scale=1 or --prob_uncond=0.1")
     return args
 
 
@@ -151,8 +144,6 @@ def check_inputs(args):
     if args.check == "inputs":
         ae_path = find_autoencoder(args)
         read_latent_scale(args, ae_path, load_checkpoint(ae_path, "vae")["sha256"])
-        if args.init_from:
-            load_checkpoint(args.init_from, "ldm")
     Run.report(args, "ldm")
 
 
@@ -173,15 +164,11 @@ def build_models(args, ctx, latent_shape, num_classes):
         ema.module.unet.compile()
     optimizer = torch.optim.AdamW(denoiser.parameters(), args.lr,
                                   weight_decay=args.weight_decay, fused=True)
-    sizes = [latent_shape[1] >> level for level in range(len(args.ldm_ch_mults))]
-    if not set(args.ldm_attn_res) & set(sizes):
-        notice(f"--ldm_attn_res={','.join(map(str, args.ldm_attn_res))} is none of the feature "
-               f"sizes {','.join(map(str, sizes))}: attention in the middle block only")
     return denoiser, ema, optimizer
 
 
 # Weights mean nothing with another value of one of these.
-PROCESS_SETTINGS = ("prediction", "noise_schedule", "zero_terminal_snr")
+PROCESS_SETTINGS = ("prediction", "noise_schedule", "zero_terminal_snr", "latent_scale_factor")
 
 
 def check_process(checkpoint, source, scale, vae_sha256, args):
@@ -191,11 +178,10 @@ def check_process(checkpoint, source, scale, vae_sha256, args):
         fail(f"{source} was trained with another autoencoder (its hash differs): give "
              f"--ae_ckpt_path={checkpoint['ae_ckpt_path']} as it was then, or start a new run")
     stored = checkpoint["args"] | {"latent_scale_factor": checkpoint["latent_scale_factor"]}
-    wanted = {name: getattr(args, name) for name in PROCESS_SETTINGS}
-    for name, value in {**wanted, "latent_scale_factor": scale}.items():
-        if stored[name] != value:
-            fail(f"{source} was trained with {name}={stored[name]}; its weights mean nothing with "
-                 f"{value}: give --{name}={stored[name]}, or start a new run")
+    for name, value in {**vars(args), "latent_scale_factor": scale}.items():
+        if name in PROCESS_SETTINGS and stored.get(name) != value:
+            fail(f"{source} was trained with {name}={stored.get(name)}; its weights mean nothing "
+                 f"with {value}: give --{name}={stored.get(name)}, or start a new run")
 
 
 def initial_weights(denoiser, args, scale, vae_sha256, class_names):
@@ -209,18 +195,15 @@ def initial_weights(denoiser, args, scale, vae_sha256, class_names):
     path = args.init_from
     checkpoint = load_checkpoint(path, "ldm")
     check_process(checkpoint, f"--init_from={path}", scale, vae_sha256, args)
-    state = dict(checkpoint["ema"] or checkpoint["model"])
     known = checkpoint["class_names"]
     if new := [name for name in class_names if name not in known]:
         notice(f"{path} does not know class {', '.join(new)}: it starts from the null class")
     rows = [known.index(name) if name in known else len(known) for name in class_names]
+    state = sample.build_denoiser(checkpoint, path).state_dict()
     state["unet.class_emb.weight"] = state["unet.class_emb.weight"][[*rows, len(known)]]
-    aug, own = "unet.aug_emb.weight", denoiser.state_dict()  # of --augment, on either side
-    if aug in own:
-        state.setdefault(aug, own[aug])
-    else:
-        state.pop(aug, None)
-    return state
+    aug, mine = "unet.aug_emb.weight", denoiser.state_dict()  # of --augment, on either side
+    state |= {aug: mine[aug]} if aug in mine and aug not in state else {}
+    return {name: weight for name, weight in state.items() if name != aug or aug in mine}
 
 
 def resume(run, checkpoint, denoiser, ema, optimizer, class_names):
@@ -229,9 +212,10 @@ def resume(run, checkpoint, denoiser, ema, optimizer, class_names):
     if checkpoint["class_names"] != class_names:
         fail(f"{run.folder} was trained on the classes {', '.join(checkpoint['class_names'])}, not "
              f"on {', '.join(class_names)}: give the --data_root and --task of its start")
-    run.restore({denoiser: checkpoint["model"]}, {optimizer: checkpoint["optimizer"]})
+    modules = {denoiser: checkpoint["model"]}
     if ema:
-        run.restore({ema.module: checkpoint["ema"] or checkpoint["model"]})
+        modules[ema.module] = checkpoint["ema"] or checkpoint["model"]
+    run.restore(modules, {optimizer: checkpoint["optimizer"]})
 
 
 def wrap(denoiser, latent_shape, args, ctx):
@@ -567,8 +551,8 @@ def main(argv=None):
     checkpoint_path = run.best_path if monitor.best.step else run.last_path
     summary = {**train_metrics, **sample_metrics, "train_stats": reference.stats,
                "best": monitor.best._asdict()}
-    run.finish(step, summary, verdicts, checkpoint_path, diverged)
-    run.print_next("sample.py", ckpt=checkpoint_path)
+    run.finish(step, summary, verdicts, checkpoint_path, diverged, "sample.py",
+               ckpt=checkpoint_path)
 
 
 if __name__ == "__main__":

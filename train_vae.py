@@ -20,7 +20,7 @@ from lib.args import (BooleanFlag, at_least, int_list, parse_settings, run_to_co
 from lib.dist import BatchOrder, RunningMeans, clip_and_step, setup
 from lib.files import data_flags, fail, notice
 from lib.metrics import detail, ms_ssim, octave_power, psnr, ssim
-from lib.run import Run, fail_version, load_checkpoint
+from lib.run import Run, load_checkpoint, load_network
 from lib.verdicts import health
 
 LOSSES = ("train/loss", "train/rec", "train/kl", "train/g_loss", "train/d_loss", "train/grad_norm")
@@ -85,11 +85,9 @@ def preset(args):
     folder = diffusers_io.vae_folder(args.init_from)
     if folder:
         return diffusers_io.vae_settings(folder, args.img_size)
-    stored = load_checkpoint(args.init_from, "vae", weights=False)["args"]
-    try:
-        return {name: stored[name] for name in model.VAE_SHAPE}
-    except KeyError as e:
-        fail_version(args.init_from, e)
+    checkpoint = load_checkpoint(args.init_from, "vae", weights=False)
+    load_network(model.build_vae, checkpoint["args"], checkpoint["ema"], args.init_from)
+    return {name: checkpoint["args"][name] for name in model.VAE_SHAPE}
 
 
 def parse_args(argv=None):
@@ -415,8 +413,8 @@ def main(argv=None):
     if ctx.is_main:
         # Not of train/loss: its adversarial part has no trend, since its judge learns too.
         verdicts = health(train_metrics, run.history("train/rec"), diverged=diverged)
-    run.finish(step, {**train_metrics, **val_metrics}, verdicts, run.last_path, diverged)
-    run.print_next("find_latent_scale.py", ae_ckpt_path=run.last_path, **data_flags(args))
+    run.finish(step, {**train_metrics, **val_metrics}, verdicts, run.last_path, diverged,
+               "find_latent_scale.py", ae_ckpt_path=run.last_path, **data_flags(args))
 
 
 if __name__ == "__main__":

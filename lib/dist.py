@@ -61,11 +61,8 @@ class DistContext(NamedTuple):
             torch.distributed.all_reduce(torch.zeros(1), group=self.cpu_group)
 
     def on_main(self, function):
-        """function() on rank 0 alone; its picklable result on every rank.
-
-        For what only one process should do: read a folder, make a file. If it ends the program on
-        rank 0, all ranks end, and only rank 0 says why.
-        """
+        """function() on rank 0 alone; its picklable result on every rank. If it ends the program
+        there, all ranks end, and only rank 0 says why."""
         if self.world_size == 1:
             return function()
         box = [None, None]  # result, exit code
@@ -108,10 +105,9 @@ class DistContext(NamedTuple):
     def wrap_ddp(self, module, *example):
         """DistributedDataParallel around `module` if there are several processes.
 
-        One pass is run and thrown away: DDP settles the order in which it sums gradients only after
-        its first pass, so that without it a resumed run would round differently from three
-        processes on. example: inputs made exactly as training makes them, since other strides would
-        be compiled once more.
+        A first pass is thrown away, since DDP settles the order in which it sums gradients after
+        it: otherwise a resumed run would round differently. example: inputs made exactly as
+        training makes them, since other strides would be compiled once more.
         """
         if self.world_size == 1:
             return module
@@ -151,7 +147,7 @@ class DistContext(NamedTuple):
         """(standard normal noise [batch, *shape] of this rank on the device, generator).
 
         Every rank draws the noise of all ranks and takes its slice, so an image's noise depends on
-        its place in the global batch alone. The generator goes on, alike on all ranks.
+        its place in the global batch alone.
         """
         rng = generator(self.device, *key)
         noise = torch.randn(self.world_size * batch, *shape, device=self.device, generator=rng)
@@ -232,19 +228,15 @@ def leave_group():
 
 def own_cores():
     """CPU cores for this process: its share if several run on this machine."""
-    cores = os.cpu_count()
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def keep_memory():
     """Have glibc keep freed memory for the next step, which needs as much: otherwise Linux takes
     large tensors back and clears their pages anew every time."""
-    if sys.platform != "linux":
-        return
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
+    if hasattr(libc, "mallopt"):  # glibc alone has it
         m_trim_threshold, m_mmap_threshold = -1, -3
         libc.mallopt(m_mmap_threshold, 32 * 2**20)  # the most that it takes
         libc.mallopt(m_trim_threshold, 2**30)
@@ -262,9 +254,8 @@ def generator(device, *key):
 class BatchOrder(NamedTuple):
     """Which items each step trains on.
 
-    An epoch is a shuffle that depends on (seed, epoch), cut into global batches of
-    batch * world_size items. The last one is filled up from the shuffle's start: no epoch is empty,
-    and every rank has `batch` items in every step.
+    An epoch is a shuffle that depends on (seed, epoch), cut into global batches. The last one is
+    filled up from the shuffle's start, so that no epoch is empty.
     """
 
     num_items: int
@@ -330,17 +321,12 @@ class StopSignal:
 
 
 class RunningMeans:
-    """Means of a few numbers since the last log line, without the steps that were skipped.
-
-    The sums live on the device and are read at log steps only: `.item()` in each step would make
-    the CPU wait for the GPU.
-    """
+    """Means of a few numbers since the last log line, without the steps that were skipped. The
+    sums stay on the device: `.item()` in each step would make the CPU wait for the GPU."""
 
     def __init__(self, ctx, names):
-        self.ctx = ctx
-        self.names = names
-        # The last two count good and skipped steps.
-        self.sums = torch.zeros(len(names) + 2, device=ctx.device)
+        self.ctx, self.names = ctx, names
+        self.sums = torch.zeros(len(names) + 2, device=ctx.device)  # and of good, skipped steps
 
     def add(self, values, skipped):
         """values: 0-dim tensors in the order of `names`; skipped: 1.0 if the step was, else 0.0."""
@@ -362,8 +348,7 @@ def clip_and_step(module, optimizer, grad_clip):
 
     Returns (norm before clipping, 1.0 if it was not finite and the step was skipped else 0.0),
     tensors on the device. The fused optimiser divides by `grad_scale` and skips the step by itself
-    if `found_inf` is set, as torch's GradScaler has it: no `if` here has to wait for the GPU. All
-    ranks decide alike, since their gradients are equal.
+    if `found_inf` is set, as torch's GradScaler has it: no `if` here has to wait for the GPU.
     """
     parameters = [p for p in module.parameters() if p.grad is not None]
     grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])

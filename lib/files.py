@@ -77,8 +77,7 @@ def write_atomic(path, write):
     the program ends with one line.
     """
     path = pathlib.Path(path)
-    # A random name, since process numbers repeat on other machines; mode x: nothing that stands
-    # there already, a planted link say, is written to.
+    # A random name, since process numbers repeat on other machines.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as f:
@@ -86,7 +85,10 @@ def write_atomic(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-        flush_folder(path.parent)
+        folder = os.open(path.parent, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # the new name, too; some network disks cannot
+            os.fsync(folder)
+        os.close(folder)
     except BaseException as e:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -99,19 +101,9 @@ def write_atomic(path, write):
              "folder")
 
 
-def flush_folder(folder):
-    """Put the names in a folder on the disk: after a power cut the new file must be found, too."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network disks cannot
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def remove_temporaries(folder, name="*"):
-    """Remove what a killed write_atomic left of the file `name`, or of all files, in a folder."""
-    for stale in pathlib.Path(folder).glob(f".{name}.*.tmp"):
+def remove_temporaries(folder):
+    """Remove what a killed write_atomic left in a folder."""
+    for stale in pathlib.Path(folder).glob(".*.*.tmp"):
         with contextlib.suppress(OSError):
             stale.unlink()
 

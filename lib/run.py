@@ -35,10 +35,12 @@ from lib.files import (EXIT_FAILED, EXIT_STOPPED, MADE_BY, command_line, data_fl
 
 # --- checkpoints --------------------------------------------------------------------------------
 
-NEEDED = {"vae": ("args", "ema", "step"),
-          "ldm": ("args", "model", "ema", "step", "best", "recent", "class_names",
-                  "trained_classes", "latent_shape", "latent_scale_factor", "vae_sha256",
-                  "ae_ckpt_path", "train_stats")}
+CONTENTS = {  # what a checkpoint of each kind must hold
+    "vae": {"args": dict, "ema": dict, "step": int},
+    "ldm": {"args": dict, "step": int, "model": (dict, type(None)), "ema": (dict, type(None)),
+            "best": dict, "recent": (torch.Tensor, type(None)), "class_names": list,
+            "trained_classes": list, "latent_shape": tuple, "latent_scale_factor": float,
+            "vae_sha256": str, "ae_ckpt_path": str, "train_stats": dict}}
 
 
 def load_checkpoint(path, kind, weights=True):
@@ -50,53 +52,48 @@ def load_checkpoint(path, kind, weights=True):
     damaged, or of another kind or version.
     """
     if not os.path.isfile(path):
-        inside = [os.path.join(path, "ckpts", name) for name in ("best.pt", "last.pt")]
-        inside = [name for name in inside if os.path.exists(name)]
-        hint = f", which is a run folder: give {inside[0]}" if inside else ""
+        inside = [name for name in ("best.pt", "last.pt")
+                  if os.path.exists(os.path.join(path, "ckpts", name))]
+        hint = f", which is a run folder: give {path}/ckpts/{inside[0]}" if inside else ""
         fail(f"no checkpoint at {path}{hint}")
     try:
         if weights:
             content = pathlib.Path(path).read_bytes()
-            state = load_archive(io.BytesIO(content))
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                if broken := archive.testzip():
+                    raise ValueError(f"checksum of {broken} does not match")
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             state["sha256"] = hashlib.sha256(content).hexdigest()
         else:
             state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        found = state["kind"]
+        made_by = MADE_BY[state["kind"]]
     except Exception as e:  # a hostile or damaged file raises anything
         fail(f"{path} is damaged or no checkpoint of this program ({type(e).__name__}: "
              f"{first_line(e)})")
-    if found != kind:
-        made_by = f" but by {MADE_BY[found]}" if found in MADE_BY else ""
-        fail(f"{path} was not made by {MADE_BY[kind]}{made_by}")
-    if missing := [name for name in NEEDED[kind] if name not in state]:
-        fail_version(path, ", ".join(missing))
+    if made_by != MADE_BY[kind]:
+        fail(f"{path} was not made by {MADE_BY[kind]} but by {made_by}")
+    lacking = [name for name, of_type in CONTENTS[kind].items()
+               if name not in state or not isinstance(state[name], of_type)]
+    if lacking:
+        fail(f"{path} is of another version of this program: it lacks {', '.join(lacking)}")
     return state
 
 
-def fail_version(path, missing):
-    """End the program because a checkpoint lacks what this version needs."""
-    fail(f"{path} is of another version of this program: it lacks {missing}")
-
-
-def load_archive(file):
-    """What torch.save wrote to a path or file object, once its checksums are verified; raises
-    whatever a damaged file raises."""
-    with zipfile.ZipFile(file) as archive:
-        broken = archive.testzip()
-    if broken:
-        raise ValueError(f"checksum of {broken} does not match")
-    if hasattr(file, "seek"):
-        file.seek(0)
-    return torch.load(file, map_location="cpu", weights_only=True)
-
-
-def load_weights(module, state, path):
-    """load_state_dict; ends the program with one line if the architecture differs."""
+def load_network(build, settings, weights, path):
+    """The module that build(settings) makes, with stored weights. Nothing is allocated before their
+    shapes are known to fit. Ends the program if they do not."""
     try:
-        module.load_state_dict(state)
-    except RuntimeError as e:
-        problem = str(e).splitlines()[1].strip()[:200]
-        fail(f"{path} does not fit the model's settings: {problem}")
+        depth = max(n for name, n in settings.items() if name.endswith("num_res_blocks"))
+        if depth > len(weights):
+            raise ValueError(f"{depth} blocks, but {len(weights)} weights")
+        with torch.device("meta"):
+            module = build(settings)
+        module.load_state_dict(weights, assign=True)
+        return module
+    except Exception as e:  # settings of a stranger raise anything
+        reason = " ".join(str(e).split())[:200]
+        fail(f"{path} does not fit its own settings, or is of another version of this program "
+             f"({type(e).__name__}: {reason})")
 
 
 # --- finding runs -------------------------------------------------------------------------------
@@ -120,24 +117,18 @@ def find_moved(ckpt_path, beside):
 
 def find_autoencoder(args):
     """Checkpoint of the autoencoder: --ae_ckpt_path, else the one beside --ae_config_path, else
-    that of the task's newest finished train_vae.py run, which a notice names.
-
-    Ends the program if there is none.
-    """
+    that of the task's newest finished train_vae.py run, which a notice names. Ends the program if
+    there is none."""
     if args.ae_ckpt_path:
         return find_moved(args.ae_ckpt_path, getattr(args, "resume_dir", None) or ".")
     if args.ae_config_path:
         return pathlib.Path(args.ae_config_path).parent / "ckpts" / "last.pt"
     found = []
     for path in pathlib.Path(args.output_root).glob("*/run_meta.json"):
-        try:
-            meta = read_json(path)
-            if meta["kind"] == "vae" and meta["args"]["task"] == args.task:
-                created = datetime.datetime.fromisoformat(meta["created"]).timestamp()
-                finished = (path.parent / "summary.json").exists()
-                found.append((finished, created, str(path.parent)))
-        except (KeyError, TypeError, ValueError) as e:
-            notice(f"{path} is damaged ({type(e).__name__}: {first_line(e)}): ignored")
+        meta = read_json(path)
+        if meta.get("kind") == "vae" and read_meta(path.parent)["args"].get("task") == args.task:
+            finished = (path.parent / "summary.json").exists()
+            found.append((finished, str(meta.get("created")), path.parent))
     if not found:
         command = command_line("train_vae.py", **data_flags(args))
         fail(f"no autoencoder of task {args.task} in {args.output_root}: train one with "
@@ -145,7 +136,7 @@ def find_autoencoder(args):
     finished, _, folder = max(found)
     which = "newest finished" if finished else "newest (none has finished)"
     notice(f"autoencoder: {folder}, the {which} of {len(found)} runs of task {args.task}")
-    return pathlib.Path(folder) / "ckpts" / "last.pt"
+    return folder / "ckpts" / "last.pt"
 
 
 def read_latent_scale(args, ckpt_path, vae_sha256):
@@ -156,24 +147,21 @@ def read_latent_scale(args, ckpt_path, vae_sha256):
     command that measures the scale, if it is missing, damaged or of another autoencoder.
     """
     path = run_folder(ckpt_path) / "latent_scale.json"
-    given, stored = args.latent_scale_factor, read_json(path)
-    factor, std = stored.get("latent_scale_factor"), stored.get("std")
-    whole = (isinstance(factor, float) and isinstance(std, float) and factor > 0
-             and abs(factor * std - 1) < 1e-9)
+    stored = read_json(path)
+    if stored.get("vae_sha256") != vae_sha256:
+        stored = {}
+    measured, given = stored.get("latent_scale_factor"), args.latent_scale_factor
     if given is None and args.resume_dir:
         given = read_meta(args.resume_dir).get("latent_scale_factor")
-    if stored.get("vae_sha256") != vae_sha256 or not whole:
-        if given is None:
-            reason = "damaged or measured on another autoencoder" if path.exists() else "missing"
-            command = command_line("find_latent_scale.py", ae_ckpt_path=ckpt_path,
-                                   **data_flags(args))
-            fail(f"{path} is {reason}; measure the scale with: {command}")
-        return given, None
-    if args.latent_scale_factor and abs(given / factor - 1) > 0.01:
-        notice(f"--latent_scale_factor={given} is {100 * (given / factor - 1):+.0f} % off the "
-               f"measured {factor:.6g} in {path}")
+    if given is None and not (isinstance(measured, float) and 0 < measured < math.inf):
+        reason = "damaged or measured on another autoencoder" if path.exists() else "missing"
+        command = command_line("find_latent_scale.py", ae_ckpt_path=ckpt_path, **data_flags(args))
+        fail(f"{path} is {reason}; measure the scale with: {command}")
+    if args.latent_scale_factor and measured and abs(given / measured - 1) > 0.01:
+        notice(f"--latent_scale_factor={given} is {100 * (given / measured - 1):+.0f} % off the "
+               f"measured {measured:.6g} in {path}")
     same = (stored.get("task"), stored.get("split")) == (args.task, args.split)
-    return given or factor, stored.get("data") if same else None
+    return given or measured, stored.get("data") if same else None
 
 
 # --- the run ------------------------------------------------------------------------------------
@@ -194,24 +182,29 @@ class Run:
         def claim():
             folder = args.resume_dir or new_folder(args, default_name)
             self.lock = take_lock(os.path.join(folder, "lock"), folder)
-            return folder
-        self.folder = pathlib.Path(ctx.on_main(claim))
+            return folder, read_meta(folder) if args.resume_dir else {}
+        folder, self.before = ctx.on_main(claim)  # description of the run that is continued
+        self.folder = pathlib.Path(folder)
         self.last_path = self.folder / "ckpts" / "last.pt"
         self.best_path = self.folder / "ckpts" / "best.pt"
         self.metrics_path = self.folder / "metrics.jsonl"
+        self.started, self.seconds_before = time.perf_counter(), 0.0
+        self.tracker = Tracker(None)
+        created = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        is_copy = self.before.get("folder") != self.folder.name  # of another run's folder
         self.meta = {
             "kind": kind, "folder": self.folder.name, "args": vars(args), **facts,
             "command": sys.argv, "git_commit": git_commit(), "world_size": ctx.world_size,
             "device": str(ctx.device), "dtype": str(ctx.dtype).split(".")[-1],
-            "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "wandb_id": args.wandb_id,
+            "created": self.before.get("created", created),
+            "wandb_id": args.wandb_id or (None if is_copy else self.before.get("wandb_id")),
             "packages": {"python": sys.version.split()[0], "torch": torch.__version__,
                          "numpy": np.__version__, "pillow": PIL.__version__}}
-        self.before = {}  # description of the run that is continued
-        self.tracker = Tracker(None)
-        self.started, self.seconds_before = time.perf_counter(), 0.0
-        if args.resume_dir:
-            self.before = ctx.on_main(lambda: read_meta(self.folder))
-            self._go_on()
+        before = self.before.get("world_size", ctx.world_size)
+        if before != ctx.world_size:
+            notice(f"continuing on {ctx.world_size} processes instead of {before}: harmless at the "
+                   "same global batch size (processes x --batch_per_device); otherwise epochs "
+                   "change their length")
 
     @staticmethod
     def report(args, kind):
@@ -223,32 +216,24 @@ class Run:
             step = load_checkpoint(checkpoint, kind, weights=False)["step"]
         print(folder, step, sep="\n")
 
-    def _go_on(self):
-        """Take over what belongs to the run that is continued."""
-        old = self.before
-        self.meta["created"] = old.get("created")
-        is_copy = old.get("folder") not in (None, self.folder.name)  # of another run's folder
-        if not self.args.wandb_id and not is_copy:
-            self.meta["wandb_id"] = old.get("wandb_id")
-        if old.get("world_size") not in (None, self.ctx.world_size):
-            notice(f"continuing on {self.ctx.world_size} processes instead of "
-                   f"{old['world_size']}: harmless at the same global batch size (processes x "
-                   "--batch_per_device); otherwise epochs change their length")
-
     def load(self):
         """Checkpoint of the run that is continued, else None."""
         if not self.args.resume_dir:
             return None
         checkpoint = load_checkpoint(self.last_path, self.kind)
-        self.seconds_before = checkpoint.get("seconds", math.nan)  # of an earlier version
+        self.seconds_before = checkpoint.get("seconds", 0.0)
         return checkpoint
 
     def restore(self, modules, optimizers=()):
         """Load {module: its stored weights} and {optimizer: its stored state}. Of the optimisers'
-        settings those of the command line win."""
+        settings those of the command line win. Ends the program if a network has another shape."""
         source = self.last_path if self.args.resume_dir else self.args.init_from
         for module, state in modules.items():
-            load_weights(module, state, source)
+            try:
+                module.load_state_dict(state)
+            except RuntimeError as e:
+                fail(f"{source} does not fit the model's settings: "
+                     f"{str(e).splitlines()[1].strip()[:200]}")
         for optimizer, state in dict(optimizers).items():
             load_optimizer(optimizer, state)
             for group in optimizer.param_groups:
@@ -290,11 +275,11 @@ class Run:
             self.save(state)
         if self.args.wandb:
             config = {**vars(self.args), "world_size": self.ctx.world_size}
-            self.tracker = Tracker(
-                start_wandb(self.args, self.folder, self.meta["wandb_id"], config))
-            if self.tracker.session is not None:
-                self.meta["wandb_id"] = self.tracker.session.id
-                write_json(self.folder / "run_meta.json", self.meta)
+            self.tracker = Tracker(start_wandb(self.args, self.folder, self.meta["wandb_id"],
+                                               config))
+        if self.tracker.session is not None:
+            self.meta["wandb_id"] = self.tracker.session.id
+            write_json(self.folder / "run_meta.json", self.meta)
 
     def _trim_log(self, step):
         """Cut metrics.jsonl back to its last whole line up to the checkpoint's step. The evaluation
@@ -352,10 +337,8 @@ class Run:
 
     def _check_lock(self):
         """End the program if the folder is no longer ours: moved, removed, perhaps made anew."""
-        mine = os.fstat(self.lock.fileno())
         with contextlib.suppress(OSError):
-            there = os.stat(self.folder / "lock")
-            if (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino):
+            if os.path.samestat(os.fstat(self.lock.fileno()), os.stat(self.folder / "lock")):
                 return
         fail(f"{self.folder} was moved or removed while this run wrote to it: go on from where it "
              "is now, with --resume_dir")
@@ -444,14 +427,9 @@ class Run:
                f"{self.resume_command()}")
         raise SystemExit(EXIT_STOPPED)
 
-    def print_next(self, program, **flags):
-        """Print the commands to type after this run."""
-        self.print("report: " + command_line("report.py", self.folder))
-        self.print("next: " + command_line(program, **flags))
-
-    def finish(self, step, summary, found, checkpoint, diverged):
-        """Write summary.json with the verdicts `found`, name the checkpoint to use, and close W&B.
-        diverged: end the program, saying how to go on."""
+    def finish(self, step, summary, found, checkpoint, diverged, program, **flags):
+        """Write summary.json with the verdicts `found`, close W&B, and print the command that
+        follows: program with flags. diverged: end the program, saying how to go on."""
         if self.ctx.is_main:
             if diverged or self.kind == "vae":  # those of an LDM's evaluation are printed already
                 self.print(verdicts.format_verdicts(found))
@@ -460,51 +438,50 @@ class Run:
                            f"with the lowest val/loss ({summary['best']['loss']:.4g})")
             if "overfit/passed" in summary and not diverged:
                 self.print(verdicts.format_overfit(summary))
-            path, seconds = self.folder / "summary.json", self.seconds()
-            before = read_json(path)
-            if before.get("step") == step:  # started again after its end, to do nothing
-                seconds = before.get("wall_seconds")
-            write_json(path, {"step": step, "diverged": diverged, "wall_seconds": seconds,
-                              **summary, "verdicts": [v._asdict() for v in found]})
+            write_json(self.folder / "summary.json", {
+                "step": step, "diverged": diverged, "wall_seconds": self.seconds(), **summary,
+                "verdicts": [v._asdict() for v in found]})
         numbers = {k: v for k, v in summary.items() if isinstance(v, (int, float))}
         self.tracker.attempt(lambda w: w.summary.update(numbers | verdicts.levels(found)))
         self.tracker.finish(int(diverged))
         self.ctx.barrier()  # the first rank to leave takes the others along: all is written now
-        if diverged and not self.ctx.is_main:
-            raise SystemExit(EXIT_FAILED)
-        if diverged:
+        if not diverged:
+            self.print("report: " + command_line("report.py", self.folder))
+            self.print("next: " + command_line(program, **flags))
+        elif self.ctx.is_main:
             lower = f"{self.args.lr / 3:.1e}"
             fail("too many steps in a row had a non-finite loss or gradient (--max_bad_steps); "
                  f"they were skipped, and {self.last_path} is good. Go on with: "
                  f"{self.resume_command(lr=lower)}")
+        else:
+            raise SystemExit(EXIT_FAILED)
 
 
 def new_folder(args, default_name):
     """Folder of a new run. Without --run_name it is made exclusively, so that two runs of the same
     second get two folders."""
+    name = f"{args.exp_name or default_name}_{time.strftime('%Y%m%d-%H%M%S')}"
+    unnamed = os.path.join(args.output_root, name)
     try:
         if args.run_name:
-            folder = named_folder(args)
-            os.makedirs(folder, exist_ok=True)
-            return folder
-        name = f"{args.exp_name or default_name}_{time.strftime('%Y%m%d-%H%M%S')}"
+            os.makedirs(named_folder(args), exist_ok=True)
+            return named_folder(args)
         for number in itertools.count(1):
-            folder = os.path.join(args.output_root, name + (f"_{number}" if number > 1 else ""))
+            folder = unnamed if number == 1 else f"{unnamed}_{number}"
             with contextlib.suppress(FileExistsError):
                 os.makedirs(folder)
                 return folder
     except OSError as e:
-        fail(f"cannot write to {folder}: {e.strerror}; choose another --output_root")
+        fail(f"cannot write to {args.output_root}: {e.strerror}; choose another --output_root")
 
 
 def git_commit():
     """Commit of this code, with -dirty if it was changed; None outside a repository."""
-    if not shutil.which("git"):
-        return None
-    here = os.path.dirname(os.path.abspath(__file__))
-    command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else None
+    here = pathlib.Path(__file__).resolve().parent
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, cwd=here, capture_output=True, text=True,
+                              check=True).stdout.strip()
 
 
 def read_records(path):
@@ -632,11 +609,9 @@ class Progress:
 
     def __init__(self, ctx, label, total, done=0):
         self.label, self.total, self.done_before = label, total, done
-        self.enabled = ctx.is_main
-        self.tty = sys.stdout.isatty()
+        self.enabled, self.tty = ctx.is_main, sys.stdout.isatty()
         self.start = time.perf_counter()
         self.shown = 0.0 if self.tty else self.start
-        self.width = 0
 
     def update(self, done, text=""):
         """done of total are finished; text: what else to show."""
@@ -648,17 +623,15 @@ class Progress:
         percent = 100 * done // max(self.total, 1)
         line = f"{self.label} {done}/{self.total} ({percent}%) {text} {time_text(seconds)} left"
         if self.tty:
-            line = line[:shutil.get_terminal_size().columns - 1]
-            say("\r" + line.ljust(self.width), end="")
-            self.width = len(line)
+            self.clear()
+            say(line[:shutil.get_terminal_size().columns - 1], end="")
         else:
             say(line)
 
     def clear(self):
         """Wipe the line, so that normal output can follow."""
-        if self.enabled and self.tty and self.width:
-            say("\r" + " " * self.width + "\r", end="")
-            self.width = 0
+        if self.enabled and self.tty:
+            say("\r\x1b[K", end="")  # erase to the end of the line
 
 
 def time_text(seconds):

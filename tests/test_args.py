@@ -118,7 +118,6 @@ def test_guidance_needs_a_null_class(capsys):
     assert "null class" in error_of(capsys, train_ldm.parse_args, refused)
     args = train_ldm.parse_args(["--overfit_k=8", "--guidance_scale=2"])  # a config may have it
     assert args.guidance_scale == 1
-    assert "no null class" in capsys.readouterr().out
     assert train_ldm.parse_args(["--prob_uncond=0", "--guidance_scale=1"]).prob_uncond == 0
 
 

@@ -301,9 +301,15 @@ def test_a_command_to_paste_is_quoted_and_leaves_out_what_is_not_set():
 
 
 def test_weights_of_another_architecture_are_one_line(capsys):
-    weights = torch.nn.Linear(3, 2).state_dict()
-    message = error_of(capsys, run.load_weights, torch.nn.Linear(2, 2), weights, "a.pt")
-    assert "a.pt" in message and "weight" in message
+    def build(settings):
+        return torch.nn.Linear(settings["in"], 2)
+
+    weights, settings = torch.nn.Linear(3, 2).state_dict(), {"in": 3, "num_res_blocks": 1}
+    assert run.load_network(build, settings, weights, "a.pt").in_features == 3
+    for bad in ({"in": 2}, {"in": 10**12}, {"in": "3"}, {"in": []}, {"num_res_blocks": 10**7}):
+        message = error_of(capsys, run.load_network, build, settings | bad, weights, "a.pt")
+        assert message.startswith("error: a.pt does not fit"), bad
+    assert "a.pt" in error_of(capsys, run.load_network, build, {}, weights, "a.pt")
 
 
 @pytest.fixture
@@ -318,7 +324,7 @@ def a_run(tmp_path, alone):
 def test_non_finite_numbers_are_null_in_json_files(a_run):
     a_run.log(1, 0, {"train/loss": math.nan, "train/lr": 1.0})
     assert math.isnan(a_run.history("train/loss")[0]) and a_run.history("train/lr") == [1.0]
-    a_run.finish(1, {"train/loss": math.nan}, [], a_run.last_path, diverged=False)
+    a_run.finish(1, {"train/loss": math.nan}, [], a_run.last_path, False, "sample.py")
 
     def refuse(name):
         raise AssertionError(f"{name} is no JSON")
