@@ -150,10 +150,7 @@ class Posterior(NamedTuple):
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
     def kl(self):
-        """KL(q || N(0, I)) in nats, summed over an image's latent: [B].
-
-        Kingma & Welling 2014, appendix B.
-        """
+        """KL(q || N(0, I)) in nats per image, [B] (Kingma & Welling 2014, appendix B)."""
         return 0.5 * (self.mean**2 + self.logvar.exp() - 1 - self.logvar).flatten(1).sum(1)
 
 
@@ -162,13 +159,12 @@ class AutoencoderKL(nn.Module):
 
     Down-samples by patch_size * 2 ** (len(ch_mults) - 1); `latent_shape` is (z_channels, h, w).
     attn_res: feature-map sizes that get attention besides the middle block, which always has it.
-    patch_size: the networks see squares of this many pixels a side as channels, which saves the
-    work at full resolution. linear_path: a linear map between a latent and the square of pixels
-    that it stands for runs parallel to each network, and the networks start as zero. Principal
-    components of such squares are a good autoencoder already (8 of 8 x 8 pixels: 33.5 dB on chest
-    films of 128 px), which deep layers with norms take thousands of steps to find. quant_conv: 1x1
-    convolutions around the latent, as in published autoencoders. ValueError if img_size cannot be
-    halved that often.
+    patch_size: the networks see squares of this many pixels a side as channels. linear_path: a
+    linear map between a latent and its square of pixels runs parallel to each network, which starts
+    as zero: principal components are a good autoencoder already (8 of 8 x 8 pixels: 33.5 dB on
+    chest films of 128 px), which deep layers with norms take thousands of steps to find.
+    quant_conv: 1x1 convolutions around the latent, as in published autoencoders. ValueError if
+    img_size cannot be halved that often.
     """
 
     def __init__(self, img_size, z_channels, base_ch, ch_mults, num_res_blocks, attn_res=(),
@@ -282,10 +278,8 @@ class PatchDiscriminator(nn.Module):
 
 
 def timestep_embedding(t, dim):
-    """Sinusoidal features of t in [0, 1], scaled to [0, 1000]: [B] to [B, dim].
-
-    Vaswani et al. 2017, section 3.5.
-    """
+    """Sinusoidal features of t in [0, 1], scaled to [0, 1000]: [B] to [B, dim] (Vaswani et al.
+    2017, section 3.5)."""
     half = dim // 2
     k = torch.arange(half, device=t.device, dtype=torch.float32)
     freqs = torch.exp(-math.log(10000) * k / half)
@@ -298,10 +292,9 @@ class UNet(nn.Module):
     Dhariwal & Nichol 2021).
 
     Class `num_classes` is the null class of classifier-free guidance. attn_res: latent sizes that
-    get attention, in heads of up to 64 channels; the middle block always has it.
-    aug_dim: length of the augmentation labels that the network is conditioned on, so that samples
-    are not augmented (Karras et al. 2022, appendix F.2). ValueError if the latents cannot be halved
-    len(ch_mults) - 1 times, or base_ch is odd.
+    get attention, in heads of up to 64 channels; the middle block always has it. aug_dim: length of
+    the augmentation labels that the network is conditioned on (Karras et al. 2022, appendix F.2).
+    ValueError if the latents cannot be halved len(ch_mults) - 1 times, or base_ch is odd.
     """
 
     def __init__(self, latent_shape, num_classes, base_ch, ch_mults, num_res_blocks, attn_res,
@@ -328,37 +321,36 @@ class UNet(nn.Module):
             self.aug_emb = nn.Linear(aug_dim, emb_dim, bias=False)
             nn.init.zeros_(self.aug_emb.weight)
 
+        def res_block(in_ch, out_ch, attention):
+            layers = [ResBlock(in_ch, out_ch, groups, emb_dim)]
+            if attention:
+                layers.append(Attention(out_ch, groups, out_ch // head_dim(base_ch)))
+            return layers
+
         ch = base_ch
         self.conv_in = conv3x3(in_ch, ch)
         self.down = nn.ModuleList()
         skips = [ch]
         for level, mult in enumerate(ch_mults):
             for _ in range(num_res_blocks):
-                block = nn.ModuleList([ResBlock(ch, base_ch * mult, groups, emb_dim)])
+                block = res_block(ch, base_ch * mult, res in attn_res)
                 ch = base_ch * mult
-                if res in attn_res:
-                    block.append(Attention(ch, groups, ch // head_dim(base_ch)))
-                self.down.append(block)
+                self.down.append(nn.ModuleList(block))
                 skips.append(ch)
             if level < len(ch_mults) - 1:
                 self.down.append(nn.ModuleList([Downsample(ch, padding=1)]))
                 skips.append(ch)
                 res //= 2
-        self.mid = nn.ModuleList([ResBlock(ch, ch, groups, emb_dim),
-                                  Attention(ch, groups, ch // head_dim(base_ch)),
-                                  ResBlock(ch, ch, groups, emb_dim)])
+        self.mid = nn.ModuleList(res_block(ch, ch, True) + res_block(ch, ch, False))
         self.up = nn.ModuleList()
         for level, mult in reversed(list(enumerate(ch_mults))):
             for i in range(num_res_blocks + 1):
-                block = nn.ModuleList(
-                    [ResBlock(ch + skips.pop(), base_ch * mult, groups, emb_dim)])
+                block = res_block(ch + skips.pop(), base_ch * mult, res in attn_res)
                 ch = base_ch * mult
-                if res in attn_res:
-                    block.append(Attention(ch, groups, ch // head_dim(base_ch)))
                 if i == num_res_blocks and level > 0:
                     block.append(Upsample(ch))
                     res *= 2
-                self.up.append(block)
+                self.up.append(nn.ModuleList(block))
         self.norm_out = norm(ch, groups)
         self.conv_out = zero_init(conv3x3(ch, in_ch))  # first, it predicts zero
 

@@ -27,6 +27,8 @@ from lib.files import fail, notice
 from lib.run import Run, find_autoencoder, load_checkpoint, read_latent_scale
 from lib.verdicts import health, overfit_verdict, sweep_objective
 
+LOSSES = ("train/loss", "train/grad_norm", *(f"train/loss_t{q}" for q in range(4)))
+
 # --- modes and arguments ------------------------------------------------------------------------
 
 PRESETS = {
@@ -96,7 +98,7 @@ def build_parser():
     add("--zero_terminal_snr", action=BooleanFlag,
         help="t = 1 is pure noise; None: yes, except for eps")
     add("--loss_weighting", choices=("uniform", "min_snr"), default="uniform", help="over t")
-    add("--prob_uncond", type=at_least(0, float, 0.9), default=0.1,
+    add("--prob_uncond", type=at_least(0, float, 0.999999), default=0.1,
         help="fraction of labels replaced by the null class")
     add("--use_ema", action=BooleanFlag, default=True, help="sample from averaged weights")
     add("--ema_decay", type=at_least(0, float, 1), default=0.999,
@@ -292,8 +294,8 @@ def network_inputs(batch, scale, draws, denoiser, ctx):
 def train_step(denoiser, ema, optimizer, loss_fn, micro_batches, scale, step, args, ctx):
     """One optimiser step on a list of MicroBatch.
 
-    Returns (loss of each image [B], its t [B], gradient norm, 1.0 if the step was skipped else
-    0.0), tensors on the device. dev/bench.py times this function.
+    Returns (the numbers of LOSSES, 1.0 if it was skipped else 0.0), tensors on the device.
+    dev/bench.py times this function.
     """
     draws = draw_inputs(micro_batches[0].posterior[0].shape[1:], step, args, ctx)
     losses, times = [], []
@@ -312,30 +314,15 @@ def train_step(denoiser, ema, optimizer, loss_fn, micro_batches, scale, step, ar
     grad_norm, skipped = clip_and_step(denoiser, optimizer, args.grad_clip)
     if ema:
         ema.update(denoiser, step + 1)
-    return torch.cat(losses), torch.cat(times), grad_norm, skipped
+    loss = torch.cat(losses)
+    return (loss.mean(), grad_norm, *loss_by_quarter(loss, torch.cat(times))), skipped
 
 
-class LossMeans:
-    """RunningMeans of the loss, its gradient, and the loss by quarter of the noise range."""
-
-    def __init__(self, ctx):
-        quarters = [f"{what}_t{q}" for what in ("loss", "count") for q in range(4)]
-        self.means = RunningMeans(ctx, ["train/loss", "train/grad_norm", *quarters])
-
-    def add(self, loss, t, grad_norm, skipped):
-        """What train_step returned."""
-        quarter = (t[:, None] * 4).long() == torch.arange(4, device=t.device)  # [B, 4]
-        quarter = quarter.float()
-        self.means.add((loss.mean(), grad_norm, *(loss @ quarter), *quarter.sum(0)), skipped)
-
-    def read(self):
-        """Metrics since the last call, by their names in metrics.jsonl. All ranks must call it."""
-        means = self.means.read()
-        values = {k: means[k] for k in ("train/loss", "train/grad_norm", "train/bad_steps")}
-        for q in range(4):
-            if means[f"count_t{q}"] > 0:
-                values[f"train/loss_t{q}"] = means[f"loss_t{q}"] / means[f"count_t{q}"]
-        return values
+def loss_by_quarter(loss, t):
+    """Mean loss of the images in each quarter of the noise range, NaN if there are none: four 0-dim
+    tensors. loss, t [B]."""
+    quarter = ((t[:, None] * 4).long() == torch.arange(4, device=t.device)).float()  # [B, 4]
+    return (loss @ quarter / quarter.sum(0)).unbind()
 
 
 # --- evaluation ---------------------------------------------------------------------------------
@@ -487,7 +474,7 @@ def main(argv=None):
         "steps": f"{total_steps} ({order.epoch_steps} per epoch)"})
     # Only now, with the settings on the screen: compiling takes minutes.
     loss_fn = wrap(denoiser, latent_shape, args, ctx)
-    means, diverged = LossMeans(ctx), False
+    means, diverged = RunningMeans(ctx, LOSSES), False
 
     while True:
         # --- checkpoint, at most every --save_minutes ---
@@ -525,9 +512,9 @@ def main(argv=None):
         warmup = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
         for group in optimizer.param_groups:
             group["lr"] = args.lr * warmup
-        loss, t, grad_norm, skipped = train_step(
-            denoiser, ema, optimizer, loss_fn, micro_batches, scale, step, args, ctx)
-        means.add(loss, t, grad_norm, skipped)
+        losses, skipped = train_step(denoiser, ema, optimizer, loss_fn, micro_batches, scale, step,
+                                     args, ctx)
+        means.add(losses, skipped)
         skipped_in_a_row = (skipped_in_a_row + 1) * skipped  # back to 0 after a good step
         step += 1
 

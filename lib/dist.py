@@ -56,23 +56,21 @@ class DistContext(NamedTuple):
     # --- talking to the other ranks ---
 
     def barrier(self):
-        """Wait until all ranks are here. On the CPU, so that it does not wait for the GPU."""
-        if self.world_size > 1:
-            torch.distributed.all_reduce(torch.zeros(1), group=self.cpu_group)
+        """Wait until all ranks are here, but not for the GPU."""
+        self.gather_objects(None)
 
     def on_main(self, function):
         """function() on rank 0 alone; its picklable result on every rank. If it ends the program
         there, all ranks end, and only rank 0 says why."""
-        if self.world_size == 1:
-            return function()
         box = [None, None]  # result, exit code
         if self.is_main:
             try:
                 box[0] = function()
             except SystemExit as e:
                 box[1] = e.code
-        torch.distributed.broadcast_object_list(box, group=self.cpu_group,
-                                                device=torch.device("cpu"))
+        if self.world_size > 1:
+            torch.distributed.broadcast_object_list(box, group=self.cpu_group,
+                                                    device=torch.device("cpu"))
         if box[1] is not None:
             raise SystemExit(box[1])
         return box[0]
@@ -95,12 +93,11 @@ class DistContext(NamedTuple):
     def gather(self, local):
         """CPU tensors [n_rank, ...] of all ranks joined on every rank, in the order in which items
         were dealt out: item i to rank i % world_size."""
-        if self.world_size == 1:
-            return local
         parts = self.gather_objects(local)
-        total = sum(len(part) for part in parts)
-        return torch.stack([parts[i % self.world_size][i // self.world_size]
-                            for i in range(total)])
+        joined = local.new_empty(sum(len(part) for part in parts), *local.shape[1:])
+        for rank, part in enumerate(parts):
+            joined[rank::self.world_size] = part
+        return joined
 
     def wrap_ddp(self, module, *example):
         """DistributedDataParallel around `module` if there are several processes.
@@ -129,8 +126,7 @@ class DistContext(NamedTuple):
         return module
 
     def to_device(self, tensor):
-        """A CPU tensor on the device. From pinned memory, since any other copy to a GPU waits
-        until the GPU has done all that it was given before."""
+        """A CPU tensor on the device, from pinned memory: other copies wait for the GPU's work."""
         if self.device.type == "cuda":
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
@@ -155,11 +151,8 @@ class DistContext(NamedTuple):
 
 
 def setup(args):
-    """DistContext of this process; joins the process group if torchrun started it.
-
-    args: device and, if the stage has them, dtype and compile (without: float32 and eager). Ends
-    the program if the device is not usable.
-    """
+    """DistContext of this process; joins the process group if torchrun started it. Ends the program
+    if --device is not usable. A stage without --dtype and --compile runs in float32, eager."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
     device = usable_device(args.device)
@@ -181,16 +174,14 @@ def setup(args):
     dtype, compiled = getattr(args, "dtype", "fp32"), getattr(args, "compile", "off")
     bf16 = dtype == "bf16" or (dtype == "auto" and fast_bf16)
     compiled = compiled == "on" or (compiled == "auto" and device.type == "cuda")
-    dtype = torch.bfloat16 if bf16 else torch.float32
     cpu_group = join_group(device) if world_size > 1 else None
-    return DistContext(rank, world_size, device, dtype, compiled, cpu_group)
+    return DistContext(rank, world_size, device, torch.bfloat16 if bf16 else torch.float32,
+                       compiled, cpu_group)
 
 
 def usable_device(name):
     """torch.device of --device; ends the program if this machine has not got it."""
-    chosen = name
-    if name == "auto":
-        chosen = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     if chosen == "cuda":
         chosen = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -205,8 +196,7 @@ def join_group(device):
     """Join the process group of torchrun; returns a second group, on the CPU and without a
     timeout: one rank may wait for hours while another decodes its images."""
     if sys.platform == "linux":
-        # SIGTERM if torchrun is killed: a process that went on training would be a second writer
-        # beside the next start.
+        # If torchrun is killed, end with it: to train on would be to write beside the next start.
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -313,34 +303,33 @@ class StopSignal:
     def poll(self, save_due):
         """(stop, save), the same on all ranks: did any get a signal, does rank 0 want to save?"""
         flags = torch.tensor([float(self.name is not None), float(save_due and self.ctx.is_main)])
-        if self.ctx.world_size > 1:
-            # On the CPU: this must not wait for the GPU.
+        if self.ctx.world_size > 1:  # on the CPU: this must not wait for the GPU
             torch.distributed.all_reduce(flags, group=self.ctx.cpu_group)
-        stop, save = flags.tolist()
-        return stop > 0, save > 0
+        return flags[0].item() > 0, flags[1].item() > 0
 
 
 class RunningMeans:
-    """Means of a few numbers since the last log line, without the steps that were skipped. The
-    sums stay on the device: `.item()` in each step would make the CPU wait for the GPU."""
+    """Means of a few numbers since the last log line, without steps that were skipped and numbers
+    that are NaN. The sums stay on the device: `.item()` in each step would wait for the GPU."""
 
     def __init__(self, ctx, names):
         self.ctx, self.names = ctx, names
-        self.sums = torch.zeros(len(names) + 2, device=ctx.device)  # and of good, skipped steps
+        self.sums = torch.zeros(2, len(names) + 1, device=ctx.device)  # and how many were added
 
     def add(self, values, skipped):
         """values: 0-dim tensors in the order of `names`; skipped: 1.0 if the step was, else 0.0."""
         row = torch.stack([*(v.detach() for v in values), torch.ones_like(skipped)])
-        row = torch.where(skipped > 0, torch.zeros_like(row), row)
-        self.sums += torch.cat([row, skipped[None]])
+        good = row.isfinite() & (skipped == 0)
+        good[-1] = skipped > 0
+        self.sums += torch.stack([row.where(good, torch.zeros_like(row)), good.float()])
 
     def read(self):
-        """{name: mean over steps and ranks}, NaN if no step was good, and `train/bad_steps`, the
+        """{name: mean over steps and ranks}, NaN if there was none, and `train/bad_steps`, the
         number of skipped steps; starts anew. All ranks must call it."""
-        *sums, good, skipped = self.ctx.average(self.sums).tolist()
+        sums, counts = self.ctx.average(self.sums)
         self.sums = torch.zeros_like(self.sums)
-        means = {n: s / good if good else math.nan for n, s in zip(self.names, sums, strict=True)}
-        return means | {"train/bad_steps": skipped}
+        return {**dict(zip(self.names, (sums / counts).tolist(), strict=False)),
+                "train/bad_steps": counts[-1].item()}
 
 
 def clip_and_step(module, optimizer, grad_clip):

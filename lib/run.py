@@ -150,14 +150,16 @@ def read_latent_scale(args, ckpt_path, vae_sha256):
     stored = read_json(path)
     if stored.get("vae_sha256") != vae_sha256:
         stored = {}
-    measured, given = stored.get("latent_scale_factor"), args.latent_scale_factor
+    measured, std = stored.get("latent_scale_factor"), stored.get("std")
+    whole = isinstance(std, float) and std > 0 and measured == 1 / std
+    given = args.latent_scale_factor
     if given is None and args.resume_dir:
         given = read_meta(args.resume_dir).get("latent_scale_factor")
-    if given is None and not (isinstance(measured, float) and 0 < measured < math.inf):
+    if given is None and not whole:
         reason = "damaged or measured on another autoencoder" if path.exists() else "missing"
         command = command_line("find_latent_scale.py", ae_ckpt_path=ckpt_path, **data_flags(args))
         fail(f"{path} is {reason}; measure the scale with: {command}")
-    if args.latent_scale_factor and measured and abs(given / measured - 1) > 0.01:
+    if args.latent_scale_factor and whole and abs(given / measured - 1) > 0.01:
         notice(f"--latent_scale_factor={given} is {100 * (given / measured - 1):+.0f} % off the "
                f"measured {measured:.6g} in {path}")
     same = (stored.get("task"), stored.get("split")) == (args.task, args.split)
@@ -188,7 +190,7 @@ class Run:
         self.last_path = self.folder / "ckpts" / "last.pt"
         self.best_path = self.folder / "ckpts" / "best.pt"
         self.metrics_path = self.folder / "metrics.jsonl"
-        self.started, self.seconds_before = time.perf_counter(), 0.0
+        self.saved_step, self.save_time, self.saved_seconds = -1, time.perf_counter(), 0.0
         self.tracker = Tracker(None)
         created = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         is_copy = self.before.get("folder") != self.folder.name  # of another run's folder
@@ -221,7 +223,7 @@ class Run:
         if not self.args.resume_dir:
             return None
         checkpoint = load_checkpoint(self.last_path, self.kind)
-        self.seconds_before = checkpoint.get("seconds", 0.0)
+        self.saved_step, self.saved_seconds = checkpoint["step"], checkpoint.get("seconds", 0.0)
         return checkpoint
 
     def restore(self, modules, optimizers=()):
@@ -239,10 +241,6 @@ class Run:
             for group in optimizer.param_groups:
                 group["weight_decay"] = self.args.weight_decay
 
-    def seconds(self):
-        """Training time so far, that before the checkpoint included."""
-        return self.seconds_before + time.perf_counter() - self.started
-
     def start(self, state, total_steps, parser, facts):
         """Print the settings with facts {name: text}, and write the first files or cut
         metrics.jsonl back to the checkpoint. From here on a signal is answered between two
@@ -254,7 +252,6 @@ class Run:
                  "Nothing was changed")
         self.stop_signal = StopSignal(self.ctx)
         self.progress = Progress(self.ctx, "step", total_steps, step)
-        self.saved_step, self.save_time = step, time.perf_counter()
         self.status = ""  # the last log line, beside the progress
         self.restart_clock(step)
         if not self.ctx.is_main:
@@ -309,16 +306,18 @@ class Run:
     def save(self, state):
         """Write ckpts/last.pt, once per step: a finished run that is started again keeps its
         checkpoint, and its hash, as it is."""
-        if state["step"] == self.saved_step and self.last_path.exists():
+        if state["step"] == self.saved_step:
             return
-        self.saved_step, self.save_time = state["step"], time.perf_counter()
+        now = time.perf_counter()
+        self.saved_seconds += now - self.save_time
+        self.saved_step, self.save_time = state["step"], now
         if self.ctx.is_main:
             self._write(self.last_path, state)
 
     def _write(self, path, state):
         self._check_lock()
         state = {"kind": self.kind, **state, "world_size": self.ctx.world_size,
-                 "seconds": self.seconds()}
+                 "seconds": self.saved_seconds}
         write_atomic(path, lambda f: torch.save(state, f))
 
     def save_best(self, state):
@@ -439,7 +438,7 @@ class Run:
             if "overfit/passed" in summary and not diverged:
                 self.print(verdicts.format_overfit(summary))
             write_json(self.folder / "summary.json", {
-                "step": step, "diverged": diverged, "wall_seconds": self.seconds(), **summary,
+                "step": step, "diverged": diverged, "wall_seconds": self.saved_seconds, **summary,
                 "verdicts": [v._asdict() for v in found]})
         numbers = {k: v for k, v in summary.items() if isinstance(v, (int, float))}
         self.tracker.attempt(lambda w: w.summary.update(numbers | verdicts.levels(found)))
