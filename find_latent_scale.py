@@ -32,39 +32,29 @@ def build_parser():
 
 def measure(latents, seed, ctx):
     """{name: number} about posterior samples of all latents. Not about their means: the diffusion
-    model is trained on samples. Sums are float64, shifted by the first batch's mean."""
-    count, noise_variance, lowest, highest = 0, 0.0, math.inf, -math.inf
+    model is trained on samples. Sums are float64."""
     num_images = len(latents.images)
     progress = run.Progress(ctx, "measuring latents", num_images)
+    total = squares = noise_variance = 0.0
     for start in range(0, num_images, 64):
         mean, logvar = latents.posterior(np.arange(start, min(start + 64, num_images)))
         noise = torch.randn(mean.shape, generator=ctx.generator(seed, "scale", start))
-        z = model.Posterior(mean, logvar).sample(noise.to(mean.device))
-        lowest, highest = min(lowest, z.min().item()), max(highest, z.max().item())
-        noise_variance += logvar.double().exp().mean().item() * len(z)
-        z = z.double().cpu()
-        if start == 0:
-            shift = z.mean((0, 2, 3))  # float64 [C]
-            total = square_total = torch.zeros_like(shift)
-        z = z - shift[:, None, None]
-        count += z.numel() // z.shape[1]
-        total = total + z.sum((0, 2, 3))
-        square_total = square_total + z.square().sum((0, 2, 3))
+        z = model.Posterior(mean, logvar).sample(noise.to(mean.device)).double()
+        total = total + z.mean((2, 3)).sum(0)  # [C]
+        squares = squares + z.square().mean((2, 3)).sum(0)
+        noise_variance = noise_variance + logvar.double().exp().mean((1, 2, 3)).sum()
         progress.update(start + len(z))
     progress.clear()
-    offsets = total / count
-    means = (shift + offsets).tolist()
-    stds = (square_total / count - offsets**2).clamp(min=0).sqrt().tolist()
-    # Over all values of all channels, of which there are equally many.
-    mean = sum(means) / len(means)
-    variances = [s**2 + (m - mean) ** 2 for m, s in zip(means, stds, strict=True)]
-    std = math.sqrt(sum(variances) / len(variances))
+    means, powers = total / num_images, squares / num_images
+    mean = means.mean().item()
+    std = math.sqrt(max(0.0, powers.mean().item() - mean**2))  # of all values of all channels
     if not (math.isfinite(std) and std > 0):
         fail(f"the latents have standard deviation {std}: this autoencoder is broken")
-    return {"latent_scale_factor": 1 / std, "std": std, "mean": mean, "min": lowest,
-            "max": highest, "channel_mean": means, "channel_std": stds,
-            "channel_latent_scale_factor": [1 / s if s else None for s in stds],
-            "posterior_noise_share": noise_variance / num_images / std**2,
+    stds = (powers - means**2).clamp(min=0).sqrt()
+    return {"latent_scale_factor": 1 / std, "std": std, "mean": mean,
+            "channel_mean": means.tolist(), "channel_std": stds.tolist(),
+            "channel_latent_scale_factor": (1 / stds).tolist(),
+            "posterior_noise_share": noise_variance.item() / num_images / std**2,
             "num_images": num_images}
 
 

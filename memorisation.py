@@ -12,6 +12,7 @@ import torch
 import data
 import model
 from lib import metrics
+from lib.files import notice
 
 PAIRS = 512  # of an image and a time, whose mean loss val/loss is
 WINDOW = 8  # evaluations whose samples are searched for copies together
@@ -87,6 +88,7 @@ class MemorisationMonitor:
         self.ctx, self.images, self.num_val = ctx, latents.images, 0
         self.val = self.train = self.copy_test = None
         self.best, self.recent = Best(), torch.zeros(0, data.THUMBNAIL_SIZE**2)
+        self.val_data = None  # ImageSet.summary of the validation images
         self.off = args.overfit_k > 0
         if self.off:
             return
@@ -96,7 +98,7 @@ class MemorisationMonitor:
         val = data.open_images(args, ctx, "val", optional=True, train=self.images)
         if val is None:
             return
-        self.num_val = len(val)
+        self.num_val, self.val_data = len(val), val.summary
         val_latents = data.LatentSet(val, vae, vae_sha256, cache, ctx, args.cache_latents)
         index = np.linspace(0, len(val) - 1, min(len(val), PAIRS)).astype(int)
         matched = []  # as many training images, with the same classes
@@ -109,11 +111,15 @@ class MemorisationMonitor:
 
     def state(self):
         """What belongs in a checkpoint."""
-        return {"best": self.best._asdict(), "recent": self.recent}
+        return {"best": self.best._asdict(), "recent": self.recent, "val_data": self.val_data}
 
     def load(self, checkpoint):
-        """Go on from a checkpoint."""
-        self.best, self.recent = Best(**checkpoint["best"]), checkpoint["recent"]
+        """Go on from a checkpoint. Losses on other validation images cannot be compared."""
+        self.recent = checkpoint["recent"]
+        if checkpoint.get("val_data", self.val_data) == self.val_data:
+            self.best = Best(**checkpoint["best"])
+        else:
+            notice("the validation images have changed: best.pt is chosen anew")
 
     def measure(self, denoiser, x, step, epoch):
         """Metrics val/* and copies/* of an evaluation with samples x [N, 1, S, S]; updates `best`.

@@ -126,7 +126,8 @@ run_program() {
         start=torchrun_step
         check --check=flags "$@"
         if [ -z "$run_folder" ]; then
-            run_folder=$SLURM_JOB_NAME-$SLURM_JOB_ID
+            # With the cluster's name, since another one has a job of this number, too.
+            run_folder=$SLURM_JOB_NAME-${SLURM_CLUSTER_NAME:+$SLURM_CLUSTER_NAME-}$SLURM_JOB_ID
             set -- "$@" --run_name="$run_folder"
         fi
     fi
