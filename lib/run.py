@@ -46,10 +46,9 @@ CONTENTS = {  # what a checkpoint of each kind must hold
 def load_checkpoint(path, kind, weights=True):
     """The dict that Run.save wrote, on the CPU, with `sha256` of the very bytes that were read.
 
-    kind: "vae" or "ldm". Code in the file is never run (weights_only), and the archive's checksums
-    are verified, which torch.load does not do. weights=False is for a look at the settings: the
-    tensors stay in the file, and there is no hash. Ends the program if the file is missing,
-    damaged, or of another kind or version.
+    kind: "vae" or "ldm". Code in the file is never run, and the archive's checksums are verified,
+    which torch.load does not do. weights=False: the tensors stay in the file, and there is no hash.
+    Ends the program if the file is missing, damaged, or of another kind or version.
     """
     if not os.path.isfile(path):
         inside = [name for name in ("best.pt", "last.pt")
@@ -80,8 +79,8 @@ def load_checkpoint(path, kind, weights=True):
 
 
 def load_network(build, settings, weights, path):
-    """The module that build(settings) makes, with stored weights. Nothing is allocated before their
-    shapes are known to fit. Ends the program if they do not."""
+    """The module that build(settings) makes, with stored weights; ends the program if they do not
+    fit, before anything is allocated."""
     try:
         depth = max(n for name, n in settings.items() if name.endswith("num_res_blocks"))
         if depth > len(weights):
@@ -140,8 +139,8 @@ def find_autoencoder(args):
 
 
 def read_latent_scale(args, ckpt_path, vae_sha256):
-    """(latent scale factor, ImageSet.summary of the images that it was measured on; None if these
-    are not known or not those of args).
+    """(latent scale factor, ImageSet.summary of the images that it was measured on, None if not
+    known or not those of args).
 
     --latent_scale_factor wins, with a notice if it is over 1 % off. Ends the program with the
     command that measures the scale, if it is missing, damaged or of another autoencoder.
@@ -213,9 +212,9 @@ class Run:
         """Print for --check the folder that a run of this kind would write to (empty: named by its
         date), and the step of the checkpoint in it (-1: none)."""
         folder, step = named_folder(args) or "", -1
-        checkpoint = os.path.join(folder, "ckpts", "last.pt")
-        if folder and os.path.exists(checkpoint):
-            step = load_checkpoint(checkpoint, kind, weights=False)["step"]
+        path = os.path.join(folder, "ckpts", "last.pt")
+        if folder and os.path.exists(path):
+            step = load_checkpoint(path, kind, weights=False)["step"]
         print(folder, step, sep="\n")
 
     def load(self):
@@ -227,8 +226,8 @@ class Run:
         return checkpoint
 
     def restore(self, modules, optimizers=()):
-        """Load {module: its stored weights} and {optimizer: its stored state}. Of the optimisers'
-        settings those of the command line win. Ends the program if a network has another shape."""
+        """Load {module: its stored weights} and {optimizer: its stored state}; ends the program if
+        a network has another shape. The command line's settings of optimisers win."""
         source = self.last_path if self.args.resume_dir else self.args.init_from
         for module, state in modules.items():
             try:
@@ -243,8 +242,7 @@ class Run:
 
     def start(self, state, total_steps, parser, facts):
         """Print the settings with facts {name: text}, and write the first files or cut
-        metrics.jsonl back to the checkpoint. From here on a signal is answered between two
-        steps."""
+        metrics.jsonl back to the checkpoint. From here on signals wait for the end of a step."""
         step = state["step"]
         if step > total_steps:
             fail(f"{self.folder} has done {step} steps, but with these settings it ends after "
@@ -271,9 +269,7 @@ class Run:
         else:
             self.save(state)
         if self.args.wandb:
-            config = {**vars(self.args), "world_size": self.ctx.world_size}
-            self.tracker = Tracker(start_wandb(self.args, self.folder, self.meta["wandb_id"],
-                                               config))
+            self.tracker = Tracker(start_wandb(self.args, self.folder, self.meta))
         if self.tracker.session is not None:
             self.meta["wandb_id"] = self.tracker.session.id
             write_json(self.folder / "run_meta.json", self.meta)
@@ -298,14 +294,14 @@ class Run:
 
     def stop_if_asked(self, state):
         """Within an evaluation: save state() and leave, if a signal asked rank 0 to. Another rank
-        goes on to the next poll: if it left now, nobody would save."""
+        goes on to the next poll."""
         if self.stop_signal.name and self.ctx.is_main:
             self.save(state())
             self._leave()
 
     def save(self, state):
-        """Write ckpts/last.pt, once per step: a finished run that is started again keeps its
-        checkpoint, and its hash, as it is."""
+        """Write ckpts/last.pt, once per step: a finished run that is started again keeps its hash.
+        """
         if state["step"] == self.saved_step:
             return
         now = time.perf_counter()
@@ -322,7 +318,7 @@ class Run:
 
     def save_best(self, state):
         """Write ckpts/best.pt, to sample from and not to go on from: the averaged weights alone. A
-        run that was started again and has just found the same keeps its file, and its hash."""
+        run that was started again and has just found the same keeps its hash."""
         if not self.ctx.is_main:
             return
         with contextlib.suppress(Exception):  # missing or damaged: it is written anew
@@ -412,8 +408,7 @@ class Run:
         return command_line(MADE_BY[self.kind], resume_dir=self.folder, **flags)
 
     def stop(self):
-        """Leave together once the checkpoint is written: the first rank to end takes the others
-        along."""
+        """Leave once all ranks are here: the first to end takes the others along."""
         self.ctx.barrier()
         self._leave()
 
@@ -534,11 +529,9 @@ class Tracker:
         self.attempt(lambda w: w.finish(exit_code=exit_code))
 
 
-def start_wandb(args, folder, wandb_id, config):
-    """A W&B run for a run folder, offline if there is no account or network; never a prompt.
-
-    wandb_id: of the run to go on with, or None; config: settings to show. None if it fails.
-    """
+def start_wandb(args, folder, meta):
+    """A W&B run for a run folder and its run_meta.json, offline if there is no account or network;
+    None if it fails. Never a prompt."""
     try:
         import wandb
         mode = os.environ.get("WANDB_MODE", "online")
@@ -550,8 +543,9 @@ def start_wandb(args, folder, wandb_id, config):
         tags = [tag.strip(" '\"") for tag in args.wandb_tags.strip("[]()").split(",")]
         options = dict(
             project=args.wandb_project, entity=args.wandb_entity, name=folder.name,
-            dir=str(folder), tags=[tag for tag in tags if tag], id=wandb_id, resume="allow",
-            config=config, settings=wandb.Settings(init_timeout=30, silent=True))
+            dir=str(folder), tags=[tag for tag in tags if tag], id=meta["wandb_id"],
+            resume="allow", config=meta["args"] | {"world_size": meta["world_size"]},
+            settings=wandb.Settings(init_timeout=30, silent=True))
         try:
             session = wandb.init(mode=mode, **options)
         except Exception as e:
