@@ -10,7 +10,6 @@ import contextlib
 import datetime
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -275,15 +274,13 @@ class Run:
             write_json(self.folder / "run_meta.json", self.meta)
 
     def _trim_log(self, step):
-        """Cut metrics.jsonl back to its last whole line up to the checkpoint's step. The evaluation
-        at that step is done again."""
-        end = 0
-        for behind, record in read_records(self.metrics_path):
-            logged = record.get("step", step)
-            if logged < step or logged == step and "train/grad_norm" in record:
-                end = behind
-        if self.metrics_path.exists():
-            os.truncate(self.metrics_path, end)
+        """Cut metrics.jsonl back to its last line up to the checkpoint's step. The evaluation at
+        that step is done again."""
+        records = read_records(self.metrics_path)
+        while records and (records[-1]["step"], "train/loss" not in records[-1]) > (step, False):
+            records.pop()
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        write_atomic(self.metrics_path, lambda f: f.write(text.encode()))
 
     # --- the training loop ---
 
@@ -348,8 +345,9 @@ class Run:
             self.progress.clear()
             say(text)
 
-    def log(self, step, epoch, metrics):
-        """Append a line to metrics.jsonl and hand it to W&B. Non-finite numbers become null."""
+    def log(self, step, epoch, metrics, pictures=()):
+        """Append a line to metrics.jsonl and hand it to W&B with pictures {name: path}. Non-finite
+        numbers become null."""
         if not self.ctx.is_main:
             return
         self._check_lock()
@@ -360,7 +358,7 @@ class Run:
         except OSError as e:
             fail(f"cannot write {self.metrics_path}: {e.strerror}; free some space, then go on "
                  f"with: {self.resume_command()}")
-        self.tracker.attempt(lambda w: w.log({**metrics, "step": step, "epoch": epoch}))
+        self.tracker.log({**metrics, "step": step, "epoch": epoch}, dict(pictures))
 
     def log_training(self, step, epoch, metrics, images_per_step):
         """Log metrics of training steps with images per second, on the console too; returns all."""
@@ -375,14 +373,13 @@ class Run:
 
     def log_evaluation(self, step, epoch, metrics, pictures, found=()):
         """Log an evaluation: metrics, pictures {name: path} and verdicts."""
-        self.log(step, epoch, metrics)
+        self.log(step, epoch, metrics, pictures)
         numbers = "".join(f"  {name} {value:.4f}" for name, value in metrics.items()
                           if name.startswith("val/"))
         paths = ", ".join(str(path) for path in pictures.values())
         self.print(f"epoch {epoch}, step {step}:{numbers}  {paths}")
         if found:
             self.print(verdicts.format_verdicts(found))
-        self.tracker.log_pictures(step, epoch, pictures)
         self.tracker.attempt(lambda w: w.summary.update(verdicts.levels(found)))
 
     def show_progress(self, step):
@@ -397,8 +394,7 @@ class Run:
 
     def history(self, name):
         """All logged values of a metric in order; null reads as NaN."""
-        records = [record for _, record in read_records(self.metrics_path)]
-        values = [record[name] for record in records if name in record]
+        values = [record[name] for record in read_records(self.metrics_path) if name in record]
         return [math.nan if value is None else value for value in values]
 
     # --- its end ---
@@ -454,17 +450,17 @@ class Run:
 def new_folder(args, default_name):
     """Folder of a new run. Without --run_name it is made exclusively, so that two runs of the same
     second get two folders."""
-    name = f"{args.exp_name or default_name}_{time.strftime('%Y%m%d-%H%M%S')}"
-    unnamed = os.path.join(args.output_root, name)
     try:
         if args.run_name:
             os.makedirs(named_folder(args), exist_ok=True)
             return named_folder(args)
-        for number in itertools.count(1):
-            folder = unnamed if number == 1 else f"{unnamed}_{number}"
+        while True:
+            name = f"{args.exp_name or default_name}_{time.strftime('%Y%m%d-%H%M%S')}"
+            folder = os.path.join(args.output_root, name)
             with contextlib.suppress(FileExistsError):
                 os.makedirs(folder)
                 return folder
+            time.sleep(1)
     except OSError as e:
         fail(f"cannot write to {args.output_root}: {e.strerror}; choose another --output_root")
 
@@ -479,21 +475,13 @@ def git_commit():
 
 
 def read_records(path):
-    """[(position behind the line, dict)] of metrics.jsonl, without lines that are torn or
-    damaged."""
-    if not os.path.exists(path):
-        return []
-    try:
-        lines = pathlib.Path(path).read_bytes().splitlines(keepends=True)
-    except OSError as e:
-        fail(f"cannot read {path}: {e.strerror}")
-    records, behind = [], 0
-    for line in lines:
-        behind += len(line)
-        with contextlib.suppress(ValueError):
-            if line.endswith(b"\n"):
-                records.append((behind, parse_json(line)))
-    return records
+    """[dict] of the lines of metrics.jsonl, without those that are torn or damaged."""
+    records = []
+    if os.path.exists(path):
+        for line in pathlib.Path(path).read_bytes().splitlines():
+            with contextlib.suppress(ValueError):
+                records.append(parse_json(line))
+    return [record for record in records if isinstance(record.get("step"), int)]
 
 
 # --- W&B ----------------------------------------------------------------------------------------
@@ -515,13 +503,13 @@ class Tracker:
             notice(f"W&B stopped ({first_line(e)}); training goes on, and metrics.jsonl has all")
             self.session = None
 
-    def log_pictures(self, step, epoch, pictures):
-        """Hand picture files {name: path} to W&B as samples/NAME."""
+    def log(self, values, pictures):
+        """Hand over values {name: number} and picture files {name: path}, as samples/NAME."""
         def log(session):
             import wandb
-            session.log({"step": step, **{
-                f"samples/{name}": wandb.Image(str(path), caption=f"{name}, epoch {epoch}")
-                for name, path in pictures.items()}})
+            session.log(values | {f"samples/{name}": wandb.Image(
+                str(path), caption=f"{name}, epoch {values['epoch']}")
+                for name, path in pictures.items()})
         self.attempt(log)
 
     def finish(self, exit_code=0):

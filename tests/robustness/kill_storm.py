@@ -168,7 +168,7 @@ class Storm:
             reached = run.load_checkpoint(ckpt, self.stage)["step"]
             assert reached >= step, f"the checkpoint went back from step {step} to {reached}"
             step = reached
-            records = [record for _, record in run.read_records(self.run / "metrics.jsonl")]
+            records = run.read_records(self.run / "metrics.jsonl")
             logged = {record["step"] for record in records}
             assert set(range(1, step + 1)) <= logged, "metrics.jsonl is short"
         if (self.run / "summary.json").exists():
