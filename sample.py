@@ -97,21 +97,16 @@ class TrainedModel(NamedTuple):
 
 
 def prepare_sampling(args, ctx):
-    """TrainedModel from the flags of add_sampling_arguments; what is None there is set as in
-    training. Ends the program if they ask for what the model cannot do."""
+    """TrainedModel from the flags of add_sampling_arguments, of which None means as in training.
+    Ends the program if they ask for what the model cannot do."""
     if not args.ckpt:
         fail("which model? Give --ckpt=runs/ldm_.../ckpts/best.pt")
     denoiser, vae, checkpoint = load_ldm(args.ckpt, ctx, args.ae_ckpt_path, args.use_ema)
-    class_names, trained = checkpoint["class_names"], checkpoint["trained_classes"]
-    names = [class_names[c] for c in trained]
-    if args.classes:
-        names = [name.strip() for name in re.split("[,:]", args.classes)]
-    for name in names:
-        if name not in class_names:
-            fail(f"no class {name!r} in {args.ckpt}; it knows {', '.join(class_names)}")
-        if class_names.index(name) not in trained:
-            fail(f"{args.ckpt} saw no image of class {name!r} in training")
-    settings = checkpoint["args"]
+    settings, class_names = checkpoint["args"], checkpoint["class_names"]
+    trained = [class_names[c] for c in checkpoint["trained_classes"]]
+    names = re.split(r"\s*[,:]\s*", args.classes.strip()) if args.classes else trained
+    if unknown := [name for name in names if name not in trained]:
+        fail(f"no class {unknown[0]!r} in {args.ckpt}; it knows {', '.join(trained)}")
     if args.use_ema is None:
         args.use_ema = checkpoint["ema"] is not None
     for name in ("guidance_scale", "guidance_interval"):
@@ -122,8 +117,8 @@ def prepare_sampling(args, ctx):
              "to guide from: give --guidance_scale=1")
     if ctx.compile:
         denoiser.unet.compile()
-    classes = [class_names.index(name) for name in dict.fromkeys(names)]
-    return TrainedModel(denoiser, vae, checkpoint, classes)
+    return TrainedModel(denoiser, vae, checkpoint,
+                        [class_names.index(name) for name in dict.fromkeys(names)])
 
 
 # --- sampling -----------------------------------------------------------------------------------
@@ -180,8 +175,7 @@ def sample_batches(denoiser, vae, latent_scale_factor, requests, class_names, ar
     progress = run.Progress(ctx, label, len(requests) * args.num_sampling_steps)
     done = 0
     for start in range(0, len(requests), batch_size):
-        batch = requests[start:start + batch_size]
-        full = batch
+        batch = full = requests[start:start + batch_size]
         if ctx.compile and start > 0:  # another size would be compiled once more
             full = batch + batch[-1:] * (batch_size - len(batch))
 
@@ -194,14 +188,12 @@ def sample_batches(denoiser, vae, latent_scale_factor, requests, class_names, ar
 
         try:
             z = sample_latents(denoiser, vae.latent_shape, full, class_names, args, ctx, count)
-            z = z[:len(batch)]
-            x = decode_latents(vae, z, latent_scale_factor, ctx)
+            x = decode_latents(vae, z[:len(batch)], latent_scale_factor, ctx)
         except RuntimeError as e:  # torch.OutOfMemoryError is one; a CPU "can't allocate memory"
             if "memory" not in str(e):
                 raise
-            fail(f"{len(batch)} images at once do not fit into memory: lower the batch size "
-                 f"({batch_size})")
-        yield batch, z.cpu(), x
+            fail(f"{batch_size} images at once do not fit into memory: lower the batch size")
+        yield batch, z[:len(batch)].cpu(), x
     progress.clear()
 
 
@@ -272,14 +264,10 @@ def prepare_folder(folder, checkpoint, requests, args):
 
 
 def write_report(folder, checkpoint, requests, z, real, args):
-    """metrics.json and grid.png beside the images, and the verdicts on the console.
-
-    requests: [(class index, number)] of the images; z: their normalised latents; real: of
-    real_rows.
-    """
+    """metrics.json and grid.png beside the images, and the verdicts on the console. requests:
+    [(class index, number)]; z: their normalised latents; real: of real_rows."""
     class_names = checkpoint["class_names"]
-
-    # --- numbers: of the first thousand per class, since pairs grow with the square ---
+    # Of the first thousand per class, since pairs grow with the square.
     first = [k for k, (_, i) in enumerate(requests) if i < 1000]
     values = latent_metrics(z[first], [requests[k][0] for k in first], class_names,
                             checkpoint["latent_scale_factor"],
@@ -287,8 +275,6 @@ def write_report(folder, checkpoint, requests, z, real, args):
     found = verdicts.health(values, train_stats=checkpoint["train_stats"],
                             overfit=checkpoint["args"]["overfit_k"] > 0)
     write_json(folder / "metrics.json", values | {"verdicts": [v._asdict() for v in found]})
-
-    # --- picture ---
     rows, labels = [], []
     for c in dict.fromkeys(c for c, _ in requests):
         if class_names[c] in real:

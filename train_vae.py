@@ -82,8 +82,7 @@ def preset(args):
     """New defaults that follow from --init_from: the shape of that autoencoder."""
     if not args.init_from or run_to_continue(args):
         return {}
-    folder = diffusers_io.vae_folder(args.init_from)
-    if folder:
+    if folder := diffusers_io.vae_folder(args.init_from):
         return diffusers_io.vae_settings(folder, args.img_size)
     checkpoint = load_checkpoint(args.init_from, "vae", weights=False)
     load_network(model.build_vae, checkpoint["args"], checkpoint["ema"], args.init_from)
@@ -94,9 +93,8 @@ def parse_args(argv=None):
     """Settings of this stage; ends the program if they contradict each other."""
     args = parse_settings(build_parser(), argv, preset, kind="vae")
     for name, value in preset(args).items():
-        now = getattr(args, name)
-        if now != value and name != "img_size":  # it is convolutional
-            fail(f"--init_from={args.init_from} has {name}={value}, not {now}: leave --{name} out")
+        if name != "img_size" and getattr(args, name) != value:  # it is convolutional
+            fail(f"--init_from={args.init_from} has {name}={value}: leave --{name} out")
     if args.max_steps == 0 and not args.init_from:
         fail("--max_steps=0 trains nothing: give --init_from, or leave --max_steps out")
     least = model.PatchDiscriminator.smallest(args.disc_layers)
@@ -122,29 +120,25 @@ class Models(NamedTuple):
 
 
 def build_models(args, ctx):
-    """Models on the device, from args.seed or --init_from; ends the program if settings contradict
-    each other."""
+    """Models on the device, from args.seed; ends the program if settings contradict each other."""
     torch.manual_seed(args.seed)
     try:
-        vae = model.build_vae(vars(args))
+        vae = ctx.place(model.build_vae(vars(args)))
     except ValueError as e:
         fail(e)
-    vae, disc = ctx.place(vae), model.PatchDiscriminator(args.disc_base_ch, args.disc_layers)
-    disc = ctx.place(disc)
-
-    def adamw(module, lr):
-        betas = (0.5, 0.9)  # of VQGAN and LDM: little momentum, since the adversarial target moves
-        return torch.optim.AdamW(module.parameters(), lr, betas, weight_decay=args.weight_decay,
-                                 fused=True)
-    return Models(vae, model.EMA(vae, args.ema_decay), disc, adamw(vae, args.lr),
-                  adamw(disc, args.disc_lr))
+    disc = ctx.place(model.PatchDiscriminator(args.disc_base_ch, args.disc_layers))
+    # Betas of VQGAN and LDM: little momentum, since the adversarial target moves.
+    vae_optimizer, disc_optimizer = (
+        torch.optim.AdamW(module.parameters(), lr, (0.5, 0.9), weight_decay=args.weight_decay,
+                          fused=True)
+        for module, lr in ((vae, args.lr), (disc, args.disc_lr)))
+    return Models(vae, model.EMA(vae, args.ema_decay), disc, vae_optimizer, disc_optimizer)
 
 
 def initial_weights(vae, path):
     """State dict for `vae` from --init_from: the averaged weights of another run, or a diffusers
     folder."""
-    folder = diffusers_io.vae_folder(path)
-    if folder:
+    if folder := diffusers_io.vae_folder(path):
         return diffusers_io.vae_weights(vae, folder)
     return load_checkpoint(path, "vae")["ema"]
 
@@ -152,10 +146,9 @@ def initial_weights(vae, path):
 def wrap(models, args, ctx):
     """(vae_fn, disc_fn): the networks as the step calls them, compiled and under DDP."""
     vae, disc = models.vae, models.disc
-    size, batch = args.img_size, args.batch_per_device
-    x = torch.zeros(batch, 1, size, size, device=ctx.device)
+    x = torch.zeros(args.batch_per_device, 1, args.img_size, args.img_size, device=ctx.device)
     x = x.contiguous(memory_format=ctx.memory_format)
-    noise = torch.zeros(batch, *vae.latent_shape, device=ctx.device)
+    noise = torch.zeros(len(x), *vae.latent_shape, device=ctx.device)
     vae_fn = ctx.wrap_ddp(torch.compile(vae) if ctx.compile else vae, x, noise)
     if args.disc_weight == 0:
         return vae_fn, disc
@@ -198,8 +191,7 @@ def cooldown(step, total_steps, fraction):
 
 def read_images(images, index, step, args, ctx):
     """The images `index` of this rank in a step, float32 [B, 1, S, S] on the device; with --augment
-    half of them augmented, by numbers that depend on the seed, the step and the place in the global
-    batch."""
+    half of them augmented, depending on the seed, the step and the place in the global batch."""
     x = ctx.to_device(images.images(index))
     if args.augment:
         rng = ctx.generator(args.seed, "augment", step)
@@ -255,11 +247,9 @@ def train_step(models, vae_fn, disc_fn, perceptual, x, step, args, ctx):
 
 @torch.no_grad()
 def evaluate(vae, images, ctx, batch_size, tick):
-    """Quality of what the posterior means decode to, over all images of all ranks: val/*.
-
-    PSNR, SSIM and L1; and, as a fraction of the images' own, detail and the power of the two finest
-    octaves, where blur and noise show. tick() is called before each batch.
-    """
+    """Quality of what the posterior means decode to, over all images of all ranks: PSNR, SSIM, L1;
+    detail and the power of the two finest octaves, where blur and noise show, as fractions of the
+    images' own. tick() is called before each batch."""
     sums = torch.zeros(10, dtype=torch.float64)
     local = range(ctx.rank, len(images), ctx.world_size)
     for start in range(0, len(local), batch_size):
@@ -296,11 +286,10 @@ def open_splits(args, ctx):
     """(training ImageSet, validation ImageSet or None). Overfitting is judged by the images that
     were memorised, so there is no validation then."""
     train_set = data.open_images(args, ctx, args.split)
-    if args.overfit_one:  # repeated, so that an epoch is more than one step
-        first = data.overfit_indices(train_set.labels, 1)
-        return train_set.subset(np.repeat(first, args.repeat_len)), None
-    if args.overfit_k:
-        return train_set.subset(data.overfit_indices(train_set.labels, args.overfit_k)), None
+    if args.overfit_one or args.overfit_k:
+        index = data.overfit_indices(train_set.labels, args.overfit_k or 1)
+        # One image is repeated, so that an epoch is more than one step.
+        return train_set.subset(np.repeat(index, args.repeat_len if len(index) == 1 else 1)), None
     return train_set, data.open_images(args, ctx, "val", optional=True, train=train_set)
 
 
