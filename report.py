@@ -7,7 +7,6 @@ The page embeds its pictures and needs neither a network nor a script, so it can
 It can be made during a run, and of a run with missing or damaged files: what is left is shown.
 """
 import math
-import os
 import pathlib
 import re
 import shlex
@@ -15,9 +14,9 @@ from typing import NamedTuple
 
 from lib import metrics, verdicts
 from lib.args import Parser, file_path, parse_settings
-from lib.files import fail, first_line, parse_json, write_atomic
+from lib.files import fail, first_line, read_json, write_atomic
 from lib.html import draw, image, nested_table, page, show, table, tag, verdict_list
-from lib.run import time_text
+from lib.run import read_records, time_text
 
 MSE_MEASURED = f"{metrics.MSE_MEAN}_raw"  # without it, samples that are noise count as -1
 REAL = "sample_diversity/real_pairwise_mse_mean"
@@ -42,7 +41,7 @@ class LoggedRun(NamedTuple):
     """What a run folder holds."""
 
     folder: pathlib.Path
-    meta: dict  # run_meta.json; "args" is a dict
+    meta: dict  # run_meta.json
     records: list  # lines of metrics.jsonl that have a step, {name: number}
     latest: dict  # the last number of each metric
     best: dict  # the record with the lowest val/loss; {} if there is none
@@ -57,39 +56,22 @@ class LoggedRun(NamedTuple):
         return points
 
 
-def read_bytes(path):
-    """Contents of a regular file, empty if it is missing or cannot be read."""
-    try:
-        return path.read_bytes() if path.is_file() else b""
-    except OSError:
-        return b""
-
-
 def number(value):
     """A number as it is, NaN for anything that cannot be drawn."""
     return value if isinstance(value, (int, float)) and abs(value) < 1e300 else math.nan
 
 
-def parse_line(text):
-    """JSON object in a text; {} if it is damaged."""
-    try:
-        return parse_json(text)
-    except ValueError:
-        return {}
-
-
 def open_run(path):
     """LoggedRun of a folder; exits with an error if it is not a run folder."""
     folder = pathlib.Path(path)
-    if not any((folder / name).is_file() for name in ("run_meta.json", "metrics.jsonl")):
+    log = folder / "metrics.jsonl"
+    if not log.is_file() and not (folder / "run_meta.json").is_file():
         fail(f"{path} is not a run folder: give one such as runs/ldm_tb")
-    meta, summary, evaluation = (
-        parse_line(read_bytes(folder / name))
-        for name in ("run_meta.json", "summary.json", "evaluation.json"))
-    if not isinstance(meta.get("args"), dict):
-        meta["args"] = {}
-    lines = map(parse_line, read_bytes(folder / "metrics.jsonl").splitlines())
-    records = [{name: number(value) for name, value in line.items()} for line in lines]
+    meta, summary, evaluation = (read_json(folder / f"{name}.json")
+                                 for name in ("run_meta", "summary", "evaluation"))
+    meta.setdefault("args", {})
+    records = [{name: number(value) for name, value in record.items()}
+               for _, record in read_records(log)]
     records = [record for record in records if record.get("step", -1) >= 0]
     latest = {name: value for record in records for name, value in record.items()}
     validated = [record for record in records if math.isfinite(record.get(verdicts.VAL, math.nan))]
@@ -115,11 +97,11 @@ def find_grids(run):
 
 
 def picture(run, name, text):
-    """A PNG file of the run folder, embedded. Links and special files are not followed: the page
-    may be sent to others."""
-    inside = os.path.realpath(run.folder / name) == os.path.join(os.path.realpath(run.folder), name)
-    png = read_bytes(run.folder / name) if inside else b""
-    return image(png, text) if png else tag("p", f"{text}: {name} is not a readable regular file")
+    """A PNG file of the run folder, embedded; no links, since the page may be sent to others."""
+    path = run.folder / name
+    if path.is_file() and path.resolve() == run.folder.resolve() / name:
+        return image(path.read_bytes(), text)
+    return tag("p", f"{text}: {name} is not a regular file")
 
 
 # --- one run ------------------------------------------------------------------------------------
@@ -127,38 +109,35 @@ def picture(run, name, text):
 
 def judge(run):
     """[verdicts.Verdict] of a run: those stored at its end, until then of the latest numbers."""
-    overfit = {name: value for name, value in run.latest.items() if name.startswith("overfit/")}
-    found = []
-    if overfit:
-        level = "ok" if overfit["overfit/passed"] == 1 else "bad"
-        found = [verdicts.Verdict("memorising", level, "", verdicts.format_overfit(overfit), "")]
+    values, found = dict(run.latest), []
+    if "overfit/passed" in values:
+        level = "ok" if values["overfit/passed"] == 1 else "bad"
+        text = verdicts.format_overfit(values)
+        found = [verdicts.Verdict("memorising", level, "", text, "")]
     if run.summary:
-        return found + [verdicts.Verdict(**v) for v in run.summary.get("verdicts", ())]
+        return found + [verdicts.Verdict(**v) for v in run.summary["verdicts"]]
     val, val_train, rec, loss = ([y for _, y in run.points(name)] for name in (
         verdicts.VAL, verdicts.VAL_TRAIN, "train/rec", verdicts.LOSS))
-    values = dict(run.latest)
     if MSE_MEASURED in values:
         values[metrics.MSE_MEAN] = values[MSE_MEASURED]
     memorising = any(run.meta["args"].get(name) for name in ("overfit_k", "overfit_one"))
     return found + verdicts.health(values, rec or loss, overfit=memorising,
-                                  val_history=(val[:-1], val_train[:-1]),
-                                  best_epoch=run.best.get("epoch"))
+                                   val_history=(val[:-1], val_train[:-1]),
+                                   best_epoch=run.best.get("epoch"))
 
 
 def facts(run):
     """{name: value} of what a reader asks first."""
-    meta, best = run.meta, run.best
+    meta, best, summary = run.meta, run.best, run.summary
     state = f"not finished; last logged: step {show(run.latest.get('step'))}"
-    if run.summary:
-        state = f"{'diverged' if run.summary.get('diverged') else 'finished'} at step "
-        state += show(run.summary["step"])
-    seconds = run.summary.get("wall_seconds")
+    if summary:
+        state = f"{'diverged' if summary['diverged'] else 'finished'} at step {summary['step']}"
     return {
-        "state": state, "wall time": seconds and time_text(seconds),
+        "state": state, "wall time": summary and time_text(summary["wall_seconds"]),
         "lowest val/loss": best and f"{show(best[verdicts.VAL])}, epoch {best.get('epoch')}",
         "images": ", ".join(f"{name} {count}" for name, count, *_ in meta.get("data") or ()),
         "packages": ", ".join(f"{k} {v}" for k, v in meta.get("packages", {}).items()),
-        "command": shlex.join(["python", *map(str, meta.get("command", ()))]),
+        "command": shlex.join(["python", *meta.get("command", ())]),
         "not the defaults": ", ".join(
             f"{name} {show(meta['args'].get(name))}" for name in meta.get("changed", ())),
         **{name: value for name, value in meta.items() if not isinstance(value, (dict, list))}}
@@ -167,11 +146,12 @@ def facts(run):
 def curves(run):
     """All charts of a run."""
     figures = []
-    mark = run.best and (run.best["step"], f"lowest val/loss: epoch {run.best.get('epoch')}")
     for title, names in CHARTS.items():
         lines = {name: points for name in names if (points := run.points(name))}
-        mark_here = mark if verdicts.VAL in lines else None
-        figures.append(guarded(draw, title, lines, mark_here, REFERENCES))
+        mark = None
+        if run.best and verdicts.VAL in lines:
+            mark = (run.best["step"], f"lowest val/loss: epoch {run.best.get('epoch')}")
+        figures.append(draw(title, lines, mark, REFERENCES))
     return tag("div", *figures, class_="grid")
 
 
@@ -190,33 +170,34 @@ def evaluation(run):
     """All that evaluate.py measured."""
     if not run.evaluation:
         return tag("p", "Not measured: run evaluate.py.")
-    parts = [verdict_list([verdicts.Verdict(**v) for v in run.evaluation.get("verdicts", ())])]
+    found = [verdicts.Verdict(**v) for v in run.evaluation["verdicts"]]
     tables = {name: part for name, part in run.evaluation.items() if isinstance(part, dict)}
-    parts.append(table((name, value) for name, value in run.evaluation.items()
-                       if name not in tables and name != "verdicts"))
-    parts += [nested_table({name: part}) for name, part in tables.items()]
-    return tag("div", *parts, picture(run, "evaluation_pairs.png", "the ten closest pairs"))
-
-
-def guarded(section, *arguments):
-    """Html of a section; if a damaged file keeps it from being made, why."""
-    try:
-        return section(*arguments)
-    except Exception as e:  # whatever JSON of another shape raises
-        return tag("p", "Not shown, since a file in the run folder is damaged "
-                   f"({type(e).__name__}: {first_line(e)}).")
+    return tag("div", verdict_list(found),
+               table(item for item in run.evaluation.items() if item[0] not in (*tables, "verdicts")),
+               *(nested_table({name: part}) for name, part in tables.items()),
+               picture(run, "evaluation_pairs.png", "the ten closest pairs"))
 
 
 def report(run):
     """The page of one run."""
-    name = run.folder.resolve().name
-    parts = [tag("h1", name), tag("h2", "Verdicts"), guarded(lambda: verdict_list(judge(run))),
-             tag("h2", "Run"), guarded(lambda: table(facts(run).items())),
-             tag("details", tag("summary", "all settings"), table(run.meta["args"].items())),
-             tag("h2", "Curves"), guarded(curves, run), tag("h2", "Samples"), guarded(samples, run)]
-    if run.meta.get("kind") != "vae":
-        parts += [tag("h2", "Evaluation"), guarded(evaluation, run)]
-    return page(name, *parts)
+    return build(run.folder.resolve().name, {
+        "Verdicts": lambda: verdict_list(judge(run)), "Run": lambda: table(facts(run).items()),
+        "Curves": lambda: curves(run), "Samples": lambda: samples(run),
+        "Evaluation": lambda: evaluation(run),
+        "Settings": lambda: table(run.meta["args"].items())})
+
+
+def build(title, sections):
+    """Bytes of a page of {heading: function that makes the Html below it}."""
+    parts = [tag("h1", title)]
+    for heading, section in sections.items():
+        try:
+            body = section()
+        except Exception as e:  # whatever JSON of another shape raises
+            body = tag("p", "Not shown, since a file in the run folder is damaged "
+                       f"({type(e).__name__}: {first_line(e)}).")
+        parts += [tag("h2", heading), body]
+    return page(title, *parts)
 
 
 # --- several runs -------------------------------------------------------------------------------
@@ -228,30 +209,32 @@ def numbers(run):
     return latest | {f"verdict on {v.metric}": f"{v.value} {v.level}" for v in judge(run)}
 
 
-def differences(columns):
-    """Table of {run: {name: value}}: a row for each name whose value differs."""
-    names = dict.fromkeys(name for column in columns.values() for name in column)
-    rows = [[name, *(show(column.get(name)) for column in columns.values())] for name in names]
-    return table([row for row in rows if len(set(row[1:])) > 1], ["", *columns])
+def differences(runs, describe):
+    """Table of describe(run), {name: value}: a column for each of {path: run}, a row for each name
+    whose value differs."""
+    columns = [describe(run) for run in runs.values()]
+    names = dict.fromkeys(name for column in columns for name in column)
+    rows = [[name, *(show(column.get(name)) for column in columns)] for name in names]
+    return table([row for row in rows if len(set(row[1:])) > 1], ["", *runs])
+
+
+def last_samples(runs):
+    """The last grids of each run."""
+    return tag("div", *(picture(run, names[max(names)], f"{path}: {kind} epoch {max(names)}")
+                        for path, run in runs.items() for kind, names in find_grids(run).items()))
 
 
 def comparison(runs):
     """The page of several runs, {path: LoggedRun}."""
-    figures, pictures = [], []
-    for name in (name for names in CHARTS.values() for name in names if name not in REFERENCES):
-        figures.append(guarded(draw, name, {path: run.points(name) for path, run in runs.items()}))
-    for path, run in runs.items():
-        for kind, names in find_grids(run).items():
-            text = f"{path}: {kind} epoch {max(names)}"
-            pictures.append(picture(run, names[max(names)], text))
-
-    def compared(section):
-        return guarded(lambda: differences({path: section(run) for path, run in runs.items()}))
-
-    return page("comparison", tag("h1", f"{len(runs)} runs"), compared(facts),
-                tag("h2", "Settings"), compared(lambda run: run.meta["args"]),
-                tag("h2", "Numbers at the end"), compared(numbers), tag("h2", "Curves"),
-                tag("div", *figures, class_="grid"), tag("h2", "Last samples"), *pictures)
+    charts = [name for names in CHARTS.values() for name in names if name not in REFERENCES]
+    return build(f"{len(runs)} runs", {
+        "Runs": lambda: differences(runs, facts),
+        "Settings": lambda: differences(runs, lambda run: run.meta["args"]),
+        "Numbers at the end": lambda: differences(runs, numbers),
+        "Curves": lambda: tag("div", *(
+            draw(name, {path: run.points(name) for path, run in runs.items()}) for name in charts),
+            class_="grid"),
+        "Last samples": lambda: last_samples(runs)})
 
 
 def main(argv=None):
