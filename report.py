@@ -15,7 +15,7 @@ from typing import NamedTuple
 from lib import metrics, verdicts
 from lib.args import Parser, file_path, parse_settings
 from lib.files import fail, first_line, read_json, write_atomic
-from lib.html import draw, image, nested_table, page, show, table, tag, verdict_list
+from lib.html import draw, image, leaves, page, show, table, tag, verdict_list
 from lib.run import read_records, time_text
 
 MSE_MEASURED = f"{metrics.MSE_MEAN}_raw"  # without it, samples that are noise count as -1
@@ -127,32 +127,29 @@ def judge(run):
 
 
 def facts(run):
-    """{name: value} of what a reader asks first."""
+    """{name: value} of what a reader asks first, without what is unknown."""
     meta, best, summary = run.meta, run.best, run.summary
     state = f"not finished; last logged: step {show(run.latest.get('step'))}"
     if summary:
         state = f"{'diverged' if summary['diverged'] else 'finished'} at step {summary['step']}"
-    return {
+    found = {
         "state": state, "wall time": summary and time_text(summary["wall_seconds"]),
         "lowest val/loss": best and f"{show(best[verdicts.VAL])}, epoch {best.get('epoch')}",
-        "images": ", ".join(f"{name} {count}" for name, count, *_ in meta.get("data") or ()),
-        "packages": ", ".join(f"{k} {v}" for k, v in meta.get("packages", {}).items()),
-        "command": shlex.join(["python", *meta.get("command", ())]),
-        "not the defaults": ", ".join(
-            f"{name} {show(meta['args'].get(name))}" for name in meta.get("changed", ())),
-        **{name: value for name, value in meta.items() if not isinstance(value, (dict, list))}}
+        "images": [f"{name} {count}" for name, count, *_ in meta.get("data") or ()],
+        "packages": [f"{k} {v}" for k, v in meta.get("packages", {}).items()],
+        "command": meta.get("command") and shlex.join(["python", *meta["command"]]),
+        "not the defaults": [f"{name} {show(meta['args'].get(name))}"
+                             for name in meta.get("changed", ())]}
+    found |= {name: value for name, value in meta.items() if not isinstance(value, (dict, list))}
+    return {name: value for name, value in found.items() if value not in (None, [], {})}
 
 
 def curves(run):
     """All charts of a run."""
-    figures = []
-    for title, names in CHARTS.items():
-        lines = {name: points for name in names if (points := run.points(name))}
-        mark = None
-        if run.best and verdicts.VAL in lines:
-            mark = (run.best["step"], f"lowest val/loss: epoch {run.best.get('epoch')}")
-        figures.append(draw(title, lines, mark, REFERENCES))
-    return tag("div", *figures, class_="grid")
+    mark = run.best and (run.best["step"], f"lowest val/loss: epoch {run.best.get('epoch')}")
+    return tag("div", *(draw(title, {name: run.points(name) for name in names},
+                             mark if verdicts.VAL in names else None, REFERENCES)
+                        for title, names in CHARTS.items()), class_="grid")
 
 
 def samples(run):
@@ -163,18 +160,16 @@ def samples(run):
         if (run.folder / real).exists():
             parts.append(picture(run, real, f"{kind}, real"))
         parts += [picture(run, name, f"{kind} epoch {epoch}") for epoch, name in names.items()]
-    return tag("div", *(parts or ["No pictures yet."]))
+    return tag("div", *parts)
 
 
 def evaluation(run):
     """All that evaluate.py measured."""
     if not run.evaluation:
-        return tag("p", "Not measured: run evaluate.py.")
+        return tag("p", "Not measured: run evaluate.py with an LDM.")
+    numbers = {name: value for name, value in run.evaluation.items() if name != "verdicts"}
     found = [verdicts.Verdict(**v) for v in run.evaluation["verdicts"]]
-    tables = {name: part for name, part in run.evaluation.items() if isinstance(part, dict)}
-    return tag("div", verdict_list(found),
-               table(item for item in run.evaluation.items() if item[0] not in (*tables, "verdicts")),
-               *(nested_table({name: part}) for name, part in tables.items()),
+    return tag("div", verdict_list(found), table(leaves(numbers)),
                picture(run, "evaluation_pairs.png", "the ten closest pairs"))
 
 

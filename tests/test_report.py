@@ -137,7 +137,7 @@ def test_ldm_page_shows_curves_samples_and_verdicts(stages, workspace, quick):
     assert meta["git_commit"] in seen.words and f"torch {meta['packages']['torch']}" in seen.words
     assert "finished at step 20" in seen.words and "normal 8, tb 8" in seen.words
     assert f"wall time {run.time_text(summary['wall_seconds'])}" in seen.words
-    changed = seen.words.split("not the defaults")[1].split("all settings")[0]
+    changed = seen.words.split("not the defaults")[1].split("Curves")[0]
     assert "lr 0.001" in changed and "seed" not in changed
     assert "Not measured: run evaluate.py" in seen.words
 
@@ -150,7 +150,6 @@ def test_autoencoder_page_shows_its_reconstructions(stages, workspace, capsys):
         *(f"val/{name}" for name in names), "train/images_per_second",
         *(f"train/{name}" for name in ("loss", "rec", "kl", "g_loss", "d_loss", "grad_norm"))}
     assert seen.pictures[0][1] == (workspace.out / "v/samples/recon_ep0050.png").read_bytes()
-    assert "Evaluation" not in seen.words
 
 
 def test_page_shows_all_that_evaluate_measured(workspace, quick, capsys):
@@ -261,15 +260,14 @@ def test_a_strange_line_of_the_log_is_a_gap_at_most(make_run, capsys, line):
     ("summary.json", b'{"step": 9', "last logged: step 20"),
     ("evaluation.json", b"\0" * 50, "Not measured"),
     ("run_meta.json", None, "last logged: step 20"),
-    ("run_meta.json", b"[" * 100_000, "last logged: step 20"),
-    ("run_meta.json", b'{"args": 3}', "last logged: step 20")])
+    ("run_meta.json", b"[" * 100_000, "last logged: step 20")])
 def test_a_missing_or_damaged_file_is_left_out(make_run, capsys, name, content, shown):
     folder = make_run("r", logged(2))
     (folder / name).unlink(missing_ok=True)
     if content is not None:
         (folder / name).write_bytes(content)
     seen = made(capsys, folder)
-    assert shown in seen.words and "wall time –" in seen.words
+    assert shown in seen.words and "wall time" not in seen.words
     assert bool(seen.curves) == (name != "metrics.jsonl")
 
 
