@@ -181,7 +181,7 @@ def model_card(checkpoint, vae_settings, meta, report):
     facts = {
         "task": settings["task"], "data set": describe_data(settings),
         "classes, training images": ", ".join(counts),
-        "of these": f"{settings['overfit_k']}, to memorise them" if settings["overfit_k"] else "all",
+        "memorised on purpose": settings["overfit_k"] or "none",
         "images": f"{settings['img_size']} pixels wide and high, gray, from -1 (black) to 1",
         "training": f"{checkpoint['step']} steps of {batch} images, averaged weights; "
                     f"{settings['augment']} augmented copies per image",
