@@ -10,7 +10,6 @@ import math
 import pathlib
 import re
 import shlex
-from typing import NamedTuple
 
 from lib import metrics, verdicts
 from lib.args import Parser, file_path, parse_settings
@@ -37,16 +36,30 @@ CHARTS = {  # {title: metrics}
 # --- a run folder -------------------------------------------------------------------------------
 
 
-class LoggedRun(NamedTuple):
-    """What a run folder holds."""
+def number(value):
+    """A number as it is, NaN for anything that cannot be drawn."""
+    return value if isinstance(value, (int, float)) and abs(value) < 1e300 else math.nan
 
-    folder: pathlib.Path
-    meta: dict  # run_meta.json
-    records: list  # lines of metrics.jsonl that have a step, {name: number}
-    latest: dict  # the last number of each metric
-    best: dict  # the record with the lowest val/loss; {} if there is none
-    summary: dict  # summary.json; {} if the run has not ended
-    evaluation: dict  # evaluation.json; {} if it was not evaluated
+
+class LoggedRun:
+    """What a run folder holds; a file that is missing or damaged counts as empty."""
+
+    def __init__(self, path):
+        self.folder = pathlib.Path(path)
+        names = ("run_meta.json", "summary.json", "evaluation.json")
+        self.meta, self.summary, self.evaluation = (read_json(self.folder / n) for n in names)
+        self.settings = self.meta.get("args", {})
+        records = [{name: number(value) for name, value in record.items()}
+                   for _, record in read_records(self.folder / "metrics.jsonl")]
+        self.records = [record for record in records if record.get("step", -1) >= 0]
+        if not self.meta and not self.records:
+            fail(f"{path} is not a run folder: give one such as runs/ldm_tb")
+        # The last number of each metric, and the record with the lowest val/loss.
+        self.latest = {name: value for record in self.records for name, value in record.items()}
+        validated = [r for r in self.records if math.isfinite(r.get(verdicts.VAL, math.nan))]
+        self.best = min(validated, key=lambda record: record[verdicts.VAL], default={})
+        if not number(self.summary.get("step")) >= self.latest.get("step", 0):
+            self.summary = {}  # the run has gone on since
 
     def points(self, name):
         """[(step, value)] of a metric; NaN if it was not finite."""
@@ -55,53 +68,26 @@ class LoggedRun(NamedTuple):
             points = [(step, math.log10(y) if y > 0 else math.nan) for step, y in points]
         return points
 
+    def grids(self):
+        """{kind: {epoch: name}} of the grids in samples/: for each class, or for reconstructions,
+        the first, the last, the one at the lowest val/loss, and three in between."""
+        grids = {}
+        for path in (self.folder / "samples").glob("*_ep*.png"):
+            if match := re.fullmatch(r"(?:recon|sample)_ep(\d+)_?(.*)\.png", path.name, re.DOTALL):
+                names = grids.setdefault(match[2] or "reconstructions", {})
+                names[int(match[1])] = f"samples/{path.name}"
+        for kind, names in grids.items():
+            epochs, chosen = sorted(names), {self.best.get("epoch")}
+            chosen |= {epochs[i * (len(epochs) - 1) // 4] for i in range(5)}
+            grids[kind] = {epoch: names[epoch] for epoch in epochs if epoch in chosen}
+        return dict(sorted(grids.items()))
 
-def number(value):
-    """A number as it is, NaN for anything that cannot be drawn."""
-    return value if isinstance(value, (int, float)) and abs(value) < 1e300 else math.nan
-
-
-def open_run(path):
-    """LoggedRun of a folder; exits with an error if it is not a run folder."""
-    folder = pathlib.Path(path)
-    log = folder / "metrics.jsonl"
-    if not log.is_file() and not (folder / "run_meta.json").is_file():
-        fail(f"{path} is not a run folder: give one such as runs/ldm_tb")
-    meta, summary, evaluation = (read_json(folder / f"{name}.json")
-                                 for name in ("run_meta", "summary", "evaluation"))
-    meta.setdefault("args", {})
-    records = [{name: number(value) for name, value in record.items()}
-               for _, record in read_records(log)]
-    records = [record for record in records if record.get("step", -1) >= 0]
-    latest = {name: value for record in records for name, value in record.items()}
-    validated = [record for record in records if math.isfinite(record.get(verdicts.VAL, math.nan))]
-    best = min(validated, key=lambda record: record[verdicts.VAL], default={})
-    if not number(summary.get("step")) >= latest.get("step", 0):  # the run has gone on since
-        summary = {}
-    return LoggedRun(folder, meta, records, latest, best, summary, evaluation)
-
-
-def find_grids(run):
-    """{kind: {epoch: name}} of the grids in samples/: for each class, or for reconstructions, the
-    first, the last, the one at the lowest val/loss, and three in between."""
-    grids = {}
-    for path in (run.folder / "samples").glob("*_ep*.png"):
-        if match := re.fullmatch(r"(?:recon|sample)_ep(\d+)(?:_(.*))?\.png", path.name, re.DOTALL):
-            names = grids.setdefault(match[2] or "reconstructions", {})
-            names[int(match[1])] = f"samples/{path.name}"
-    for kind, names in grids.items():
-        epochs = sorted(names)
-        chosen = {epochs[i * (len(epochs) - 1) // 4] for i in range(5)} | {run.best.get("epoch")}
-        grids[kind] = {epoch: names[epoch] for epoch in epochs if epoch in chosen}
-    return dict(sorted(grids.items()))
-
-
-def picture(run, name, text):
-    """A PNG file of the run folder, embedded; no links, since the page may be sent to others."""
-    path = run.folder / name
-    if path.is_file() and path.resolve() == run.folder.resolve() / name:
-        return image(path.read_bytes(), text)
-    return tag("p", f"{text}: {name} is not a regular file")
+    def picture(self, name, text):
+        """A PNG file of the folder, embedded; no links, since the page may be sent to others."""
+        path = self.folder / name
+        if path.is_file() and path.resolve() == self.folder.resolve() / name:
+            return image(path.read_bytes(), text)
+        return tag("p", f"{text}: {name} is not a regular file")
 
 
 # --- one run ------------------------------------------------------------------------------------
@@ -120,7 +106,7 @@ def judge(run):
         verdicts.VAL, verdicts.VAL_TRAIN, "train/rec", verdicts.LOSS))
     if MSE_MEASURED in values:
         values[metrics.MSE_MEAN] = values[MSE_MEASURED]
-    memorising = any(run.meta["args"].get(name) for name in ("overfit_k", "overfit_one"))
+    memorising = any(run.settings.get(name) for name in ("overfit_k", "overfit_one"))
     return found + verdicts.health(values, rec or loss, overfit=memorising,
                                    val_history=(val[:-1], val_train[:-1]),
                                    best_epoch=run.best.get("epoch"))
@@ -136,10 +122,9 @@ def facts(run):
         "state": state, "wall time": summary and time_text(summary["wall_seconds"]),
         "lowest val/loss": best and f"{show(best[verdicts.VAL])}, epoch {best.get('epoch')}",
         "images": [f"{name} {count}" for name, count, *_ in meta.get("data") or ()],
-        "packages": [f"{k} {v}" for k, v in meta.get("packages", {}).items()],
+        "packages": meta.get("packages"),
         "command": meta.get("command") and shlex.join(["python", *meta["command"]]),
-        "not the defaults": [f"{name} {show(meta['args'].get(name))}"
-                             for name in meta.get("changed", ())]}
+        "not the defaults": {name: run.settings.get(name) for name in meta.get("changed", ())}}
     found |= {name: value for name, value in meta.items() if not isinstance(value, (dict, list))}
     return {name: value for name, value in found.items() if value not in (None, [], {})}
 
@@ -155,11 +140,10 @@ def curves(run):
 def samples(run):
     """Grids over the epochs; real images above those of a class."""
     parts = []
-    for kind, names in find_grids(run).items():
-        real = f"samples/real_{kind}.png"
-        if (run.folder / real).exists():
-            parts.append(picture(run, real, f"{kind}, real"))
-        parts += [picture(run, name, f"{kind} epoch {epoch}") for epoch, name in names.items()]
+    for kind, names in run.grids().items():
+        if (run.folder / f"samples/real_{kind}.png").exists():
+            parts.append(run.picture(f"samples/real_{kind}.png", f"{kind}, real"))
+        parts += [run.picture(name, f"{kind} epoch {epoch}") for epoch, name in names.items()]
     return tag("div", *parts)
 
 
@@ -170,7 +154,7 @@ def evaluation(run):
     numbers = {name: value for name, value in run.evaluation.items() if name != "verdicts"}
     found = [verdicts.Verdict(**v) for v in run.evaluation["verdicts"]]
     return tag("div", verdict_list(found), table(leaves(numbers)),
-               picture(run, "evaluation_pairs.png", "the ten closest pairs"))
+               run.picture("evaluation_pairs.png", "the ten closest pairs"))
 
 
 def report(run):
@@ -178,8 +162,7 @@ def report(run):
     return build(run.folder.resolve().name, {
         "Verdicts": lambda: verdict_list(judge(run)), "Run": lambda: table(facts(run).items()),
         "Curves": lambda: curves(run), "Samples": lambda: samples(run),
-        "Evaluation": lambda: evaluation(run),
-        "Settings": lambda: table(run.meta["args"].items())})
+        "Evaluation": lambda: evaluation(run), "Settings": lambda: table(run.settings.items())})
 
 
 def build(title, sections):
@@ -213,23 +196,19 @@ def differences(runs, describe):
     return table([row for row in rows if len(set(row[1:])) > 1], ["", *runs])
 
 
-def last_samples(runs):
-    """The last grids of each run."""
-    return tag("div", *(picture(run, names[max(names)], f"{path}: {kind} epoch {max(names)}")
-                        for path, run in runs.items() for kind, names in find_grids(run).items()))
-
-
 def comparison(runs):
     """The page of several runs, {path: LoggedRun}."""
     charts = [name for names in CHARTS.values() for name in names if name not in REFERENCES]
     return build(f"{len(runs)} runs", {
         "Runs": lambda: differences(runs, facts),
-        "Settings": lambda: differences(runs, lambda run: run.meta["args"]),
+        "Settings": lambda: differences(runs, lambda run: run.settings),
         "Numbers at the end": lambda: differences(runs, numbers),
         "Curves": lambda: tag("div", *(
             draw(name, {path: run.points(name) for path, run in runs.items()}) for name in charts),
             class_="grid"),
-        "Last samples": lambda: last_samples(runs)})
+        "Last samples": lambda: tag("div", *(
+            run.picture(names[max(names)], f"{path}: {kind} epoch {max(names)}")
+            for path, run in runs.items() for kind, names in run.grids().items()))})
 
 
 def main(argv=None):
@@ -237,11 +216,10 @@ def main(argv=None):
     parser.add_argument("runs", metavar="RUN", nargs="+", type=file_path, help="run folder")
     parser.add_argument("--out", type=file_path, help="HTML file; None: in the first run's folder")
     args = parse_settings(parser, argv)
-    runs = {path: open_run(path) for path in args.runs}
+    runs = {path: LoggedRun(path) for path in args.runs}
     first = runs[args.runs[0]]
-    if len(runs) == 1:
-        name, html = "report.html", report(first)
-    else:
+    name, html = "report.html", report(first)
+    if len(runs) > 1:
         name, html = "comparison.html", comparison(runs)
     path = pathlib.Path(args.out or first.folder / name)
     write_atomic(path, lambda f: f.write(html))

@@ -97,25 +97,6 @@ WIDTH, HEIGHT = 400, 220
 LEFT, RIGHT, TOP, BOTTOM = 46, 22, 8, 22  # margins for the numbers at the axes
 
 
-def thin(points, most=200):
-    """The lowest and the highest point of each of `most` stretches, so that spikes stay."""
-    if len(points) <= 2 * most:
-        return points
-    kept = []
-    for i in range(most):
-        part = points[i * len(points) // most:(i + 1) * len(points) // most]
-        part = [point for point in part if math.isfinite(point[1])] or part[:1]
-        kept += sorted({min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])})
-    return kept
-
-
-def ticks(low, high):
-    """At most six round numbers from low to high."""
-    step = 10.0 ** math.floor(math.log10(high - low))
-    step *= next(part for part in (0.1, 0.2, 0.5, 1, 2) if (high - low) / (step * part) <= 5)
-    return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
-
 def draw(title, curves, mark=None, dashed=()):
     """Figure of {label: [(x, y)]} with x >= 0; empty Html if no y is finite.
 
@@ -137,18 +118,18 @@ def draw(title, curves, mark=None, dashed=()):
         return round(HEIGHT - BOTTOM - (y - low) / (high - low) * (HEIGHT - TOP - BOTTOM), 1)
 
     parts, legend = [], [tag("b", title), tag("br")]
-    for y in ticks(low, high):
+    for part in (0, 0.25, 0.5, 0.75, 1):
+        x, y = part * last, min(ys) + part * (max(ys) - min(ys))
         parts.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=down(y), y2=down(y)))
-        parts.append(tag("text", f"{y:.4g}", x=LEFT - 4, y=down(y) + 4, text_anchor="end"))
-    for x in ticks(0, last):
-        parts.append(tag("text", f"{x:g}", x=across(x), y=HEIGHT - 6, text_anchor="middle"))
+        parts.append(tag("text", f"{y:.3g}", x=LEFT - 4, y=down(y) + 4, text_anchor="end"))
+        parts.append(tag("text", f"{x:.4g}", x=across(x), y=HEIGHT - 6, text_anchor="middle"))
     if mark:
         at = across(mark[0])
         parts.append(tag("line", x1=at, x2=at, y1=TOP, y2=HEIGHT - BOTTOM, class_="dashed"))
         legend.append(tag("span", f"┆ {mark[1]}"))
     for i, (label, points) in enumerate(curves.items()):
         path = ""
-        for is_curve, part in itertools.groupby(thin(points), lambda p: math.isfinite(p[1])):
+        for is_curve, part in itertools.groupby(points, lambda point: math.isfinite(point[1])):
             if is_curve:  # h0 makes a point between two gaps a dot
                 path += "M" + "L".join(f"{across(x)} {down(y)}" for x, y in part) + "h0"
         style = "dashed" if label in dashed else "solid" if "L" in path else "dots"
