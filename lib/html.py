@@ -122,7 +122,7 @@ def draw(title, curves, mark=None, dashed=()):
         x, y = part * last, min(ys) + part * (max(ys) - min(ys))
         parts.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=down(y), y2=down(y)))
         parts.append(tag("text", f"{y:.3g}", x=LEFT - 4, y=down(y) + 4, text_anchor="end"))
-        parts.append(tag("text", f"{x:.4g}", x=across(x), y=HEIGHT - 6, text_anchor="middle"))
+        parts.append(tag("text", f"{x:.0f}", x=across(x), y=HEIGHT - 6, text_anchor="middle"))
     if mark:
         at = across(mark[0])
         parts.append(tag("line", x1=at, x2=at, y1=TOP, y2=HEIGHT - BOTTOM, class_="dashed"))
