@@ -4,8 +4,7 @@
     python dev/bench.py --peer          # the UNet in turn with diffusers (pip install diffusers)
 
 Everything runs in one process in turn, A B A B ...; `ratio` is the median over the rounds of a
-row's time divided by that of the first row of its part: above 1 is slower. FLOPs are those of
-convolutions and matrix products, forward and backward.
+row's time divided by that of the first row of its part: above 1 is slower.
 
 The peer is the UNet of diffusers with the same channels, blocks and attention, in our loop and
 precision, compiled if ours is, and in the memory layout that is faster for it.
@@ -16,11 +15,8 @@ import pathlib
 import statistics
 import sys
 import time
-import warnings
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import model
@@ -32,8 +28,7 @@ from lib.args import BooleanFlag, add_precision_arguments, at_least, make_parser
 from lib.files import fail, write_json
 
 CLASSES = ("normal", "tb")
-ROW = ("{part:<6} {name:<9} {images_per_second:8.2f} images/s, {gflop_per_image:.2f} GFLOP per "
-       "image, {gflops:.0f} GFLOP/s, ratio {ratio:.2f}")
+ROW = "{part:<6} {name:<9} {images_per_second:8.2f} images/s, ratio {ratio:.2f}"
 
 # --- measuring ----------------------------------------------------------------------------------
 
@@ -47,28 +42,17 @@ def clock(function, device):
     return time.perf_counter() - start
 
 
-def count_flops(function):
-    """FLOPs of a call, compiled or not; attention counts as plain matrix products."""
-    with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH):
-        # torch.compile warns about the counter's own hooks.
-        with FlopCounterMode(display=False) as flops, warnings.catch_warnings(action="ignore"):
-            function()
-    return flops.get_total_flops()
-
-
 def measure(part, images, tasks, repeats, device):
     """[row, a dict of numbers] of tasks {name: function} on a batch of `images`, which are called
     in turn, two rounds untimed."""
     rounds = [[clock(function, device) for function in tasks.values()]
               for _ in range(2 + repeats)][2:]
     rows = []
-    for i, (name, function) in enumerate(tasks.items()):
+    for i, name in enumerate(tasks):
         seconds = [times[i] for times in rounds]
-        median, flops = statistics.median(seconds), count_flops(function)
-        rows.append({
-            "part": part, "name": name, "seconds": seconds, "images_per_second": images / median,
-            "gflop_per_image": flops / images / 1e9, "gflops": flops / median / 1e9,
-            "ratio": statistics.median(times[i] / times[0] for times in rounds)})
+        rows.append({"part": part, "name": name, "seconds": seconds,
+                     "images_per_second": images / statistics.median(seconds),
+                     "ratio": statistics.median(times[i] / times[0] for times in rounds)})
     return rows
 
 
