@@ -78,14 +78,14 @@ def read_evaluation(args, checkpoint):
     searched = (report.get("ckpt_sha256") == checkpoint["sha256"] and "copies" in report
                 and sum(samples.values()) >= FEWEST_SAMPLES
                 and samples.keys() >= trained_classes(checkpoint).keys())
-    if not searched and not args.allow_copies:
+    if args.allow_copies:
+        return report if searched else None
+    if not searched:
         command = command_line("evaluate.py", ckpt=args.ckpt, num_samples=FEWEST_SAMPLES,
                                **data_flags(argparse.Namespace(**checkpoint["args"])))
         fail(f"{path} has no search for copies in {FEWEST_SAMPLES} samples of all classes of "
              f"{args.ckpt}: run `{command}`, or give --allow_copies")
-    if not searched:
-        return None
-    if report["copies"]["probability"] < metrics.BY_CHANCE and not args.allow_copies:
+    if report["copies"]["probability"] < metrics.BY_CHANCE:
         fail(f"{100 * report['copies']['share']:.1f} % of the samples of {args.ckpt} are copies of "
              "training images, more than chance allows: train for fewer steps or on more images, "
              "or give --allow_copies")
