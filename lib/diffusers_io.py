@@ -133,8 +133,8 @@ def vae_config(settings, latent_scale_factor):
 # --- an autoencoder of diffusers ----------------------------------------------------------------
 
 FIXED = {"act_fn": "silu", "mid_block_add_attention": True}  # what ours cannot have otherwise
-DEFAULTS = {"norm_num_groups": 32, "use_quant_conv": True, "use_post_quant_conv": True,
-            "patch_size": 1, "linear_path": False, **FIXED}  # of a config.json that lacks them
+DEFAULTS = {"use_quant_conv": True, "use_post_quant_conv": True, "patch_size": 1,
+            "linear_path": False, **FIXED}  # of a config.json that lacks them
 
 
 def vae_folder(path):
@@ -151,25 +151,22 @@ def vae_settings(folder, img_size):
     config = {**DEFAULTS, **read_json(folder / "config.json", "diffusers config")}
     if config.get("_class_name") not in ("AutoencoderKL", "CXRAutoencoder"):
         fail(f"{folder} has _class_name={config.get('_class_name')}: give an AutoencoderKL")
-    try:
-        widths, patch = config["block_out_channels"], config["patch_size"]
-        settings = {"z_channels": config["latent_channels"], "base_ch": widths[0],
-                    "ch_mults": tuple(width // widths[0] for width in widths),
-                    "num_res_blocks": config["layers_per_block"],
-                    "attn_res": tuple(img_size // patch >> level for level, name
-                                      in enumerate(config["down_block_types"]) if "Attn" in name),
-                    "patch_size": patch, "linear_path": config["linear_path"],
-                    "quant_conv": config["use_quant_conv"]}
-        ours = {**vae_config({**settings, "img_size": img_size}, 1.0), **FIXED}
-        if config["in_channels"] == 3:  # becomes 1 channel in vae_weights
-            ours |= {"in_channels": 3, "out_channels": 3}
-        del ours["sample_size"], ours["scaling_factor"]
-        for name in ours:
-            if config[name] != ours[name]:
-                fail(f"{folder} has {name}={config[name]}, but our AutoencoderKL needs "
-                     f"{ours[name]}: give another autoencoder")
-    except (KeyError, TypeError, IndexError) as e:
-        fail(f"{folder}/config.json describes no AutoencoderKL ({type(e).__name__}: {e})")
+    widths, patch = config["block_out_channels"], config["patch_size"]
+    settings = {"z_channels": config["latent_channels"], "base_ch": widths[0],
+                "ch_mults": tuple(width // widths[0] for width in widths),
+                "num_res_blocks": config["layers_per_block"],
+                "attn_res": tuple(img_size // patch >> level for level, name
+                                  in enumerate(config["down_block_types"]) if "Attn" in name),
+                "patch_size": patch, "linear_path": config["linear_path"],
+                "quant_conv": config["use_quant_conv"]}
+    ours = {**vae_config({**settings, "img_size": img_size}, 1.0), **FIXED}
+    if config["in_channels"] == 3:  # becomes 1 channel in vae_weights
+        ours |= {"in_channels": 3, "out_channels": 3}
+    del ours["sample_size"], ours["scaling_factor"]
+    for name in ours:
+        if config[name] != ours[name]:
+            fail(f"{folder} has {name}={config[name]}, but our AutoencoderKL needs "
+                 f"{ours[name]}: give another autoencoder")
     return settings
 
 
