@@ -1,11 +1,9 @@
-"""What makes bf16 fast on CPUs with bf16 units (Intel AMX): group norm, 3x3 convolution, attention
-and up-sampling in channels_last.
+"""What makes bf16 fast on CPUs with bf16 units (Intel AMX): forward passes for channels_last.
 
 There oneDNN's convolutions are faster in channels_last than in the plain layout, but the backward
 pass of PyTorch's group norm is up to forty times as slow, and convolutions of small maps with many
 channels spend their time rearranging weights. Both are written here on rows of channels, with a
-backward pass by hand. `install` swaps them into a network of model.py, which knows nothing of it.
-What they gain: docs/benchmarks.md.
+backward pass by hand. `install` swaps them in. What they gain: docs/benchmarks.md.
 """
 import functools
 import math
