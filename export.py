@@ -16,7 +16,7 @@ import torch
 
 import diffusion
 import sample
-from lib import dist, metrics, run
+from lib import dist, metrics, run, verdicts
 from lib.args import BooleanFlag, Parser, file_path, parse_settings
 from lib.diffusers_io import to_diffusers, unet_config, unet_names, vae_config, vae_names
 from lib.files import command_line, data_flags, fail, first_line, make_folder, read_json, read_meta
@@ -138,27 +138,22 @@ def write_parts(folder, denoiser, vae, vae_settings, checkpoint):
 # --- the model card -----------------------------------------------------------------------------
 
 
-def markdown_table(head, rows):
-    """Markdown of a table. A name that holds a newline or | stays in its cell."""
-    lines = [[" ".join(str(cell).split()).replace("|", "\\|") for cell in row] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
-
-
 def describe_evaluation(report):
     """Markdown of an evaluation.json: the search for copies, and all verdicts."""
     if report is None:
         return "Not evaluated: nobody looked for copies of training images."
     share, total = report["copies"]["share"], sum(report["num_samples"].values())
     low, high = metrics.binomial_interval(round(share * total), total)
-    verdicts = [(v["level"].upper(), v["metric"], v["value"], v["meaning"])
-                for v in report["verdicts"]]
+    found = verdicts.format_verdicts([verdicts.Verdict(**v) for v in report["verdicts"]])
     return f"""{100 * share:.1f} % of {total} samples are copies of training images, 95 % interval
 {100 * low:.1f} to {100 * high:.1f} %. Split {report["split"]}, sampler {report["sampler"]} with
 {report["num_sampling_steps"]} steps, guidance {report["guidance_scale"]}; pipeline.py samples with
 Euler or DDIM steps. Images of the autoencoder, or of a model that training started from, were not
 searched for copies.
 
-{markdown_table(("", "measured", "value", "meaning"), verdicts)}"""
+```
+{found}
+```"""
 
 
 def describe_data(settings):
@@ -174,12 +169,11 @@ def describe_data(settings):
 
 def model_card(checkpoint, vae_settings, meta, report):
     """README.md of the folder; meta: run_meta.json, report: evaluation.json or None."""
-    settings = checkpoint["args"]
-    counts = (f"{name} ({count})" for name, count, _ in meta["data"]
-              if name in trained_classes(checkpoint))
+    settings, trained = checkpoint["args"], trained_classes(checkpoint)
+    counts = (f"{name} ({count})" for name, count, _ in meta["data"] if name in trained)
     batch = settings["batch_per_device"] * settings["grad_accum"] * meta["world_size"]
     facts = {
-        "task": settings["task"], "data set": describe_data(settings),
+        "data set": describe_data(settings),
         "classes, training images": ", ".join(counts),
         "memorised on purpose": settings["overfit_k"] or "none",
         "images": f"{settings['img_size']} pixels wide and high, gray, from -1 (black) to 1",
@@ -187,8 +181,9 @@ def model_card(checkpoint, vae_settings, meta, report):
                     f"{settings['augment']} augmented copies per image",
         "autoencoder": describe_data(vae_settings),
         "code": f"commit {meta['git_commit'] or 'unknown'}"}
-    return CARD.format(facts=markdown_table(("", ""), facts.items()),
-                       evaluation=describe_evaluation(report))
+    # On one line each, whatever the name of a class holds.
+    lines = (f"- {name}: {' '.join(str(fact).split())}" for name, fact in facts.items())
+    return CARD.format(facts="\n".join(lines), evaluation=describe_evaluation(report))
 
 
 # --- the program --------------------------------------------------------------------------------
