@@ -101,7 +101,7 @@ def judge(run):
         text = verdicts.format_overfit(values)
         found = [verdicts.Verdict("memorising", level, "", text, "")]
     if run.summary:
-        return found + [verdicts.Verdict(**v) for v in run.summary["verdicts"]]
+        return found + [verdicts.Verdict(**v) for v in run.summary.get("verdicts", ())]
     val, val_train, rec, loss = ([y for _, y in run.points(name)] for name in (
         verdicts.VAL, verdicts.VAL_TRAIN, "train/rec", verdicts.LOSS))
     if MSE_MEASURED in values:
@@ -114,12 +114,12 @@ def judge(run):
 
 def facts(run):
     """{name: value} of what a reader asks first, without what is unknown."""
-    meta, best, summary = run.meta, run.best, run.summary
+    meta, best, summary, seconds = run.meta, run.best, run.summary, run.summary.get("wall_seconds")
     state = f"not finished; last logged: step {show(run.latest.get('step'))}"
     if summary:
-        state = f"{'diverged' if summary['diverged'] else 'finished'} at step {summary['step']}"
+        state = f"{'diverged' if summary.get('diverged') else 'finished'} at step {summary['step']}"
     found = {
-        "state": state, "wall time": summary and time_text(summary["wall_seconds"]),
+        "state": state, "wall time": seconds and time_text(seconds),
         "lowest val/loss": best and f"{show(best[verdicts.VAL])}, epoch {best.get('epoch')}",
         "images": [f"{name} {count}" for name, count, *_ in meta.get("data") or ()],
         "packages": meta.get("packages"),
@@ -152,7 +152,7 @@ def evaluation(run):
     if not run.evaluation:
         return tag("p", "Not measured: run evaluate.py with an LDM.")
     numbers = {name: value for name, value in run.evaluation.items() if name != "verdicts"}
-    found = [verdicts.Verdict(**v) for v in run.evaluation["verdicts"]]
+    found = [verdicts.Verdict(**v) for v in run.evaluation.get("verdicts", ())]
     return tag("div", verdict_list(found), table(leaves(numbers)),
                run.picture("evaluation_pairs.png", "the ten closest pairs"))
 
