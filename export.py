@@ -11,13 +11,12 @@ import json
 import os
 import pathlib
 import shutil
-import tempfile
 
 import torch
 
 import diffusion
 import sample
-from lib import dist, metrics, run
+from lib import dist, metrics, run, verdicts
 from lib.args import BooleanFlag, Parser, file_path, parse_settings
 from lib.diffusers_io import to_diffusers, unet_config, unet_names, vae_config, vae_names
 from lib.files import command_line, data_flags, fail, first_line, make_folder, read_json, read_meta
@@ -34,9 +33,7 @@ A class-conditional latent diffusion model. **All its images are synthetic**: no
     pip install torch diffusers safetensors pillow
     python pipeline.py --num_samples=4 --out=samples
 
-| | |
-| --- | --- |
-{rows}
+{facts}
 
 ## Evaluation
 
@@ -64,30 +61,31 @@ def build_parser():
     return parser
 
 
+def trained_classes(checkpoint):
+    """{name: index} of the classes that the model was trained on."""
+    return {checkpoint["class_names"][c]: c for c in checkpoint["trained_classes"]}
+
+
 # --- may it be exported? ------------------------------------------------------------------------
 
 
-def read_evaluation(args, settings, class_names, sha256):
+def read_evaluation(args, checkpoint):
     """The run's evaluation.json, None if it cannot show whether this checkpoint copies. Exits with
-    an error if it cannot or if it finds copies, unless --allow_copies. settings: of training;
-    class_names: the trained ones."""
+    an error if it cannot or if it finds copies, unless --allow_copies."""
     path = run.run_folder(args.ckpt) / "evaluation.json"
-    report = read_json(path, "evaluation") if path.exists() else {}
+    report = read_json(path)
     samples = report.get("num_samples", {})
-    problem = None
-    if report.get("ckpt_sha256") != sha256:
-        problem = f"{path} is missing or not of {args.ckpt}"
-    elif ("copies" not in report or sum(samples.values()) < FEWEST_SAMPLES
-          or not samples.keys() >= set(class_names)):
-        problem = f"{path} has no search for copies in {FEWEST_SAMPLES} samples of all classes"
-    if problem and args.allow_copies:
-        return None
-    if problem:
-        command = command_line(
-            "evaluate.py", ckpt=args.ckpt, num_samples=FEWEST_SAMPLES,
-            **data_flags(argparse.Namespace(**settings)))
-        fail(f"{problem}: run `{command}`, or give --allow_copies")
-    if report["copies"]["probability"] < metrics.BY_CHANCE and not args.allow_copies:
+    searched = (report.get("ckpt_sha256") == checkpoint["sha256"] and "copies" in report
+                and sum(samples.values()) >= FEWEST_SAMPLES
+                and samples.keys() >= trained_classes(checkpoint).keys())
+    if args.allow_copies:
+        return report if searched else None
+    if not searched:
+        command = command_line("evaluate.py", ckpt=args.ckpt, num_samples=FEWEST_SAMPLES,
+                               **data_flags(argparse.Namespace(**checkpoint["args"])))
+        fail(f"{path} has no search for copies in {FEWEST_SAMPLES} samples of all classes of "
+             f"{args.ckpt}: run `{command}`, or give --allow_copies")
+    if report["copies"]["probability"] < metrics.BY_CHANCE:
         fail(f"{100 * report['copies']['share']:.1f} % of the samples of {args.ckpt} are copies of "
              "training images, more than chance allows: train for fewer steps or on more images, "
              "or give --allow_copies")
@@ -121,8 +119,8 @@ def write_parts(folder, denoiser, vae, vae_settings, checkpoint):
     from diffusers import AutoencoderKL, UNet2DModel
 
     from lib.exported_pipeline import CXRAutoencoder
-    settings, class_names = checkpoint["args"], checkpoint["class_names"]
-    unet = UNet2DModel(**unet_config(settings, checkpoint["latent_shape"], len(class_names)))
+    settings, num_classes = checkpoint["args"], len(checkpoint["class_names"])
+    unet = UNet2DModel(**unet_config(settings, checkpoint["latent_shape"], num_classes))
     unet.load_state_dict(to_diffusers(denoiser.unet, unet_names(denoiser.unet)))
     config = vae_config(vae_settings, checkpoint["latent_scale_factor"])
     kind = CXRAutoencoder if "patch_size" in config else AutoencoderKL
@@ -131,7 +129,7 @@ def write_parts(folder, denoiser, vae, vae_settings, checkpoint):
     unet.save_pretrained(folder / "unet")
     autoencoder.save_pretrained(folder / "vae")
     make_scheduler(denoiser).save_pretrained(folder / "scheduler")
-    sampling = {"classes": {class_names[c]: c for c in checkpoint["trained_classes"]},
+    sampling = {"classes": trained_classes(checkpoint),
                 **{name: settings[name] for name in ("guidance_scale", "guidance_interval")}}
     (folder / "classes.json").write_text(json.dumps(sampling, indent=2) + "\n")
     shutil.copyfile(HERE / "lib" / "exported_pipeline.py", folder / "pipeline.py")
@@ -140,34 +138,22 @@ def write_parts(folder, denoiser, vae, vae_settings, checkpoint):
 # --- the model card -----------------------------------------------------------------------------
 
 
-def markdown_rows(rows):
-    """Lines of a Markdown table. A name that holds a newline or | stays in its cell."""
-    cells = ([" ".join(str(cell).split()).replace("|", "\\|") for cell in row] for row in rows)
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
-
-
 def describe_evaluation(report):
     """Markdown of an evaluation.json: the search for copies, and all verdicts."""
     if report is None:
         return "Not evaluated: nobody looked for copies of training images."
     share, total = report["copies"]["share"], sum(report["num_samples"].values())
     low, high = metrics.binomial_interval(round(share * total), total)
-    verdicts = [(v["level"].upper(), v["metric"], v["value"], v["meaning"])
-                for v in report["verdicts"]]
-    measured = [("copies", f"{100 * share:.1f} % of {total} samples, 95 % interval "
-                           f"{100 * low:.1f} to {100 * high:.1f} %"),
-                *((name, report[name]) for name in ("split", "sampler", "num_sampling_steps",
-                                                    "guidance_scale"))]
-    return f"""| | |
-| --- | --- |
-{markdown_rows(measured)}
+    found = verdicts.format_verdicts([verdicts.Verdict(**v) for v in report["verdicts"]])
+    return f"""{100 * share:.1f} % of {total} samples are copies of training images, 95 % interval
+{100 * low:.1f} to {100 * high:.1f} %. Split {report["split"]}, sampler {report["sampler"]} with
+{report["num_sampling_steps"]} steps, guidance {report["guidance_scale"]}; pipeline.py samples with
+Euler or DDIM steps. Images of the autoencoder, or of a model that training started from, were not
+searched for copies.
 
-Images of the autoencoder, or of a model that training started from, were not searched for copies.
-pipeline.py samples with Euler or DDIM steps.
-
-| | measured | value | meaning |
-| --- | --- | --- | --- |
-{markdown_rows(verdicts)}"""
+```
+{found}
+```"""
 
 
 def describe_data(settings):
@@ -177,29 +163,27 @@ def describe_data(settings):
         root = pathlib.Path(settings["data_root"]).resolve().name
         text = f"{root}/{settings['task']}, split {settings['split']}"
     if settings["init_from"]:
-        start = pathlib.Path(settings["init_from"])
-        start = run.run_folder(start) if start.suffix == ".pt" else start
-        text += f"; started from the model {start.name}, which was trained on images of its own"
+        text += "; started from another model, which was trained on images of its own"
     return text
 
 
 def model_card(checkpoint, vae_settings, meta, report):
     """README.md of the folder; meta: run_meta.json, report: evaluation.json or None."""
-    settings = checkpoint["args"]
-    trained = [checkpoint["class_names"][c] for c in checkpoint["trained_classes"]]
+    settings, trained = checkpoint["args"], trained_classes(checkpoint)
     counts = (f"{name} ({count})" for name, count, _ in meta["data"] if name in trained)
-    size, batch = settings["img_size"], settings["batch_per_device"] * settings["grad_accum"]
-    batch *= meta["world_size"]
-    rows = [("task", settings["task"]), ("data set", describe_data(settings)),
-            ("classes, training images", ", ".join(counts)),
-            ("of these", f"{settings['overfit_k']}, to memorise them" if settings["overfit_k"]
-             else "all"),
-            ("images", f"{size} x {size} pixels, gray, from -1 (black) to 1"),
-            ("training", f"{checkpoint['step']} steps of {batch} images, averaged weights; "
-                         f"{settings['augment']} augmented copies per image"),
-            ("autoencoder", describe_data(vae_settings)),
-            ("code", f"commit {meta['git_commit'] or 'unknown'}")]
-    return CARD.format(rows=markdown_rows(rows), evaluation=describe_evaluation(report))
+    batch = settings["batch_per_device"] * settings["grad_accum"] * meta["world_size"]
+    facts = {
+        "data set": describe_data(settings),
+        "classes, training images": ", ".join(counts),
+        "memorised on purpose": settings["overfit_k"] or "none",
+        "images": f"{settings['img_size']} pixels wide and high, gray, from -1 (black) to 1",
+        "training": f"{checkpoint['step']} steps of {batch} images, averaged weights; "
+                    f"{settings['augment']} augmented copies per image",
+        "autoencoder": describe_data(vae_settings),
+        "code": f"commit {meta['git_commit'] or 'unknown'}"}
+    # On one line each, whatever the name of a class holds.
+    lines = (f"- {name}: {' '.join(str(fact).split())}" for name, fact in facts.items())
+    return CARD.format(facts="\n".join(lines), evaluation=describe_evaluation(report))
 
 
 # --- the program --------------------------------------------------------------------------------
@@ -213,31 +197,26 @@ def main(argv=None):
     except ImportError:
         fail("export.py needs diffusers: pip install diffusers safetensors")
     folder = pathlib.Path(args.folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists():
         fail(f"{folder} exists: give another folder, or remove it")
     ctx = dist.setup(argparse.Namespace(device="cpu"))
     denoiser, vae, checkpoint = sample.load_ldm(args.ckpt, ctx, args.ae_ckpt_path)
     ae_path = args.ae_ckpt_path or sample.autoencoder_of(checkpoint, args.ckpt)
     vae_settings = run.load_checkpoint(ae_path, "vae", weights=False)["args"]
-    trained = [checkpoint["class_names"][c] for c in checkpoint["trained_classes"]]
-    folder_of_run = run.run_folder(args.ckpt)
     try:
-        report = read_evaluation(args, checkpoint["args"], trained, checkpoint["sha256"])
-        card = model_card(checkpoint, vae_settings, read_meta(folder_of_run), report)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
-        fail(f"run_meta.json or the evaluation of {folder_of_run} is damaged or of another version "
+        report = read_evaluation(args, checkpoint)
+        meta = read_meta(run.run_folder(args.ckpt))
+        card = model_card(checkpoint, vae_settings, meta, report)
+    except (LookupError, TypeError, ValueError, AttributeError) as e:
+        fail(f"run_meta.json or evaluation.json of {args.ckpt} is damaged or of another version "
              f"({type(e).__name__}: {first_line(e)}): run evaluate.py again")
-    make_folder(folder.parent)
-    # Whole or not at all: made beside its place, then renamed.
+    made = make_folder(folder.with_name(f".{folder.name}.tmp"))  # renamed when it is whole
     try:
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export_") as temporary:
-            made = pathlib.Path(temporary, "made")
-            made.mkdir()
-            write_parts(made, denoiser, vae, vae_settings, checkpoint)
-            (made / "README.md").write_text(card)
-            os.replace(made, folder)
+        write_parts(made, denoiser, vae, vae_settings, checkpoint)
+        (made / "README.md").write_text(card)
+        os.replace(made, folder)
     except (OSError, safetensors.SafetensorError) as e:
-        fail(f"cannot write {folder}: {first_line(e)}")
+        fail(f"cannot write {made}: {first_line(e)}; free some space or give another folder")
     print(f"written: {folder}; samples: python {folder}/pipeline.py --num_samples=4")
 
 

@@ -7,17 +7,15 @@ The page embeds its pictures and needs neither a network nor a script, so it can
 It can be made during a run, and of a run with missing or damaged files: what is left is shown.
 """
 import math
-import os
 import pathlib
 import re
 import shlex
-from typing import NamedTuple
 
 from lib import metrics, verdicts
 from lib.args import Parser, file_path, parse_settings
-from lib.files import fail, first_line, parse_json, write_atomic
-from lib.html import draw, image, nested_table, page, show, table, tag, verdict_list
-from lib.run import time_text
+from lib.files import fail, first_line, read_json, write_atomic
+from lib.html import draw, image, leaves, page, show, table, tag, verdict_list
+from lib.run import read_records, time_text
 
 MSE_MEASURED = f"{metrics.MSE_MEAN}_raw"  # without it, samples that are noise count as -1
 REAL = "sample_diversity/real_pairwise_mse_mean"
@@ -38,16 +36,30 @@ CHARTS = {  # {title: metrics}
 # --- a run folder -------------------------------------------------------------------------------
 
 
-class LoggedRun(NamedTuple):
-    """What a run folder holds."""
+def number(value):
+    """A number as it is, NaN for anything that cannot be drawn."""
+    return value if isinstance(value, (int, float)) and abs(value) < 1e300 else math.nan
 
-    folder: pathlib.Path
-    meta: dict  # run_meta.json; "args" is a dict
-    records: list  # lines of metrics.jsonl that have a step, {name: number}
-    latest: dict  # the last number of each metric
-    best: dict  # the record with the lowest val/loss; {} if there is none
-    summary: dict  # summary.json; {} if the run has not ended
-    evaluation: dict  # evaluation.json; {} if it was not evaluated
+
+class LoggedRun:
+    """What a run folder holds; a file that is missing or damaged counts as empty."""
+
+    def __init__(self, path):
+        self.folder = pathlib.Path(path)
+        names = ("run_meta.json", "summary.json", "evaluation.json")
+        self.meta, self.summary, self.evaluation = (read_json(self.folder / n) for n in names)
+        self.settings = self.meta.get("args", {})
+        records = [{name: number(value) for name, value in record.items()}
+                   for _, record in read_records(self.folder / "metrics.jsonl")]
+        self.records = [record for record in records if record.get("step", -1) >= 0]
+        if not self.meta and not self.records:
+            fail(f"{path} is not a run folder: give one such as runs/ldm_tb")
+        # The last number of each metric, and the record with the lowest val/loss.
+        self.latest = {name: value for record in self.records for name, value in record.items()}
+        validated = [r for r in self.records if math.isfinite(r.get(verdicts.VAL, math.nan))]
+        self.best = min(validated, key=lambda record: record[verdicts.VAL], default={})
+        if not number(self.summary.get("step")) >= self.latest.get("step", 0):
+            self.summary = {}  # the run has gone on since
 
     def points(self, name):
         """[(step, value)] of a metric; NaN if it was not finite."""
@@ -56,70 +68,26 @@ class LoggedRun(NamedTuple):
             points = [(step, math.log10(y) if y > 0 else math.nan) for step, y in points]
         return points
 
+    def grids(self):
+        """{kind: {epoch: name}} of the grids in samples/: for each class, or for reconstructions,
+        the first, the last, the one at the lowest val/loss, and three in between."""
+        grids = {}
+        for path in (self.folder / "samples").glob("*_ep*.png"):
+            if match := re.fullmatch(r"(?:recon|sample)_ep(\d+)_?(.*)\.png", path.name, re.DOTALL):
+                names = grids.setdefault(match[2] or "reconstructions", {})
+                names[int(match[1])] = f"samples/{path.name}"
+        for kind, names in grids.items():
+            epochs, chosen = sorted(names), {self.best.get("epoch")}
+            chosen |= {epochs[i * (len(epochs) - 1) // 4] for i in range(5)}
+            grids[kind] = {epoch: names[epoch] for epoch in epochs if epoch in chosen}
+        return dict(sorted(grids.items()))
 
-def read_bytes(path):
-    """Contents of a regular file, empty if it is missing or cannot be read."""
-    try:
-        return path.read_bytes() if path.is_file() else b""
-    except OSError:
-        return b""
-
-
-def number(value):
-    """A number as it is, NaN for anything that cannot be drawn."""
-    return value if isinstance(value, (int, float)) and abs(value) < 1e300 else math.nan
-
-
-def parse_line(text):
-    """JSON object in a text; {} if it is damaged."""
-    try:
-        return parse_json(text)
-    except ValueError:
-        return {}
-
-
-def open_run(path):
-    """LoggedRun of a folder; exits with an error if it is not a run folder."""
-    folder = pathlib.Path(path)
-    if not any((folder / name).is_file() for name in ("run_meta.json", "metrics.jsonl")):
-        fail(f"{path} is not a run folder: give one such as runs/ldm_tb")
-    meta, summary, evaluation = (
-        parse_line(read_bytes(folder / name))
-        for name in ("run_meta.json", "summary.json", "evaluation.json"))
-    if not isinstance(meta.get("args"), dict):
-        meta["args"] = {}
-    lines = map(parse_line, read_bytes(folder / "metrics.jsonl").splitlines())
-    records = [{name: number(value) for name, value in line.items()} for line in lines]
-    records = [record for record in records if record.get("step", -1) >= 0]
-    latest = {name: value for record in records for name, value in record.items()}
-    validated = [record for record in records if math.isfinite(record.get(verdicts.VAL, math.nan))]
-    best = min(validated, key=lambda record: record[verdicts.VAL], default={})
-    if not number(summary.get("step")) >= latest.get("step", 0):  # the run has gone on since
-        summary = {}
-    return LoggedRun(folder, meta, records, latest, best, summary, evaluation)
-
-
-def find_grids(run):
-    """{kind: {epoch: name}} of the grids in samples/: for each class, or for reconstructions, the
-    first, the last, the one at the lowest val/loss, and three in between."""
-    grids = {}
-    for path in (run.folder / "samples").glob("*_ep*.png"):
-        if match := re.fullmatch(r"(?:recon|sample)_ep(\d+)(?:_(.*))?\.png", path.name, re.DOTALL):
-            names = grids.setdefault(match[2] or "reconstructions", {})
-            names[int(match[1])] = f"samples/{path.name}"
-    for kind, names in grids.items():
-        epochs = sorted(names)
-        chosen = {epochs[i * (len(epochs) - 1) // 4] for i in range(5)} | {run.best.get("epoch")}
-        grids[kind] = {epoch: names[epoch] for epoch in epochs if epoch in chosen}
-    return dict(sorted(grids.items()))
-
-
-def picture(run, name, text):
-    """A PNG file of the run folder, embedded. Links and special files are not followed: the page
-    may be sent to others."""
-    inside = os.path.realpath(run.folder / name) == os.path.join(os.path.realpath(run.folder), name)
-    png = read_bytes(run.folder / name) if inside else b""
-    return image(png, text) if png else tag("p", f"{text}: {name} is not a readable regular file")
+    def picture(self, name, text):
+        """A PNG file of the folder, embedded; no links, since the page may be sent to others."""
+        path = self.folder / name
+        if path.is_file() and path.resolve() == self.folder.resolve() / name:
+            return image(path.read_bytes(), text)
+        return tag("p", f"{text}: {name} is not a regular file")
 
 
 # --- one run ------------------------------------------------------------------------------------
@@ -127,96 +95,87 @@ def picture(run, name, text):
 
 def judge(run):
     """[verdicts.Verdict] of a run: those stored at its end, until then of the latest numbers."""
-    overfit = {name: value for name, value in run.latest.items() if name.startswith("overfit/")}
-    found = []
-    if overfit:
-        level = "ok" if overfit["overfit/passed"] == 1 else "bad"
-        found = [verdicts.Verdict("memorising", level, "", verdicts.format_overfit(overfit), "")]
+    values, found = dict(run.latest), []
+    if "overfit/passed" in values:
+        level = "ok" if values["overfit/passed"] == 1 else "bad"
+        text = verdicts.format_overfit(values)
+        found = [verdicts.Verdict("memorising", level, "", text, "")]
     if run.summary:
         return found + [verdicts.Verdict(**v) for v in run.summary.get("verdicts", ())]
     val, val_train, rec, loss = ([y for _, y in run.points(name)] for name in (
         verdicts.VAL, verdicts.VAL_TRAIN, "train/rec", verdicts.LOSS))
-    values = dict(run.latest)
     if MSE_MEASURED in values:
         values[metrics.MSE_MEAN] = values[MSE_MEASURED]
-    memorising = any(run.meta["args"].get(name) for name in ("overfit_k", "overfit_one"))
+    memorising = any(run.settings.get(name) for name in ("overfit_k", "overfit_one"))
     return found + verdicts.health(values, rec or loss, overfit=memorising,
-                                  val_history=(val[:-1], val_train[:-1]),
-                                  best_epoch=run.best.get("epoch"))
+                                   val_history=(val[:-1], val_train[:-1]),
+                                   best_epoch=run.best.get("epoch"))
 
 
 def facts(run):
-    """{name: value} of what a reader asks first."""
-    meta, best = run.meta, run.best
+    """{name: value} of what a reader asks first, without what is unknown."""
+    meta, best, summary, seconds = run.meta, run.best, run.summary, run.summary.get("wall_seconds")
     state = f"not finished; last logged: step {show(run.latest.get('step'))}"
-    if run.summary:
-        state = f"{'diverged' if run.summary.get('diverged') else 'finished'} at step "
-        state += show(run.summary["step"])
-    seconds = run.summary.get("wall_seconds")
-    return {
+    if summary:
+        state = f"{'diverged' if summary.get('diverged') else 'finished'} at step {summary['step']}"
+    found = {
         "state": state, "wall time": seconds and time_text(seconds),
         "lowest val/loss": best and f"{show(best[verdicts.VAL])}, epoch {best.get('epoch')}",
-        "images": ", ".join(f"{name} {count}" for name, count, *_ in meta.get("data") or ()),
-        "packages": ", ".join(f"{k} {v}" for k, v in meta.get("packages", {}).items()),
-        "command": shlex.join(["python", *map(str, meta.get("command", ()))]),
-        "not the defaults": ", ".join(
-            f"{name} {show(meta['args'].get(name))}" for name in meta.get("changed", ())),
-        **{name: value for name, value in meta.items() if not isinstance(value, (dict, list))}}
+        "images": [f"{name} {count}" for name, count, *_ in meta.get("data") or ()],
+        "packages": meta.get("packages"),
+        "command": meta.get("command") and shlex.join(["python", *meta["command"]]),
+        "not the defaults": {name: run.settings.get(name) for name in meta.get("changed", ())}}
+    found |= {name: value for name, value in meta.items() if not isinstance(value, (dict, list))}
+    return {name: value for name, value in found.items() if value not in (None, [], {})}
 
 
 def curves(run):
     """All charts of a run."""
-    figures = []
     mark = run.best and (run.best["step"], f"lowest val/loss: epoch {run.best.get('epoch')}")
-    for title, names in CHARTS.items():
-        lines = {name: points for name in names if (points := run.points(name))}
-        mark_here = mark if verdicts.VAL in lines else None
-        figures.append(guarded(draw, title, lines, mark_here, REFERENCES))
-    return tag("div", *figures, class_="grid")
+    return tag("div", *(draw(title, {name: run.points(name) for name in names},
+                             mark if verdicts.VAL in names else None, REFERENCES)
+                        for title, names in CHARTS.items()), class_="grid")
 
 
 def samples(run):
     """Grids over the epochs; real images above those of a class."""
     parts = []
-    for kind, names in find_grids(run).items():
-        real = f"samples/real_{kind}.png"
-        if (run.folder / real).exists():
-            parts.append(picture(run, real, f"{kind}, real"))
-        parts += [picture(run, name, f"{kind} epoch {epoch}") for epoch, name in names.items()]
-    return tag("div", *(parts or ["No pictures yet."]))
+    for kind, names in run.grids().items():
+        if (run.folder / f"samples/real_{kind}.png").exists():
+            parts.append(run.picture(f"samples/real_{kind}.png", f"{kind}, real"))
+        parts += [run.picture(name, f"{kind} epoch {epoch}") for epoch, name in names.items()]
+    return tag("div", *parts)
 
 
 def evaluation(run):
     """All that evaluate.py measured."""
     if not run.evaluation:
-        return tag("p", "Not measured: run evaluate.py.")
-    parts = [verdict_list([verdicts.Verdict(**v) for v in run.evaluation.get("verdicts", ())])]
-    tables = {name: part for name, part in run.evaluation.items() if isinstance(part, dict)}
-    parts.append(table((name, value) for name, value in run.evaluation.items()
-                       if name not in tables and name != "verdicts"))
-    parts += [nested_table({name: part}) for name, part in tables.items()]
-    return tag("div", *parts, picture(run, "evaluation_pairs.png", "the ten closest pairs"))
-
-
-def guarded(section, *arguments):
-    """Html of a section; if a damaged file keeps it from being made, why."""
-    try:
-        return section(*arguments)
-    except Exception as e:  # whatever JSON of another shape raises
-        return tag("p", "Not shown, since a file in the run folder is damaged "
-                   f"({type(e).__name__}: {first_line(e)}).")
+        return tag("p", "Not measured: run evaluate.py with an LDM.")
+    numbers = {name: value for name, value in run.evaluation.items() if name != "verdicts"}
+    found = [verdicts.Verdict(**v) for v in run.evaluation.get("verdicts", ())]
+    return tag("div", verdict_list(found), table(leaves(numbers)),
+               run.picture("evaluation_pairs.png", "the ten closest pairs"))
 
 
 def report(run):
     """The page of one run."""
-    name = run.folder.resolve().name
-    parts = [tag("h1", name), tag("h2", "Verdicts"), guarded(lambda: verdict_list(judge(run))),
-             tag("h2", "Run"), guarded(lambda: table(facts(run).items())),
-             tag("details", tag("summary", "all settings"), table(run.meta["args"].items())),
-             tag("h2", "Curves"), guarded(curves, run), tag("h2", "Samples"), guarded(samples, run)]
-    if run.meta.get("kind") != "vae":
-        parts += [tag("h2", "Evaluation"), guarded(evaluation, run)]
-    return page(name, *parts)
+    return build(run.folder.resolve().name, {
+        "Verdicts": lambda: verdict_list(judge(run)), "Run": lambda: table(facts(run).items()),
+        "Curves": lambda: curves(run), "Samples": lambda: samples(run),
+        "Evaluation": lambda: evaluation(run), "Settings": lambda: table(run.settings.items())})
+
+
+def build(title, sections):
+    """Bytes of a page of {heading: function that makes the Html below it}."""
+    parts = [tag("h1", title)]
+    for heading, section in sections.items():
+        try:
+            body = section()
+        except Exception as e:  # whatever JSON of another shape raises
+            body = tag("p", "Not shown, since a file in the run folder is damaged "
+                       f"({type(e).__name__}: {first_line(e)}).")
+        parts += [tag("h2", heading), body]
+    return page(title, *parts)
 
 
 # --- several runs -------------------------------------------------------------------------------
@@ -228,30 +187,28 @@ def numbers(run):
     return latest | {f"verdict on {v.metric}": f"{v.value} {v.level}" for v in judge(run)}
 
 
-def differences(columns):
-    """Table of {run: {name: value}}: a row for each name whose value differs."""
-    names = dict.fromkeys(name for column in columns.values() for name in column)
-    rows = [[name, *(show(column.get(name)) for column in columns.values())] for name in names]
-    return table([row for row in rows if len(set(row[1:])) > 1], ["", *columns])
+def differences(runs, describe):
+    """Table of describe(run), {name: value}: a column for each of {path: run}, a row for each name
+    whose value differs."""
+    columns = [describe(run) for run in runs.values()]
+    names = dict.fromkeys(name for column in columns for name in column)
+    rows = [[name, *(show(column.get(name)) for column in columns)] for name in names]
+    return table([row for row in rows if len(set(row[1:])) > 1], ["", *runs])
 
 
 def comparison(runs):
     """The page of several runs, {path: LoggedRun}."""
-    figures, pictures = [], []
-    for name in (name for names in CHARTS.values() for name in names if name not in REFERENCES):
-        figures.append(guarded(draw, name, {path: run.points(name) for path, run in runs.items()}))
-    for path, run in runs.items():
-        for kind, names in find_grids(run).items():
-            text = f"{path}: {kind} epoch {max(names)}"
-            pictures.append(picture(run, names[max(names)], text))
-
-    def compared(section):
-        return guarded(lambda: differences({path: section(run) for path, run in runs.items()}))
-
-    return page("comparison", tag("h1", f"{len(runs)} runs"), compared(facts),
-                tag("h2", "Settings"), compared(lambda run: run.meta["args"]),
-                tag("h2", "Numbers at the end"), compared(numbers), tag("h2", "Curves"),
-                tag("div", *figures, class_="grid"), tag("h2", "Last samples"), *pictures)
+    charts = [name for names in CHARTS.values() for name in names if name not in REFERENCES]
+    return build(f"{len(runs)} runs", {
+        "Runs": lambda: differences(runs, facts),
+        "Settings": lambda: differences(runs, lambda run: run.settings),
+        "Numbers at the end": lambda: differences(runs, numbers),
+        "Curves": lambda: tag("div", *(
+            draw(name, {path: run.points(name) for path, run in runs.items()}) for name in charts),
+            class_="grid"),
+        "Last samples": lambda: tag("div", *(
+            run.picture(names[max(names)], f"{path}: {kind} epoch {max(names)}")
+            for path, run in runs.items() for kind, names in run.grids().items()))})
 
 
 def main(argv=None):
@@ -259,11 +216,10 @@ def main(argv=None):
     parser.add_argument("runs", metavar="RUN", nargs="+", type=file_path, help="run folder")
     parser.add_argument("--out", type=file_path, help="HTML file; None: in the first run's folder")
     args = parse_settings(parser, argv)
-    runs = {path: open_run(path) for path in args.runs}
+    runs = {path: LoggedRun(path) for path in args.runs}
     first = runs[args.runs[0]]
-    if len(runs) == 1:
-        name, html = "report.html", report(first)
-    else:
+    name, html = "report.html", report(first)
+    if len(runs) > 1:
         name, html = "comparison.html", comparison(runs)
     path = pathlib.Path(args.out or first.folder / name)
     write_atomic(path, lambda f: f.write(html))

@@ -1,29 +1,22 @@
 """Measure speed on this machine: the training step of both trainers, and sampling.
 
-    python dev/bench.py                       # about two minutes on two idle CPU cores
-    python dev/bench.py --peer                # in turn with diffusers (pip install diffusers)
+    python dev/bench.py                 # about a minute on two idle CPU cores
+    python dev/bench.py --peer          # the UNet in turn with diffusers (pip install diffusers)
 
-Everything runs in one process in turn, A B C A B C ...; `ratio` is the median over the rounds of a
-row's time divided by that of the first row of its part: above 1 is slower. FLOPs are those of
-convolutions and matrix products, forward and backward. The peak is the most that matrix products
-and 3x3 convolutions of the same precision reached between the rounds.
+Everything runs in one process in turn, A B A B ...; `ratio` is the median over the rounds of a
+row's time divided by that of the first row of its part: above 1 is slower.
 
-The peer is the network of diffusers with the same channels, blocks and attention, in our loop and
-in the memory layout that is faster for it: `script` in float32 and eager, as in its training
-script; `tuned` in our precision and compiled if ours is. docs/benchmarks.md: what we measured.
+The peer is the UNet of diffusers with the same channels, blocks and attention, in our loop and
+precision, compiled if ours is, and in the memory layout that is faster for it.
+docs/benchmarks.md: what we measured.
 """
-import importlib.util
 import os
 import pathlib
-import re
 import statistics
 import sys
 import time
-import warnings
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import model
@@ -35,8 +28,7 @@ from lib.args import BooleanFlag, add_precision_arguments, at_least, make_parser
 from lib.files import fail, write_json
 
 CLASSES = ("normal", "tb")
-ROW = ("{part:<6} {name:<17} {images_per_second:8.2f} images/s, {gflop_per_image:.2f} GFLOP per "
-       "image, {fraction_of_peak:.0%} of the peak of {peak_gflops:.0f} GFLOP/s, ratio {ratio:.2f}")
+ROW = "{part:<6} {name:<9} {images_per_second:8.2f} images/s, ratio {ratio:.2f}"
 
 # --- measuring ----------------------------------------------------------------------------------
 
@@ -50,53 +42,21 @@ def clock(function, device):
     return time.perf_counter() - start
 
 
-def count_flops(function):
-    """FLOPs of a call, compiled or not; attention counts as plain matrix products."""
-    with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH):
-        # torch.compile warns about the counter's own hooks.
-        with FlopCounterMode(display=False) as flops, warnings.catch_warnings(action="ignore"):
-            function()
-    return flops.get_total_flops()
-
-
-def peak_candidates(device, dtype):
-    """[(function, FLOPs)]: a matrix product and a 3x3 convolution. On a CPU they are small enough
-    to take less than a second each where bf16 is emulated."""
-    side, batch, size = (512, 8, 32) if device.type == "cpu" else (8192, 256, 64)
-    a, b = torch.randn(2, side, side, device=device, dtype=dtype)
-    x = torch.randn(batch, size, size, 192, device=device, dtype=dtype).movedim(3, 1)
-    weight = torch.randn(192, 192, 3, 3, device=device, dtype=dtype)
-    return [(lambda: a @ b, 2 * side**3),
-            (lambda: torch.conv2d(x, weight, padding=1), 2 * x.numel() * 192 * 9)]
-
-
 def measure(part, images, tasks, repeats, device):
-    """[row, a dict of numbers] of tasks [(name, dtype, function)] on a batch of `images`.
-
-    The tasks are called in turn, two rounds untimed. The peak is taken in every round: a virtual
-    CPU shares its matrix units with its neighbours, and what it gives changes by a factor of two
-    within seconds.
-    """
-    peaks = {dtype: 0.0 for _, dtype, _ in tasks}  # FLOP/s
-    rounds = []  # seconds of each task
-    for _ in range(2 + repeats):
-        for dtype in peaks:
-            for function, work in peak_candidates(device, dtype) * 3:
-                peaks[dtype] = max(peaks[dtype], work / clock(function, device))
-        rounds.append([clock(function, device) for _, _, function in tasks])
+    """[row, a dict of numbers] of tasks {name: function} on a batch of `images`, which are called
+    in turn, two rounds untimed."""
+    rounds = [[clock(function, device) for function in tasks.values()]
+              for _ in range(2 + repeats)][2:]
     rows = []
-    for i, (name, dtype, function) in enumerate(tasks):
-        seconds = [times[i] for times in rounds[2:]]
-        median, flops = statistics.median(seconds), count_flops(function)
-        rows.append({
-            "part": part, "name": name, "seconds": seconds, "images_per_second": images / median,
-            "gflop_per_image": flops / images / 1e9, "peak_gflops": peaks[dtype] / 1e9,
-            "fraction_of_peak": flops / median / peaks[dtype],
-            "ratio": statistics.median(times[i] / times[0] for times in rounds[2:])})
+    for i, name in enumerate(tasks):
+        seconds = [times[i] for times in rounds]
+        rows.append({"part": part, "name": name, "seconds": seconds,
+                     "images_per_second": images / statistics.median(seconds),
+                     "ratio": statistics.median(times[i] / times[0] for times in rounds)})
     return rows
 
 
-# --- the work: the stages' own functions, with our networks or the peer's -------------------------
+# --- the work: the stages' own functions, with our UNet or the peer's -----------------------------
 
 
 class PeerContext(dist.DistContext):
@@ -110,7 +70,10 @@ class PeerContext(dist.DistContext):
 
 def peer_unet(settings, latent_shape):
     """UNet2DModel of diffusers with the blocks and the interface of model.UNet."""
-    import diffusers
+    try:
+        import diffusers
+    except ImportError:
+        fail("--peer compares with diffusers: pip install diffusers")
 
     class UNet(diffusers.UNet2DModel):
         null_class = len(CLASSES)
@@ -120,43 +83,25 @@ def peer_unet(settings, latent_shape):
     return UNet(**diffusers_io.unet_config(vars(settings), latent_shape, len(CLASSES)))
 
 
-def peer_vae(settings, shape):
-    """AutoencoderKL of diffusers with the blocks and the interface of model.AutoencoderKL."""
-    import diffusers
-
-    class VAE(diffusers.AutoencoderKL):
-        latent_shape = shape
-
-        def forward(self, x, noise):
-            q = self.encode(x).latent_dist
-            posterior = model.Posterior(q.mean.float(), q.logvar.float())
-            return self.decode(posterior.sample(noise)).sample.float(), posterior
-    return VAE(**diffusers_io.vae_config(vars(settings), 1.0))
-
-
-def peer_models(network, settings, ctx):
-    """(network on the device, EMA, AdamW)."""
-    network = network.to(ctx.device, memory_format=ctx.memory_format)
-    optimizer = torch.optim.AdamW(network.parameters(), settings.lr, fused=True)
-    return network, model.EMA(network, settings.ema_decay), optimizer
-
-
-def ldm_models(args, ctx, peer):
-    """((Denoiser, EMA, AdamW), settings of train_ldm.py without guidance, shape of a latent)."""
+def ldm_models(args, ctx):
+    """((Denoiser, EMA, AdamW), settings of train_ldm.py without guidance, shape of a latent); the
+    peer's in a PeerContext."""
     settings = train_ldm.parse_args([
         f"--ldm_base_ch={args.base_ch}", f"--batch_per_device={args.batch}", "--sampler=dpmpp_2m",
         f"--num_sampling_steps={args.sampling_steps}", "--guidance_scale=1"])
     shape = (4, args.latent_size, args.latent_size)
-    models = train_ldm.build_models(settings, ctx, shape, len(CLASSES))
-    if peer:
-        models[0].unet = peer_unet(settings, shape)
-        models = peer_models(models[0], settings, ctx)
-    return models, settings, shape
+    denoiser, ema, optimizer = train_ldm.build_models(settings, ctx, shape, len(CLASSES))
+    if isinstance(ctx, PeerContext):
+        denoiser.unet = peer_unet(settings, shape)
+        denoiser = denoiser.to(ctx.device, memory_format=ctx.memory_format)
+        ema = model.EMA(denoiser, settings.ema_decay)
+        optimizer = torch.optim.AdamW(denoiser.parameters(), settings.lr, fused=True)
+    return (denoiser, ema, optimizer), settings, shape
 
 
-def ldm_step(args, ctx, peer):
+def ldm_step(args, ctx):
     """Function that takes one step of train_ldm.py."""
-    models, settings, shape = ldm_models(args, ctx, peer)
+    models, settings, shape = ldm_models(args, ctx)
     loss_fn = train_ldm.wrap(models[0], shape, settings, ctx)
     mean = torch.randn(args.batch, *shape, device=ctx.device)
     y = torch.arange(args.batch, device=ctx.device) % len(CLASSES)
@@ -164,24 +109,20 @@ def ldm_step(args, ctx, peer):
     return lambda: train_ldm.train_step(*models, loss_fn, batches, 1.0, 0, settings, ctx)
 
 
-def vae_step(args, ctx, peer):
+def vae_step(args, ctx):
     """Function that takes one step of train_vae.py, before its discriminator starts."""
     settings = train_vae.parse_args([
         f"--img_size={args.img_size}", f"--base_ch={args.vae_base_ch}", "--num_res_blocks=1",
         "--disc_weight=0", f"--batch_per_device={args.vae_batch}"])
     models = train_vae.build_models(settings, ctx)
-    if peer:
-        vae = peer_vae(settings, models.vae.latent_shape)
-        vae, ema, optimizer = peer_models(vae, settings, ctx)
-        models = models._replace(vae=vae, ema=ema, vae_optimizer=optimizer)
     wrapped = train_vae.wrap(models, settings, ctx)
     x = torch.rand(args.vae_batch, 1, args.img_size, args.img_size, device=ctx.device) * 2 - 1
     return lambda: train_vae.train_step(models, *wrapped, None, x, 0, settings, ctx)
 
 
-def sampling(args, ctx, peer):
+def sampling(args, ctx):
     """Function that draws a batch of latents as sample.py does."""
-    (denoiser, _, _), settings, shape = ldm_models(args, ctx, peer)
+    (denoiser, _, _), settings, shape = ldm_models(args, ctx)
     if ctx.compile:
         denoiser.unet.compile()
     denoiser = sample.cast_weights(denoiser, ctx)
@@ -194,34 +135,13 @@ def sampling(args, ctx, peer):
 PARTS = {"train": ldm_step, "vae": vae_step, "sample": sampling}
 
 
-def tasks_of(part, args, ctx):
-    """[(name, dtype, function)] of a part: ours and, with --peer, both of the peer."""
-    tasks = [("ours", ctx.dtype, PARTS[part](args, ctx, peer=False))]
-    if args.peer:
-        tuned = PeerContext(*ctx)
-        script = tuned._replace(dtype=torch.float32, compile=False)
-        for name, ctx in (("diffusers, script", script), ("diffusers, tuned", tuned)):
-            tasks.append((name, ctx.dtype, PARTS[part](args, ctx, peer=True)))
-    return tasks
-
-
-def device_name(device):
-    """Model of the GPU, or of the CPU with the vector instructions and threads that torch uses."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    found = re.search("model name.*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
-    return (f"{found[1] if found else device}, {torch.backends.cpu.get_cpu_capability()}, "
-            f"{torch.get_num_threads()} threads")
-
-
 def build_parser():
     """Parser of this program."""
     parser = make_parser(__doc__)
     add_precision_arguments(parser)
     add = parser.add_argument_group("benchmark").add_argument
     add("--only", default=",".join(PARTS), help="comma list of parts")
-    add("--peer", action=BooleanFlag, default=False, help="the same with diffusers, in turn")
+    add("--peer", action=BooleanFlag, default=False, help="the UNet in turn with that of diffusers")
     add("--repeats", type=at_least(1), default=5, help="timed rounds")
     add("--json", help="file for all numbers")
     add("--latent_size", type=at_least(1), default=16, help="side of the latents")
@@ -236,20 +156,23 @@ def build_parser():
 
 def main(argv=None):
     args = parse_settings(build_parser(), argv)
-    parts = [part.strip() for part in args.only.split(",")]
+    parts = args.only.split(",")
     if not PARTS.keys() >= set(parts):
         fail(f"--only={args.only}: choose from {','.join(PARTS)}")
-    if args.peer and importlib.util.find_spec("diffusers") is None:
-        fail("--peer compares with diffusers: pip install diffusers")
     ctx = dist.setup(args)
-    facts = {"device": device_name(ctx.device), "precision": str(ctx.dtype),
-             "layout": str(ctx.memory_format), "compile": ctx.compile,
-             "torch": torch.__version__, "load average": os.getloadavg()[0]}
+    name = torch.cuda.get_device_name() if ctx.device.type == "cuda" else (
+        f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
+    facts = {"device": name, "precision": str(ctx.dtype), "layout": str(ctx.memory_format),
+             "compile": ctx.compile, "torch": torch.__version__,
+             "load average": os.getloadavg()[0]}
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     rows = []
     for part in parts:
+        tasks = {"ours": PARTS[part](args, ctx)}
+        if args.peer and part != "vae":
+            tasks["diffusers"] = PARTS[part](args, PeerContext(*ctx))
         images = args.vae_batch if part == "vae" else args.batch
-        for row in measure(part, images, tasks_of(part, args, ctx), args.repeats, ctx.device):
+        for row in measure(part, images, tasks, args.repeats, ctx.device):
             print(ROW.format(**row), flush=True)
             rows.append(row)
         if args.json:  # after each part: a run that is cut off keeps what it measured

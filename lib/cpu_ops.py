@@ -1,11 +1,9 @@
-"""What makes bf16 fast on CPUs with bf16 units (Intel AMX): group norm, 3x3 convolution, attention
-and up-sampling in channels_last.
+"""What makes bf16 fast on CPUs with bf16 units (Intel AMX): forward passes for channels_last.
 
 There oneDNN's convolutions are faster in channels_last than in the plain layout, but the backward
 pass of PyTorch's group norm is up to forty times as slow, and convolutions of small maps with many
 channels spend their time rearranging weights. Both are written here on rows of channels, with a
-backward pass by hand. `install` swaps them into a network of model.py, which knows nothing of it.
-What they gain: docs/benchmarks.md.
+backward pass by hand. `install` swaps them in. What they gain: docs/benchmarks.md.
 """
 import functools
 import math
@@ -35,14 +33,11 @@ def as_images(rows, height, width):
 
 @functools.cache
 def can_compile():
-    """Whether torch.compile works, for which it needs a C++ compiler and a place for its files, and
-    is not switched off (TORCH_COMPILE_DISABLE=1)."""
-    def probe(x):
-        return x + 1 if torch.compiler.is_compiling() else x
-
+    """Whether torch.compile works, for which it needs a C++ compiler and a place for its files."""
     try:
         with torch.compiler.set_stance("default"):  # the caller may have forced eager mode
-            return torch.compile(probe)(torch.zeros(8)).sum().item() == 8
+            torch.compile(torch.neg)(torch.zeros(8))
+        return True
     except torch._dynamo.exc.TorchDynamoException as e:
         reason = str(e).partition("\n")[0]
         warnings.warn(f"torch.compile does not work, so bf16 is slower: {reason}", stacklevel=2)
@@ -59,24 +54,19 @@ def fused(function):
 
     @functools.wraps(function)
     def run(*args):
-        if not can_compile():
-            return function(*args)
         # Tensors with and without a gradient would be compiled apart.
-        return compiled()(*(a.detach() if isinstance(a, torch.Tensor) else a for a in args))
+        args = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
+        return (compiled() if can_compile() else function)(*args)
     return run
 
 
 # --- group norm ---------------------------------------------------------------------------------
 
 
-SMALL = 2**18  # elements of x below which PyTorch's group norm with a copy on each side is as fast
-
-
 def group_norm_usable(x):
-    """Whether GroupNorm is faster than PyTorch's with a copy on each side: for large maps, and
-    larger ones where no backward pass follows, in which most of the time is saved."""
-    small = SMALL if x.requires_grad else 4 * SMALL
-    return usable(x) and x.numel() >= small and can_compile()
+    """Whether NormFunction is faster than PyTorch's group norm with a copy on each side: for large
+    maps, and larger ones if no backward pass follows, in which most of the time is saved."""
+    return usable(x) and x.numel() >= (2**18 if x.requires_grad else 2**20) and can_compile()
 
 
 @fused

@@ -3,6 +3,7 @@
 model.py has the layers of diffusers' AutoencoderKL and UNet2DModel, so only names differ:
 `vae_names` and `unet_names` pair them for both directions. Nothing here imports diffusers.
 """
+import collections
 import pathlib
 
 import torch
@@ -14,6 +15,8 @@ from lib.files import fail, first_line, read_json
 RENAMED = {"emb": "time_emb_proj", "skip": "conv_shortcut", "norm": "group_norm",
            "proj": "to_out.0"}
 QKV = ("to_q", "to_k", "to_v")  # three layers there, one of ours
+KINDS = {model.ResBlock: "resnets", model.Attention: "attentions",
+         model.Downsample: "downsamplers", model.Upsample: "upsamplers"}
 # Attention before diffusers 0.18; the files of stabilityai/sd-vae-ft-mse still have these names.
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -21,45 +24,37 @@ OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_o
 # --- pairs of names -----------------------------------------------------------------------------
 
 
+def numbered(name, layers):
+    """[(our name, module)] of the layers of a list."""
+    return [(f"{name}.{i}", layer) for i, layer in enumerate(layers)]
+
+
 def block_names(layers, theirs):
-    """[(our name, their name)] for layers [(our name, module)] in order. A block of diffusers ends
-    with an up- or downsampling and numbers its resnets and attentions separately."""
-    names, block = [], 0
-    resnets = attentions = 0
+    """[(our name, their name)] for layers [(our name, module)] in order.
+
+    theirs: name of their blocks, with {} for the number. A block of theirs ends with an up- or
+    downsampling and counts each kind of layer separately.
+    """
+    names, block, counts = [], 0, collections.Counter()
     for ours, layer in layers:
-        prefix = f"{theirs}.{block}"
-        if isinstance(layer, model.ResBlock):
-            names.append((ours, f"{prefix}.resnets.{resnets}"))
-            resnets += 1
-        elif isinstance(layer, model.Attention):
-            names.append((ours, f"{prefix}.attentions.{attentions}"))
-            attentions += 1
-        else:
-            sampler = "downsamplers" if isinstance(layer, model.Downsample) else "upsamplers"
-            names.append((ours, f"{prefix}.{sampler}.0"))
-            block, resnets, attentions = block + 1, 0, 0
+        kind = next(name for cls, name in KINDS.items() if isinstance(layer, cls))
+        names.append((ours, f"{theirs.format(block)}.{kind}.{counts[kind]}"))
+        counts[kind] += 1
+        if kind.endswith("samplers"):
+            block, counts = block + 1, collections.Counter()
     return names
-
-
-def middle_names(ours, first, theirs):
-    """The same for a middle block, whose three layers begin at index `first` of ours."""
-    parts = ("resnets.0", "attentions.0", "resnets.1")
-    return [(f"{ours}.{first + i}", f"{theirs}.{part}") for i, part in enumerate(parts)]
 
 
 def vae_names(vae):
     """[(our name, their name)] of all layers with weights of a model.AutoencoderKL."""
-    encoder = [(f"encoder.{i}", layer) for i, layer in enumerate(vae.encoder)]
-    decoder = [(f"decoder.{i}", layer) for i, layer in enumerate(vae.decoder)]
-    # Encoder: convolution, blocks, three layers of the middle block, norm, SiLU, convolution.
-    names = [("encoder.0", "encoder.conv_in"),
-             *block_names(encoder[1:-6], "encoder.down_blocks"),
-             *middle_names("encoder", len(encoder) - 6, "encoder.mid_block"),
-             (encoder[-3][0], "encoder.conv_norm_out"), (encoder[-1][0], "encoder.conv_out"),
-             ("decoder.0", "decoder.conv_in"),
-             *middle_names("decoder", 1, "decoder.mid_block"),
-             *block_names(decoder[4:-3], "decoder.up_blocks"),
-             (decoder[-3][0], "decoder.conv_norm_out"), (decoder[-1][0], "decoder.conv_out")]
+    encoder, decoder = numbered("encoder", vae.encoder), numbered("decoder", vae.decoder)
+    names = [*block_names(encoder[1:-6], "encoder.down_blocks.{}"),
+             *block_names(encoder[-6:-3], "encoder.mid_block"),
+             *block_names(decoder[1:4], "decoder.mid_block"),
+             *block_names(decoder[4:-3], "decoder.up_blocks.{}")]
+    for part, layers in (("encoder", encoder), ("decoder", decoder)):  # both end: norm, SiLU, conv
+        names += [(layers[0][0], f"{part}.conv_in"), (layers[-3][0], f"{part}.conv_norm_out"),
+                  (layers[-1][0], f"{part}.conv_out")]
     optional = ("quant_conv", "post_quant_conv", "linear_encoder", "linear_decoder")
     return names + [(name, name) for name in optional if f"{name}.weight" in vae.state_dict()]
 
@@ -67,19 +62,14 @@ def vae_names(vae):
 def unet_names(unet):
     """[(our name, their name)] of all layers with weights of a model.UNet, without the embedding of
     augmentations, which is zero for samples."""
-    def flat(blocks, name):
-        return [(f"{name}.{i}.{j}", layer) for i, block in enumerate(blocks)
-                for j, layer in enumerate(block)]
-
+    down, up = ([pair for i, block in enumerate(blocks) for pair in numbered(f"{name}.{i}", block)]
+                for name, blocks in (("down", unet.down), ("up", unet.up)))
     return [("conv_in", "conv_in"), ("class_emb", "class_embedding"),
             ("time_mlp.0", "time_embedding.linear_1"), ("time_mlp.2", "time_embedding.linear_2"),
-            *block_names(flat(unet.down, "down"), "down_blocks"),
-            *middle_names("mid", 0, "mid_block"),
-            *block_names(flat(unet.up, "up"), "up_blocks"),
+            *block_names(down, "down_blocks.{}"),
+            *block_names(numbered("mid", unet.mid), "mid_block"),
+            *block_names(up, "up_blocks.{}"),
             ("norm_out", "conv_norm_out"), ("conv_out", "conv_out")]
-
-
-# --- weights ------------------------------------------------------------------------------------
 
 
 def key_pairs(module, names):
@@ -91,6 +81,9 @@ def key_pairs(module, names):
             yield f"{ours}.{key}", [".".join(filter(None, (theirs, p, rest))) for p in parts]
 
 
+# --- to diffusers -------------------------------------------------------------------------------
+
+
 def to_diffusers(module, names):
     """Weights {their key: tensor} of one of our networks."""
     own, state = module.state_dict(), {}
@@ -99,43 +92,24 @@ def to_diffusers(module, names):
     return state
 
 
-def from_diffusers(module, names, state):
-    """Weights {our key: tensor} from {their key: tensor}. Raises KeyError if one is missing and
-    ValueError if one is left over."""
-    state = dict(state)
-    own = {key: torch.cat([state.pop(other) for other in others])
-           for key, others in key_pairs(module, names)}
-    if state:
-        raise ValueError(f"{min(state)} is not part of it")
-    return own
-
-
-# --- configurations ------------------------------------------------------------------------------
-
-
-def block_types(size, channel_mults, attn_res, name):
-    """Names of down blocks for a network that starts at `size` pixels: Attn in front of `name` if
-    the level's size is in attn_res."""
-    return [f"Attn{name}" if size >> level in attn_res else name
-            for level in range(len(channel_mults))]
-
-
-def up_types(down_types):
-    """Names of the up blocks that mirror these down blocks."""
-    return [name.replace("Down", "Up").replace("Encoder", "Decoder") for name in down_types[::-1]]
+def common_config(size, base, mults, num_res_blocks, attn_res, block):
+    """What the configurations of both networks say about levels; size: of the first level; block:
+    name of a down block without attention."""
+    down = [f"Attn{block}" if size >> level in attn_res else block for level in range(len(mults))]
+    up = [name.replace("Down", "Up").replace("Encoder", "Decoder") for name in down[::-1]]
+    return {"sample_size": size, "block_out_channels": [base * mult for mult in mults],
+            "layers_per_block": num_res_blocks, "norm_num_groups": model.num_groups(base),
+            "down_block_types": down, "up_block_types": up}
 
 
 def unet_config(settings, latent_shape, num_classes):
     """Arguments of the UNet2DModel that equals our UNet with a dict of train_ldm.py's settings."""
     channels, size, _ = latent_shape
-    base, mults = settings["ldm_base_ch"], settings["ldm_ch_mults"]
-    down_types = block_types(size, mults, settings["ldm_attn_res"], "DownBlock2D")
-    return {"sample_size": size, "in_channels": channels, "out_channels": channels,
-            "block_out_channels": [base * mult for mult in mults],
-            "down_block_types": down_types, "up_block_types": up_types(down_types),
-            "layers_per_block": settings["ldm_num_res_blocks"],
-            "attention_head_dim": model.head_dim(base), "norm_eps": 1e-6,
-            "norm_num_groups": model.num_groups(base),
+    base = settings["ldm_base_ch"]
+    return {**common_config(size, base, settings["ldm_ch_mults"], settings["ldm_num_res_blocks"],
+                            settings["ldm_attn_res"], "DownBlock2D"),
+            "in_channels": channels, "out_channels": channels, "norm_eps": 1e-6,
+            "attention_head_dim": model.head_dim(base),
             "attn_norm_num_groups": model.num_groups(base),
             "resnet_time_scale_shift": "scale_shift", "num_class_embeds": num_classes + 1}
 
@@ -143,15 +117,12 @@ def unet_config(settings, latent_shape, num_classes):
 def vae_config(settings, latent_scale_factor):
     """Arguments of the AutoencoderKL that equals ours with a dict of train_vae.py's settings; with
     patch_size or linear_path, of exported_pipeline.CXRAutoencoder."""
-    patch, base, mults = settings["patch_size"], settings["base_ch"], settings["ch_mults"]
-    size = settings["img_size"] // patch
-    down_types = block_types(size, mults, settings["attn_res"], "DownEncoderBlock2D")
-    config = {"in_channels": patch**2, "out_channels": patch**2, "sample_size": size,
-              "block_out_channels": [base * mult for mult in mults],
-              "down_block_types": down_types, "up_block_types": up_types(down_types),
-              "layers_per_block": settings["num_res_blocks"],
-              "latent_channels": settings["z_channels"],
-              "norm_num_groups": model.num_groups(base), "scaling_factor": latent_scale_factor,
+    patch = settings["patch_size"]
+    config = {**common_config(settings["img_size"] // patch, settings["base_ch"],
+                              settings["ch_mults"], settings["num_res_blocks"],
+                              settings["attn_res"], "DownEncoderBlock2D"),
+              "in_channels": patch**2, "out_channels": patch**2,
+              "latent_channels": settings["z_channels"], "scaling_factor": latent_scale_factor,
               "use_quant_conv": settings["quant_conv"],
               "use_post_quant_conv": settings["quant_conv"]}
     if patch > 1 or settings["linear_path"]:
@@ -162,8 +133,8 @@ def vae_config(settings, latent_scale_factor):
 # --- an autoencoder of diffusers ----------------------------------------------------------------
 
 FIXED = {"act_fn": "silu", "mid_block_add_attention": True}  # what ours cannot have otherwise
-DEFAULTS = {"norm_num_groups": 32, "use_quant_conv": True, "use_post_quant_conv": True,
-            "patch_size": 1, "linear_path": False, **FIXED}  # of a config.json that lacks them
+DEFAULTS = {"use_quant_conv": True, "use_post_quant_conv": True, "patch_size": 1,
+            "linear_path": False, **FIXED}  # of a config.json that lacks them
 
 
 def vae_folder(path):
@@ -178,28 +149,24 @@ def vae_settings(folder, img_size):
     """Settings of train_vae.py, {name: value}, for the shape of the autoencoder in a folder; exits
     with an error if model.AutoencoderKL cannot have it."""
     config = {**DEFAULTS, **read_json(folder / "config.json", "diffusers config")}
-    try:
-        widths, patch = config["block_out_channels"], config["patch_size"]
-        attention = [img_size // patch >> level
-                     for level, name in enumerate(config["down_block_types"])
-                     if name.startswith("Attn")]
-        settings = {"z_channels": config["latent_channels"], "base_ch": widths[0],
-                    "ch_mults": tuple(width // widths[0] for width in widths),
-                    "num_res_blocks": config["layers_per_block"], "attn_res": tuple(attention),
-                    "patch_size": patch, "linear_path": config["linear_path"],
-                    "quant_conv": config["use_quant_conv"]}
-        if config["_class_name"] not in ("AutoencoderKL", "CXRAutoencoder"):
-            fail(f"{folder} has _class_name={config['_class_name']}: give an AutoencoderKL")
-        ours = {**vae_config({**settings, "img_size": img_size}, 1.0), **FIXED}
-        if config["in_channels"] == 3:  # becomes 1 channel in vae_weights
-            ours |= {"in_channels": 3, "out_channels": 3}
-        del ours["sample_size"], ours["scaling_factor"]
-        for name in ours:
-            if config[name] != ours[name]:
-                fail(f"{folder} has {name}={config[name]}, but our AutoencoderKL needs "
-                     f"{ours[name]}: give another autoencoder")
-    except (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError) as e:
-        fail(f"{folder}/config.json describes no AutoencoderKL ({type(e).__name__}: {e})")
+    if config.get("_class_name") not in ("AutoencoderKL", "CXRAutoencoder"):
+        fail(f"{folder} has _class_name={config.get('_class_name')}: give an AutoencoderKL")
+    widths, patch = config["block_out_channels"], config["patch_size"]
+    settings = {"z_channels": config["latent_channels"], "base_ch": widths[0],
+                "ch_mults": tuple(width // widths[0] for width in widths),
+                "num_res_blocks": config["layers_per_block"],
+                "attn_res": tuple(img_size // patch >> level for level, name
+                                  in enumerate(config["down_block_types"]) if "Attn" in name),
+                "patch_size": patch, "linear_path": config["linear_path"],
+                "quant_conv": config["use_quant_conv"]}
+    ours = {**vae_config({**settings, "img_size": img_size}, 1.0), **FIXED}
+    if config["in_channels"] == 3:  # becomes 1 channel in vae_weights
+        ours |= {"in_channels": 3, "out_channels": 3}
+    del ours["sample_size"], ours["scaling_factor"]
+    for name in ours:
+        if config[name] != ours[name]:
+            fail(f"{folder} has {name}={config[name]}, but our AutoencoderKL needs "
+                 f"{ours[name]}: give another autoencoder")
     return settings
 
 
@@ -233,6 +200,10 @@ def vae_weights(vae, folder):
             state["encoder.conv_in.weight"] = state["encoder.conv_in.weight"].sum(1, keepdim=True)
             for key in ("decoder.conv_out.weight", "decoder.conv_out.bias"):
                 state[key] = state[key].mean(0, keepdim=True)
-        return from_diffusers(vae, vae_names(vae), state)
-    except (KeyError, ValueError) as e:
+        own = {key: torch.cat([state.pop(other) for other in others])
+               for key, others in key_pairs(vae, vae_names(vae))}
+        if state:
+            raise KeyError(min(state))
+    except KeyError as e:
         fail(f"the weights in {folder} do not fit its config.json: {e}")
+    return own

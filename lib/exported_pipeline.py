@@ -23,18 +23,13 @@ class CXRAutoencoder(AutoencoderKL):
     linear map beside the encoder and the decoder."""
 
     @register_to_config
-    def __init__(self, in_channels=1, out_channels=1, down_block_types=("DownEncoderBlock2D",),
-                 up_block_types=("UpDecoderBlock2D",), block_out_channels=(64,),
-                 layers_per_block=1, latent_channels=4, norm_num_groups=32, sample_size=32,
-                 scaling_factor=1.0, use_quant_conv=False, use_post_quant_conv=False,
-                 patch_size=1, linear_path=False):
-        super().__init__(
-            in_channels=in_channels, out_channels=out_channels, down_block_types=down_block_types,
-            up_block_types=up_block_types, block_out_channels=block_out_channels,
-            layers_per_block=layers_per_block, latent_channels=latent_channels,
-            norm_num_groups=norm_num_groups, sample_size=sample_size,
-            scaling_factor=scaling_factor, use_quant_conv=use_quant_conv,
-            use_post_quant_conv=use_post_quant_conv)
+    def __init__(self, in_channels, out_channels, down_block_types, up_block_types,
+                 block_out_channels, layers_per_block, latent_channels, norm_num_groups,
+                 sample_size, scaling_factor, use_quant_conv, use_post_quant_conv, patch_size,
+                 linear_path):
+        # All arguments are in self.config now.
+        super().__init__(**{name: value for name, value in self.config.items()
+                            if name not in ("patch_size", "linear_path") and name[0] != "_"})
         self.linear_encoder = self.linear_decoder = None
         if linear_path:
             factor = patch_size * 2 ** (len(block_out_channels) - 1)
@@ -57,10 +52,10 @@ class CXRAutoencoder(AutoencoderKL):
 def load(folder):
     """The model or scheduler in a folder, of the class that its config names."""
     [config] = folder.glob("*config.json")
-    kinds = (UNet2DModel, AutoencoderKL, CXRAutoencoder, FlowMatchEulerDiscreteScheduler,
-             DDIMScheduler)
+    classes = (UNet2DModel, AutoencoderKL, CXRAutoencoder, DDIMScheduler,
+               FlowMatchEulerDiscreteScheduler)
     name = json.loads(config.read_text())["_class_name"]
-    return {kind.__name__: kind for kind in kinds}[name].from_pretrained(folder)
+    return next(cls for cls in classes if cls.__name__ == name).from_pretrained(folder)
 
 
 class Pipeline:
@@ -93,9 +88,8 @@ class Pipeline:
             times, options = self.scheduler.timesteps, {}
         elif 1000 % steps == 0:
             self.scheduler.set_timesteps(steps)
-            times = range(1000, 0, -1000 // steps)
+            times, options = range(1000, 0, -1000 // steps), {"use_clipped_model_output": True}
             x = x * (1 - self.scheduler.alphas_cumprod[1000]) ** 0.5
-            options = {"use_clipped_model_output": True}
         else:
             raise SystemExit(f"error: DDIM's steps must divide 1000, and {steps} do not: give 50")
         for t in times:

@@ -152,6 +152,8 @@ def read_json(path, what=None):
     """The object in a JSON file. If it is missing or damaged, ends the program with what it should
     have been; without `what`, returns {}."""
     try:
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would never end
+            raise ValueError("no regular file")
         return parse_json(pathlib.Path(path).read_bytes())
     except (OSError, ValueError) as e:
         if what is None:

@@ -9,16 +9,14 @@ from html import escape
 
 STYLE = """
 :root { color-scheme: light dark }
-body { margin: auto; padding: 16px; max-width: 1200px; background: Canvas; color: CanvasText;
-  font: 15px/1.45 system-ui, sans-serif; overflow-wrap: anywhere }
-h2 { margin-top: 32px } p { margin: 4px 0 } img { display: block; max-width: 100%; margin: 4px 0 }
-ul { list-style: none; padding: 0 } li { margin: 10px 0 } summary { cursor: pointer }
-div { overflow-x: auto } table { border-collapse: collapse; font-size: 13px }
-td, th { padding: 3px 14px 3px 0; min-width: 64px; text-align: left; vertical-align: top;
-  border-bottom: 1px solid #8885 }
-.ok, .pass { color: #1f8a40 } .watch { color: #b86e00 } .bad, .fail { color: #d9363e }
-.grid { display: grid; gap: 20px; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)) }
-figure { margin: 0; min-width: 0 } figcaption span { margin-right: 12px; font-size: 13px }
+body { margin: auto; padding: 16px; max-width: 1200px; font: 15px/1.45 system-ui, sans-serif;
+  background: Canvas; color: CanvasText; overflow-wrap: anywhere }
+p { margin: 4px 0 } img { display: block; max-width: 100% } div { overflow-x: auto }
+ul { list-style: none; padding: 0 } li { margin: 10px 0 }
+td, th { padding: 3px 14px 3px 0; min-width: 64px; font-size: 13px; text-align: left }
+.ok { color: #1f8a40 } .watch { color: #b86e00 } .bad { color: #d9363e }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)) }
+figure { margin: 8px } figcaption span { margin-right: 12px; font-size: 13px }
 text { fill: currentColor; font-size: 11px } line { stroke: #8885 }
 path { fill: none; stroke: currentColor; stroke-width: 1.6; stroke-linecap: round }
 .dashed { stroke-dasharray: 4 4 } .dots { stroke-width: 6 }
@@ -49,6 +47,8 @@ def show(value):
         return "–"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(show, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {show(part)}" for name, part in value.items())
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -58,34 +58,21 @@ def table(rows, head=()):
     return tag("div", tag("table", tag("tr", *(tag("th", cell) for cell in head)), *lines))
 
 
-def innermost(tree, path=()):
-    """Yield (path, dict) of the dicts in a nested dict that hold no other dict."""
-    inside = {name: value for name, value in tree.items() if isinstance(value, dict)}
-    for name, value in inside.items():
-        yield from innermost(value, (*path, name))
-    if not inside:
-        yield path, tree
-
-
-def nested_table(tree):
-    """Table of a nested dict: a row for each innermost dict, a column for each of its names."""
-    rows = list(innermost(tree))
-    columns = dict.fromkeys(name for _, cells in rows for name in cells)
-    lines = [[", ".join(path), *map(cells.get, columns)] for path, cells in rows]
-    return table(lines, ["", *columns])
+def leaves(tree, path=()):
+    """Yield (names joined by commas, value) of a nested dict; an innermost dict is a value."""
+    for name, value in tree.items():
+        if isinstance(value, dict) and any(isinstance(v, dict) for v in value.values()):
+            yield from leaves(value, (*path, name))
+        else:
+            yield ", ".join((*path, name)), value
 
 
 def verdict_list(verdicts):
-    """metrics.Verdicts: bad ones first, then those to watch, each with advice; the rest folded."""
-    items = {"bad": [], "watch": [], "ok": []}
-    for v in verdicts:
-        advice = "" if v.level == "ok" else tag("p", v.advice)
-        item = tag("li", tag("b", v.level.upper(), class_=v.level), f" {v.metric} {v.value}",
-                   tag("p", v.meaning), advice)
-        items[v.level].append(item)
-    count = tag("summary", f"{len(items['ok'])} of {len(verdicts)} are ok")
-    return tag("div", tag("ul", *items["bad"], *items["watch"]),
-               tag("details", count, tag("ul", *items["ok"])))
+    """verdicts.Verdicts: bad ones first, then those to watch, each with what to do."""
+    return tag("ul", *(
+        tag("li", tag("b", v.level.upper(), class_=v.level), f" {v.metric} {v.value}",
+            tag("p", v.meaning), tag("p", v.advice if v.level != "ok" else ""))
+        for v in sorted(verdicts, key=lambda v: ("bad", "watch", "ok").index(v.level))))
 
 
 def image(png, text):
@@ -110,40 +97,19 @@ WIDTH, HEIGHT = 400, 220
 LEFT, RIGHT, TOP, BOTTOM = 46, 22, 8, 22  # margins for the numbers at the axes
 
 
-def thin(points, most=200):
-    """The lowest and the highest point of each of `most` stretches, so that spikes stay."""
-    if len(points) <= 2 * most:
-        return points
-    kept = []
-    for i in range(most):
-        part = points[i * len(points) // most:(i + 1) * len(points) // most]
-        part = [point for point in part if math.isfinite(point[1])] or part[:1]
-        kept += sorted({min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])})
-    return kept
-
-
-def ticks(low, high):
-    """At most six round numbers from low to high."""
-    step = 10.0 ** math.floor(math.log10(high - low))
-    step *= next(part for part in (0.1, 0.2, 0.5, 1, 2) if (high - low) / (step * part) <= 5)
-    return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
-
 def draw(title, curves, mark=None, dashed=()):
     """Figure of {label: [(x, y)]} with x >= 0; empty Html if no y is finite.
 
     mark: (x, text) of a vertical line. dashed: labels of dashed curves. A y that is not finite is a
     gap.
     """
-    colours = {label: f"c{i % 8}" for i, label in enumerate(curves)}  # also of an empty curve
-    curves = {label: thin(points) for label, points in curves.items() if points}
-    finite = [(x, y) for points in curves.values() for x, y in points if math.isfinite(y)]
+    finite = [point for points in curves.values() for point in points if math.isfinite(point[1])]
     if not finite:
         return Html("")
-    last = max(x for x, _ in finite) or 1
-    low, high = min(y for _, y in finite), max(y for _, y in finite)
-    margin = 0.08 * (high - low) or 0.1 * abs(high) or 0.1  # so that a level line has a height
-    low, high = low - margin, high + margin
+    xs, ys = zip(*finite, strict=True)
+    last = max(xs) or 1
+    margin = 0.08 * (max(ys) - min(ys)) or 0.1 * abs(max(ys)) or 0.1  # a level line has a height
+    low, high = min(ys) - margin, max(ys) + margin
 
     def across(x):
         return round(LEFT + x / last * (WIDTH - LEFT - RIGHT), 1)
@@ -151,24 +117,24 @@ def draw(title, curves, mark=None, dashed=()):
     def down(y):
         return round(HEIGHT - BOTTOM - (y - low) / (high - low) * (HEIGHT - TOP - BOTTOM), 1)
 
-    parts = []
-    for y in ticks(low, high):
+    parts, legend = [], [tag("b", title), tag("br")]
+    for part in (0, 0.25, 0.5, 0.75, 1):
+        x, y = part * last, min(ys) + part * (max(ys) - min(ys))
         parts.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=down(y), y2=down(y)))
-        parts.append(tag("text", f"{y:.4g}", x=LEFT - 4, y=down(y) + 4, text_anchor="end"))
-    for x in ticks(0, last):
-        parts.append(tag("text", f"{x:g}", x=across(x), y=HEIGHT - 6, text_anchor="middle"))
-    legend = [tag("b", title), tag("br")]
+        parts.append(tag("text", f"{y:.3g}", x=LEFT - 4, y=down(y) + 4, text_anchor="end"))
+        parts.append(tag("text", f"{x:.0f}", x=across(x), y=HEIGHT - 6, text_anchor="middle"))
     if mark:
         at = across(mark[0])
         parts.append(tag("line", x1=at, x2=at, y1=TOP, y2=HEIGHT - BOTTOM, class_="dashed"))
         legend.append(tag("span", f"┆ {mark[1]}"))
-    for label, points in curves.items():
+    for i, (label, points) in enumerate(curves.items()):
         path = ""
         for is_curve, part in itertools.groupby(points, lambda point: math.isfinite(point[1])):
             if is_curve:  # h0 makes a point between two gaps a dot
                 path += "M" + "L".join(f"{across(x)} {down(y)}" for x, y in part) + "h0"
         style = "dashed" if label in dashed else "solid" if "L" in path else "dots"
-        parts.append(tag("path", tag("title", label), d=path, class_=f"{colours[label]} {style}"))
-        legend.append(tag("span", f"━ {label} {show(points[-1][1])}", class_=colours[label]))
+        if points:
+            parts.append(tag("path", tag("title", label), d=path, class_=f"c{i % 8} {style}"))
+            legend.append(tag("span", f"━ {label} {show(points[-1][1])}", class_=f"c{i % 8}"))
     svg = tag("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=title)
     return tag("figure", tag("figcaption", *legend), svg)

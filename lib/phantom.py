@@ -5,6 +5,7 @@
 writes PNG files laid out as a data root of your own would be: OUT/TB/SPLIT/CLASS/*.png. The classes
 are `normal` and `tb`; every image is a function of (seed, split, class, number).
 """
+import contextlib
 import pathlib
 import secrets
 import shutil
@@ -14,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from lib.args import Parser, at_least, file_path
-from lib.files import fail, make_folder, notice, write_atomic
+from lib.files import fail, make_folder, notice
 
 # --- the image ----------------------------------------------------------------------------------
 
@@ -167,8 +168,8 @@ def write_phantoms(folder, num_train, num_val, img_size, seed=0):
             target = make_folder(pathlib.Path(folder, "TB", split, name))
             for i in range(count):
                 rng = np.random.default_rng([seed, split == "val", label, i])
-                image = Image.fromarray(draw_phantom(rng, bool(label), img_size))
-                write_atomic(target / f"{i:05d}.png", lambda f, image=image: image.save(f, "PNG"))
+                image = draw_phantom(rng, bool(label), img_size)
+                Image.fromarray(image).save(target / f"{i:05d}.png")
 
 
 def phantom_root(output_root, img_size):
@@ -177,18 +178,13 @@ def phantom_root(output_root, img_size):
     64 training and 16 validation images per class. The folder appears in one step, so that a run
     which starts at the same moment, or after a kill, never takes half a set for one.
     """
-    folder = pathlib.Path(output_root, "cache", f"phantom_{img_size}")
+    folder = make_folder(pathlib.Path(output_root, "cache")) / f"phantom_{img_size}"
     if not folder.exists():
-        make_folder(folder.parent)
         temporary = folder.with_name(f".{folder.name}_{secrets.token_hex(4)}")
-        try:
-            write_phantoms(temporary, 64, 16, img_size)
+        write_phantoms(temporary, 64, 16, img_size)
+        with contextlib.suppress(OSError):  # another process was faster
             temporary.rename(folder)
-        except OSError:
-            if not folder.exists():  # else another process was faster
-                raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     notice(f"no --data_root: using the phantom set in {folder}")
     return folder
 
@@ -202,9 +198,8 @@ def main():
     add("--img_size", type=at_least(16), default=128, help="side in pixels")
     add("--seed", type=at_least(0), default=0, help="of the set")
     args = parser.parse(sys.argv[1:])
-    if any(pathlib.Path(args.out, "TB").glob("**/*.*")):
-        fail(f"{args.out}/TB holds files already: give another --out, so that no phantom replaces "
-             "an image or joins real ones")
+    if pathlib.Path(args.out, "TB").exists():
+        fail(f"{args.out}/TB exists: give another --out, so that no phantom joins real images")
     write_phantoms(args.out, args.num_train, args.num_val, args.img_size, args.seed)
     print(f"wrote {args.out}: use it with --data_root={args.out} --img_size={args.img_size}")
 

@@ -1,5 +1,4 @@
 """lib/cpu_ops.py: its operations against PyTorch's own, and what `install` changes in a network."""
-import copy
 import subprocess
 import sys
 
@@ -81,15 +80,11 @@ def test_layers_choose_by_dtype_layout_and_size(monkeypatch):
     assert cpu_ops.usable(bf16(2, 8, 4, 4))
     assert not cpu_ops.usable(bf16(2, 8, 4, 4).float())
     assert not cpu_ops.usable(bf16(2, 8, 4, 4).contiguous())
-
     for channels, side, few_pixels in [(64, 4, True), (64, 8, False), (32, 4, False)]:
         weight = torch.zeros(channels, channels, 3, 3, device="meta")
         assert cpu_ops.conv3x3_usable(bf16(1, channels, side, side), weight) == few_pixels
-
-    for compiler, side, trained, large in [
-            (True, 64, True, True), (True, 32, True, False), (True, 128, False, True),
-            (True, 64, False, False), (False, 128, True, False)]:
-        monkeypatch.setattr(cpu_ops, "can_compile", lambda compiler=compiler: compiler)
+    monkeypatch.setattr(cpu_ops, "can_compile", lambda: True)
+    for side, trained, large in [(64, True, True), (32, True, False), (64, False, False)]:
         assert cpu_ops.group_norm_usable(bf16(1, 64, side, side).requires_grad_(trained)) == large
 
 
@@ -101,10 +96,8 @@ from lib import cpu_ops
 norm = model.norm(32, 8)
 cpu_ops.install(norm)
 x = torch.randn(2, 32, 128, 128).to(torch.bfloat16, memory_format=torch.channels_last)
-with torch.autocast("cpu", torch.bfloat16):
-    h = norm(x, silu=True)
 wanted = torch.nn.functional.silu(torch.nn.GroupNorm.forward(norm, x.float()))
-assert (h - wanted).abs().max() < 0.05 and not cpu_ops.can_compile()
+assert (norm(x, silu=True) - wanted).abs().max() < 0.05 and not cpu_ops.can_compile()
 """
     env = {"CXX": f"{tmp_path}/c++", "TORCHINDUCTOR_CACHE_DIR": f"{tmp_path}/cache"}
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True,
@@ -163,17 +156,14 @@ def test_install_changes_nothing_in_float32():
 
 def test_weights_keep_their_names_and_copies_stay_fast():
     unet = networks()[0][0]
-    weights = copy.deepcopy(unet.state_dict())
+    names = unet.state_dict().keys()
     cpu_ops.install(unet)
-    averaged = model.EMA(unet, 0.9).module
-    for net in (unet, averaged):
+    for net in (unet, model.EMA(unet, 0.9).module):
         types = {type(layer) for layer in net.modules()}
         assert {cpu_ops.FastGroupNorm, cpu_ops.FastConv3x3, cpu_ops.FastAttention,
                 cpu_ops.FastUpsample} <= types
         assert not {model.GroupNorm, model.Attention, model.Upsample} & types
-        assert net.state_dict().keys() == weights.keys()
-    networks()[0][0].load_state_dict(averaged.state_dict())
-    averaged.load_state_dict(weights)
+        assert net.state_dict().keys() == names
 
 
 @pytest.mark.parametrize("dtype, compiled, layout", [

@@ -28,16 +28,16 @@ class Seen(html.parser.HTMLParser):
 
     def __init__(self, path):
         super().__init__()
-        self.open, self.figure = [], None
+        self.open, self.words = [], []
         self.curves = {}  # {title of a figure: {curve: its path}}
-        self.pictures, self.words = [], []  # [(text, bytes)], [text]
-        self.path, self.text = None, path.read_text()
+        self.pictures = []  # [(text, bytes)]
+        self.text = path.read_text()
         self.feed(self.text)
         assert not self.open, self.open
         self.words = " ".join(" ".join(self.words).split())
 
     def handle_starttag(self, tag, attributes):
-        attrs = dict(attributes)
+        self.attrs = dict(attributes)
         assert tag not in ("script", "link", "iframe", "object", "a", "base"), tag
         for name, value in attributes:
             assert not name.startswith("on") and name not in ("href", "style", "srcset"), name
@@ -45,29 +45,22 @@ class Seen(html.parser.HTMLParser):
         if tag not in VOID:
             self.open.append(tag)
         if tag == "img":
-            kind, data = attrs["src"].split(",", 1)
+            kind, data = self.attrs["src"].split(",", 1)
             assert kind == "data:image/png;base64"
-            self.pictures.append((attrs["alt"], base64.b64decode(data, validate=True)))
+            self.pictures.append((self.attrs["alt"], base64.b64decode(data, validate=True)))
         elif tag == "svg":
-            self.figure = attrs["aria-label"]
-            self.curves[self.figure] = {}
+            self.figure = self.curves.setdefault(self.attrs["aria-label"], {})
         elif tag == "path":
-            self.path = attrs["d"]
+            self.path = self.attrs["d"]
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
         if self.open[-2:] == ["path", "title"]:
-            self.curves[self.figure][data] = self.path
-        elif self.open and self.open[-1] == "style":
-            assert "url(" not in data and "@import" not in data
-        else:
+            self.figure[data] = self.path
+        elif self.open[-1:] != ["style"]:
             self.words.append(data)
-
-    def names(self):
-        """All curves."""
-        return {name for curves in self.curves.values() for name in curves}
 
 
 def heights(path):
@@ -120,7 +113,7 @@ def test_ldm_page_shows_curves_samples_and_verdicts(stages, workspace, quick):
     result = quick(*words)
     assert result.code == 0 and result.out == f"report: {folder}/report.html\n", result.err
     seen = Seen(folder / "report.html")
-    assert seen.names() == {
+    assert {name for curves in seen.curves.values() for name in curves} == {
         "train/loss", "val/loss", "val/train_loss", *(f"train/loss_t{q}" for q in range(4)),
         "train/grad_norm", "sample_diversity/pairwise_mse_mean_raw",
         "sample_diversity/real_pairwise_mse_mean", "final_latent_stats/std",
@@ -133,57 +126,40 @@ def test_ldm_page_shows_curves_samples_and_verdicts(stages, workspace, quick):
     for v in summary["verdicts"]:
         assert f"{v['level'].upper()} {v['metric']} {v['value']} {v['meaning']}" in seen.words
         assert v["level"] == "ok" or v["advice"] in seen.words
-    meta = read_meta(folder)
-    assert meta["git_commit"] in seen.words and f"torch {meta['packages']['torch']}" in seen.words
-    assert "finished at step 20" in seen.words and "normal 8, tb 8" in seen.words
-    assert f"wall time {run.time_text(summary['wall_seconds'])}" in seen.words
-    changed = seen.words.split("not the defaults")[1].split("all settings")[0]
+    for text in (read_meta(folder)["git_commit"], "finished at step 20", "normal 8, tb 8",
+                 f"wall time {run.time_text(summary['wall_seconds'])}", "Not measured"):
+        assert text in seen.words
+    changed = seen.words.split("not the defaults")[1].split("Curves")[0]
     assert "lr 0.001" in changed and "seed" not in changed
-    assert "Not measured: run evaluate.py" in seen.words
 
 
 def test_autoencoder_page_shows_its_reconstructions(stages, workspace, capsys):
     assert f"report: python report.py {stages.out / 'v'}\n" in stages.stdout["train_vae"]
     seen = made(capsys, workspace.out / "v")
-    names = ("psnr", "ssim", "detail", "power_fine", "power_finest")
-    assert seen.names() == {
-        *(f"val/{name}" for name in names), "train/images_per_second",
-        *(f"train/{name}" for name in ("loss", "rec", "kl", "g_loss", "d_loss", "grad_norm"))}
+    assert {"train/rec", "train/kl", "train/g_loss", "val/psnr", "val/power_fine"} <= {
+        name for curves in seen.curves.values() for name in curves}
     assert seen.pictures[0][1] == (workspace.out / "v/samples/recon_ep0050.png").read_bytes()
-    assert "Evaluation" not in seen.words
 
 
 def test_page_shows_all_that_evaluate_measured(workspace, quick, capsys):
     result = quick("evaluate.py", *workspace.common, f"--ckpt={workspace.ldm_ckpt}",
                    "--num_samples=6", "--num_sampling_steps=2", "--classifier_steps=2")
     assert result.code == 0, result.err
-    folder = workspace.out / "l"
-    found = json.loads((folder / "evaluation.json").read_text())
-    seen = made(capsys, folder)
+    found = json.loads((workspace.out / "l/evaluation.json").read_text())
+    seen = made(capsys, workspace.out / "l")
     for v in found["verdicts"]:
         assert f"{v['metric']} {v['value']} {v['meaning']}" in seen.words
     for name in found:
         assert name == "verdicts" or name in seen.words
-    for name, (value, low, high) in found["auroc"].items():
-        assert name in seen.words and f"{value:.4g}, {low:.4g}, {high:.4g}" in seen.words
     for space, groups in found["groups"].items():
         for row, cells in groups["all"].items():
             assert f"groups, {space}, all, {row} " in seen.words
-            assert f"{cells['fid']:.4g}" in seen.words
+            assert f"fid {cells['fid']:.4g}" in seen.words
     if "copies" in found:
-        assert seen.pictures[-1][1] == (folder / "evaluation_pairs.png").read_bytes()
+        assert seen.pictures[-1][1] == (workspace.out / "l/evaluation_pairs.png").read_bytes()
 
 
 # --- curves ---
-
-
-def test_a_long_run_is_thinned_but_keeps_its_spikes(make_run, capsys):
-    records = logged(20000, value=lambda i: 9.0 if i == 7777 else 1 + 0.01 * (i % 2))
-    seen = made(capsys, make_run("r", records))
-    points = heights(seen.curves["Loss"]["train/loss"])
-    assert 300 < len(points) <= 401
-    assert sum(y < 40 for y in points) == 1  # at the top of the figure
-    assert sorted(points)[1] > 150
 
 
 def test_gaps_and_single_points_are_drawn(make_run, capsys):
@@ -238,92 +214,49 @@ def test_names_are_escaped(make_run, capsys):
     assert made(capsys, folder, other).words.count(NASTY) > 5
 
 
-LINES = ["{", "\0\0", "[1]", "7", '{"step": "x"}', '{"train/loss": 1}', "[" * 5000,
-         '{"step": null}', '{"step": -1, "train/loss": 1}', '{"step": {}, "epoch": []}',
-         '{"step": 20, "epoch": "x", "train/loss": "y", "val/loss": [1]}',
-         '{"step": 20, "train/loss": 1' + "0" * 400 + '}', '{"step": 1' + "0" * 5000 + '}',
-         '{"step": 20, "train/loss": 1e999, "epoch": NaN, "val/loss": Infinity}']
-
-
-@pytest.mark.parametrize("line", LINES, ids=lambda line: line[:20])
-def test_a_strange_line_of_the_log_is_a_gap_at_most(make_run, capsys, line):
-    folder = make_run("r", [line, *logged(2), line])
+def test_strange_lines_of_the_log_are_gaps_at_most(make_run, capsys):
+    lines = ["{", "[1]", '{"step": "x"}', '{"train/loss": 1}', "[" * 5000, '{"step": null}',
+             '{"step": -1, "train/loss": 1}', '{"step": 9, "epoch": "x", "train/loss": "y"}',
+             '{"step": 9, "train/loss": 1e308}', '{"step": 9, "train/loss": 1' + "0" * 400 + '}',
+             '{"step": 9, "train/loss": 1e999, "epoch": NaN, "val/loss": Infinity}', "\xff{}"]
+    folder = make_run("r", [*lines, *logged(2), *lines])
     seen = made(capsys, folder)
-    assert "last logged: step 20" in seen.words and "damaged" not in seen.words
+    assert "damaged" not in seen.words
     assert len(heights(seen.curves["Loss"]["train/loss"])) == 2
     assert "damaged" not in made(capsys, folder, make_run("other", logged(2))).words
 
 
 @pytest.mark.parametrize("name, content, shown", [
-    ("metrics.jsonl", None, "last logged: step –"),
-    ("metrics.jsonl", b"", "last logged: step –"),
-    ("metrics.jsonl", b'\xff\xfe{"step": 1}\n', "last logged: step –"),
-    ("summary.json", b'{"step": 9', "last logged: step 20"),
-    ("evaluation.json", b"\0" * 50, "Not measured"),
-    ("run_meta.json", None, "last logged: step 20"),
-    ("run_meta.json", b"[" * 100_000, "last logged: step 20"),
-    ("run_meta.json", b'{"args": 3}', "last logged: step 20")])
-def test_a_missing_or_damaged_file_is_left_out(make_run, capsys, name, content, shown):
+    ("metrics.jsonl", "", "last logged: step –"), ("summary.json", '{"step": 9', "step 20"),
+    ("summary.json", None, "step 20"), ("evaluation.json", None, "Not measured"),
+    ("run_meta.json", "[" * 100_000, "step 20"), ("run_meta.json", '{"args": 3}', "damaged"),
+    ("run_meta.json", '{"data": 7}', "damaged"), ("run_meta.json", '{"command": [1]}', "damaged"),
+    ("summary.json", '{"step": 20, "verdicts": [1]}', "damaged"),
+    ("evaluation.json", '{"verdicts": {}, "groups": 1e308}', "1e+308")])
+def test_a_damaged_file_or_a_pipe_costs_a_section(make_run, capsys, name, content, shown):
     folder = make_run("r", logged(2))
     (folder / name).unlink(missing_ok=True)
-    if content is not None:
-        (folder / name).write_bytes(content)
+    if content is None:
+        os.mkfifo(folder / name)
+    else:
+        (folder / name).write_text(content)
     seen = made(capsys, folder)
-    assert shown in seen.words and "wall time –" in seen.words
-    assert bool(seen.curves) == (name != "metrics.jsonl")
+    assert shown in seen.words and bool(seen.curves) == (name != "metrics.jsonl")
+    assert made(capsys, folder, make_run("other", logged(2))).curves
 
 
 def test_only_regular_files_of_the_run_are_embedded(make_run, capsys, tmp_path):
     folder = make_run("r", logged(2), classes=["tb"], epochs=(1, 2, 3))
-    secret = tmp_path / "secret.png"
-    Image.new("L", (9, 9)).save(secret)
-    for name, replace in (("sample_ep0001_tb.png", lambda path: path.symlink_to(secret)),
+    Image.new("L", (9, 9)).save(tmp_path / "secret.png")
+    for name, replace in (("sample_ep0001_tb.png", lambda p: p.symlink_to("../../secret.png")),
                           ("sample_ep0002_tb.png", os.mkfifo),
-                          ("real_tb.png", lambda path: path.symlink_to(path))):
+                          ("real_tb.png", lambda p: p.symlink_to(p))):
         (folder / "samples" / name).unlink()
         replace(folder / "samples" / name)
-    (folder / "evaluation_pairs.png").symlink_to(secret)
-    (folder / "evaluation.json").write_text('{"step": 3}')
-    assert [text for text, _ in made(capsys, folder).pictures] == ["tb epoch 3"]
-    linked = make_run("linked", logged(2))
-    (linked / "samples").rmdir()
-    (linked / "samples").symlink_to(folder / "samples")
-    assert not made(capsys, linked).pictures
-    through = tmp_path / "through"  # but the run folder itself may be reached by a link
+    through = tmp_path / "through"  # the run folder itself may be reached by a link
     through.symlink_to(folder)
-    assert len(made(capsys, through).pictures) == 1
-
-
-def places(value, path=()):
-    """Where something lies in a JSON value: [keys and positions]."""
-    yield path
-    inside = value.items() if isinstance(value, dict) else (
-        enumerate(value) if isinstance(value, list) else ())
-    for key, part in inside:
-        yield from places(part, (*path, key))
-
-
-@pytest.mark.parametrize("name", ["summary.json", "evaluation.json", "run_meta.json"])
-def test_curves_are_shown_whatever_a_file_holds(make_run, capsys, name):
-    verdict = verdicts.Verdict("train/loss", "bad", "1", "m", "a")._asdict()
-    folder = make_run("r", logged(3), {"step": 30, "wall_seconds": 5.0, "verdicts": [verdict]},
-                      classes=["tb"])
-    row = {"num": 5, "fid": 1.0}
-    (folder / "evaluation.json").write_text(json.dumps({
-        "verdicts": [verdict], "features": {"f": "what"}, "copies": {"share": 0.0}, "step": 30,
-        "groups": {"f": {"all": {"samples": row}}}, "c2st": {"all": {"samples": [1, 0, 1]}}}))
-    whole = json.loads((folder / name).read_text())
-    found = [path for path in places(whole) if path and path != ("args",)]
-    assert len(found) > 5
-    for path in found:
-        for wrong in (None, [1], {}, "text", 1e308):
-            damaged = json.loads(json.dumps(whole))
-            place = damaged
-            for key in path[:-1]:
-                place = place[key]
-            place[path[-1]] = wrong
-            (folder / name).write_text(json.dumps(damaged))
-            assert "Loss" in made(capsys, folder, f"--out={folder}/page.html").curves
+    for path in (folder, through):
+        assert [text for text, _ in made(capsys, path).pictures] == ["tb epoch 3"]
 
 
 def test_a_run_that_went_on_is_not_finished(make_run, capsys):
@@ -336,11 +269,10 @@ def test_an_overfit_run_shows_its_verdict(make_run, capsys, passed):
     values = {"nearest_mse": 0.05, "nearest_psnr": 30.0, "coverage": 1.0, "mse_threshold": 0.1,
               "psnr_threshold": 25.0, "coverage_threshold": 0.5, "passed": passed}
     record = {"step": 40, "epoch": 4, **{f"overfit/{k}": v for k, v in values.items()},
-              metrics.MSE_MEAN: 0.0, f"{metrics.MSE_MEAN}_raw": 0.0}
+              metrics.MSE_MEAN: 0.0}
     seen = made(capsys, make_run("r", [*logged(3), record], overfit_k=8))
     verdict = "OK memorising PASS" if passed else "BAD memorising FAIL"
-    assert f"{verdict}: nearest" in seen.words
-    assert "Collapse" not in seen.words
+    assert f"{verdict}: nearest" in seen.words and "Collapse" not in seen.words
 
 
 def test_what_is_no_run_is_one_line(make_run, tmp_path, capsys):
@@ -410,19 +342,15 @@ def browser():
         started.close()
 
 
-@pytest.mark.parametrize("width, scheme", [(390, "light"), (1280, "dark")])
-def test_pages_fit_a_browser_and_load_nothing(stages, workspace, make_run, browser, capsys, width,
-                                              scheme):
-    many = make_run("many", logged(500), classes=[NASTY], note="a-name-without-a-space-" * 8,
-                    path="/x" * 90)
-    for runs in ([workspace.out / "l"], [workspace.out / "v"], [many],
-                 [workspace.out / "l", workspace.out / "v", many]):
+@pytest.mark.parametrize("width", [390, 1280])
+def test_pages_fit_a_browser_and_load_nothing(workspace, make_run, browser, capsys, width):
+    many = make_run("many", logged(500), classes=[NASTY], note="a-name-without-a-space-" * 8)
+    for runs in ([workspace.out / "l"], [workspace.out / "l", workspace.out / "v", many]):
         seen = made(capsys, *runs)
         path = runs[0] / ("report.html" if len(runs) == 1 else "comparison.html")
-        tab = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        tab = browser.new_page(viewport={"width": width, "height": 800})
         messages, requests = [], []
         tab.on("console", lambda message: messages.append(message.text))
-        tab.on("pageerror", lambda error: messages.append(str(error)))
         tab.on("request", lambda request: requests.append(request.url))
         tab.goto(path.as_uri())
         assert not messages
@@ -431,8 +359,4 @@ def test_pages_fit_a_browser_and_load_nothing(stages, workspace, make_run, brows
         assert len(tab.query_selector_all("svg path")) == sum(map(len, seen.curves.values())) > 0
         loaded = tab.evaluate("[...document.images].map(i => i.complete && i.naturalWidth > 0)")
         assert len(loaded) == len(seen.pictures) and all(loaded)
-        ink, paper = tab.evaluate(
-            "['color', 'backgroundColor'].map(name => getComputedStyle(document.body)[name])")
-        dark = [sum(map(int, re.findall(r"\d+", colour)[:3])) < 384 for colour in (ink, paper)]
-        assert dark == [scheme == "light", scheme == "dark"]
         tab.close()
