@@ -49,9 +49,8 @@ class LoggedRun:
         names = ("run_meta.json", "summary.json", "evaluation.json")
         self.meta, self.summary, self.evaluation = (read_json(self.folder / n) for n in names)
         self.settings = self.meta.get("args", {})
-        records = [{name: number(value) for name, value in record.items()}
-                   for _, record in read_records(self.folder / "metrics.jsonl")]
-        self.records = [record for record in records if record.get("step", -1) >= 0]
+        self.records = [{name: number(value) for name, value in record.items()}
+                        for record in read_records(self.folder / "metrics.jsonl")]
         if not self.meta and not self.records:
             fail(f"{path} is not a run folder: give one such as runs/ldm_tb")
         # The last number of each metric, and the record with the lowest val/loss.

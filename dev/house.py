@@ -57,6 +57,7 @@ def main():
         (f"lines of {longest_main[1]}", longest_main[0], 130),
         (f"lines of {longest[1]}", longest[0], 80),
         ("names that train_ldm.py takes from lib/", len(names_from_lib(trees["train_ldm.py"])), 20),
+        ("Python files at the top level", len([n for n in product if "/" not in n]), 12),
         ("lines of tests", sum(lines.values()) - sum(lines[name] for name in product), 9200),
         ("words of docs without docs/log.md", words, 8000)]
     for what, value, bound in figures:  # of functions, the longest

@@ -475,13 +475,13 @@ def git_commit():
 
 
 def read_records(path):
-    """[dict] of the lines of metrics.jsonl, without those that are torn or damaged."""
+    """[dict] of the lines of metrics.jsonl with a step, without those that are damaged."""
     records = []
-    if os.path.exists(path):
+    if os.path.isfile(path):
         for line in pathlib.Path(path).read_bytes().splitlines():
             with contextlib.suppress(ValueError):
                 records.append(parse_json(line))
-    return [record for record in records if isinstance(record.get("step"), int)]
+    return [r for r in records if isinstance(r.get("step"), int) and r["step"] >= 0]
 
 
 # --- W&B ----------------------------------------------------------------------------------------
