@@ -629,7 +629,7 @@ class LatentSet:
         # For all files: a subset or one class shares the cache. Variant v of file f is row
         # v num_files + f.
         num_files = images.num_files
-        rng = dist.generator("cpu", "augment", images.key)
+        rng = ctx.generator("augment", images.key)
         labels = torch.rand(num_augmented * num_files, AUG_DIM, generator=rng) * 2 - 1
         self.labels = torch.cat([torch.zeros(num_files, AUG_DIM), labels])
         if not use_cache:

@@ -142,8 +142,7 @@ def sample_latents(denoiser, latent_shape, requests, class_names, args, ctx, tic
     A sample's noise comes from (args.seed, class name, number) on the CPU: the same on every device
     and in every batch. tick() is called before each network evaluation.
     """
-    rngs = [dist.generator("cpu", args.seed, "sample", class_names[c], number)
-            for c, number in requests]
+    rngs = [ctx.generator(args.seed, "sample", class_names[c], number) for c, number in requests]
     y = torch.tensor([c for c, _ in requests], device=ctx.device)
 
     def noise():

@@ -50,8 +50,8 @@ class DistContext(NamedTuple):
 
     def autocast(self):
         """Context in which networks run in `dtype`."""
-        bf16 = self.dtype == torch.bfloat16
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+        return torch.autocast(self.device.type, torch.bfloat16,
+                              enabled=self.dtype == torch.bfloat16)
 
     # --- talking to the other ranks ---
 
@@ -135,9 +135,10 @@ class DistContext(NamedTuple):
         """Slice of the global batch, `batch` items a rank, that belongs to this rank."""
         return slice(self.rank * batch, (self.rank + 1) * batch)
 
-    def generator(self, *key):
-        """Random generator on the CPU that depends on the key alone, alike on all ranks."""
-        return generator("cpu", *key)
+    def generator(self, *key, device="cpu"):
+        """Random generator that depends on the key alone, as (seed, "ldm", step)."""
+        digest = hashlib.sha256(repr(key).encode()).digest()
+        return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
     def global_noise(self, batch, shape, *key):
         """(standard normal noise [batch, *shape] of this rank on the device, generator).
@@ -145,7 +146,7 @@ class DistContext(NamedTuple):
         Every rank draws the noise of all ranks and takes its slice, so an image's noise depends on
         its place in the global batch alone.
         """
-        rng = generator(self.device, *key)
+        rng = self.generator(*key, device=self.device)
         noise = torch.randn(self.world_size * batch, *shape, device=self.device, generator=rng)
         return noise[self.local_slice(batch)], rng
 
@@ -154,8 +155,14 @@ def setup(args):
     """DistContext of this process; joins the process group if torchrun started it. Ends the program
     if --device is not usable. A stage without --dtype and --compile runs in float32, eager."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    rank = int(os.environ.get("RANK", 0))
-    device = usable_device(args.device)
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        fail(f"--device={name} is not usable here ({first_line(e)}); use --device=cpu")
     fast_bf16 = False
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -174,22 +181,9 @@ def setup(args):
     dtype, compiled = getattr(args, "dtype", "fp32"), getattr(args, "compile", "off")
     bf16 = dtype == "bf16" or (dtype == "auto" and fast_bf16)
     compiled = compiled == "on" or (compiled == "auto" and device.type == "cuda")
-    cpu_group = join_group(device) if world_size > 1 else None
-    return DistContext(rank, world_size, device, torch.bfloat16 if bf16 else torch.float32,
-                       compiled, cpu_group)
-
-
-def usable_device(name):
-    """torch.device of --device; ends the program if this machine has not got it."""
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    if chosen == "cuda":
-        chosen = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        device = torch.device(chosen)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        fail(f"--device={name} is not usable here ({first_line(e)}); use --device=cpu")
-    return device
+    return DistContext(int(os.environ.get("RANK", 0)), world_size, device,
+                       torch.bfloat16 if bf16 else torch.float32, compiled,
+                       join_group(device) if world_size > 1 else None)
 
 
 def join_group(device):
@@ -206,11 +200,8 @@ def join_group(device):
 
 
 def leave_group():
-    """Leave the process group at exit, once nothing else holds it.
-
-    DDP must be gone by then. If it is the last to let go of the group, it joins gloo's threads
-    while holding Python's lock, which one of them may want in order to free a tensor: a deadlock.
-    """
+    """Leave the process group at exit, once DDP is gone: the last to let go of the group joins
+    gloo's threads, and if that is DDP, with Python's lock, which one of them may wait for."""
     if not hasattr(sys, "last_value"):  # after an exception other ranks may never arrive
         gc.collect()
         torch.distributed.destroy_process_group()
@@ -232,13 +223,7 @@ def keep_memory():
         libc.mallopt(m_trim_threshold, 2**30)
 
 
-# --- random numbers and order of the data -------------------------------------------------------
-
-
-def generator(device, *key):
-    """Random generator on `device` that depends on the key alone, as (seed, "ldm", step)."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+# --- order of the data --------------------------------------------------------------------------
 
 
 class BatchOrder(NamedTuple):

@@ -26,7 +26,7 @@ EXIT_FAILED = 78  # EX_CONFIG: the same command would fail again
 def fail(message, code=EXIT_FAILED):
     """End the program with one line on standard error."""
     rank = os.environ.get("RANK", "0")
-    end = SystemExit(f"error{'' if rank == '0' else f' (rank {rank})'}: {message}")
+    end = SystemExit(f"error: {message}" if rank == "0" else f"error (rank {rank}): {message}")
     print(end, file=sys.stderr, flush=True)
     end.code = code  # its text stays the message
     raise end
@@ -62,8 +62,7 @@ def data_flags(args):
     """Flags for command_line that point another stage at the same data and caches."""
     defaults = {"output_root": "runs", "split": "train", "class_filter": -1,
                 "skip_bad_images": False}
-    other = {name: value for name, value in vars(args).items()
-             if name in defaults and value != defaults[name]}
+    other = {n: value for n, value in vars(args).items() if value != defaults.get(n, value)}
     return {"data_root": args.data_root, "task": args.task, **other}
 
 
@@ -114,9 +113,9 @@ def make_folder(path):
         os.makedirs(path, exist_ok=True)
         if not os.access(path, os.W_OK):
             raise PermissionError(13, "permission denied")
+        return pathlib.Path(path)
     except OSError as e:
         fail(f"cannot write to {path}: {e.strerror}; choose another folder")
-    return pathlib.Path(path)
 
 
 # --- JSON ---------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def test_a_sample_depends_on_seed_class_name_and_number(denoiser, sampler):
 
 @torch.no_grad()
 def test_a_sample_is_guided_ddim_from_the_noise_of_its_own_key(denoiser):
-    rng = dist.generator("cpu", 5, "sample", "tb", 3)
+    rng = ALONE.generator(5, "sample", "tb", 3)
     x = torch.randn(LATENT, generator=rng)[None]
     for i in range(4):
         t, s = 1 - i / 4, 1 - (i + 1) / 4
