@@ -120,11 +120,9 @@ class Denoiser(nn.Module):
         return noise - x0 if self.prediction == "flow" else x0
 
     def denoise(self, xt, t, y, guidance_scale=1.0):
-        """x0-hat [B, C, h, w] of x_t at t [B] for classes y [B].
-
-        guidance_scale w: x0(null) + w (x0(y) - x0(null)), classifier-free guidance (Ho & Salimans
-        2022); 1 is the plain conditional model and costs one network evaluation instead of two.
-        """
+        """x0-hat [B, C, h, w] of x_t at t [B] for classes y [B]. guidance_scale w: x0(null) +
+        w (x0(y) - x0(null)), classifier-free guidance (Ho & Salimans 2022); 1 is the plain
+        conditional model and costs one network evaluation instead of two."""
         a, b = self.x0_coefficients(t)
         if guidance_scale == 1.0:
             out = self.unet(xt, t, y)
@@ -138,10 +136,8 @@ class Denoiser(nn.Module):
         return x0.clamp(-EPS_BOUND, EPS_BOUND) if self.prediction == "eps" else x0
 
     def forward(self, x0, t, noise, y, aug=None):
-        """Training loss of each image, float32 [B]; aug: see model.UNet.
-
-        The loss is `forward`, since that is what torch.compile and DDP wrap.
-        """
+        """Training loss of each image, float32 [B]; aug: see model.UNet. It is `forward`, since
+        that is what torch.compile and DDP wrap."""
         xt = self.schedule.q_sample(x0, t, noise)
         out = self.unet(xt, t, y) if aug is None else self.unet(xt, t, y, aug)
         error = out - self.target(x0, t, noise)
@@ -171,11 +167,9 @@ def time_grid(schedule, steps):
 
 def lambda_grid(schedule, steps):
     """[(t, alpha, sigma)] of 1, of steps - 1 times at equal distances in lambda = log(alpha /
-    sigma), and of 0, for solvers that take their steps in lambda.
-
-    The times are the middles of equal parts of -log(6 steps) to log(6 steps), which grows as the
-    ends of equal distances in t do, or from lambda(1), where the schedule ends before that.
-    """
+    sigma), and of 0, for solvers that take their steps in lambda. The times are the middles of
+    equal parts of -log(6 steps), or lambda(1), to log(6 steps), which grows as the ends of equal
+    distances in t do."""
     def log_ratio(t):
         return torch.log(schedule.alpha(t) / schedule.sigma(t))
 
@@ -267,12 +261,10 @@ SAMPLERS = {"ancestral": ancestral, "ddim": ddim, "dpmpp_2m": dpmpp_2m,
 @torch.no_grad()
 def sample(denoiser, y, noise, sampler, steps, guidance_scale, guidance_interval,
            autocast=contextlib.nullcontext, tick=None):
-    """Normalised latents [B, C, h, w] of classes y [B].
-
-    noise(): standard normal noise [B, C, h, w] on y's device, new at each call. guidance_interval
-    (low, high): guidance is on for t between them only (Kynkaanniemi et al. 2024). autocast():
-    context of each network evaluation; tick(): called before each.
-    """
+    """Normalised latents [B, C, h, w] of classes y [B]. noise(): standard normal noise [B, C, h, w]
+    on y's device, new at each call. guidance_interval (low, high): guidance is on for t between
+    them only (Kynkaanniemi et al. 2024). autocast(): context of each network evaluation; tick():
+    called before each."""
     low, high = guidance_interval
 
     def denoise(x, t):

@@ -76,12 +76,9 @@ class Best(NamedTuple):
 
 
 class MemorisationMonitor:
-    """Measures what a model knows of its training images only. In overfit modes, where memorising
-    is the goal, it measures nothing.
-
-    best: Best so far; recent: thumbnails [N, 1024] of the last evaluations' samples. Both are part
-    of a checkpoint.
-    """
+    """Measures what a model knows of its training images only; nothing in overfit modes, where
+    memorising is the goal. best: Best so far; recent: thumbnails [N, 1024] of the last evaluations'
+    samples. Both are part of a checkpoint."""
 
     def __init__(self, latents, vae, vae_sha256, scale, cache, args, ctx):
         """latents: data.LatentSet of the training images; cache: folder of the caches."""

@@ -56,10 +56,8 @@ def zero_init(layer):
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions on a residual branch: [B, in_ch, H, W] to [B, out_ch, H, W].
-
-    With `emb_dim`, an embedding [B, emb_dim] scales and shifts the second norm.
-    """
+    """Two 3x3 convolutions on a residual branch: [B, in_ch, H, W] to [B, out_ch, H, W]. An
+    embedding [B, emb_dim] scales and shifts the second norm."""
 
     def __init__(self, in_ch, out_ch, groups, emb_dim=None):
         super().__init__()
@@ -102,11 +100,8 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """3x3 convolution of stride 2: [B, C, H, W] to [B, C, H/2, W/2].
-
-    padding 1: zeros on all sides, as in UNets; 0: right and below only, as in the autoencoders of
-    LDM and diffusers.
-    """
+    """3x3 convolution of stride 2: [B, C, H, W] to [B, C, H/2, W/2]. padding 1: zeros on all sides,
+    as in UNets; 0: right and below only, as in the autoencoders of LDM and diffusers."""
 
     def __init__(self, channels, padding):
         super().__init__()
@@ -120,11 +115,9 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour to twice the size and a 3x3 convolution, as one transposed convolution.
-
-    Neighbouring taps often see the same pixel: with their weights summed, 4/9 of the products are
-    left.
-    """
+    """Nearest neighbour to twice the size and a 3x3 convolution, as one transposed convolution:
+    neighbouring taps often see the same pixel, and with their weights summed 4/9 of the products
+    are left."""
 
     def __init__(self, channels):
         super().__init__()
@@ -249,10 +242,8 @@ class AutoencoderKL(nn.Module):
 
 class PatchDiscriminator(nn.Module):
     """PatchGAN (Isola et al. 2017): images [B, 1, H, W], at least smallest(num_layers) px, to one
-    logit per patch, [B, 1, h, w] with h = H / 2 ** num_layers - 2.
-
-    GroupNorm instead of BatchNorm: a score then depends neither on the batch nor on the process.
-    """
+    logit per patch, [B, 1, h, w] with h = H / 2 ** num_layers - 2. GroupNorm instead of BatchNorm:
+    a score then depends neither on the batch nor on the process."""
 
     def __init__(self, base_ch=64, num_layers=3):
         super().__init__()
@@ -355,10 +346,8 @@ class UNet(nn.Module):
         self.conv_out = zero_init(conv3x3(ch, in_ch))  # first, it predicts zero
 
     def forward(self, x, t, y, aug=None):
-        """x [B, C, h, w], t [B] in [0, 1], y [B] class index or null_class: float32 like x.
-
-        aug [B, aug_dim]: augmentation labels; None, as in sampling: not augmented.
-        """
+        """x [B, C, h, w], t [B] in [0, 1], y [B] class index or null_class: float32 like x. aug
+        [B, aug_dim]: augmentation labels; None, as in sampling: not augmented."""
         emb = self.time_mlp(timestep_embedding(t, self.base_ch)) + self.class_emb(y)  # [B, emb_dim]
         if aug is not None:
             emb = emb + self.aug_emb(aug)
@@ -389,11 +378,8 @@ class EMA:
 
     @torch.no_grad()
     def update(self, module, step):
-        """Average `module` in after optimiser step number `step` (from 1).
-
-        The decay warms up as (1 + step) / (10 + step), so that a short run forgets its random
-        initial weights.
-        """
+        """Average `module` in after optimiser step number `step` (from 1). The decay warms up, so
+        that a short run forgets its random initial weights."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), 1 - decay)
 

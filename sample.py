@@ -32,9 +32,7 @@ SAMPLING_SETTINGS = ("seed", "sampler", "num_sampling_steps", "guidance_scale",
 
 def load_autoencoder(ckpt_path, ctx, config_path=None):
     """(AutoencoderKL with averaged weights on the device, its settings, sha256 of the file).
-
-    config_path: a run_meta.json that must describe the same architecture.
-    """
+    config_path: a run_meta.json that must describe the same architecture."""
     checkpoint = run.load_checkpoint(ckpt_path, "vae")
     settings = checkpoint["args"]
     vae = run.load_network(model.build_vae, settings, checkpoint["ema"], ckpt_path)
@@ -73,10 +71,8 @@ def build_denoiser(checkpoint, ckpt_path, use_ema=None):
 
 def load_ldm(ckpt_path, ctx, ae_ckpt_path=None, use_ema=None):
     """(Denoiser, AutoencoderKL, checkpoint dict) of an LDM checkpoint, networks on the device.
-
     ae_ckpt_path: where the autoencoder is now, if it was moved; use_ema as in build_denoiser. Ends
-    the program if the model was trained with another autoencoder.
-    """
+    the program if the model was trained with another autoencoder."""
     checkpoint = run.load_checkpoint(ckpt_path, "ldm")
     denoiser = build_denoiser(checkpoint, ckpt_path, use_ema)
     path = ae_ckpt_path or autoencoder_of(checkpoint, ckpt_path)
@@ -137,11 +133,9 @@ def cast_weights(module, ctx):
 
 
 def sample_latents(denoiser, latent_shape, requests, class_names, args, ctx, tick=None):
-    """Normalised latents [B, C, h, w] on the device for requests, [(class index, number)].
-
-    A sample's noise comes from (args.seed, class name, number) on the CPU: the same on every device
-    and in every batch. tick() is called before each network evaluation.
-    """
+    """Normalised latents [B, C, h, w] on the device for requests, [(class index, number)]. A
+    sample's noise comes from (args.seed, class name, number) on the CPU: the same on every device
+    and in every batch. tick() is called before each network evaluation."""
     rngs = [ctx.generator(args.seed, "sample", class_names[c], number) for c, number in requests]
     y = torch.tensor([c for c, _ in requests], device=ctx.device)
 
@@ -234,11 +228,9 @@ def real_rows(folder, class_names, img_size):
 
 
 def prepare_folder(folder, checkpoint, requests, args):
-    """Make the folder and its manifest.json, which lists what is going to be drawn.
-
-    requests: [(class index, number)]. Images of the same settings that are there already stay
-    listed; the program ends if there are images of others, so that no folder mixes two.
-    """
+    """Make the folder and its manifest.json, which lists what is going to be drawn: requests,
+    [(class index, number)]. Images of the same settings that are there already stay listed; the
+    program ends if there are images of others, so that no folder mixes two."""
     class_names = checkpoint["class_names"]
     settings = {name: getattr(args, name) for name in SAMPLING_SETTINGS}
     settings |= {name: checkpoint[name] for name in ("step", "vae_sha256", "latent_scale_factor")}

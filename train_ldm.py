@@ -188,10 +188,8 @@ def check_process(checkpoint, source, scale, vae_sha256, args):
 
 def initial_weights(denoiser, args, scale, vae_sha256, class_names):
     """State dict for `denoiser` from the averaged weights of --init_from, a model of the same shape
-    and autoencoder; None if the run starts from random weights or goes on.
-
-    Classes are matched by name; a new one starts from the null class, which stands for all.
-    """
+    and autoencoder; None if the run starts from random weights or goes on. Classes are matched by
+    name; a new one starts from the null class, which stands for all."""
     if not args.init_from or args.resume_dir:
         return None
     path = args.init_from
@@ -235,10 +233,7 @@ def wrap(denoiser, latent_shape, args, ctx):
 def draw_inputs(latent_shape, step, args, ctx):
     """The random numbers of this rank's images in a step: noise of the posterior and noise of the
     diffusion [B, C, h, w], t [B], and whether the label is dropped [B], B for all micro-batches.
-
-    They depend on the seed, the step and an image's place in the global batch: a run that was
-    stopped, or goes on with other processes, draws the same.
-    """
+    A run that was stopped, or goes on with other processes, draws the same."""
     batch = args.batch_per_device * args.grad_accum
     noise, rng = ctx.global_noise(batch, (2, *latent_shape), args.seed, "ldm", step)
     total, local = ctx.world_size * batch, ctx.local_slice(batch)
@@ -292,11 +287,8 @@ def network_inputs(batch, scale, draws, denoiser, ctx):
 
 
 def train_step(denoiser, ema, optimizer, loss_fn, micro_batches, scale, step, args, ctx):
-    """One optimiser step on a list of MicroBatch.
-
-    Returns (the numbers of LOSSES, 1.0 if it was skipped else 0.0), tensors on the device.
-    dev/bench.py times this function.
-    """
+    """One optimiser step on a list of MicroBatch: (the numbers of LOSSES, 1.0 if it was skipped
+    else 0.0), tensors on the device. dev/bench.py times this function."""
     draws = draw_inputs(micro_batches[0].posterior[0].shape[1:], step, args, ctx)
     losses, times = [], []
     for i, batch in enumerate(micro_batches):
@@ -362,10 +354,8 @@ def training_reference(latents, args, scale, vae, ctx):
 
 def evaluate(denoiser, vae, scale, classes, class_names, reference, args, ctx, label, tick):
     """(metrics, images [N, 1, S, S], class index of each) of args.sample_batch_size samples of each
-    class, drawn by all ranks together, alike on all ranks.
-
-    label: of the progress line; tick() is called before each network evaluation.
-    """
+    class, drawn by all ranks together, alike on all ranks. label: of the progress line; tick() is
+    called before each network evaluation."""
     requests = [(c, i) for c in classes for i in range(args.sample_batch_size)]
     local = requests[ctx.rank::ctx.world_size]
     z, x = [torch.zeros(0, *vae.latent_shape)], [torch.zeros(0, 1, args.img_size, args.img_size)]

@@ -203,11 +203,8 @@ def read_images(images, index, step, args, ctx):
 
 
 def train_step(models, vae_fn, disc_fn, perceptual, x, step, args, ctx):
-    """One step on images x [B, 1, S, S] of this rank, on the device.
-
-    Returns (the numbers of LOSSES, 1.0 if it was skipped else 0.0), tensors on the device.
-    dev/bench.py times this function.
-    """
+    """One step on images x [B, 1, S, S] of this rank: (the numbers of LOSSES, 1.0 if it was skipped
+    else 0.0), tensors on the device. dev/bench.py times this function."""
     x = x.contiguous(memory_format=ctx.memory_format)
     noise, _ = ctx.global_noise(len(x), models.vae.latent_shape, args.seed, "vae", step)
     use_disc = args.disc_weight > 0 and step >= args.disc_start

@@ -141,11 +141,9 @@ class DistContext(NamedTuple):
         return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
     def global_noise(self, batch, shape, *key):
-        """(standard normal noise [batch, *shape] of this rank on the device, generator).
-
-        Every rank draws the noise of all ranks and takes its slice, so an image's noise depends on
-        its place in the global batch alone.
-        """
+        """(standard normal noise [batch, *shape] of this rank on the device, generator). Every rank
+        draws that of all and takes its slice: an image's noise depends on its place in the global
+        batch alone."""
         rng = self.generator(*key, device=self.device)
         noise = torch.randn(self.world_size * batch, *shape, device=self.device, generator=rng)
         return noise[self.local_slice(batch)], rng
@@ -227,11 +225,8 @@ def keep_memory():
 
 
 class BatchOrder(NamedTuple):
-    """Which items each step trains on.
-
-    An epoch is a shuffle that depends on (seed, epoch), cut into global batches. The last one is
-    filled up from the shuffle's start, so that no epoch is empty.
-    """
+    """Which items each step trains on. An epoch is a shuffle that depends on (seed, epoch), cut
+    into global batches; the last one is filled up from the shuffle's start."""
 
     num_items: int
     batch: int  # items per step of one rank
@@ -268,10 +263,8 @@ def shuffled(num_items, seed, epoch):
 
 class StopSignal:
     """SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGHUP (a closed terminal; not under nohup) ask
-    training to finish its step, save and leave.
-
-    `name`: that of the signal, None so far. A second Ctrl-C ends the program at once.
-    """
+    training to finish its step, save and leave; a second Ctrl-C ends it at once. `name`: of the
+    signal, None so far."""
 
     def __init__(self, ctx):
         self.ctx = ctx

@@ -139,11 +139,9 @@ def find_autoencoder(args):
 
 def read_latent_scale(args, ckpt_path, vae_sha256):
     """(latent scale factor, ImageSet.summary of the images that it was measured on, None if not
-    known or not those of args).
-
-    --latent_scale_factor wins, with a notice if it is over 1 % off. Ends the program with the
-    command that measures the scale, if it is missing, damaged or of another autoencoder.
-    """
+    known or not those of args). --latent_scale_factor wins, with a notice if it is over 1 % off.
+    Ends the program with the command that measures the scale, if it is missing, damaged or of
+    another autoencoder."""
     path = run_folder(ckpt_path) / "latent_scale.json"
     stored = read_json(path)
     if stored.get("vae_sha256") != vae_sha256:
@@ -168,10 +166,8 @@ def read_latent_scale(args, ckpt_path, vae_sha256):
 
 
 class Run:
-    """A training run's folder and console. Only rank 0 writes and prints.
-
-    The folder belongs to this group of processes until it ends; another one is refused.
-    """
+    """A training run's folder and console. Only rank 0 writes and prints. The folder belongs to
+    this group of processes until it ends; another one is refused."""
 
     def __init__(self, args, ctx, kind, default_name, facts):
         """New folder OUTPUT_ROOT/NAME, or args.resume_dir to go on with. kind: "vae" or "ldm";
