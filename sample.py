@@ -240,8 +240,6 @@ def real_rows(folder, class_names, img_size):
     ends the program if there are none, or if one cannot be decoded."""
     folder = pathlib.Path(folder).absolute()
     listing = data.scan(folder.parent.parent, folder.parent.name, folder.name, class_names)
-    if listing is None:
-        fail(f"no folder --real_dir={folder}")
     rows = {}
     for name in class_names:
         paths = [pathlib.Path(listing.root, file.path) for file in listing.files

@@ -80,7 +80,7 @@ def test_a_folder_is_refused_while_its_process_lives(workspace, quick, ldm):
 HOLD = """
 import fcntl, sys, time
 lock = open(sys.argv[1], "a+")
-fcntl.lockf(lock, fcntl.LOCK_EX)
+fcntl.flock(lock, fcntl.LOCK_EX)
 lock.write(sys.argv[2])
 lock.flush()
 print("held", flush=True)
