@@ -48,11 +48,12 @@ def _flat_class(name):
 
 
 def _entries(folder):
-    """[(name, path, is a folder)] of what is in a folder, by name. Links are followed; the system
-    refuses one that leads back to a folder above it ("too many levels")."""
+    """[(name, path, is a folder, is a link without a target)] of what is in a folder, by name. The
+    system refuses a link that leads back to a folder above it ("too many levels")."""
     try:
         with os.scandir(folder) as entries:
-            return sorted((entry.name, entry.path, entry.is_dir()) for entry in entries)
+            return sorted((e.name, e.path, e.is_dir(),
+                           e.is_symlink() and not os.path.exists(e.path)) for e in entries)
     except OSError as e:
         fail(f"cannot read {e.filename or folder}: {e.strerror}; mend or remove it")
 
@@ -63,25 +64,23 @@ def _is_ignored(name):
 
 def _subfolders(folder):
     """Names of the folders in a folder of tasks, splits or classes."""
-    names = []
-    for name, path, is_folder in _entries(folder):
-        if is_folder and not _is_ignored(name):
-            names.append(name)
-        elif not (_is_ignored(name) or decode.may_be_image(name) or os.path.exists(path)):
+    entries = [entry for entry in _entries(folder) if not _is_ignored(entry[0])]
+    for name, path, _, is_broken in entries:
+        if is_broken and os.path.splitext(name)[1].lower() not in decode.EXTENSIONS:
             fail(f"{path} is a link without a target, {os.readlink(path)}: is the disk mounted? "
                  "Mend or remove it")
-    return names
+    return [name for name, _, is_folder, _ in entries if is_folder]
 
 
 def _walk(folder, left_out):
     """Yield the path below `folder` of each image in it, at any depth, by name; count by reason in
     left_out what else is there. A link without a target is an image that cannot be read."""
-    for name, path, is_folder in _entries(folder):
+    for name, path, is_folder, is_broken in _entries(folder):
         if _is_ignored(name):
             left_out["hidden or masks"] += 1
         elif is_folder:
             yield from (f"{name}/{below}" for below in _walk(path, left_out))
-        elif decode.may_be_image(name) or not os.path.exists(path):
+        elif is_broken or decode.may_be_image(name):
             yield name
         else:
             left_out[f"*{os.path.splitext(name)[1].lower()}"] += 1
@@ -369,7 +368,7 @@ def notice_changes(before, images, since, split="training"):
         (count_then, digest_then), (count, digest) = old.get(name, (0, "")), new.get(name, (0, ""))
         if digest != digest_then:
             others = " others" if count == count_then else ""
-            changes.append(f"class {name} had {count_then} images and has {count}{others}")
+            changes.append(f"class {name} has {count} images, it had {count_then}{others}")
     if changes:
         notice(f"the {split} data have changed since {since}: {'; '.join(changes)}")
 

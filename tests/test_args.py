@@ -87,7 +87,7 @@ def test_none_for_a_setting_that_needs_a_value_is_refused(capsys):
 
 
 @pytest.mark.parametrize("argv, says", [
-    (["--no-wandb=true"], "takes no value"), (["--wandb=perhaps"], "perhaps"),
+    (["--wandb=perhaps"], "perhaps"),
     (["--learning_rat=1"], "unknown argument"), (["--seed=2e99"], "seed"),
     ([f"--seed={2**64}"], "seed"), (["--guidance_interval=0.8,0.2"], "guidance_interval"),
     (["--guidance_interval=0.2"], "guidance_interval"), (["--data_root="], "variable unset"),
@@ -132,7 +132,7 @@ def test_guidance_needs_a_null_class(capsys):
     ("lr = 'small'", "lr"), ("lr = float('nan')", "lr"), ("lr = float('inf')", "lr"),
     ("lr = -1.0", "lr"), ("lr = None", "lr"),
     ("wandb = 2", "wandb"), ("wandb = 'yes'", "wandb"), ("ldm_ch_mults = '1,2'", "ldm_ch_mults"),
-    ("ldm_ch_mults = ('1', 2)", "ldm_ch_mults"), ("ldm_ch_mults = {1: 2}", "ldm_ch_mults"),
+    ("ldm_ch_mults = {1: 2}", "ldm_ch_mults"),
     ("ldm_ch_mults = (1, 'x')", "ldm_ch_mults"), ("ldm_ch_mults = (1, 2.5)", "ldm_ch_mults"),
     ("prediction = 'epsilon'", "prediction"), ("task = 5", "task"), ("epochs = 0", "epochs"),
     ("lr = = 3", "SyntaxError"), ("1 / 0", "ZeroDivisionError"),
