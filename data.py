@@ -48,12 +48,11 @@ def _flat_class(name):
 
 
 def _entries(folder):
-    """[(name, path, is a folder, is a link without a target)] of what is in a folder, by name. The
-    system refuses a link that leads back to a folder above it ("too many levels")."""
+    """[(os.DirEntry, whether it is a folder)] of what is in a folder, by name. The system refuses a
+    link that leads back to a folder above it ("too many levels")."""
     try:
         with os.scandir(folder) as entries:
-            return sorted((e.name, e.path, e.is_dir(),
-                           e.is_symlink() and not os.path.exists(e.path)) for e in entries)
+            return [(e, e.is_dir()) for e in sorted(entries, key=lambda e: e.name)]
     except OSError as e:
         fail(f"cannot read {e.filename or folder}: {e.strerror}; mend or remove it")
 
@@ -62,28 +61,43 @@ def _is_ignored(name):
     return name.startswith(HIDDEN) or name.lower() in MASKS
 
 
+def _stat(entry):
+    """(size, mtime_ns) of an os.DirEntry; (-1, 0) of a link without a target."""
+    try:
+        return entry.stat().st_size, entry.stat().st_mtime_ns
+    except OSError:
+        return -1, 0
+
+
 def _subfolders(folder):
     """Names of the folders in a folder of tasks, splits or classes."""
-    entries = [entry for entry in _entries(folder) if not _is_ignored(entry[0])]
-    for name, path, _, is_broken in entries:
-        if is_broken and os.path.splitext(name)[1].lower() not in decode.EXTENSIONS:
-            fail(f"{path} is a link without a target, {os.readlink(path)}: is the disk mounted? "
-                 "Mend or remove it")
-    return [name for name, _, is_folder, _ in entries if is_folder]
+    names = []
+    for entry, is_folder in _entries(folder):
+        suffix = os.path.splitext(entry.name)[1].lower()
+        if _is_ignored(entry.name):
+            continue
+        if is_folder:
+            names.append(entry.name)
+        elif entry.is_symlink() and suffix not in decode.EXTENSIONS and _stat(entry)[0] < 0:
+            fail(f"{entry.path} is a link without a target, {os.readlink(entry)}: is the disk "
+                 "mounted? Mend or remove it")
+    return names
 
 
 def _walk(folder, left_out):
-    """Yield the path below `folder` of each image in it, at any depth, by name; count by reason in
-    left_out what else is there. A link without a target is an image that cannot be read."""
-    for name, path, is_folder, is_broken in _entries(folder):
-        if _is_ignored(name):
+    """Yield (path below `folder`, size, mtime_ns) of each image in it, at any depth, by name; count
+    by reason in left_out what else is there. A link without a target is an image of size -1."""
+    for entry, is_folder in _entries(folder):
+        size, mtime_ns = (0, 0) if is_folder else _stat(entry)
+        if _is_ignored(entry.name):
             left_out["hidden or masks"] += 1
         elif is_folder:
-            yield from (f"{name}/{below}" for below in _walk(path, left_out))
-        elif is_broken or decode.may_be_image(name):
-            yield name
+            for path, *stat in _walk(entry.path, left_out):
+                yield f"{entry.name}/{path}", *stat
+        elif size < 0 or decode.may_be_image(entry.name):
+            yield entry.name, size, mtime_ns
         else:
-            left_out[f"*{os.path.splitext(name)[1].lower()}"] += 1
+            left_out[f"*{os.path.splitext(entry.name)[1].lower()}"] += 1
 
 
 def split_folders(root, task, split, optional=False):
@@ -109,14 +123,6 @@ def split_folders(root, task, split, optional=False):
     return [os.path.join(root, member, split) for member in found]
 
 
-def _image_file(root, path, name):
-    try:
-        stat = os.stat(os.path.join(root, path))
-        return ImageFile(path, name, stat.st_size, stat.st_mtime_ns)
-    except OSError:
-        return ImageFile(path, name, -1, 0)
-
-
 def scan(root, task, split, class_names=None, optional=False):
     """Listing of DATA_ROOT/TASK/SPLIT, by name; one stat per file. If there is no such split, exits
     with an error, or returns None if `optional`.
@@ -133,13 +139,13 @@ def scan(root, task, split, class_names=None, optional=False):
         classes = _subfolders(folder)
         names.update(map(class_name, classes))
         above = os.path.relpath(folder, root)
-        for path in _walk(folder, left_out):
+        for path, size, mtime_ns in _walk(folder, left_out):
             first, _, below = path.partition("/")
             if classes and not below:
                 left_out["beside the class folders"] += 1
             else:
                 name = class_name(first) if below else _flat_class(first)
-                files.append(_image_file(root, f"{above}/{path}", name))
+                files.append(ImageFile(f"{above}/{path}", name, size, mtime_ns))
     if left_out:
         counts = ", ".join(f"{n} {reason}" for reason, n in sorted(left_out.items()))
         notice(f"{where}: not read: {counts}")
@@ -225,10 +231,9 @@ def adopt_settings(args, settings, what):
         fail(f"--img_size={args.img_size}, but {what} works at {settings['img_size']}: leave "
              "--img_size out")
     args.img_size = settings["img_size"]
-    root = settings.get("data_root")
-    if not args.data_root and root:
-        args.data_root = root
-        notice(f"no --data_root: using that of {what}, {root}")
+    if not args.data_root and settings.get("data_root"):
+        args.data_root = settings["data_root"]
+        notice(f"no --data_root: using that of {what}, {args.data_root}")
 
 
 def open_images(args, ctx, split, optional=False, class_names=None, train=None):
