@@ -186,7 +186,7 @@ class ImageSet:
     names: np.ndarray  # path of each below the data root
     class_names: list
     key: str  # fingerprint of files and image size
-    summary: list  # what describe_changes compares
+    summary: list  # what notice_changes compares
 
     def __len__(self):
         return len(self.rows)
@@ -540,12 +540,9 @@ class LatentSet:
         # In float32 and without autocast, so that cached and fresh latents are the same.
         return self.vae.encode(x.to(self.ctx.device))
 
-    def _rows(self, indices, variants):
-        return self.images.rows[indices] + variants * self.num_files
-
     def posterior(self, indices, variants=0):
         """(mean, logvar), each float32 [B, C, h, w] on the device. variants [B]: of each image."""
-        rows = self._rows(indices, variants)
+        rows = self.images.rows[indices] + variants * self.num_files
         if self.resident is not None:
             index = torch.from_numpy(indices + variants * len(self.images))
             both = self.resident[self.ctx.to_device(index)]
@@ -557,5 +554,5 @@ class LatentSet:
 
     def augment_labels(self, indices, variants):
         """float32 [B, 6] on the device: see augment; zeros for variant 0."""
-        labels = self.labels[torch.from_numpy(self._rows(indices, variants))]
-        return self.ctx.to_device(labels)
+        rows = self.images.rows[indices] + variants * self.num_files
+        return self.ctx.to_device(self.labels[torch.from_numpy(rows)])

@@ -5,6 +5,7 @@ converted and checked by the type of each flag, then serve as defaults of the co
 """
 import argparse
 import difflib
+import math
 import os
 import re
 import runpy
@@ -35,13 +36,12 @@ def integer(text):
         return int(float(text))
 
 
-def at_least(low, kind=int, high=sys.float_info.max):
+def at_least(low, kind=int, high=math.inf):
     """argparse type: a finite number of `kind` from low to high."""
     def convert(text):
         value = integer(text) if kind is int else kind(text)
-        if not low <= value <= high:
-            most = f" and at most {high}" if high < sys.float_info.max else ""
-            raise argparse.ArgumentTypeError(f"{text} must be a number of at least {low}{most}")
+        if not low <= value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not a number between {low} and {high}")
         return value
     convert.__name__ = kind.__name__  # as argparse names it in "invalid int value"
     return convert
@@ -87,7 +87,9 @@ class BooleanFlag(argparse.Action):
                          type=boolean, metavar="BOOL", **kwargs)
 
     def __call__(self, parser, namespace, value, option):
-        setattr(namespace, self.dest, value != option.startswith("--no-"))
+        if value is not None:
+            value = value != option.startswith("--no-")
+        setattr(namespace, self.dest, value)
 
 
 # --- parser -------------------------------------------------------------------------------------
@@ -294,11 +296,11 @@ def run_to_continue(args):
 
 
 def parse_settings(parser, argv=None, preset=None, kind=None):
-    """Settings: defaults < preset < the run being continued < --config < command line.
+    """Settings: defaults < preset < the run being continued < --config < command line. Ends the
+    program if they are bad.
 
-    argv: the command line without the program. preset: function from the settings without it to
-    {name: new default}; raises ValueError if they contradict each other. kind: of the runs that
-    this stage continues, 'vae' or 'ldm'. Ends the program on bad settings.
+    preset: function from the settings without it to {name: new default}; raises ValueError if they
+    contradict each other. kind: of the runs that this stage continues, 'vae' or 'ldm'.
     """
     for stream in (sys.stdout, sys.stderr):  # a file name may not fit the terminal's encoding
         if hasattr(stream, "reconfigure"):
@@ -331,16 +333,10 @@ def changed_settings(args, parser):
 
 
 def print_settings(args, parser, facts):
-    """Print all settings by group, `*` before those that were changed, then facts {name: text}."""
+    """Print the settings that differ from the defaults, then facts {name: text}."""
     print(parser.description.split("\n")[0])
-    changed = changed_settings(args, parser)
-    for group in parser._action_groups:
-        cells = [f"{'*' if a.dest in changed else ' '}{a.dest:<21} {getattr(args, a.dest)!s:<14}"
-                 for a in group._group_actions if a.dest not in NOT_STORED]
-        if cells:
-            print(f"-- {group.title}")
-        for i in range(0, len(cells), 3):
-            print(" ".join(cells[i:i + 3]).rstrip())
-    print("-- this run")
-    for name, value in facts.items():
-        print(f" {name:<21} {value}", flush=True)
+    changed = {name: getattr(args, name) for name in changed_settings(args, parser)}
+    for title, values in (("settings that differ from --help", changed), ("this run", facts)):
+        print(f"-- {title}")
+        for name, value in values.items():
+            print(f" {name:<21} {value}", flush=True)
