@@ -20,8 +20,8 @@ from lib import cache, decode, dist, phantom
 from lib.cache import DONE, TODO
 from lib.files import fail, notice
 
-HIDDEN = (".", "@eaDir", "__MACOSX")  # of systems, with thumbnails in them
-MASKS = {"mask", "masks", "segmentation", "segmentations"}  # beside images, as COVID-19 sets have
+# Folders of masks beside the images, as COVID-19 sets have, and of thumbnails.
+IGNORED = {"mask", "masks", "segmentation", "segmentations", "@eadir", "__macosx"}
 FLAT_RULE = ("in a folder without class folders, names that begin with `TB.` are class tb, "
              "Montgomery's and Shenzhen's `..._1.png` are tb, and all others are normal")
 BATCH = 64  # images that are worked on at once, so that a data set need not fit into memory
@@ -58,7 +58,7 @@ def _entries(folder):
 
 
 def _is_ignored(name):
-    return name.startswith(HIDDEN) or name.lower() in MASKS
+    return name.startswith(".") or name.lower() in IGNORED
 
 
 def _stat(entry):
@@ -101,11 +101,8 @@ def _walk(folder, left_out):
 
 
 def split_folders(root, task, split, optional=False):
-    """Folders TASK/SPLIT below `root`. ALL_CXR without a folder of its own joins all tasks.
-
-    Exits with an error that names what is there if there are none; optional: returns [] if the
-    split alone is missing.
-    """
+    """Folders TASK/SPLIT below `root`. ALL_CXR without a folder of its own joins all tasks. Exits
+    with an error that names what is there if there are none, unless the split is `optional`."""
     if not os.path.isdir(root):
         fail(f"no folder --data_root={os.path.abspath(root)}")
     tasks = _subfolders(root)
@@ -124,11 +121,11 @@ def split_folders(root, task, split, optional=False):
 
 
 def scan(root, task, split, class_names=None, optional=False):
-    """Listing of DATA_ROOT/TASK/SPLIT, by name; one stat per file. If there is no such split, exits
-    with an error, or returns None if `optional`.
+    """Listing of DATA_ROOT/TASK/SPLIT, by name; None if it is `optional` and missing. One stat per
+    file; one notice counts by reason what is not read.
 
     class_names: those of the training split, which every other split is read against by name;
-    None: this is the training split. One notice counts by reason what is not read.
+    None: this is the training split.
     """
     folders = split_folders(root, task, split, optional)
     if not folders:
@@ -237,12 +234,11 @@ def adopt_settings(args, settings, what):
 
 
 def open_images(args, ctx, split, optional=False, class_names=None, train=None):
-    """ImageSet of a split, decoded on first use into OUTPUT_ROOT/cache. All ranks must call it.
+    """ImageSet of a split, decoded on first use into OUTPUT_ROOT/cache; None if it is `optional`
+    and missing. All ranks must call it.
 
     args: the flags of args.add_data_arguments. class_names: the classes, if a model knows them;
     train: the training ImageSet, whose classes are the classes and whose images are left out here.
-    Exits with an error that names the files that cannot be decoded, unless args.skip_bad_images.
-    Returns None if the split is missing and `optional`.
     """
     if train is not None:
         class_names = train.class_names
@@ -260,14 +256,14 @@ def open_images(args, ctx, split, optional=False, class_names=None, train=None):
     if train is not None and len(images):
         images = _without_copies(images, train, folder, ctx, listing.folder)
     lost = np.setdiff1d(np.arange(len(listing.class_names)), images.labels)
-    if class_names is None and args.class_filter < 0 and len(lost) or not len(images):
-        names = ", ".join(listing.class_names[c] for c in lost)
-        message = f"no images of class {names} are left in {listing.folder}"
-        if not optional:
-            ctx.on_main(lambda: fail(message))
-        notice(f"{message}. Validation is skipped")
-        return None
-    return images
+    if len(images) and (class_names or args.class_filter >= 0 or not len(lost)):
+        return images
+    names = ", ".join(listing.class_names[c] for c in lost)
+    message = f"no images of class {names} are left in {listing.folder}"
+    if not optional:
+        ctx.on_main(lambda: fail(message))
+    notice(f"{message}. Validation is skipped")
+    return None
 
 
 def _list_split(args, split, optional, class_names):
@@ -396,10 +392,7 @@ def overfit_indices(labels, k):
 
 # --- copies between splits ----------------------------------------------------------------------
 
-# Correlation of thumbnails. Of 920 images from two sites at 128 px, different ones reach at most
-# 0.970; copies of half the size, of JPEG quality 30, with noise of 3 % or another gamma at least
-# 0.995.
-COPY_CORRELATION = 0.99
+COPY_CORRELATION = 0.99  # of thumbnails: different images reach 0.970, copies 0.995 (docs/data.md)
 THUMBNAIL_SIZE = 32  # side in pixels
 
 
@@ -424,7 +417,7 @@ def _derived_array(images, folder, ctx, name, row_shape, label, batch_size, func
         for start in range(0, len(indices), batch_size):
             rows = indices[start:start + batch_size]
             parts.append(function(to_float(images.cache.rows(rows % num_files)), rows))
-        return torch.cat(parts).numpy(), np.full(len(indices), DONE, np.uint8)
+        return torch.cat(parts).numpy(), DONE
 
     return cache.cached_array(
         ctx, folder, name, (per_file * num_files, *row_shape), np.float32, make, label,
@@ -452,7 +445,7 @@ def _without_copies(images, train, folder, ctx, where):
             values, places = (mine @ others.T).max(1)
             better = values > best
             best[better], nearest[better] = values[better], places[better] + start
-        return nearest.numpy(), np.full(len(indices), DONE, np.uint8)
+        return nearest.numpy(), DONE
 
     key = hashlib.sha256(f"copies 3 {images.key} {train.key} {COPY_CORRELATION}".encode())
     key.update(images.rows.tobytes() + train.rows.tobytes())

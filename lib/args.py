@@ -235,8 +235,6 @@ RENAMED_SAMPLERS = {"dpmpp": "dpmpp_2m", "dpmpp_sde": "dpmpp_2m_sde"}  # in runs
 def read_config(path):
     """{name: value} of a config file: the public names of a Python file run in an empty namespace.
     Ends the program if the file is missing or broken."""
-    if not os.path.isfile(path):
-        fail(f"no config file {path}")
     try:
         names = runpy.run_path(path)
     except (Exception, SystemExit) as e:

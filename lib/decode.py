@@ -102,8 +102,7 @@ def import_pydicom():
     try:
         import pydicom
     except ImportError as e:
-        raise ValueError("DICOM files need pydicom: pip install pydicom, or export them as PNG"
-                         ) from e
+        raise ValueError("DICOM files need pydicom: pip install pydicom") from e
     warnings.filterwarnings("ignore", module="pydicom")
     logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
     return pydicom

@@ -122,6 +122,7 @@ def test_a_copied_run_folder_is_another_run_for_wandb(tmp_path):
     first = run.Run(args, alone, "ldm", "x", {})
     first.meta["wandb_id"] = "abc"
     first.start({"step": 0}, 1, train_ldm.build_parser(), {})
+    first.lock.close()
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     for name, expected in (("a", "abc"), ("b", None)):
         again = train_ldm.parse_args([f"--resume_dir={tmp_path / name}"])
