@@ -135,20 +135,17 @@ def _refuse(dataset):
     """ValueError if a dataset is not one grey image that pydicom displays as it says."""
     if "PixelData" not in dataset:
         raise ValueError("DICOM without an image: a report, a plan or an index")
-    frames = int(dataset.get("NumberOfFrames", 1) or 1)
-    if frames > 1:
-        raise ValueError(f"DICOM of {frames} frames, not one image: export the frame you want")
+    if int(dataset.get("NumberOfFrames") or 1) > 1:
+        raise ValueError("DICOM of several frames: export the one you want")
     if dataset.Rows * dataset.Columns > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"DICOM of {dataset.Columns}x{dataset.Rows}: too many pixels")
-    if dataset.get("SamplesPerPixel", 1) != 1 or dataset.PhotometricInterpretation not in (
-            "MONOCHROME1", "MONOCHROME2"):
+    if dataset.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2"):
         raise ValueError("DICOM in colour: export it as grey")
     voi = dataset.get("VOILUTSequence")
     # In tables of 8-bit entries pydicom lets the index overflow.
     narrow = voi and voi[0].LUTDescriptor[2] == 8 and dataset.BitsStored > 8
-    if dataset.get("PresentationLUTSequence") or narrow:
-        raise ValueError("DICOM with a PresentationLUTSequence, or a table of 8 bits: export it as "
-                         "PNG")
+    if narrow or dataset.get("PresentationLUTSequence"):
+        raise ValueError("DICOM with a PresentationLUTSequence or an 8-bit table: export it as PNG")
 
 
 def _stored_values(dataset):
@@ -164,14 +161,11 @@ def _stored_values(dataset):
 
 
 def _display(pixels, dataset, stored):
-    """Stored values as grey in [0, 1]; without a VOI the range is that of the stored bits.
-
-    pixels: the module pydicom.pixels.
-    """
-    modality, voi = dataset.get("ModalityLUTSequence"), dataset.get("VOILUTSequence")
+    """Stored values as grey in [0, 1], without a VOI over the range of the stored bits. pixels: the
+    module pydicom.pixels."""
     low = -(2 ** (dataset.BitsStored - 1)) if dataset.PixelRepresentation == 1 else 0
     ends = np.array([low, low + 2**dataset.BitsStored - 1])
-    table = voi or modality
+    table = dataset.get("VOILUTSequence") or dataset.get("ModalityLUTSequence")
     if table:
         ends = 0, 2 ** table[0].LUTDescriptor[2] - 1
     else:
