@@ -64,7 +64,8 @@ def _is_ignored(name):
 def _stat(entry):
     """(size, mtime_ns) of an os.DirEntry; (-1, 0) of a link without a target."""
     try:
-        return entry.stat().st_size, entry.stat().st_mtime_ns
+        stat = os.stat(entry)  # entry.stat() would keep it in memory
+        return stat.st_size, stat.st_mtime_ns
     except OSError:
         return -1, 0
 
@@ -141,7 +142,7 @@ def scan(root, task, split, class_names=None, optional=False):
             if classes and not below:
                 left_out["beside the class folders"] += 1
             else:
-                name = class_name(first) if below else _flat_class(first)
+                name = class_name(first) if classes else _flat_class(first)
                 files.append(ImageFile(f"{above}/{path}", name, size, mtime_ns))
     if left_out:
         counts = ", ".join(f"{n} {reason}" for reason, n in sorted(left_out.items()))
@@ -152,7 +153,7 @@ def scan(root, task, split, class_names=None, optional=False):
     if class_names is None:
         class_names = sorted(found | names)
         if empty := sorted(names - found):
-            fail(f"no images of class {', '.join(empty)} in {where}: add some, or remove the folder")
+            fail(f"no images of class {', '.join(empty)} in {where}: add some, or remove it")
     if unknown := sorted(found.difference(class_names)):
         fail(f"class {unknown[0]!r} in {where} is not one of the training classes, "
              f"{', '.join(class_names)}: rename the folder, or move it away")

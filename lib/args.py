@@ -157,7 +157,7 @@ def add_data_arguments(parser, split="train", img_size=256):
 def add_precision_arguments(parser):
     """How networks run."""
     add = parser.add_argument_group("precision and speed").add_argument
-    add("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 if it is fast")
+    add("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where fast")
     add("--compile", choices=("auto", "on", "off"), default="auto", help="auto: on for CUDA")
 
 

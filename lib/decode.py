@@ -71,7 +71,7 @@ def read_grey(path):
         raise
     except MemoryError as e:
         raise OSError(errno.ENOMEM, "not enough memory") from e
-    except Exception as e:  # parsers on damaged files raise all kinds, decompression bombs their own
+    except Exception as e:  # parsers on damaged files, decompression bombs
         raise ValueError(f"{type(e).__name__}: {e}") from e
 
 
