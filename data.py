@@ -407,10 +407,8 @@ def thumbnails(x):
 
 def _derived_array(images, folder, ctx, name, row_shape, label, batch_size, function, per_file=1):
     """CachedArray float32 [per_file num_files, *row_shape]: function(x, rows) of the decoded files
-    of an ImageSet, x [B, 1, S, S]; row r is of file r % num_files. All ranks must call it.
-
-    All files: a subset or one class shares the cache. A file that could not be read yet has no row.
-    """
+    of an ImageSet, x [B, 1, S, S]; row r is of file r % num_files. All ranks must call it. Of all
+    files, so that subsets share the cache; one that could not be read yet has no row."""
     num_files = len(images.cache.status)
 
     def make(indices):
