@@ -211,25 +211,20 @@ def packed(values, bits, order):
     return np.packbits(split.reshape(len(values), -1).astype(np.uint8), axis=1).tobytes()
 
 
-def write_tiff(path, *pages, order="<"):
-    """Grey TIFF file. pages: (integers [H, W], BitsPerSample, {other tags})."""
-    out = bytearray((b"II" if order == "<" else b"MM") + struct.pack(order + "HI", 42, 8))
-    for number, (values, bits, more) in enumerate(pages):
-        body = packed(values, bits, order)
-        body = zlib.compress(body) if more.get(259) == 8 else body
-        body += bytes(len(body) % 2)
-        height, width = values.shape
-        tags = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 273: 0, 277: 1, 278: height,
-                279: len(body), **more}
-        tags[273] = len(out) + 2 + 12 * len(tags) + 4
-        out += struct.pack(order + "H", len(tags))
-        for tag, value in sorted(tags.items()):
-            short = tag not in (254, 256, 257, 273, 278, 279)
-            out += struct.pack(order + ("HHIHH" if short else "HHII"), tag, 3 if short else 4, 1,
-                               *((value, 0) if short else (value,)))
-        following = tags[273] + len(body) if number + 1 < len(pages) else 0
-        out += struct.pack(order + "I", following) + body
-    pathlib.Path(path).write_bytes(out)
+def write_tiff(path, values, bits, more, order="<"):
+    """Grey TIFF file of integers [H, W]; bits: BitsPerSample; more: {other tag: short}."""
+    body = packed(values, bits, order)
+    body = zlib.compress(body) if more.get(259) == 8 else body
+    height, width = values.shape
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 273: 0, 277: 1, 278: height,
+            279: len(body), **more}
+    tags[273] = 8 + 2 + 12 * len(tags) + 4
+    out = (b"II" if order == "<" else b"MM") + struct.pack(order + "HIH", 42, 8, len(tags))
+    for tag, value in sorted(tags.items()):
+        short = tag not in (256, 257, 273, 278, 279)
+        out += struct.pack(order + ("HHIHH" if short else "HHII"), tag, 3 if short else 4, 1,
+                           *((value, 0) if short else (value,)))
+    pathlib.Path(path).write_bytes(out + bytes(4) + body)
 
 
 @pytest.mark.parametrize("bits, order", [
@@ -238,8 +233,7 @@ def write_tiff(path, *pages, order="<"):
 def test_white_is_zero_and_bits_per_sample(tmp_path, bits, compression, order):
     values = np.rint(RAMP / RAMP.max() * (2**bits - 1)).astype(np.int64)
     for photometric in (0, 1):
-        write_tiff(tmp_path / "x.tif", (values, bits, {262: photometric, 259: compression}),
-                   order=order)
+        write_tiff(tmp_path / "x.tif", values, bits, {262: photometric, 259: compression}, order)
         grey = decode.read_grey(tmp_path / "x.tif")
         expected = values / (2**bits - 1)
         assert np.abs(grey - (expected if photometric else 1 - expected)).max() < 1e-6
@@ -251,7 +245,7 @@ def test_white_is_zero_and_bits_per_sample(tmp_path, bits, compression, order):
     (1, 0, 70000, True), (1, 0, 2**32 - 1, True), (2, 0, 2**31 - 1, True), (2, -1, 300, True)])
 def test_32_bits_that_hold_16_are_read(tmp_path, sample_format, lowest, highest, refused, order):
     values = np.rint(RAMP / RAMP.max() * (highest - lowest)).astype(np.int64) + lowest
-    write_tiff(tmp_path / "x.tif", (values, 32, {339: sample_format}), order=order)
+    write_tiff(tmp_path / "x.tif", values, 32, {339: sample_format}, order)
     try:
         assert np.abs(decode.read_grey(tmp_path / "x.tif") - values / 65535).max() < 1e-6
         assert not refused
@@ -276,7 +270,7 @@ def test_formats_keep_their_range(tmp_path, name, highest, kind):
     (RAMP - 1, 16, {339: 2}, "signed"), (RAMP, 16, {339: 2}, "signed"),
     (RAMP - 1, 32, {339: 2}, "signed"), (RAMP, 8, {259: 99}, "identify")])
 def test_images_that_may_be_misread_are_refused(tmp_path, values, bits, tags, reason):
-    write_tiff(tmp_path / "x.tif", (values, bits, tags))
+    write_tiff(tmp_path / "x.tif", values, bits, tags)
     with pytest.raises((ValueError, OSError), match=reason) as e:
         decode.read_grey(tmp_path / "x.tif")
     assert not decode.may_pass(e.value)
