@@ -11,7 +11,6 @@ import pathlib
 import re
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +20,8 @@ from lib import cache, decode, dist, phantom
 from lib.cache import DONE, TODO
 from lib.files import fail, notice
 
-HIDDEN = (".", "@eaDir", "__MACOSX")  # of systems, with thumbnails in them
-MASKS = {"mask", "masks", "segmentation", "segmentations"}  # beside images, as COVID-19 sets have
+# Folders of masks beside the images, as COVID-19 sets have, and of thumbnails.
+IGNORED = {"mask", "masks", "segmentation", "segmentations", "@eadir", "__macosx"}
 FLAT_RULE = ("in a folder without class folders, names that begin with `TB.` are class tb, "
              "Montgomery's and Shenzhen's `..._1.png` are tb, and all others are normal")
 BATCH = 64  # images that are worked on at once, so that a data set need not fit into memory
@@ -30,90 +29,16 @@ BATCH = 64  # images that are worked on at once, so that a data set need not fit
 
 # --- folders ------------------------------------------------------------------------------------
 
-
-class ImageFile(NamedTuple):
-    """A file that should be an image. size -1: a link without a target."""
-
-    path: str  # below the data root
-    class_name: str
-    size: int
-    mtime_ns: int
-
-
-class Listing(NamedTuple):
-    """The images of one split."""
-
-    root: str
-    folder: str  # ROOT/TASK/SPLIT, for messages
-    files: list
-    class_names: list
-    flat: bool  # without class folders
-
-
-def _entries(folder):
-    """os.DirEntry objects of a folder, by name."""
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(entries, key=lambda entry: entry.name)
-    except OSError as e:
-        fail(f"cannot read the folder {folder}: {e.strerror}")
-
-
-def _is_folder(entry):
-    # Without a stat for each file; entry.is_dir() would raise for a link to itself.
-    return entry.is_dir(follow_symlinks=False) or entry.is_symlink() and os.path.isdir(entry.path)
-
-
-def _is_broken_link(path):
-    return os.path.islink(path) and not os.path.exists(path)
-
-
-def _refuse_broken_link(path):
-    if _is_broken_link(path):
-        fail(f"{path} is a link without a target, {os.readlink(path)}: is the disk mounted? "
-             "Mend or remove it")
-
-
-def _subfolders(folder):
-    """Names of the folders in a folder, and of links without a target, that are not hidden."""
-    return [e.name for e in _entries(folder)
-            if (_is_folder(e) or _is_broken_link(e.path)) and not e.name.startswith(HIDDEN)]
-
-
-def _shown(name):
-    """A file's name as text that can be printed and stored, and that no other file's name gives."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+# path: below the data root. size -1: a link without a target.
+ImageFile = collections.namedtuple("ImageFile", "path class_name size mtime_ns")
+# The images of one split. folder: ROOT/TASK/SPLIT, for messages.
+Listing = collections.namedtuple("Listing", "root folder files class_names")
 
 
 def class_name(folder_name):
     """A class's name as it is shown and stored: valid text, in one Unicode form."""
-    return unicodedata.normalize("NFC", _shown(folder_name))
-
-
-def _walk(folder, above, left_out):
-    """Image entries below a folder at any depth, by path; the rest is counted in left_out.
-
-    above: real paths of the folders on the way here, which a link must not lead back to.
-    """
-    real = os.path.realpath(folder)
-    if real in above:
-        left_out["link back to a folder above it"] += 1
-        return []
-    found = []
-    for entry in _entries(folder):
-        suffix = _shown(os.path.splitext(entry.name)[1].lower())
-        if entry.name.startswith(HIDDEN):
-            left_out["hidden"] += 1
-        elif _is_folder(entry) and entry.name.lower() in MASKS:
-            left_out["folder of masks"] += 1
-        elif _is_folder(entry):
-            found += _walk(entry.path, {*above, real}, left_out)
-        elif (suffix in decode.EXTENSIONS or decode.may_be_dicom(suffix)
-              or _is_broken_link(entry.path)):
-            found.append(entry)
-        else:
-            left_out[f"*{suffix}"] += 1
-    return found
+    text = os.fsencode(folder_name).decode("utf-8", "backslashreplace")
+    return unicodedata.normalize("NFC", text)
 
 
 def _flat_class(name):
@@ -122,113 +47,131 @@ def _flat_class(name):
     return "tb" if name.startswith("TB.") or published else "normal"
 
 
-def _split_files(folder, left_out):
-    """([(entry, class name)], class names, whether it is flat) of one TASK/SPLIT folder."""
-    entries = _entries(folder)
-    class_folders = [e for e in entries if _is_folder(e) and not e.name.startswith(HIDDEN)]
-    if not class_folders:
-        files = [(entry, _flat_class(entry.name)) for entry in _walk(folder, set(), left_out)]
-        return files, sorted({name for _, name in files}), True
-    files = []
-    for entry in entries:
-        if entry in class_folders:
-            found = _walk(entry.path, {os.path.realpath(folder)}, left_out)
-            files += [(image, class_name(entry.name)) for image in found]
-        elif entry.name.startswith(HIDDEN):
-            left_out["hidden"] += 1
-        else:
-            _refuse_broken_link(entry.path)  # it may have been a class
-            left_out["beside the class folders"] += 1
-    return files, [class_name(e.name) for e in class_folders], False
-
-
-def _image_file(entry, name, root):
+def _entries(folder):
+    """[(os.DirEntry, whether it is a folder)] of what is in a folder, by name. The system refuses a
+    link that leads back to a folder above it ("too many levels")."""
     try:
-        stat = os.stat(entry.path)  # entry.stat() would keep it in memory
-        size, mtime_ns = stat.st_size, stat.st_mtime_ns
+        with os.scandir(folder) as entries:
+            return [(e, e.is_dir()) for e in sorted(entries, key=lambda e: e.name)]
+    except OSError as e:
+        fail(f"cannot read {e.filename or folder}: {e.strerror}; mend or remove it")
+
+
+def _is_ignored(name):
+    return name.startswith(".") or name.lower() in IGNORED
+
+
+def _stat(entry):
+    """(size, mtime_ns) of an os.DirEntry; (-1, 0) of a link without a target."""
+    try:
+        stat = os.stat(entry)  # entry.stat() would keep it in memory
+        return stat.st_size, stat.st_mtime_ns
     except OSError:
-        size, mtime_ns = -1, 0
-    return ImageFile(os.path.relpath(entry.path, root), name, size, mtime_ns)
+        return -1, 0
 
 
-def find_members(root, task, split):
-    """Tasks whose SPLIT folders make up `split` of `task`, [] if there is no such split.
+def _subfolders(folder):
+    """Names of the folders in a folder of tasks, splits or classes."""
+    names = []
+    for entry, is_folder in _entries(folder):
+        suffix = os.path.splitext(entry.name)[1].lower()
+        if _is_ignored(entry.name):
+            continue
+        if is_folder:
+            names.append(entry.name)
+        elif entry.is_symlink() and suffix not in decode.EXTENSIONS and _stat(entry)[0] < 0:
+            fail(f"{entry.path} is a link without a target, {os.readlink(entry)}: is the disk "
+                 "mounted? Mend or remove it")
+    return names
 
-    ALL_CXR without such a folder joins all tasks. Exits with an error that names what is there if
-    root or task is missing.
-    """
+
+def _walk(folder, left_out):
+    """Yield (path below `folder`, size, mtime_ns) of each image in it, at any depth, by name; count
+    by reason in left_out what else is there. A link without a target is an image of size -1."""
+    for entry, is_folder in _entries(folder):
+        size, mtime_ns = (0, 0) if is_folder else _stat(entry)
+        if _is_ignored(entry.name):
+            left_out["hidden or masks"] += 1
+        elif is_folder:
+            for path, *stat in _walk(entry.path, left_out):
+                yield f"{entry.name}/{path}", *stat
+        elif size < 0 or decode.may_be_image(entry.name):
+            yield entry.name, size, mtime_ns
+        else:
+            left_out[f"*{os.path.splitext(entry.name)[1].lower()}"] += 1
+
+
+def split_folders(root, task, split, optional=False):
+    """Folders TASK/SPLIT below `root`. ALL_CXR without a folder of its own joins all tasks. Exits
+    with an error that names what is there if there are none, unless the split is `optional`."""
     if not os.path.isdir(root):
-        here = "" if os.path.isabs(root) else f" in {os.getcwd()}"
-        fail(f"no folder --data_root={root}{here}")
+        fail(f"no folder --data_root={os.path.abspath(root)}")
     tasks = _subfolders(root)
-    if task != "ALL_CXR" and task not in tasks or not tasks:
+    members = [task] if task in tasks else tasks if task == "ALL_CXR" else []
+    if not members:
         fail(f"no task {task!r} in {root}; there: {', '.join(tasks) or 'no folders at all'}")
-    candidates = [task] if task in tasks else tasks
-    for member in candidates:
-        _refuse_broken_link(os.path.join(root, member))
-        _refuse_broken_link(os.path.join(root, member, split))
-    members = [t for t in candidates if os.path.isdir(os.path.join(root, t, split))]
-    if members and len(members) < len(candidates):
-        missing = ", ".join(t for t in candidates if t not in members)
-        notice(f"ALL_CXR: no split {split!r} in {missing}")
-    return members
+    splits = {member: _subfolders(os.path.join(root, member)) for member in members}
+    found = [member for member in members if split in splits[member]]
+    if not found:
+        there = ", ".join(sorted(set().union(*splits.values()))) or "none"
+        message = f"no split {split!r} for task {task} in {root}; there: {there}"
+        notice(f"{message}. Validation is skipped") if optional else fail(message)
+    elif found != members:
+        notice(f"ALL_CXR: split {split!r} is in {', '.join(found)} alone")
+    return [os.path.join(root, member, split) for member in found]
 
 
-def _read_as(folders, class_names, where, flat):
-    """{name of a class folder: class it is read as}, whatever its case and Unicode form.
-
-    class_names: those of the training split; None: the folders are the classes.
-    """
-    known = {class_name(n).casefold(): n for n in reversed(class_names or folders)}
-    known |= {name: name for name in class_names or ()}
-    read_as = {}
-    for name in folders:
-        read_as[name] = known.get(name, known.get(class_name(name).casefold()))
-        if read_as[name] is None:
-            rule = f" ({FLAT_RULE})" if flat else ""
-            fail(f"class {name!r} in {where}{rule} is not one of the training classes, "
-                 f"{', '.join(class_names)}: rename the folder, or move it away")
-        if name != read_as[name]:
-            notice(f"{where}: {name!r} is read as class {read_as[name]!r}")
-    return read_as
-
-
-def scan(root, task, split, class_names=None):
-    """Listing of DATA_ROOT/TASK/SPLIT, None if there is no such split. One stat per file.
+def scan(root, task, split, class_names=None, optional=False):
+    """Listing of DATA_ROOT/TASK/SPLIT, by name; None if it is `optional` and missing. One stat per
+    file; one notice counts by reason what is not read.
 
     class_names: those of the training split, which every other split is read against by name;
-    None: this is the training split. One notice counts by reason what is not read.
+    None: this is the training split.
     """
-    members = find_members(root, task, split)
-    if not members:
+    folders = split_folders(root, task, split, optional)
+    if not folders:
         return None
     where = os.path.join(root, task, split)
-    left_out, found, folders, flat = collections.Counter(), [], [], False
-    for member in members:
-        files, names, is_flat = _split_files(os.path.join(root, member, split), left_out)
-        found += files
-        folders += names
-        flat = flat or is_flat
+    left_out, files, names = collections.Counter(), [], set()
+    for folder in folders:
+        classes = _subfolders(folder)
+        names.update(map(class_name, classes))
+        above = os.path.relpath(folder, root)
+        for path, size, mtime_ns in _walk(folder, left_out):
+            first, _, below = path.partition("/")
+            if classes and not below:
+                left_out["beside the class folders"] += 1
+            else:
+                name = class_name(first) if classes else _flat_class(first)
+                files.append(ImageFile(f"{above}/{path}", name, size, mtime_ns))
     if left_out:
         counts = ", ".join(f"{n} {reason}" for reason, n in sorted(left_out.items()))
         notice(f"{where}: not read: {counts}")
-    if not found:
+    if not files:
         fail(f"no images in {where} (looked for {' '.join(sorted(decode.EXTENSIONS))})")
-    read_as = _read_as(sorted(set(folders)), class_names, where, flat)
-    files = [_image_file(entry, read_as[name], root) for entry, name in found]
-    names = sorted(set(read_as.values()))
-    empty = sorted(set(names) - {f.class_name for f in files})
-    if empty:
-        message = f"no images of class {', '.join(empty)} in {where}"
-        notice(message) if class_names else fail(message)
-    return Listing(str(root), where, files, class_names or names, flat)
+    found = {file.class_name for file in files}
+    if class_names is None:
+        class_names = sorted(found | names)
+        if empty := sorted(names - found):
+            fail(f"no images of class {', '.join(empty)} in {where}: add some, or remove it")
+    if unknown := sorted(found.difference(class_names)):
+        fail(f"class {unknown[0]!r} in {where} is not one of the training classes, "
+             f"{', '.join(class_names)}: rename the folder, or move it away")
+    return Listing(str(root), where, files, class_names)
+
+
+def check_folders(args):
+    """Exit with an error if --data_root does not have the split of the task."""
+    if args.data_root:
+        split_folders(args.data_root, args.task, args.split)
 
 
 # --- images -------------------------------------------------------------------------------------
 
 # Status of a row of decoded pixels, beside TODO (it could not be read now) and DONE.
-DARK, FLAT = 2, 4  # no value over a quarter of the range; hardly two values
-BAD, NOT_DICOM = 8, 16  # read, and no image; without a suffix, and no DICOM
+# Either bit stands for the whole in caches of earlier versions.
+ODD = 2 | 4  # no value over a quarter of the range, or hardly two values
+BAD = 8 | 16  # read, and no image
 
 
 @dataclasses.dataclass
@@ -238,26 +181,17 @@ class ImageSet:
     cache: cache.CachedArray  # of all files
     rows: np.ndarray  # which rows of the cache belong to it
     labels: np.ndarray  # class index of each
-    names: np.ndarray  # path of each below the data root, as bytes
+    names: np.ndarray  # path of each below the data root
     class_names: list
     key: str  # fingerprint of files and image size
-    summary: list  # what describe_changes compares
+    summary: list  # what notice_changes compares
 
     def __len__(self):
         return len(self.rows)
 
-    @property
-    def num_files(self):
-        """Rows of the cache."""
-        return len(self.cache.status)
-
     def images(self, indices):
         """float32 [B, 1, S, S] in [-1, 1]."""
         return to_float(self.cache.rows(self.rows[indices]))
-
-    def name(self, index):
-        """Path of one of them below the data root, as text that can be printed."""
-        return _shown(os.fsdecode(self.names[index]))
 
     def subset(self, indices):
         """ImageSet of some of them."""
@@ -295,31 +229,17 @@ def adopt_settings(args, settings, what):
         fail(f"--img_size={args.img_size}, but {what} works at {settings['img_size']}: leave "
              "--img_size out")
     args.img_size = settings["img_size"]
-    root = settings.get("data_root")
-    if not args.data_root and root:
-        args.data_root = root
-        notice(f"no --data_root: using that of {what}, {root}")
-
-
-def _no_split(root, task, split):
-    tasks = _subfolders(root) if task == "ALL_CXR" else [task]
-    splits = sorted({s for t in tasks for s in _subfolders(os.path.join(root, t))})
-    return f"no split {split!r} for task {task} in {root}; there: {', '.join(splits) or 'none'}"
-
-
-def check_folders(args):
-    """Exit with an error if --data_root does not have the split of the task."""
-    if args.data_root and not find_members(args.data_root, args.task, args.split):
-        fail(_no_split(args.data_root, args.task, args.split))
+    if not args.data_root and settings.get("data_root"):
+        args.data_root = settings["data_root"]
+        notice(f"no --data_root: using that of {what}, {args.data_root}")
 
 
 def open_images(args, ctx, split, optional=False, class_names=None, train=None):
-    """ImageSet of a split, decoded on first use into OUTPUT_ROOT/cache. All ranks must call it.
+    """ImageSet of a split, decoded on first use into OUTPUT_ROOT/cache; None if it is `optional`
+    and missing. All ranks must call it.
 
     args: the flags of args.add_data_arguments. class_names: the classes, if a model knows them;
     train: the training ImageSet, whose classes are the classes and whose images are left out here.
-    Exits with an error that names the files that cannot be decoded, unless args.skip_bad_images.
-    Returns None if the split is missing and `optional`.
     """
     if train is not None:
         class_names = train.class_names
@@ -333,36 +253,29 @@ def open_images(args, ctx, split, optional=False, class_names=None, train=None):
     pixels = cache.cached_array(
         ctx, folder, f"images_{key[:16]}", (len(listing.files), args.img_size, args.img_size),
         np.uint16, _decoder(listing, args), f"decoding {listing.folder}")
-    images = ctx.on_main(lambda: _image_set(listing, pixels, args, key, class_names is not None))
+    images = ctx.on_main(lambda: _image_set(listing, pixels, args, key))
     if train is not None and len(images):
         images = _without_copies(images, train, folder, ctx, listing.folder)
-    if len(images):
+    lost = np.setdiff1d(np.arange(len(listing.class_names)), images.labels)
+    if len(images) and (class_names or args.class_filter >= 0 or not len(lost)):
         return images
-    message = f"no image is left in {listing.folder}"
+    names = ", ".join(listing.class_names[c] for c in lost)
+    message = f"no images of class {names} are left in {listing.folder}"
     if not optional:
         ctx.on_main(lambda: fail(message))
-    notice(f"{message}: validation is skipped")
+    notice(f"{message}. Validation is skipped")
     return None
 
 
 def _list_split(args, split, optional, class_names):
     """Listing of a split whose classes are fit for training; None if it may be missing, and is."""
-    root = image_root(args)
-    listing = scan(root, args.task, split, class_names)
-    if listing is None:
-        message = _no_split(root, args.task, split)
-        if not optional:
-            fail(message)
-        notice(f"{message}. Validation is skipped")
-        return None
-    names = listing.class_names
-    if args.class_filter >= len(names):
-        there = ", ".join(f"{i} = {n}" for i, n in enumerate(names))
-        fail(f"--class_filter={args.class_filter}, but the classes are {there}")
-    if len(names) == 1 and args.class_filter != 0:
-        rule = f" ({FLAT_RULE})" if listing.flat else ""
-        fail(f"only one class, {names[0]!r}, in {listing.folder}{rule}; the model needs two to "
-             "tell apart. Check the folders, or give --class_filter=0 to train on this class alone")
+    listing = scan(image_root(args), args.task, split, class_names, optional)
+    count = len(listing.class_names) if listing else 2
+    if args.class_filter >= count or count == 1 and args.class_filter < 0:
+        there = ", ".join(f"{i} = {name}" for i, name in enumerate(listing.class_names))
+        fail(f"--class_filter={args.class_filter} (-1: all, two or more), but the classes in "
+             f"{listing.folder} are {there} ({FLAT_RULE}). Check the folders, or give "
+             "--class_filter=0 to train on the first class alone")
     return listing
 
 
@@ -371,89 +284,59 @@ def _decoder(listing, args):
     pool = ThreadPoolExecutor(args.num_workers or dist.own_cores())
 
     def read(path):
-        black = np.zeros((args.img_size, args.img_size), np.uint16)
         try:
-            suffix = os.path.splitext(path)[1]
-            if decode.may_be_dicom(suffix) and not decode.is_dicom(path):
-                return black, DONE | NOT_DICOM
             pixels = decode.read_square(path, args.img_size)
         except (OSError, ValueError) as e:
+            black = np.zeros((args.img_size, args.img_size), np.uint16)
             return black, TODO if decode.may_pass(e) else DONE | BAD
         low, high = int(pixels.min()), int(pixels.max())
-        dark, flat = high < 65535 // 4, high - low < 655  # 1 % of the range
-        return pixels, DONE | DARK * dark | FLAT * flat
+        odd = high < 65535 // 4 or high - low < 655  # 1 % of the range
+        return pixels, DONE | ODD * odd
 
     def make(indices):
         paths = [os.path.join(listing.root, listing.files[i].path) for i in indices]
-        if any(path.lower().endswith(tuple(decode.DICOM)) for path in paths):
-            decode.import_pydicom()  # one error, not one per file
         pixels, status = zip(*pool.map(read, paths), strict=True)
         return np.stack(pixels), np.array(status, np.uint8)
     return make
 
 
-def _image_set(listing, pixels, args, key, classes_known):
-    """ImageSet of the files that could be decoded and are of the chosen class; says what is odd
-    about them. pixels: CachedArray."""
-    status, where, count = pixels.status, listing.folder, len(listing.files)
-    bad = (status == TODO) | (status & BAD > 0)
-    not_dicom = status & NOT_DICOM > 0
+def _image_set(listing, pixels, args, key):
+    """ImageSet of the files that could be decoded and are of the chosen class; names those that
+    could not, and ends the program for them unless args.skip_bad_images. pixels: CachedArray."""
+    status, where, files = pixels.status, listing.folder, listing.files
+    bad, odd = (status == TODO) | (status & BAD > 0), status & ODD > 0
+    names = np.array([file.path for file in files], object)
+    if bad.any() and not args.skip_bad_images:
+        reasons = [f"{name}: {_reason(os.path.join(listing.root, name), args.img_size)}"
+                   for name in names[bad][:20]]
+        fail(f"{bad.sum()} of {len(files)} images in {where} cannot be decoded; repair or remove "
+             f"them, or leave them out with --skip_bad_images:{_first_lines(reasons, bad.sum())}")
     if bad.any():
-        _refuse_or_notice(listing, np.flatnonzero(bad), status, args)
-    for bit, what in ((DARK, "have no value over a quarter of their range. 12-bit values in 16-bit "
-                             "files? Scale them up"),
-                      (FLAT, "have no contrast at all: empty, or cut off by their window")):
-        odd = [listing.files[i] for i in np.flatnonzero(status & bit)]
-        if odd:
-            classes = sorted(collections.Counter(file.class_name for file in odd).items())
-            notice(f"{where}: {len(odd)} of {count} images "
-                   f"({', '.join(f'{n} {name}' for name, n in classes)}), such as "
-                   f"{_shown(odd[0].path)}, {what}")
-    if not_dicom.any():
-        notice(f"{where}: not read: {not_dicom.sum()} without a suffix")
-    number = {name: i for i, name in enumerate(listing.class_names)}
-    labels = np.array([number[file.class_name] for file in listing.files])
-    readable = ~bad & ~not_dicom
-    lost = [listing.class_names[c] for c in np.setdiff1d(labels, labels[readable])]
-    if lost and args.class_filter < 0:
-        message = f"no images of class {', '.join(sorted(lost))} are left in {where}"
-        notice(message) if classes_known else fail(message)
-    rows = np.flatnonzero(readable & ((labels == args.class_filter) | (args.class_filter < 0)))
-    names = np.array([os.fsencode(listing.files[i].path) for i in rows])
-    return ImageSet(pixels, rows, labels[rows], names, listing.class_names, key,
+        notice(f"{bad.sum()} images that cannot be decoded are left out:"
+               f"{_first_lines(names[bad], bad.sum())}")
+    if odd.any():
+        notice(f"{where}: {odd.sum()} of {len(files)} images, such as {names[odd][0]}, have no "
+               "value over a quarter of their range, or no contrast. 12-bit values in 16-bit "
+               "files? Scale them up")
+    labels = np.array([listing.class_names.index(file.class_name) for file in files])
+    rows = np.flatnonzero(~bad & ((labels == args.class_filter) | (args.class_filter < 0)))
+    return ImageSet(pixels, rows, labels[rows], names[rows], listing.class_names, key,
                     class_summary(listing))
 
 
-def _refuse_or_notice(listing, bad, status, args):
-    """Exit with an error that names files that cannot be decoded, or say that they are left out.
-
-    Reasons are found again by decoding the files that are named; no start does so for files that
-    --skip_bad_images left out before.
-    """
-    lines = []
-    for i in bad[:20]:
-        path = os.path.join(listing.root, listing.files[i].path)
-        reason = "no image"
-        if _is_broken_link(path):
-            reason = "a link without a target"
-        elif status[i] == TODO or not args.skip_bad_images:
-            try:
-                decode.read_square(path, args.img_size)
-                reason = "it could not be read for a moment: start again"
-            except (OSError, ValueError) as e:
-                reason = str(e) or type(e).__name__
-        lines.append(f"{_shown(listing.files[i].path)}: {reason}")
-    names = _first_lines(lines, len(bad))
-    if not args.skip_bad_images:
-        fail(f"{len(bad)} of {len(listing.files)} images in {listing.folder} cannot be decoded; "
-             f"repair or remove them, or leave them out with --skip_bad_images:{names}")
-    notice(f"{len(bad)} images that cannot be decoded are left out:{names}")
+def _reason(path, img_size):
+    """Why an image cannot be decoded: found again, since caches do not store it."""
+    try:
+        decode.read_square(path, img_size)
+    except (OSError, ValueError) as e:
+        return getattr(e, "strerror", None) or e
+    return "it could not be read for a moment: start again"
 
 
 def _first_lines(lines, count):
     """Up to twenty of `count` lines for the end of a message, and how many more there are."""
     more = [f"and {count - 20} more"] if count > 20 else []
-    return "".join(f"\n  {line}" for line in lines[:20] + more)
+    return "".join(f"\n  {line}" for line in [*lines[:20], *more])
 
 
 def fingerprint(listing, img_size):
@@ -477,28 +360,19 @@ def class_summary(listing):
     return summary
 
 
-def describe_changes(before, now):
-    """What is different between two class_summary lists: one line per class that is."""
-    old = {name: (count, digest) for name, count, digest in before}
-    lines = []
-    for name, count, digest in now:
-        if name not in old:
-            lines.append(f"class {name} is new, with {count} images")
-        elif digest != old[name][1]:
-            same = f"other files, as many as before ({count})"
-            lines.append(f"class {name} has " + (same if count == old[name][0] else
-                                                 f"{count} images, it had {old[name][0]}"))
-    return lines + [f"class {name} is gone" for name in old if name not in {n for n, _, _ in now}]
-
-
-def notice_changes(before, images, since):
+def notice_changes(before, images, since, split="training"):
     """Say what has changed since `since`; before: ImageSet.summary then, None if not known."""
-    try:
-        changes = describe_changes(before, images.summary) if before else []
-    except (TypeError, ValueError):  # damaged: there is nothing to compare with
-        changes = []
+    if not before:
+        return
+    old, new = ({name: rest for name, *rest in summary} for summary in (before, images.summary))
+    changes = []
+    for name in sorted({*old, *new}):
+        (count_then, digest_then), (count, digest) = old.get(name, (0, "")), new.get(name, (0, ""))
+        if digest != digest_then:
+            others = " others" if count == count_then else ""
+            changes.append(f"class {name} has {count} images, it had {count_then}{others}")
     if changes:
-        notice(f"the training data have changed since {since}: {'; '.join(changes)}")
+        notice(f"the {split} data have changed since {since}: {'; '.join(changes)}")
 
 
 def count_classes(images):
@@ -519,10 +393,7 @@ def overfit_indices(labels, k):
 
 # --- copies between splits ----------------------------------------------------------------------
 
-# Correlation of thumbnails. Of 920 images from two sites at 128 px, different ones reach at most
-# 0.970; copies of half the size, of JPEG quality 30, with noise of 3 % or another gamma at least
-# 0.995.
-COPY_CORRELATION = 0.99
+COPY_CORRELATION = 0.99  # of thumbnails: different images reach 0.970, copies 0.995 (docs/data.md)
 THUMBNAIL_SIZE = 32  # side in pixels
 
 
@@ -536,19 +407,19 @@ def thumbnails(x):
 
 def _derived_array(images, folder, ctx, name, row_shape, label, batch_size, function, per_file=1):
     """CachedArray float32 [per_file num_files, *row_shape]: function(x, rows) of the decoded files
-    of an ImageSet, x [B, 1, S, S]; row r is of file r % num_files. All ranks must call it.
+    of an ImageSet, x [B, 1, S, S]; row r is of file r % num_files. All ranks must call it. Of all
+    files, so that subsets share the cache; one that could not be read yet has no row."""
+    num_files = len(images.cache.status)
 
-    All files: a subset or one class shares the cache. A file that could not be read yet has no row.
-    """
     def make(indices):
         parts = []
         for start in range(0, len(indices), batch_size):
             rows = indices[start:start + batch_size]
-            parts.append(function(to_float(images.cache.rows(rows % images.num_files)), rows))
-        return torch.cat(parts).numpy(), np.full(len(indices), DONE, np.uint8)
+            parts.append(function(to_float(images.cache.rows(rows % num_files)), rows))
+        return torch.cat(parts).numpy(), DONE
 
     return cache.cached_array(
-        ctx, folder, name, (per_file * images.num_files, *row_shape), np.float32, make, label,
+        ctx, folder, name, (per_file * num_files, *row_shape), np.float32, make, label,
         np.tile(images.cache.status != TODO, per_file))
 
 
@@ -573,7 +444,7 @@ def _without_copies(images, train, folder, ctx, where):
             values, places = (mine @ others.T).max(1)
             better = values > best
             best[better], nearest[better] = values[better], places[better] + start
-        return nearest.numpy(), np.full(len(indices), DONE, np.uint8)
+        return nearest.numpy(), DONE
 
     key = hashlib.sha256(f"copies 3 {images.key} {train.key} {COPY_CORRELATION}".encode())
     key.update(images.rows.tobytes() + train.rows.tobytes())
@@ -581,11 +452,10 @@ def _without_copies(images, train, folder, ctx, where):
         ctx, folder, f"copies_{key.hexdigest()[:16]}", (len(images),), np.int64, make,
         "looking for copies").rows(np.arange(len(images)))  # position in train, or -1
     copies = np.flatnonzero(originals >= 0)
-    if len(copies) == 0:
-        return images
-    lines = [f"{images.name(i)} is {train.name(originals[i])}" for i in copies]
-    notice(f"{len(copies)} images of {where} duplicate or nearly duplicate training images and are "
-           f"excluded:{_first_lines(lines, len(lines))}")
+    if len(copies):
+        lines = [f"{images.names[i]} is {train.names[originals[i]]}" for i in copies[:20]]
+        notice(f"{len(copies)} images of {where} duplicate or nearly duplicate training images and "
+               f"are excluded:{_first_lines(lines, len(copies))}")
     return images.subset(np.flatnonzero(originals < 0))
 
 
@@ -626,12 +496,11 @@ class LatentSet:
         augmentation, shared by all runs below `folder`, and made by all ranks."""
         self.images, self.vae, self.ctx = images, vae, ctx
         self.cache = self.resident = None
-        # For all files: a subset or one class shares the cache. Variant v of file f is row
-        # v num_files + f.
-        num_files = images.num_files
+        # Of all files, as the cache: variant v of file f is row v num_files + f.
+        self.num_files = len(images.cache.status)
         rng = ctx.generator("augment", images.key)
-        labels = torch.rand(num_augmented * num_files, AUG_DIM, generator=rng) * 2 - 1
-        self.labels = torch.cat([torch.zeros(num_files, AUG_DIM), labels])
+        labels = torch.rand(num_augmented * self.num_files, AUG_DIM, generator=rng) * 2 - 1
+        self.labels = torch.cat([torch.zeros(self.num_files, AUG_DIM), labels])
         if not use_cache:
             return
         text = f"{vae_sha256} {images.key}"
@@ -645,13 +514,13 @@ class LatentSet:
             num_augmented + 1)
         if ctx.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(ctx.device)
-            own = np.concatenate([images.rows + v * num_files for v in range(num_augmented + 1)])
-            if len(own) * 4 * 2 * np.prod(vae.latent_shape) < 0.1 * free:
-                self.resident = torch.from_numpy(self.cache.rows(own)).to(ctx.device)
+            if len(self.labels) * 4 * 2 * np.prod(vae.latent_shape) < 0.1 * free:
+                every = np.arange(len(self.labels))
+                self.resident = torch.from_numpy(self.cache.rows(every)).to(ctx.device)
 
     def _augmented(self, x, rows):
         """Images x [B, 1, S, S] as the variants of these rows; variant 0 stays as it is."""
-        changed = torch.from_numpy(rows >= self.images.num_files)
+        changed = torch.from_numpy(rows >= self.num_files)
         if changed.any():
             x = x.clone()
             x[changed] = augment(x[changed], self.labels[torch.from_numpy(rows)[changed]])
@@ -662,23 +531,18 @@ class LatentSet:
         # In float32 and without autocast, so that cached and fresh latents are the same.
         return self.vae.encode(x.to(self.ctx.device))
 
-    def _rows(self, indices, variants):
-        return self.images.rows[indices] + variants * self.images.num_files
-
     def posterior(self, indices, variants=0):
         """(mean, logvar), each float32 [B, C, h, w] on the device. variants [B]: of each image."""
+        rows = self.images.rows[indices] + variants * self.num_files
         if self.resident is not None:
-            index = torch.from_numpy(indices + variants * len(self.images))
-            both = self.resident[self.ctx.to_device(index)]
+            both = self.resident[self.ctx.to_device(torch.from_numpy(rows))]
         elif self.cache is not None:
-            rows = self.cache.rows(self._rows(indices, variants))
-            both = self.ctx.to_device(torch.from_numpy(rows))
+            both = self.ctx.to_device(torch.from_numpy(self.cache.rows(rows)))
         else:
-            x = self._augmented(self.images.images(indices), self._rows(indices, variants))
-            return tuple(self._encode(x))
+            return tuple(self._encode(self._augmented(self.images.images(indices), rows)))
         return both[:, 0], both[:, 1]
 
     def augment_labels(self, indices, variants):
         """float32 [B, 6] on the device: see augment; zeros for variant 0."""
-        labels = self.labels[torch.from_numpy(self._rows(indices, variants))]
-        return self.ctx.to_device(labels)
+        rows = self.images.rows[indices] + variants * self.num_files
+        return self.ctx.to_device(self.labels[torch.from_numpy(rows)])

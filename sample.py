@@ -215,9 +215,9 @@ def real_rows(folder, class_names, img_size):
     """{class name: up to eight of its images, float32 [N, 1, S, S] in [-1, 1]} of a split's folder;
     ends the program if there are none, or if one cannot be decoded."""
     folder = pathlib.Path(folder).absolute()
-    listing = data.scan(folder.parent.parent, folder.parent.name, folder.name, class_names)
-    if listing is None:
+    if not folder.is_dir():
         fail(f"no folder --real_dir={folder}")
+    listing = data.scan(folder.parent.parent, folder.parent.name, folder.name, class_names)
     paths = {name: [] for name in class_names}
     for file in listing.files:
         paths[file.class_name].append(pathlib.Path(listing.root, file.path))

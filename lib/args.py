@@ -5,6 +5,7 @@ converted and checked by the type of each flag, then serve as defaults of the co
 """
 import argparse
 import difflib
+import math
 import os
 import re
 import runpy
@@ -35,13 +36,12 @@ def integer(text):
         return int(float(text))
 
 
-def at_least(low, kind=int, high=sys.float_info.max):
+def at_least(low, kind=int, high=math.inf):
     """argparse type: a finite number of `kind` from low to high."""
     def convert(text):
         value = integer(text) if kind is int else kind(text)
-        if not low <= value <= high:
-            most = f" and at most {high}" if high < sys.float_info.max else ""
-            raise argparse.ArgumentTypeError(f"{text} must be a number of at least {low}{most}")
+        if not low <= value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not a number between {low} and {high}")
         return value
     convert.__name__ = kind.__name__  # as argparse names it in "invalid int value"
     return convert
@@ -82,17 +82,14 @@ def folder_name(text):
 class BooleanFlag(argparse.Action):
     """--flag, --flag=True, --flag=false and --no-flag."""
 
-    BARE = object()  # the value of a flag without one
-
     def __init__(self, option_strings, dest, **kwargs):
-        super().__init__([*option_strings, f"--no-{dest}"], dest, nargs="?", const=self.BARE,
+        super().__init__([*option_strings, f"--no-{dest}"], dest, nargs="?", const=True,
                          type=boolean, metavar="BOOL", **kwargs)
 
     def __call__(self, parser, namespace, value, option):
-        negative = option.startswith("--no-")
-        if negative and value is not self.BARE:
-            parser.error(f"{option} takes no value; use --{option[5:]}={not value}")
-        setattr(namespace, self.dest, not negative if value is self.BARE else value)
+        if value is not None:
+            value = value != option.startswith("--no-")
+        setattr(namespace, self.dest, value)
 
 
 # --- parser -------------------------------------------------------------------------------------
@@ -150,8 +147,7 @@ def add_data_arguments(parser, split="train", img_size=256):
     add("--data_root", type=file_path, help="folder of TASK/SPLIT/CLASS/*.png; None: phantoms")
     add("--task", default="TB", help="folder below data_root; ALL_CXR joins all tasks")
     add("--split", default=split, help="split to use")
-    size = "side in pixels" if img_size else "side in pixels; None: that of the model in use"
-    add("--img_size", type=at_least(1), default=img_size, help=size)
+    add("--img_size", type=at_least(1), default=img_size, help="side; None: as the model in use")
     add("--class_filter", type=at_least(-1), default=-1, help="index of the only class; -1: all")
     add("--skip_bad_images", action=BooleanFlag, default=False, help="leave out unreadable images")
     add("--num_workers", type=at_least(0), default=0, help="decoding threads; 0: one per core")
@@ -161,18 +157,15 @@ def add_data_arguments(parser, split="train", img_size=256):
 def add_precision_arguments(parser):
     """How networks run."""
     add = parser.add_argument_group("precision and speed").add_argument
-    add("--dtype", choices=("auto", "bf16", "fp32"), default="auto",
-        help="autocast type; auto: bf16 if the hardware multiplies it")
-    add("--compile", choices=("auto", "on", "off"), default="auto",
-        help="torch.compile of whole networks; auto: on for CUDA")
+    add("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where fast")
+    add("--compile", choices=("auto", "on", "off"), default="auto", help="auto: on for CUDA")
 
 
 def add_check_argument(parser):
     """--check, with which the job scripts test a command before they queue it."""
     parser.add_argument(
         "--check", nargs="?", const="inputs", choices=("inputs", "flags"),
-        help="check the flags and that their inputs exist, print run folder and step, and exit; "
-             "=flags: another job will make the inputs")
+        help="check the flags and that their inputs exist, and exit; flags: inputs may come later")
 
 
 def trainer_parser(doc, img_size, lr, epochs, batch_per_device, init_from_help):
@@ -201,10 +194,8 @@ def trainer_parser(doc, img_size, lr, epochs, batch_per_device, init_from_help):
     add("--grad_clip", type=at_least(0, float), default=1.0, help="L2 norm of gradients; 0: off")
     add("--epochs", type=at_least(1), default=epochs, help="passes over the data")
     add("--max_steps", type=at_least(0), help="most optimizer steps; None: from epochs")
-    add("--batch_per_device", type=at_least(1), default=batch_per_device,
-        help="images per process and micro-step")
-    add("--max_bad_steps", type=at_least(1), default=20,
-        help="stop after this many non-finite steps in a row")
+    add("--batch_per_device", type=at_least(1), default=batch_per_device, help="images at once")
+    add("--max_bad_steps", type=at_least(1), default=20, help="most non-finite ones in a row")
     add("--overfit_one", action=BooleanFlag, default=False, help="train on a single image")
     add("--overfit_k", type=at_least(0), default=0, help="train on K images; 0: all")
     add("--repeat_len", type=at_least(1), default=100, help="repeats per epoch with --overfit_one")
@@ -214,10 +205,8 @@ def trainer_parser(doc, img_size, lr, epochs, batch_per_device, init_from_help):
 def add_autoencoder_arguments(parser):
     """Which trained autoencoder to use."""
     add = parser.add_argument_group("autoencoder").add_argument
-    add("--ae_ckpt_path", type=file_path,
-        help="ckpts/last.pt of a train_vae.py run; None: of the newest run of the task")
-    add("--ae_config_path", type=file_path,
-        help="run_meta.json: use that run, or check --ae_ckpt_path against it")
+    add("--ae_ckpt_path", type=file_path, help="its ckpts/last.pt; None: the task's newest run")
+    add("--ae_config_path", type=file_path, help="its run_meta.json, in place of --ae_ckpt_path")
 
 
 def add_sampling_arguments(parser, samplers, sampler, num_sampling_steps, num_samples):
@@ -229,8 +218,7 @@ def add_sampling_arguments(parser, samplers, sampler, num_sampling_steps, num_sa
     add("--num_samples", type=at_least(1), default=num_samples, help="images per class")
     add("--sampler", choices=samplers, default=sampler,
         help="ancestral: DDPM; dpmpp_2m: DPM-Solver++(2M); dpmpp_2m_sde: the same with fresh noise")
-    add("--num_sampling_steps", type=at_least(1), default=num_sampling_steps,
-        help="network evaluations per image")
+    add("--num_sampling_steps", type=at_least(1), default=num_sampling_steps, help="of the sampler")
     add("--guidance_scale", type=at_least(0, float), help="1: no guidance; None: as in training")
     add("--guidance_interval", type=interval, help="LOW,HIGH of guided t; None: as in training")
     add("--use_ema", action=BooleanFlag, help="averaged weights; None: if there are any")
@@ -246,11 +234,7 @@ RENAMED_SAMPLERS = {"dpmpp": "dpmpp_2m", "dpmpp_sde": "dpmpp_2m_sde"}  # in runs
 
 def read_config(path):
     """{name: value} of a config file: the public names of a Python file run in an empty namespace.
-
-    Ends the program if the file is missing or broken.
-    """
-    if not os.path.isfile(path):
-        fail(f"no config file {path}")
+    Ends the program if the file is missing or broken."""
     try:
         names = runpy.run_path(path)
     except (Exception, SystemExit) as e:
@@ -264,10 +248,8 @@ def read_config(path):
 
 def convert_settings(parser, settings, source):
     """{name: value} of settings from the file `source`, each converted by the type of its flag.
-
     Ends the program, naming the file, for whatever the command line would refuse, and for a string
-    in place of a number or the other way round.
-    """
+    in place of a number or the other way round."""
     actions = {a.dest: a for a in parser._actions if a.dest not in ("help", "config")}
     converted = {}
     for name, value in settings.items():
@@ -276,8 +258,7 @@ def convert_settings(parser, settings, source):
         action = actions[name]
         unset = value is None and action.default is None
         takes_text = action.type in (None, file_path, folder_name)
-        items = value if isinstance(value, (list, tuple)) and value else [value]
-        if not unset and any(isinstance(item, str) != takes_text for item in items):
+        if isinstance(value, str) != takes_text and not unset:
             fail(f"{source}: {name} is a {type(value).__name__}, expected "
                  f"{'a string' if takes_text else 'no string'}")
         try:
@@ -290,10 +271,8 @@ def convert_settings(parser, settings, source):
 
 
 def stored_settings(parser, folder, kind):
-    """Settings of the run in `folder`, without those that this version no longer has.
-
-    Ends the program if the run is of another trainer, where the same flags mean other things.
-    """
+    """Settings of the run in `folder`, without those that this version no longer has. Ends the
+    program if the run is of another trainer, where the same flags mean other things."""
     meta = read_meta(folder)
     if meta.get("kind", kind) != kind:
         fail(f"{folder} was not made by {MADE_BY[kind]} but by {MADE_BY.get(meta['kind'])}")
@@ -315,11 +294,11 @@ def run_to_continue(args):
 
 
 def parse_settings(parser, argv=None, preset=None, kind=None):
-    """Settings: defaults < preset < the run being continued < --config < command line.
+    """Settings: defaults < preset < the run being continued < --config < command line. Ends the
+    program if they are bad.
 
-    argv: the command line without the program. preset: function from the settings without it to
-    {name: new default}; raises ValueError if they contradict each other. kind: of the runs that
-    this stage continues, 'vae' or 'ldm'. Ends the program on bad settings.
+    preset: function from the settings without it to {name: new default}; raises ValueError if they
+    contradict each other. kind: of the runs that this stage continues, 'vae' or 'ldm'.
     """
     for stream in (sys.stdout, sys.stderr):  # a file name may not fit the terminal's encoding
         if hasattr(stream, "reconfigure"):
@@ -352,17 +331,10 @@ def changed_settings(args, parser):
 
 
 def print_settings(args, parser, facts):
-    """Print all settings by group, `*` before those that were changed, then facts {name: text}."""
+    """Print the settings that differ from the defaults, then facts {name: text}."""
     print(parser.description.split("\n")[0])
-    changed = changed_settings(args, parser)
-    for group in parser._action_groups:
-        names = [a.dest for a in group._group_actions if a.dest not in NOT_STORED]
-        if names:
-            print(f"-- {group.title}")
-        cells = [f"{'*' if name in changed else ' '}{name:<21} {getattr(args, name)!s:<14}"
-                 for name in names]
-        for i in range(0, len(cells), 3):
-            print(" ".join(cells[i:i + 3]).rstrip())
-    print("-- this run")
-    for name, value in facts.items():
-        print(f" {name:<21} {value}", flush=True)
+    changed = {name: getattr(args, name) for name in changed_settings(args, parser)}
+    for title, values in (("settings that differ from --help", changed), ("this run", facts)):
+        print(f"-- {title}")
+        for name, value in values.items():
+            print(f" {name:<21} {value}", flush=True)

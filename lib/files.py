@@ -171,15 +171,17 @@ def take_lock(path, what, wait=False):
     as long as it takes. Otherwise ends the program if `what` is in use.
     """
     try:
-        lock = open(path, "ab+", buffering=0)  # noqa: SIM115
+        # Another user's may be read alone, which is enough for flock, and not for lockf.
+        mode = "rb" if os.path.exists(path) and not os.access(path, os.W_OK) else "ab+"
+        lock = open(path, mode, buffering=0)  # noqa: SIM115
     except OSError as e:
         fail(f"cannot write {path}: {e.strerror}; choose another --output_root")
     here = socket.gethostname()
     for second in itertools.count():
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
-        except (BlockingIOError, PermissionError):
+        except BlockingIOError:
             lock.seek(0)
             owner = lock.read(200).decode("utf-8", "replace").strip() or "another process"
             patience = math.inf if wait else 0 if owner.endswith(f" on {here}") else 120

@@ -82,12 +82,17 @@ def test_none_of_a_sweep_agent_leaves_a_setting_unset(name):
     assert vars(train_ldm.parse_args([f"--{name}=None"])) == unset
 
 
+@pytest.mark.parametrize("text, value", [("=None", None), ("", True), ("=no", False)])
+def test_a_flag_of_three_states(text, value):
+    assert sample.build_parser().parse([f"--use_ema{text}"]).use_ema is value
+
+
 def test_none_for_a_setting_that_needs_a_value_is_refused(capsys):
     assert "lr" in error_of(capsys, train_ldm.parse_args, ["--lr=None"])
 
 
 @pytest.mark.parametrize("argv, says", [
-    (["--no-wandb=true"], "takes no value"), (["--wandb=perhaps"], "perhaps"),
+    (["--wandb=perhaps"], "perhaps"),
     (["--learning_rat=1"], "unknown argument"), (["--seed=2e99"], "seed"),
     ([f"--seed={2**64}"], "seed"), (["--guidance_interval=0.8,0.2"], "guidance_interval"),
     (["--guidance_interval=0.2"], "guidance_interval"), (["--data_root="], "variable unset"),
@@ -131,7 +136,7 @@ def test_guidance_needs_a_null_class(capsys):
     ("lr = 'small'", "lr"), ("lr = float('nan')", "lr"), ("lr = float('inf')", "lr"),
     ("lr = -1.0", "lr"), ("lr = None", "lr"),
     ("wandb = 2", "wandb"), ("wandb = 'yes'", "wandb"), ("ldm_ch_mults = '1,2'", "ldm_ch_mults"),
-    ("ldm_ch_mults = ('1', 2)", "ldm_ch_mults"), ("ldm_ch_mults = {1: 2}", "ldm_ch_mults"),
+    ("ldm_ch_mults = {1: 2}", "ldm_ch_mults"),
     ("ldm_ch_mults = (1, 'x')", "ldm_ch_mults"), ("ldm_ch_mults = (1, 2.5)", "ldm_ch_mults"),
     ("prediction = 'epsilon'", "prediction"), ("task = 5", "task"), ("epochs = 0", "epochs"),
     ("lr = = 3", "SyntaxError"), ("1 / 0", "ZeroDivisionError"),
@@ -150,7 +155,7 @@ def test_an_error_names_the_config_file_and_the_setting(capsys, tmp_path, text, 
 def test_a_missing_config_file_is_named(capsys, tmp_path):
     missing = [f"--config={tmp_path}/nowhere.py"]
     assert "nowhere.py" in error_of(capsys, train_ldm.parse_args, missing)
-    assert "no config file" in error_of(capsys, train_ldm.parse_args, [f"--config={tmp_path}"])
+    assert str(tmp_path) in error_of(capsys, train_ldm.parse_args, [f"--config={tmp_path}"])
 
 
 def test_config_values_are_converted_to_the_type_of_the_flag(tmp_path):
@@ -284,9 +289,9 @@ def test_trainers_print_and_store_what_was_changed(capsys):
     assert (args.img_size, args.epochs, args.batch_per_device) == (64, 5, 8)
     assert command_line.changed_settings(args, parser) == ["wandb", "lr"]
     command_line.print_settings(args, parser, {"device": "abacus"})
-    out = capsys.readouterr().out
-    assert out.startswith("First line.\n") and out.count("*") == 2
-    assert "*lr                    0.001" in out and "device                abacus" in out
+    assert capsys.readouterr().out.split() == [
+        "First", "line.", "--", "settings", "that", "differ", "from", "--help", "wandb", "True",
+        "lr", "0.001", "--", "this", "run", "device", "abacus"]
 
 
 @pytest.mark.parametrize("stage", [train_vae, train_ldm, find_latent_scale, sample, evaluate])

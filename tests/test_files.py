@@ -9,6 +9,7 @@ import sys
 import unicodedata
 import warnings
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -48,10 +49,10 @@ def test_a_link_without_a_target_is_an_image_that_cannot_be_read(image_tree, tmp
     text = message(data.open_images, settings(root, tmp_path), ALONE, "train")
     assert "2 of 6 images" in text and "--skip_bad_images" in text
     assert [line.strip() for line in text.splitlines()[1:]] == [
-        "TB/train/tb/p1/7.png: a link without a target", "TB/train/tb/p2: a link without a target"]
+        f"TB/train/tb/{name}: No such file or directory" for name in ("p1/7.png", "p2")]
     skipping = settings(root, tmp_path, skip_bad_images=True)
     images = data.open_images(skipping, ALONE, "train")
-    assert images.labels.tolist() == [0, 0, 1, 1] and b"p1/7.png" not in b" ".join(images.names)
+    assert images.labels.tolist() == [0, 0, 1, 1] and "p1/7.png" not in " ".join(images.names)
     assert "2 images that cannot be decoded are left out" in notes(capsys)[0]
 
 
@@ -63,7 +64,7 @@ def test_images_are_found_at_any_depth_in_order(image_tree, capsys):
         ("TB/train/normal/patient1/study1/0.png", "normal"),
         ("TB/train/normal/patient1/study2/0.png", "normal"), ("TB/train/tb/0.png", "tb"),
         ("TB/train/tb/0a/b/c/0.png", "tb"), ("TB/train/tb/1.png", "tb")]
-    assert not listing.flat and notes(capsys) == []
+    assert notes(capsys) == []
 
 
 def test_one_notice_counts_by_reason_what_is_not_read(image_tree, capsys):
@@ -73,20 +74,22 @@ def test_one_notice_counts_by_reason_what_is_not_read(image_tree, capsys):
     for name in ("tb/a.txt", "tb/b.TXT", "normal/p1/c.nii.gz", "normal/IM0001", "tb/1.2.840.7",
                  "tb/._0.png", "beside.png", "README", ".hidden"):
         (split / name).touch()
-    open(os.fsencode(split / "normal/x.p") + b"\xf6g", "w").close()
     (split / ".git").mkdir()
-    link(".#lock", split / ".#lock")  # an editor's, without a target
-    link("..", split / "tb/loop")
+    link("me@here.1", split / ".#lock")  # an editor's, without a target
     link(root / "covid", split / "covid")  # a class that is a link
-    link(root / "covid", root / "covid/p1/up")  # covid/p1/up is covid again
     listing = data.scan(root, "TB", "train")
     assert listing.class_names == ["covid", "normal", "tb"]
     names = sorted(os.path.basename(file.path) for file in listing.files)
     assert names == ["0.png"] * 4 + ["1.2.840.7", "1.png", "IM0001"]  # the two: DICOM, perhaps
     note, = notes(capsys)
     assert note.strip().split("not read: ")[1] == (
-        "1 *.gz, 1 *.p\\xf6g, 2 *.txt, 2 beside the class folders, 1 folder of masks, 5 hidden, "
-        "2 link back to a folder above it")
+        "1 *.gz, 2 *.txt, 2 beside the class folders, 6 hidden or masks")
+
+
+def test_a_link_back_to_a_folder_above_it_is_an_error(image_tree):
+    root = image_tree({"TB/train/normal": 1, "TB/train/tb/p1": 1})
+    link("..", root / "TB/train/tb/p1/up")
+    assert "up: Too many levels of symbolic links" in message(data.scan, root, "TB", "train")
 
 
 @pytest.mark.parametrize("path", ["TB/train/covid", "TB/val", "OTHER"])
@@ -112,8 +115,7 @@ def test_flat_layout_knows_montgomery_and_shenzhen(tmp_path, capsys):
     flat_tree(tmp_path, names)
     listing = data.scan(tmp_path, "TB", "train")
     assert classes_of(listing) == names
-    assert listing.flat and listing.class_names == ["normal", "tb"] and notes(capsys) == []
-    assert data.FLAT_RULE in message(data.scan, tmp_path, "TB", "train", ["covid", "tb"])
+    assert listing.class_names == ["normal", "tb"] and notes(capsys) == []
 
 
 # --- classes ------------------------------------------------------------------------------------
@@ -126,15 +128,13 @@ def open_both(root, out, **changes):
     return train, data.open_images(args, ALONE, "val", optional=True, train=train)
 
 
-def test_validation_keeps_the_class_index_of_training(image_tree, tmp_path, capsys):
+def test_validation_keeps_the_class_index_of_training(image_tree, tmp_path):
     root = image_tree({"TB/train/covid": 1, "TB/train/normal": 1, "TB/train/tb": 1})
-    val = image_tree({"TB/val/TB": 1, "TB/val/Normal": 1}) / "TB/val"  # another order, no covid
-    for i, folder in enumerate(("Normal", "TB")):
+    val = image_tree({"TB/val/tb": 1, "TB/val/normal": 1}) / "TB/val"  # no covid
+    for i, folder in enumerate(("normal", "tb")):
         write_png(val / folder / "0.png", np.roll(RAMP, 5 * i, 0).astype(np.uint8))
     _, images = open_both(root, tmp_path)
     assert images.class_names == ["covid", "normal", "tb"] and images.labels.tolist() == [1, 2]
-    text = capsys.readouterr().out
-    assert "'Normal' is read as class 'normal'" in text and "'TB' is read as class 'tb'" in text
 
 
 def test_unicode_forms_of_one_name_are_one_class(image_tree, tmp_path):
@@ -144,16 +144,14 @@ def test_unicode_forms_of_one_name_are_one_class(image_tree, tmp_path):
     write_png(root / f"TB/val/{decomposed}/0.png", RAMP.astype(np.uint8))
     _, images = open_both(root, tmp_path)
     assert images.class_names == ["a", composed] and images.labels.tolist() == [1]
-    # A model's list may be in the other form, and stays as it is.
-    listing = data.scan(root, "TB", "val", ["a", decomposed])
-    assert listing.class_names == ["a", decomposed] and listing.files[0].class_name == decomposed
 
 
-def test_a_class_that_training_does_not_know_is_an_error(image_tree, tmp_path):
+@pytest.mark.parametrize("name", ["tuberculosis", "TB"])
+def test_a_class_that_training_does_not_know_is_an_error(image_tree, tmp_path, name):
     root = image_tree({"TB/train/normal": 1, "TB/train/tb": 1, "TB/val/normal": 1,
-                       "TB/val/tuberculosis": 1})
+                       f"TB/val/{name}": 1})
     text = message(open_both, root, tmp_path)
-    assert "'tuberculosis'" in text and "normal, tb" in text and str(root / "TB/val") in text
+    assert f"'{name}'" in text and "normal, tb" in text and str(root / "TB/val") in text
 
 
 def test_class_folders_that_are_no_utf8_stay_classes(image_tree, tmp_path):
@@ -169,27 +167,13 @@ def test_class_folders_that_are_no_utf8_stay_classes(image_tree, tmp_path):
     json.dumps(train.summary, ensure_ascii=False).encode()
 
 
-def test_an_empty_class_folder_stops_training_and_not_validation(image_tree, tmp_path, capsys):
+def test_an_empty_class_folder_stops_training_and_not_validation(image_tree, tmp_path):
     root = image_tree({"TB/train/normal": 1, "TB/train/tb": 1, "TB/val/normal": 1, "TB/val/tb": 0})
     write_png(root / "TB/val/normal/0.png", RAMP.astype(np.uint8))
     _, val = open_both(root, tmp_path)
     assert val.labels.tolist() == [0]
-    assert [note.strip() for note in notes(capsys)] == [f"no images of class tb in {root}/TB/val"]
     (root / "TB/train/tb/0.png").rename(root / "TB/train/tb/0.txt")
     assert f"no images of class tb in {root}/TB/train" in message(data.scan, root, "TB", "train")
-
-
-def test_tasks_whose_class_names_differ_in_case_join(image_tree, capsys):
-    root = image_tree({"A/train/Normal": 1, "A/train/covid": 1, "B/train/normal": 2,
-                       "C/train/normal": 1})
-    listing = data.scan(root, "ALL_CXR", "train")
-    assert listing.class_names == ["Normal", "covid"]
-    assert [file.class_name for file in listing.files].count("Normal") == 4
-    note, = notes(capsys)  # once, not once a task
-    assert "'normal' is read as class 'Normal'" in note
-    # A model that was trained when they were two classes keeps them apart.
-    listing = data.scan(root, "ALL_CXR", "train", ["Normal", "covid", "normal"])
-    assert [file.class_name for file in listing.files].count("normal") == 3
 
 
 # --- what a file says about itself --------------------------------------------------------------
@@ -227,49 +211,46 @@ def packed(values, bits, order):
     return np.packbits(split.reshape(len(values), -1).astype(np.uint8), axis=1).tobytes()
 
 
-def write_tiff(path, *pages, order="<"):
-    """Grey TIFF file. pages: (integers [H, W], BitsPerSample, {other tags})."""
-    out = bytearray((b"II" if order == "<" else b"MM") + struct.pack(order + "HI", 42, 8))
-    for number, (values, bits, more) in enumerate(pages):
-        body = packed(values, bits, order)
-        body = zlib.compress(body) if more.get(259) == 8 else body
-        body += bytes(len(body) % 2)
-        height, width = values.shape
-        tags = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 273: 0, 277: 1, 278: height,
-                279: len(body), **more}
-        tags[273] = len(out) + 2 + 12 * len(tags) + 4
-        out += struct.pack(order + "H", len(tags))
-        for tag, value in sorted(tags.items()):
-            short = tag not in (254, 256, 257, 273, 278, 279)
-            out += struct.pack(order + ("HHIHH" if short else "HHII"), tag, 3 if short else 4, 1,
-                               *((value, 0) if short else (value,)))
-        following = tags[273] + len(body) if number + 1 < len(pages) else 0
-        out += struct.pack(order + "I", following) + body
-    pathlib.Path(path).write_bytes(out)
+def write_tiff(path, values, bits, more, order="<"):
+    """Grey TIFF file of integers [H, W]; bits: BitsPerSample; more: {other tag: short}."""
+    body = packed(values, bits, order)
+    body = zlib.compress(body) if more.get(259) == 8 else body
+    height, width = values.shape
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 273: 0, 277: 1, 278: height,
+            279: len(body), **more}
+    tags[273] = 8 + 2 + 12 * len(tags) + 4
+    out = (b"II" if order == "<" else b"MM") + struct.pack(order + "HIH", 42, 8, len(tags))
+    for tag, value in sorted(tags.items()):
+        short = tag not in (256, 257, 273, 278, 279)
+        out += struct.pack(order + ("HHIHH" if short else "HHII"), tag, 3 if short else 4, 1,
+                           *((value, 0) if short else (value,)))
+    pathlib.Path(path).write_bytes(out + bytes(4) + body)
 
 
-@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("bits, order", [
+    (1, "<"), (4, "<"), (8, "<"), (16, "<"), (1, ">"), (4, ">"), (8, ">")])
 @pytest.mark.parametrize("compression", [1, 8])
-@pytest.mark.parametrize("bits", [1, 4, 8, 16])
 def test_white_is_zero_and_bits_per_sample(tmp_path, bits, compression, order):
     values = np.rint(RAMP / RAMP.max() * (2**bits - 1)).astype(np.int64)
     for photometric in (0, 1):
-        write_tiff(tmp_path / "x.tif", (values, bits, {262: photometric, 259: compression}),
-                   order=order)
+        write_tiff(tmp_path / "x.tif", values, bits, {262: photometric, 259: compression}, order)
         grey = decode.read_grey(tmp_path / "x.tif")
         expected = values / (2**bits - 1)
         assert np.abs(grey - (expected if photometric else 1 - expected)).max() < 1e-6
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
-@pytest.mark.parametrize("bits, sample_format, highest, full", [
-    (8, 2, 127, 127), (16, 2, 32767, 32767), (16, 2, 4095, 32767),
-    (32, 1, 65535, 65535), (32, 2, 4095, 65535),  # 16-bit values that something widened
-    (32, 2, 2**31 - 1, 2**31 - 1), (32, 1, 2**32 - 1, 2**32 - 1), (32, 1, 70000, 2**32 - 1)])
-def test_signed_and_32_bit_integers(tmp_path, bits, sample_format, highest, full, order):
-    values = np.rint(RAMP / RAMP.max() * highest).astype(np.int64)
-    write_tiff(tmp_path / "x.tif", (values, bits, {339: sample_format}), order=order)
-    assert np.abs(decode.read_grey(tmp_path / "x.tif") - values / full).max() < 1e-6
+@pytest.mark.parametrize("sample_format, lowest, highest, refused", [
+    (1, 0, 65535, False), (2, 0, 65535, False), (2, 0, 4095, False),  # widened by something
+    (1, 0, 70000, True), (1, 0, 2**32 - 1, True), (2, 0, 2**31 - 1, True), (2, -1, 300, True)])
+def test_32_bits_that_hold_16_are_read(tmp_path, sample_format, lowest, highest, refused, order):
+    values = np.rint(RAMP / RAMP.max() * (highest - lowest)).astype(np.int64) + lowest
+    write_tiff(tmp_path / "x.tif", values, 32, {339: sample_format}, order)
+    try:
+        assert np.abs(decode.read_grey(tmp_path / "x.tif") - values / 65535).max() < 1e-6
+        assert not refused
+    except (OSError, ValueError) as e:
+        assert (refused or order == ">") and not decode.may_pass(e)
 
 
 @pytest.mark.parametrize("name, highest, kind", [
@@ -286,18 +267,17 @@ def test_formats_keep_their_range(tmp_path, name, highest, kind):
 
 
 @pytest.mark.parametrize("values, bits, tags, reason", [
-    (RAMP // 2 - 1, 8, {339: 2}, "negative"), (RAMP - 1, 16, {339: 2}, "negative"),
-    (RAMP - 1, 32, {339: 2}, "negative"), (RAMP, 8, {254: 1}, "reduced-size copy"),
-    (RAMP, 8, {259: 99}, "not an image")])
+    (RAMP - 1, 16, {339: 2}, "signed"), (RAMP, 16, {339: 2}, "signed"),
+    (RAMP - 1, 32, {339: 2}, "signed"), (RAMP, 8, {259: 99}, "identify")])
 def test_images_that_may_be_misread_are_refused(tmp_path, values, bits, tags, reason):
-    write_tiff(tmp_path / "x.tif", (values, bits, tags))
-    with pytest.raises(ValueError, match=reason) as e:
+    write_tiff(tmp_path / "x.tif", values, bits, tags)
+    with pytest.raises((ValueError, OSError), match=reason) as e:
         decode.read_grey(tmp_path / "x.tif")
     assert not decode.may_pass(e.value)
 
 
 @pytest.mark.parametrize("low, high, expected", [
-    (0, 4095, "no value over a quarter"), (0, 20000, ""), (50000, 50100, "no contrast")])
+    (0, 4095, "no value over a quarter"), (0, 20000, ""), (50000, 50100, "or no contrast")])
 def test_one_notice_counts_dark_or_flat_images(tmp_path, capsys, low, high, expected):
     for name, top in (("normal", 65535), ("tb", high)):
         for i in range(2):
@@ -308,7 +288,7 @@ def test_one_notice_counts_dark_or_flat_images(tmp_path, capsys, low, high, expe
         found = notes(capsys)
         assert len(found) == bool(expected)
         assert not found or expected in found[0] and (
-            "2 of 4 images (2 tb), such as TB/train/tb/0.png" in found[0])
+            "2 of 4 images, such as TB/train/tb/0.png" in found[0])
 
 
 # --- DICOM --------------------------------------------------------------------------------------
@@ -322,15 +302,12 @@ def pydicom():
     return module
 
 
-def lut(count, first, bits, table, words=True):
-    """A LUT sequence. words: 16 bits for an entry, else 8."""
+def lut(count, first, bits, table):
+    """A LUT sequence."""
     from pydicom import Dataset
     item = Dataset()
     item.add_new("LUTDescriptor", "SS" if first < 0 else "US", [count, first, bits])
-    if words:
-        item.add_new("LUTData", "US", [int(v) for v in table])
-    else:
-        item.add_new("LUTData", "OW", np.asarray(table, np.uint8).tobytes())
+    item.add_new("LUTData", "US", [int(v) for v in table])
     return [item]
 
 
@@ -355,24 +332,19 @@ def write_dicom(path, stored, bits=12, signed=False, **tags):
     return pydicom.dcmread(path)
 
 
-def test_dicom_without_a_suffix_or_named_by_uid_is_read(
-        image_tree, tmp_path, capsys, pydicom, monkeypatch):
+def test_dicom_without_a_suffix_or_named_by_uid_is_read(image_tree, tmp_path, pydicom):
     root = image_tree({"TB/train/normal": 1, "TB/train/tb": 1})
     stored = np.arange(256).reshape(16, 16) * 16
     for name in ("IM0001", "1.2.840.7"):
         write_dicom(root / "TB/train/tb" / name, stored)
     (root / "TB/train/tb/NOTES").write_text("no image" * 40)
-    images = data.open_images(settings(root, tmp_path), ALONE, "train")
+    text = message(data.open_images, settings(root, tmp_path), ALONE, "train")
+    assert text.splitlines()[1:] == ["  TB/train/tb/NOTES: no DICOM file"]
+    images = data.open_images(settings(root, tmp_path, skip_bad_images=True), ALONE, "train")
     assert np.bincount(images.labels).tolist() == [1, 3]
-    position = images.names.tolist().index(b"TB/train/tb/IM0001")
+    position = images.names.tolist().index("TB/train/tb/IM0001")
     expected = torch.from_numpy(stored / 4095 * 2 - 1).float()
     assert torch.allclose(images.images([position])[0, 0], expected, atol=1e-3)
-    note, = notes(capsys)
-    assert note.strip().endswith("not read: 1 without a suffix")
-    opened = []
-    monkeypatch.setattr(decode, "is_dicom", opened.append)
-    again = data.open_images(settings(root, tmp_path), ALONE, "train")
-    assert len(again) == 4 and not opened  # once is enough
 
 
 def values_of(bits, signed=False):
@@ -419,33 +391,25 @@ def test_dicom_windows_are_as_in_pydicom(pydicom, tmp_path, photometric, signed,
         assert np.abs(decode.read_grey(tmp_path / "x.dcm") - expected).max() < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["ModalityLUTSequence", "VOILUTSequence"])
-@pytest.mark.parametrize("count, first, bits, words", [
-    (4096, 0, 16, True), (4096, 0, 8, True), (4096, 0, 8, False), (200, 100, 8, False),
-    (300, 1000, 16, True), (200, 4000, 16, True), (256, 0, 8, True)])
-def test_dicom_look_up_tables(pydicom, tmp_path, kind, count, first, bits, words):
+@pytest.mark.parametrize("kind, count, first, bits", [
+    ("ModalityLUTSequence", 4096, 0, 8), ("ModalityLUTSequence", 300, 1000, 16),
+    ("VOILUTSequence", 4096, 0, 16), ("VOILUTSequence", 4096, 0, 12),
+    ("VOILUTSequence", 300, 1000, 16), ("VOILUTSequence", 200, 4000, 16)])
+def test_dicom_look_up_tables(pydicom, tmp_path, kind, count, first, bits):
     stored = values_of(12)
     table = np.rint(np.sqrt(np.linspace(0, 1, count)) * (2**bits - 1)).astype(np.int64)
     window = {"WindowCenter": "1", "WindowWidth": "2"} if kind == "VOILUTSequence" else {}
-    write_dicom(tmp_path / "x.dcm", stored, **{kind: lut(count, first, bits, table, words)},
+    write_dicom(tmp_path / "x.dcm", stored, **{kind: lut(count, first, bits, table)},
                 **window)  # which the table goes before
     expected = table[(stored - first).clip(0, count - 1)] / (2**bits - 1)
     assert np.abs(decode.read_grey(tmp_path / "x.dcm") - expected).max() < 1e-6
 
 
-@pytest.mark.filterwarnings("ignore")  # pydicom writes a table of 65536 entries as VR UN
-def test_dicom_tables_of_the_largest_and_of_a_negative_index(pydicom, tmp_path):
-    stored = values_of(16)
-    table = np.arange(65536)[::-1]
-    write_dicom(tmp_path / "x.dcm", stored, 16, ModalityLUTSequence=lut(0, 0, 16, table))
-    pixels = decode.read_grey(tmp_path / "x.dcm")
-    assert np.abs(pixels - (1 - stored / 65535)).max() < 1e-6
+def test_a_dicom_table_goes_on_from_rescaled_values(pydicom, tmp_path):
     stored, table = values_of(12), np.arange(4096)
-    for first in (-1024, 65536 - 1024):  # some write it as an unsigned number
-        write_dicom(tmp_path / "x.dcm", stored, RescaleSlope="1", RescaleIntercept="-1024",
-                    VOILUTSequence=lut(4096, first, 12, table))
-        pixels = decode.read_grey(tmp_path / "x.dcm")
-        assert np.abs(pixels - stored / 4095).max() < 1e-6
+    write_dicom(tmp_path / "x.dcm", stored, RescaleSlope="1", RescaleIntercept="-1024",
+                VOILUTSequence=lut(4096, -1024, 12, table))
+    assert np.abs(decode.read_grey(tmp_path / "x.dcm") - stored / 4095).max() < 1e-6
 
 
 def test_a_negative_slope_with_a_window_inverts_once(pydicom, tmp_path):
@@ -466,9 +430,10 @@ def test_an_inverse_dicom_is_inverted_once(pydicom, tmp_path, photometric):
 
 def test_dicom_that_cannot_be_displayed_is_refused_by_name(pydicom, tmp_path, monkeypatch):
     table = lut(4, 0, 8, [0, 1, 2, 255])
-    write_dicom(tmp_path / "x.dcm", values_of(12), PresentationLUTSequence=table)
-    with pytest.raises(ValueError, match="PresentationLUTSequence"):
-        decode.read_grey(tmp_path / "x.dcm")
+    for kind in ("PresentationLUTSequence", "VOILUTSequence"):
+        write_dicom(tmp_path / "x.dcm", values_of(12), **{kind: table})
+        with pytest.raises(ValueError, match="PresentationLUTSequence or an 8-bit table"):
+            decode.read_grey(tmp_path / "x.dcm")
     write_dicom(tmp_path / "x.dcm", values_of(12))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
     with pytest.raises(ValueError, match="DICOM of 16x16: too many pixels"):
@@ -545,7 +510,7 @@ def test_dicom_files_of_pydicom(pydicom, name):
 
 
 @pytest.mark.parametrize("name, reason", [
-    ("rtdose.dcm", "15 frames"), ("SC_rgb_rle_2frame.dcm", "2 frames"),
+    ("rtdose.dcm", "several frames"), ("SC_rgb_rle_2frame.dcm", "several frames"),
     ("SC_rgb_jpeg.dcm", "colour"), ("examples_palette.dcm", "colour"),
     ("rtplan.dcm", "without an image"), ("test-SR.dcm", "without an image"),
     ("MR_truncated.dcm", "damaged"), ("no_meta.dcm", "no DICOM file")])
@@ -557,7 +522,7 @@ def test_dicom_files_of_pydicom_that_are_no_grey_image(pydicom, name, reason):
 def test_damaged_dicom_files_raise_only_what_callers_expect(pydicom, tmp_path):
     path = tmp_path / "x.dcm"
     write_dicom(path, values_of(12), WindowCenter="700", WindowWidth="1500",
-                VOILUTSequence=lut(4, 0, 8, [0, 1, 2, 255]), PatientName="A^B")
+                VOILUTSequence=lut(4, 0, 16, [0, 1, 2, 65535]), PatientName="A^B")
     whole = path.read_bytes()
     path.write_text("Dear colleague, see attached.")
     with pytest.raises(ValueError, match="no DICOM file"):
@@ -577,17 +542,17 @@ def test_damaged_dicom_files_raise_only_what_callers_expect(pydicom, tmp_path):
             pass
 
 
-def test_without_pydicom_one_line_says_how_to_install_it(image_tree, tmp_path, monkeypatch):
+def test_without_pydicom_the_error_says_how_to_install_it(image_tree, tmp_path, monkeypatch):
     root = image_tree({"TB/train/normal": 1})
     (root / "TB/train/tb").mkdir()
     (root / "TB/train/tb/x.DCM").write_bytes(bytes(128) + b"DICM")
     monkeypatch.setitem(sys.modules, "pydicom", None)
     decode.import_pydicom.cache_clear()
     text = message(data.open_images, settings(root, tmp_path), ALONE, "train")
-    assert "pip install pydicom" in text and len(text.splitlines()) == 1
-    (root / "TB/train/tb/x.DCM").unlink()
+    assert "TB/train/tb/x.DCM: DICOM files need pydicom: pip install pydicom" in text
     write_png(root / "TB/train/tb/x.png", RAMP.astype(np.uint8))
-    assert len(data.open_images(settings(root, tmp_path), ALONE, "train")) == 2
+    skipping = settings(root, tmp_path, skip_bad_images=True)
+    assert len(data.open_images(skipping, ALONE, "train")) == 2
 
 
 def test_no_tag_of_a_patient_is_kept_or_printed(pydicom, image_tree, tmp_path, capfd, caplog):
@@ -665,9 +630,9 @@ def test_copies_of_training_images_are_named_and_left_out(leaky_tree, tmp_path, 
     text = capsys.readouterr().out
     assert copies_named(text) == COPIES and text.startswith("note: 4 images of ")
     assert [os.path.basename(name) for name in val.names] == [
-        b"other%d.png" % i for i in range(20, 24)]
+        f"other{i}.png" for i in range(20, 24)]
     assert val.labels.tolist() == [0, 0, 1, 1] and len(train) == 12
-    expected = decode.read_square(leaky_tree / val.name(2), 32) / 32767.5 - 1
+    expected = decode.read_square(leaky_tree / val.names[2], 32) / 32767.5 - 1
     assert np.allclose(val.images([2])[0, 0], expected, atol=1e-6)  # rows, labels, names agree
 
 
@@ -679,8 +644,7 @@ def test_a_split_of_copies_alone_is_no_validation(leaky_tree, tmp_path, capsys):
     assert "12 images of" in capsys.readouterr().out
     args = settings(leaky_tree, tmp_path)
     text = message(data.open_images, args, ALONE, "val", train=train)
-    assert "no image is left" in text
-
+    assert "no images of class normal, tb are left" in text
 
 
 def test_copies_are_looked_for_once(leaky_tree, tmp_path, capsys, monkeypatch):
@@ -702,19 +666,23 @@ def test_copies_are_looked_for_once(leaky_tree, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("change, expected", [
-    (lambda train: None, []),
+    (lambda train: None, None),
     (lambda train: (train / "covid").rename(train / "effusion"),
-     ["class effusion is new, with 2 images", "class covid is gone"]),
-    (lambda train: (train / "tb/p1/0.png").unlink(), ["class tb has 3 images, it had 4"]),
+     "class covid has 0 images, it had 2; class effusion has 2 images, it had 0"),
+    (lambda train: (train / "tb/p1/0.png").unlink(), "class tb has 3 images, it had 4"),
     (lambda train: os.utime(train / "tb/p1/2.png", ns=(0, 0)),
-     ["class tb has other files, as many as before (4)"]),
+     "class tb has 4 images, it had 4 others"),
     (lambda train: (train / "tb/p1/2.png").rename(train / "tb/p1/20.png"),
-     ["class tb has other files, as many as before (4)"])])
-def test_changes_of_the_data_are_described(image_tree, change, expected):
+     "class tb has 4 images, it had 4 others")])
+@pytest.mark.parametrize("split", ["training", "validation"])
+def test_changes_of_the_data_are_described(image_tree, capsys, change, expected, split):
     root = image_tree({"TB/train/covid": 2, "TB/train/normal": 3, "TB/train/tb/p1": 4})
     summary = data.class_summary(data.scan(root, "TB", "train"))
     before = json.loads(json.dumps(summary))  # as a run's JSON gives it back
     change(root / "TB/train")
     moved = root.rename(root.with_name("moved"))
-    now = data.class_summary(data.scan(moved, "TB", "train"))
-    assert data.describe_changes(before, now) == expected
+    now = SimpleNamespace(summary=data.class_summary(data.scan(moved, "TB", "train")))
+    data.notice_changes(before, now, "X", split)
+    data.notice_changes(None, now, "X", split)  # not known
+    assert notes(capsys) == (
+        [f"the {split} data have changed since X: {expected}\n"] if expected else [])

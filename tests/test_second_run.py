@@ -80,7 +80,7 @@ def test_a_folder_is_refused_while_its_process_lives(workspace, quick, ldm):
 HOLD = """
 import fcntl, sys, time
 lock = open(sys.argv[1], "a+")
-fcntl.lockf(lock, fcntl.LOCK_EX)
+fcntl.flock(lock, fcntl.LOCK_EX)
 lock.write(sys.argv[2])
 lock.flush()
 print("held", flush=True)
@@ -122,6 +122,7 @@ def test_a_copied_run_folder_is_another_run_for_wandb(tmp_path):
     first = run.Run(args, alone, "ldm", "x", {})
     first.meta["wandb_id"] = "abc"
     first.start({"step": 0}, 1, train_ldm.build_parser(), {})
+    first.lock.close()
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     for name, expected in (("a", "abc"), ("b", None)):
         again = train_ldm.parse_args([f"--resume_dir={tmp_path / name}"])
