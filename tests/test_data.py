@@ -520,7 +520,7 @@ def test_latent_scale_json_is_what_a_direct_computation_gives(stages):
     paths = sorted(stages.data.glob("TB/train/*/*.png"))
     pixels = np.stack([np.asarray(Image.open(p), dtype=np.float32) for p in paths])
     mean, logvar = (p.double() for p in vae.encode(torch.from_numpy(pixels / 127.5 - 1)[:, None]))
-    noise = torch.randn(mean.shape, generator=dist.generator("cpu", 0, "scale", 0)).double()
+    noise = torch.randn(mean.shape, generator=ALONE.generator(0, "scale", 0)).double()
     z = (mean + torch.exp(logvar / 2) * noise).numpy()
     assert stored["num_images"] == len(z) == 16
     assert stored["vae_sha256"] == sha and stored["img_size"] == 32
