@@ -62,15 +62,16 @@ class DistContext(NamedTuple):
     def on_main(self, function):
         """function() on rank 0 alone; its picklable result on every rank. If it ends the program
         there, all ranks end, and only rank 0 says why."""
+        if self.world_size == 1:
+            return function()
         box = [None, None]  # result, exit code
         if self.is_main:
             try:
                 box[0] = function()
             except SystemExit as e:
                 box[1] = e.code
-        if self.world_size > 1:
-            torch.distributed.broadcast_object_list(box, group=self.cpu_group,
-                                                    device=torch.device("cpu"))
+        torch.distributed.broadcast_object_list(box, group=self.cpu_group,
+                                                device=torch.device("cpu"))
         if box[1] is not None:
             raise SystemExit(box[1])
         return box[0]
