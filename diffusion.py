@@ -5,6 +5,7 @@ variance. The network may put out eps, v, x0 or a velocity: only `Denoiser` know
 x0-hat alone. So a new parametrisation needs no new sampler, and a new sampler is twenty lines.
 """
 import contextlib
+import functools
 import math
 
 import torch
@@ -226,36 +227,26 @@ def second_order(x0, x0_before, h, h_before, dt, dt_before):
     return x0 + h / (2 * h_before) * (x0 - x0_before)
 
 
-def dpmpp_2m(denoise, schedule, x, steps, noise):
-    """DPM-Solver++ 2M (Lu et al. 2022, alg. 2): deterministic."""
+def dpmpp_2m(denoise, schedule, x, steps, noise, sde=False):
+    """DPM-Solver++ 2M (Lu et al. 2022, alg. 2), deterministic. sde: SDE-DPM-Solver++ 2M of the same
+    paper, which is `ancestral` of second order."""
     grid = lambda_grid(schedule, steps)
     x0_before = h_before = dt_before = None
     for (t, alpha_t, sigma_t), (s, alpha_s, sigma_s) in zip(grid, grid[1:], strict=False):
         x0 = denoise(x, t)
         h, dt = lambda_step(alpha_t, sigma_t, alpha_s, sigma_s), t - s
         direction = second_order(x0, x0_before, h, h_before, dt, dt_before)
-        x = sigma_s / sigma_t * x - (alpha_t * sigma_s / sigma_t - alpha_s) * direction
-        x0_before, h_before, dt_before = x0, h, dt
-    return x
-
-
-def dpmpp_2m_sde(denoise, schedule, x, steps, noise):
-    """SDE-DPM-Solver++ 2M (Lu et al. 2022): `ancestral`, of second order."""
-    grid = lambda_grid(schedule, steps)
-    x0_before = h_before = dt_before = None
-    for (t, alpha_t, sigma_t), (s, alpha_s, sigma_s) in zip(grid, grid[1:], strict=False):
-        x0 = denoise(x, t)
-        h, dt = lambda_step(alpha_t, sigma_t, alpha_s, sigma_s), t - s
-        direction = second_order(x0, x0_before, h, h_before, dt, dt_before)
-        kept = math.exp(-2 * h)  # fraction of x_t's noise that is kept; the rest is drawn anew
-        x = sigma_s / sigma_t * math.exp(-h) * x + alpha_s * (1 - kept) * direction
-        x = x + sigma_s * math.sqrt(1 - kept) * noise()
+        decay = math.exp(-h)
+        kept = decay if sde else 1.0  # fraction of x_t's noise that is kept; the rest is drawn anew
+        x = sigma_s / sigma_t * kept * x + alpha_s * (1 - decay * kept) * direction
+        if sde:
+            x = x + sigma_s * math.sqrt(1 - kept**2) * noise()
         x0_before, h_before, dt_before = x0, h, dt
     return x
 
 
 SAMPLERS = {"ancestral": ancestral, "ddim": ddim, "dpmpp_2m": dpmpp_2m,
-            "dpmpp_2m_sde": dpmpp_2m_sde}
+            "dpmpp_2m_sde": functools.partial(dpmpp_2m, sde=True)}
 
 
 @torch.no_grad()
