@@ -405,7 +405,7 @@ def thumbnails(x):
     return rows / rows.std(1, correction=0, keepdim=True).clamp_min(1e-6) / THUMBNAIL_SIZE
 
 
-def _derived_array(images, folder, ctx, name, row_shape, label, batch_size, function, per_file=1):
+def _derived_array(images, folder, ctx, name, row_shape, label, function, per_file=1):
     """CachedArray float32 [per_file num_files, *row_shape]: function(x, rows) of the decoded files
     of an ImageSet, x [B, 1, S, S]; row r is of file r % num_files. All ranks must call it. Of all
     files, so that subsets share the cache; one that could not be read yet has no row."""
@@ -413,8 +413,8 @@ def _derived_array(images, folder, ctx, name, row_shape, label, batch_size, func
 
     def make(indices):
         parts = []
-        for start in range(0, len(indices), batch_size):
-            rows = indices[start:start + batch_size]
+        for start in range(0, len(indices), BATCH):
+            rows = indices[start:start + BATCH]
             parts.append(function(to_float(images.cache.rows(rows % num_files)), rows))
         return torch.cat(parts).numpy(), DONE
 
@@ -427,7 +427,7 @@ def cached_thumbnails(images, folder, ctx):
     """CachedArray float32 [num_files, 1024]: the thumbnails of all files of an ImageSet, made once
     by all ranks. rows(images.rows) are those of its own images."""
     return _derived_array(images, folder, ctx, f"thumbnails_{images.key[:16]}",
-                          (THUMBNAIL_SIZE**2,), "making thumbnails", BATCH,
+                          (THUMBNAIL_SIZE**2,), "making thumbnails",
                           lambda x, rows: thumbnails(x))
 
 
@@ -490,8 +490,7 @@ class LatentSet:
     Each image has variants 0 to num_augmented: 0 is the image itself, the others are augmented.
     """
 
-    def __init__(self, images, vae, vae_sha256, folder, ctx, use_cache=True, batch_size=16,
-                 num_augmented=0):
+    def __init__(self, images, vae, vae_sha256, folder, ctx, use_cache=True, num_augmented=0):
         """vae: AutoencoderKL on ctx.device. The cache is keyed by VAE, data, image size and
         augmentation, shared by all runs below `folder`, and made by all ranks."""
         self.images, self.vae, self.ctx = images, vae, ctx
@@ -509,7 +508,7 @@ class LatentSet:
         key = hashlib.sha256(text.encode()).hexdigest()
         self.cache = _derived_array(
             images, folder, ctx, f"latents_{key[:16]}", (2, *vae.latent_shape),
-            "encoding latents", batch_size,
+            "encoding latents",
             lambda x, rows: torch.stack(self._encode(self._augmented(x, rows)), 1).cpu(),
             num_augmented + 1)
         if ctx.device.type == "cuda":
@@ -528,8 +527,9 @@ class LatentSet:
 
     @torch.no_grad()
     def _encode(self, x):
-        # In float32 and without autocast, so that cached and fresh latents are the same.
-        return self.vae.encode(x.to(self.ctx.device))
+        """[mean, logvar] of images, in float32 whatever the precision of training."""
+        parts = [self.vae.encode(part.to(self.ctx.device)) for part in x.split(16)]
+        return [torch.cat(of) for of in zip(*parts, strict=True)]
 
     def posterior(self, indices, variants=0):
         """(mean, logvar), each float32 [B, C, h, w] on the device. variants [B]: of each image."""
@@ -539,7 +539,7 @@ class LatentSet:
         elif self.cache is not None:
             both = self.ctx.to_device(torch.from_numpy(self.cache.rows(rows)))
         else:
-            return tuple(self._encode(self._augmented(self.images.images(indices), rows)))
+            return self._encode(self._augmented(self.images.images(indices), rows))
         return both[:, 0], both[:, 1]
 
     def augment_labels(self, indices, variants):

@@ -33,8 +33,7 @@ class FixedInputs(NamedTuple):
 def fixed_inputs(latents, index, scale, args, ctx):
     """FixedInputs of the images `index` of a data.LatentSet: about PAIRS of them, with times spread
     evenly over 0 to 1, all from args.seed alone."""
-    parts = [latents.posterior(index[i:i + 64]) for i in range(0, len(index), 64)]
-    posterior = [torch.cat(part) for part in zip(*parts, strict=True)]
+    posterior = latents.posterior(index)
     places = torch.arange(len(index)).repeat(max(1, PAIRS // len(index)))
     rng = ctx.generator(args.seed, "validation")
     t = (torch.randperm(len(places), generator=rng) + 0.5) / len(places)

@@ -334,8 +334,7 @@ def training_reference(latents, args, scale, vae, ctx):
     """Reference of the training set `latents`."""
     labels = latents.images.labels
     index = np.concatenate([np.flatnonzero(labels == c)[:64] for c in np.unique(labels)])
-    parts = [latents.posterior(index[i:i + 64]) for i in range(0, len(index), 64)]
-    mean, logvar = (torch.cat(part) for part in zip(*parts, strict=True))
+    mean, logvar = latents.posterior(index)
     noise = torch.randn(mean.shape, generator=ctx.generator(args.seed, "reference"))
     z = model.Posterior(mean, logvar).sample(noise.to(mean.device)) * scale
     values = sample.latent_metrics(z, labels[index], latents.images.class_names, scale, None)

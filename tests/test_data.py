@@ -475,7 +475,7 @@ def vae():
 def test_cached_latents_are_those_encoded_on_the_fly(image_tree, tmp_path, vae):
     root = image_tree({"TB/train/normal": 5, "TB/train/tb": 4})
     images = data.open_images(settings(root, tmp_path), ALONE, "train")
-    cached = data.LatentSet(images, vae, "a" * 64, tmp_path / "cache", ALONE, batch_size=4)
+    cached = data.LatentSet(images, vae, "a" * 64, tmp_path / "cache", ALONE)
     fresh = data.LatentSet(images, vae, "a" * 64, tmp_path / "cache", ALONE, use_cache=False)
     index = np.array([8, 0, 3, 0])
     direct = vae.encode(images.images(index))
