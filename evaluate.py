@@ -58,8 +58,8 @@ def build_parser():
     add("--samples_dir", type=file_path,
         help="measure this folder: the images in its manifest.json, else CLASS/*.png and "
         "CLASS_*.png; the report goes into a new folder in --output_root")
-    add("--features", help="comma list of classifier (trained on the training split) and vae; "
-        "None: those there are")
+    add("--features", choices=("classifier,vae", "classifier", "vae"), default="classifier,vae",
+        help="feature spaces of the distances; classifier needs two classes, vae an autoencoder")
     add("--classifier_steps", type=at_least(1), default=600,
         help="training steps of each classifier, 32 images per step")
     add("--wandb", action=BooleanFlag, default=True,
@@ -137,8 +137,6 @@ def read_samples(folder, class_names, img_size):
     """Labelled pixels of a folder: of its manifest.json, else of CLASS/* and CLASS_*. img_size
     None: that of the first. Exits if there are none, or one is missing or cannot be decoded."""
     folder = pathlib.Path(folder)
-    if not folder.is_dir():
-        fail(f"--samples_dir={folder} does not exist")
 
     def class_of(path):
         if path.parent != folder:
@@ -146,6 +144,8 @@ def read_samples(folder, class_names, img_size):
         fits = [c for c in class_names if data.class_name(path.name).startswith(f"{c}_")]
         return max(fits, key=len, default=None)  # one class name may begin another
 
+    if not folder.is_dir():
+        fail(f"--samples_dir={folder} does not exist")
     manifest = folder / "manifest.json"
     if manifest.is_file():
         try:
@@ -179,11 +179,8 @@ def read_samples(folder, class_names, img_size):
 
 def group_classes(labels, class_names):
     """{name: class indices} of `all`, and of each class with two images in every set of `labels`,
-    {set: class indices [N]}; notices name the other classes. Exits if a set is too small."""
+    {set: class indices [N]}; notices name the other classes."""
     groups = {"all": range(len(class_names))}
-    for what, of in labels.items():
-        if len(of) < FEWEST:
-            fail(f"{len(of)} images in {what} are too few: {FEWEST} are needed")
     for c, name in enumerate(class_names):
         few = [what for what, of in labels.items() if (of == c).sum() < 2]
         if few:
@@ -278,7 +275,7 @@ def train_classifier(build, vary, images, seed, args, ctx, label):
     return net.eval().requires_grad_(False)
 
 
-# --- parts of the report -------------------------------------------------------------------------
+# --- parts of the report ------------------------------------------------------------------------
 
 
 def distance_rows(samples, pool, held_out, seed):
@@ -305,15 +302,14 @@ def distance_rows(samples, pool, held_out, seed):
                             of, like in ((held_out, held_out), (pool, samples), (pool, samples)))
         for name, distance in DISTANCES.items():
             gaps[name].append(distance(one, real) - distance(other, real))
+    baseline = {name: float(np.mean([draw[name] for draw in draws])) for name in draws[0]}
     return {"samples": {"num": len(samples), **distances(samples.values)},
-            "baseline": {"num": len(chosen[0]), **{
-                name: float(np.mean([draw[name] for draw in draws])) for name in draws[0]}},
+            "baseline": {"num": len(chosen[0]), **baseline},
             "bootstrap_std": {name: float(np.std(gap, ddof=1)) for name, gap in gaps.items()}}
 
 
 def measure_distances(sets, networks, args, ctx):
-    """{"groups": {space: {group: distance_rows}}}; networks: {space: images [B, 1, H, W] to features
-    [B, D]}."""
+    """{"groups": {space: {group: distance_rows}}}; networks: {space: images to features [B, D]}."""
     like = np.repeat(sets.samples.labels, BASELINE_DRAWS)
     pool = sets.train.subset(as_many(sets.train.labels, like, np.random.default_rng(args.seed)))
     images = {"samples": sets.samples, "pool": pool, "held_out": sets.held_out}
@@ -346,11 +342,12 @@ def measure_statistics(sets, ctx):
     stats, power = {}, {}
     for group, rows in sets.by_group(found).items():
         stats[group], power[group] = {}, {}
-        unit = rows["held_out"].values.mean(0)[3:].clamp_min(1e-12)
+        unit = rows["held_out"].values[:, 3:].mean(0).clamp_min(1e-12)
         for row, of in rows.items():
-            mean, num = of.values.mean(0), {"num": len(of)}
-            stats[group][row] = num | dict(zip(STATISTICS, mean[:3].tolist(), strict=True))
-            power[group][row] = num | dict(zip(octaves, (mean[3:] / unit).tolist(), strict=True))
+            means, ratios = of.values[:, :3].mean(0), of.values[:, 3:].mean(0) / unit
+            num = {"num": len(of)}
+            stats[group][row] = num | dict(zip(STATISTICS, means.tolist(), strict=True))
+            power[group][row] = num | dict(zip(octaves, ratios.tolist(), strict=True))
     return {"image_stats": stats, "power": power}
 
 
@@ -363,11 +360,8 @@ def halves(labels, seed):
 
 def c2st(sets, args, ctx):
     """{"c2st": {row: (AUROC, low, high)}}: classifier two-sample test (Lopez-Paz & Oquab 2017). Can
-    a network tell generated from real images? On unseen images, at 95 % confidence; 0.5: it cannot.
-
-    Rows: the samples; the baseline, real images in place of samples; decoded, the autoencoder's
-    reconstructions of real images.
-    """
+    a network tell the row's images from unseen real ones? At 95 % confidence; 0.5: it cannot. Rows:
+    samples; baseline, real images in their place; decoded, the autoencoder's reconstructions."""
     def pixels(images, vae=None):  # rounded as in a file: samples are
         return measured(lambda x: run.to_uint8(x).float() / 127.5 - 1, images, ctx, vae)
 
@@ -390,7 +384,8 @@ def c2st(sets, args, ctx):
     found = {"samples": trial("samples", real, *two_halves(sets.samples)),
              "baseline": trial("baseline", real.subset(first), *two_halves(real.subset(second)))}
     if sets.vae is not None:
-        found["decoded"] = trial("decoded", real, *(pixels(of, sets.vae) for of in (train, held_out)))
+        decoded = [pixels(images, sets.vae) for images in (train, held_out)]
+        found["decoded"] = trial("decoded", real, *decoded)
     return {"c2st": found}
 
 
@@ -411,13 +406,11 @@ def find_copies(sets, args, ctx):
 
 
 def tstr(sets, real_classifier, build, args, ctx):
-    """TSTR, train on synthetic and test on real (Esteban et al. 2017): {"auroc": {trained on, tested
-    on: (AUROC, low, high)}, "gain": {BOTH: (gain, low, high)}}, at 95 % confidence, of TRAININGS
-    trainings each.
+    """TSTR, train on synthetic and test on real (Esteban et al. 2017), at 95 % confidence:
+    {"auroc": {trained on, tested on: (AUROC, low, high)}, "gain": {BOTH: (gain, low, high)}}.
 
-    real_classifier(seed) is one trained on real images, build() an untrained one. The gain is what
-    samples beside the real images add to AGAIN, which has as many repeats of real images instead,
-    so that more images or more training alone do not count.
+    real_classifier(seed) is trained on real images, build() untrained. The gain is what samples
+    beside real images add to AGAIN, as many repeats of these: more training alone does not count.
     """
     samples, train, held_out = (measured(shrunk, images, ctx) for images in sets[:3])
     repeats = np.concatenate([
@@ -450,49 +443,46 @@ def verdict(metric, value, bad, watch, meaning, advice):
 
 
 def judge(report):
-    """verdicts.Verdicts on what nobody should overlook in a report."""
-    found = []
+    """Yield verdicts.Verdicts on what nobody should overlook in a report."""
     if "copies" in report:
         copies = report["copies"]
         above = copies["probability"] < metrics.BY_CHANCE
-        found.append(verdict(
+        yield verdict(
             "copies/share", copies["share"], above and copies["share"] > 0.2, above,
             "Share of samples closer to one training image than training images are to one "
             f"another; {copies['expected']:.3f} by chance, this many or more with probability "
             f"{copies['probability']:.2g}.",
-            "Look at the pairs. Train less or on more images; do not publish copies of patients."))
+            "Look at the pairs. Train less or on more images; do not publish copies of patients.")
     for space, groups in report.get("groups", {}).items():
-        found += distance_verdicts(space, **groups["all"])
+        yield from distance_verdicts(space, **groups["all"])
     if "power" in report:
-        found.append(power_verdict(**report["power"]["all"]))
+        yield power_verdict(**report["power"]["all"])
     if "c2st" in report:
         value, low, _ = report["c2st"]["samples"]
         rows = "; ".join(f"{row} {area:.2f}" for row, (area, _, _) in report["c2st"].items())
-        found.append(verdict(
+        yield verdict(
             "two-sample", value, False, low > max(0.6, report["c2st"]["baseline"][2]),
             "AUROC of a network that tells samples (or real images, or their reconstructions) from "
             f"held-out images by their pixels: {rows}.",
-            "Look at power, and at the grid beside real images. If decoded is as high, improve the "
-            "autoencoder first."))
+            "Look at power and at the grid. If decoded is as high, improve the autoencoder first.")
     if "auroc" in report:
         value, low, high = report["auroc"][ON_SAMPLES]
         real_value, _, real_high = report["auroc"][ON_HELD_OUT]
         advice = "Below 0.5 the labels are swapped. Near it: train longer, raise --guidance_scale."
         if low > real_high:
             advice = "Clearer cases than real ones are caricatures: lower --guidance_scale."
-        found.append(verdict(
+        yield verdict(
             "class fidelity", value, high < 0.5, low <= 0.5 or low > real_high,
             "AUROC on samples of a classifier trained on real images; on held-out images "
-            f"{real_value:.2f}.", advice))
+            f"{real_value:.2f}.", advice)
     if "gain" in report:
         value, low, high = report["gain"][BOTH]
         benefit = "useful" if low > 0 else "harmful" if high < 0 else "of no proven use"
-        found.append(verdict(
+        yield verdict(
             "gain, beside real images", value, False, high < 0,
             "AUROC gained by training on real images and samples instead of repeated real images "
             f"({low:.3f} to {high:.3f}): {benefit}.",
-            "Do not train on them: look at class fidelity and at the distances."))
-    return found
+            "Do not train on them: look at class fidelity and at the distances.")
 
 
 def power_verdict(samples, baseline, held_out, decoded=None):
@@ -516,27 +506,25 @@ def power_verdict(samples, baseline, held_out, decoded=None):
 
 
 def distance_verdicts(space, samples, baseline, bootstrap_std):
-    """Verdicts on the distances in one feature space."""
-    found = []
+    """Yield Verdicts on the distances in one feature space."""
     for name, std in bootstrap_std.items():
         excess = (samples[name] - baseline[name]) / max(std, 1e-9)
-        found.append(verdict(
+        yield verdict(
             f"{name} ({space})", samples[name], not excess < 10, not excess < 3,
             f"{name.upper()} to held-out images, {excess:.1f} standard deviations above the "
             f"baseline's {baseline[name]:.3f}.",
-            "Compare the image statistics, look at the grid; lower --guidance_scale, train longer."))
+            "Compare the image statistics, look at the grid; lower --guidance_scale, train longer.")
     low_recall = "Samples leave much out: lower --guidance_scale, then train longer."
     for name, meaning, advice in (
             ("precision", "samples among the held-out images",
              "Samples do not look real: train longer; check the autoencoder's reconstructions."),
             ("recall", "held-out images among the samples", low_recall),
             ("coverage", "held-out images with a sample nearby", low_recall)):
-        if name in samples:
-            value, real = samples[name], baseline.get(name, math.nan)
-            found.append(verdict(
+        if name in samples and name in baseline:
+            value, real = samples[name], baseline[name]
+            yield verdict(
                 f"{name} ({space})", value, not value >= 0.2 * real, not value >= 0.6 * real,
-                f"Fraction of {meaning}; {real:.2f} for the baseline.", advice))
-    return found
+                f"Fraction of {meaning}; {real:.2f} for the baseline.", advice)
 
 
 # --- report -------------------------------------------------------------------------------------
@@ -551,7 +539,7 @@ def print_numbers(part, name):
         for key, inside in part.items():
             print_numbers(inside, f"{name}, {key}")
     else:
-        print(f"{name:<36}" + "".join(f"  {key} {value:<9.4g}" for key, value in part.items()))
+        print(f"{name:<38}", *(f" {key} {value:<9.4g}" for key, value in part.items()))
 
 
 def report_to_wandb(report, found, pairs):
@@ -563,15 +551,14 @@ def report_to_wandb(report, found, pairs):
         return
     settings = argparse.Namespace(**meta["args"])
     tracker = run.Tracker(run.start_wandb(settings, folder, meta["wandb_id"], None))
-    summary = {f"evaluation/{v.metric}": float(v.value) for v in found}
-    summary |= {f"evaluation/{name}": level for name, level in verdicts.levels(found).items()}
+    summary = verdicts.levels(found) | {v.metric: float(v.value) for v in found}
 
     def log(session):
         if "copies" in report:
             import wandb
             session.log({"step": report["step"], "evaluation/pairs": wandb.Image(
                 str(pairs), caption="the ten samples closest to a training image, and that image")})
-        session.summary.update(summary)
+        session.summary.update({f"evaluation/{name}": value for name, value in summary.items()})
     tracker.attempt(log)
     tracker.finish()
 
@@ -633,6 +620,10 @@ def main(argv=None):
     held_out = train  # --split=train
     if args.split != "train":
         held_out = data.open_images(args, ctx, args.split, train=train)
+    for what, count in (("samples", len(labels)), (f"images in split {args.split}", len(held_out)),
+                        ("training images of their classes", np.isin(train.labels, labels).sum())):
+        if count < FEWEST:
+            fail(f"there are only {count} {what}: {FEWEST} are needed")
     groups = group_classes({"the samples": labels, "split train": train.labels,
                             f"split {args.split}": held_out.labels}, class_names)
     build = functools.partial(Classifier, len(class_names), shrunk)
@@ -643,15 +634,12 @@ def main(argv=None):
                                 "real images")
 
     networks = {}
-    if len(np.unique(train.labels)) > 1:
+    if "classifier" in args.features and len(np.unique(train.labels)) > 1:
         networks["classifier"] = real_classifier(args.seed).features
-    if vae is not None:
+    if "vae" in args.features and vae is not None:
         networks["vae"] = lambda x: F.adaptive_avg_pool2d(vae.encode(x).mean, 4).flatten(1)
-    names = args.features.split(",") if args.features else [*networks]
-    if not names or not networks.keys() >= set(names):
-        fail(f"--features={args.features}: here it takes {','.join(networks) or 'none'}; classifier "
-             "needs two classes, vae needs --ckpt or --ae_ckpt_path")
-    networks = {name: networks[name] for name in names}
+    if not networks:
+        fail("no features to compare by: classifier needs two classes, vae needs --ae_ckpt_path")
     if folder is None:
         unnamed = argparse.Namespace(output_root=args.output_root, run_name=None, exp_name=None)
         folder = run.new_folder(unnamed, f"evaluation_{args.task.lower()}")
@@ -670,7 +658,7 @@ def main(argv=None):
     if 1 < len(class_names) == len(groups) - 1:  # every class in every set
         report |= tstr(sets, real_classifier, build, args, ctx)
 
-    found = judge(report)
+    found = [*judge(report)]
     for name, part in report.items():
         if isinstance(part, dict):
             print_numbers(part, name)
