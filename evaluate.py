@@ -177,20 +177,6 @@ def read_samples(folder, class_names, img_size):
     return Labelled(np.array([c for c, _ in members]), data.to_float(np.stack(rows)))
 
 
-def group_classes(labels, class_names):
-    """{name: class indices} of `all`, and of each class with two images in every set of `labels`,
-    {set: class indices [N]}; notices name the other classes."""
-    groups = {"all": range(len(class_names))}
-    for c, name in enumerate(class_names):
-        few = [what for what, of in labels.items() if (of == c).sum() < 2]
-        if few:
-            notice(f"under two images of class {name} in {' and '.join(few)}: no rows of its own, "
-                   "and no AUROC")
-        else:
-            groups[name] = [c]
-    return groups
-
-
 def as_many(labels, like, rng, replace=False):
     """Indices of a random choice from `labels` [N]: as many of each class as in `like`, or all."""
     chosen = []
@@ -445,13 +431,12 @@ def verdict(metric, value, bad, watch, meaning, advice):
 def judge(report):
     """Yield verdicts.Verdicts on what nobody should overlook in a report."""
     if "copies" in report:
-        copies = report["copies"]
-        above = copies["probability"] < metrics.BY_CHANCE
+        share, expected, probability = (
+            report["copies"][name] for name in ("share", "expected", "probability"))
         yield verdict(
-            "copies/share", copies["share"], above and copies["share"] > 0.2, above,
-            "Share of samples closer to one training image than training images are to one "
-            f"another; {copies['expected']:.3f} by chance, this many or more with probability "
-            f"{copies['probability']:.2g}.",
+            "copies/share", share, probability < metrics.BY_CHANCE and share > 0.2,
+            probability < metrics.BY_CHANCE, "Share of samples closer to a training image than "
+            f"these are to one another; {expected:.3f} by chance, this with {probability:.2g}.",
             "Look at the pairs. Train less or on more images; do not publish copies of patients.")
     for space, groups in report.get("groups", {}).items():
         yield from distance_verdicts(space, **groups["all"])
@@ -579,7 +564,7 @@ def find_folder(args):
     ours = "num_samples" in before and before.get("samples_dir") == args.samples_dir
     if not ours and (os.path.lexists(report) or os.path.lexists(pairs)):
         fail(f"{args.out_dir} holds {' or '.join(FILES)} of something else: give another --out_dir")
-    return report.parent
+    return args.out_dir
 
 
 # --- the stage ----------------------------------------------------------------------------------
@@ -620,12 +605,17 @@ def main(argv=None):
     held_out = train  # --split=train
     if args.split != "train":
         held_out = data.open_images(args, ctx, args.split, train=train)
-    for what, count in (("samples", len(labels)), (f"images in split {args.split}", len(held_out)),
-                        ("training images of their classes", np.isin(train.labels, labels).sum())):
-        if count < FEWEST:
-            fail(f"there are only {count} {what}: {FEWEST} are needed")
-    groups = group_classes({"the samples": labels, "split train": train.labels,
-                            f"split {args.split}": held_out.labels}, class_names)
+    counts = [len(labels), np.isin(train.labels, labels).sum(), len(held_out)]
+    if min(counts) < FEWEST:
+        fail("samples, training images of their classes, and held-out images are {}, {} and {}: "
+             "at least {} of each are needed".format(*counts, FEWEST))
+    few = [name for c, name in enumerate(class_names)
+           if min((of == c).sum() for of in (labels, train.labels, held_out.labels)) < 2]
+    if few:
+        notice(f"under two samples, training images or held-out images of class {', '.join(few)}: "
+               "no rows of its own, and no AUROC")
+    groups = {"all": range(len(class_names))}
+    groups |= {name: [c] for c, name in enumerate(class_names) if name not in few}
     build = functools.partial(Classifier, len(class_names), shrunk)
 
     @functools.cache
@@ -655,7 +645,7 @@ def main(argv=None):
     report |= c2st(sets, args, ctx)
     copies, pairs = find_copies(sets, args, ctx)
     report |= copies
-    if 1 < len(class_names) == len(groups) - 1:  # every class in every set
+    if len(class_names) > 1 and not few:
         report |= tstr(sets, real_classifier, build, args, ctx)
 
     found = [*judge(report)]

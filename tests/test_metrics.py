@@ -1,4 +1,4 @@
-"""Metrics against closed forms, independent re-derivations and constructed cases."""
+"""Metrics on constructed cases; test_references.py compares them with other implementations."""
 import math
 
 import numpy as np
@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from lib.metrics import (CopyTest, auroc, auroc_gain, auroc_interval, beta_binomial_tail, detail,
-                         distinct_rows, frechet_distance, kernel_distance, latent_stats,
-                         manifold_metrics, mean_auroc, ms_ssim, octave_power, octaves, pairwise_mse,
-                         psnr, sample_diversity, ssim)
-from lib.verdicts import (OK, TABLE, format_training, format_verdicts, health, loss_trend,
+                         distinct_rows, frechet_distance, latent_stats, manifold_metrics,
+                         mean_auroc, ms_ssim, octave_power, octaves, pairwise_mse, psnr,
+                         sample_diversity, ssim)
+from lib.verdicts import (OK, format_training, format_verdicts, health, loss_trend,
                           overfit_verdict, sweep_objective)
 
 
@@ -22,43 +22,6 @@ def images(batch, height, width, seed=0):
 
 
 # --- reconstruction ---
-
-
-def test_psnr_closed_form_is_per_image():
-    x = images(3, 8, 8) * 0.5
-    offset = torch.tensor([0.2, 0.02, 0.4]).view(3, 1, 1, 1)
-    expected = 20 * torch.log10(2 / offset.flatten())  # an offset d has RMSE d, the peak is 2
-    assert torch.allclose(psnr(x, x + offset), expected, atol=1e-3)
-    assert psnr(x, x).isfinite().all()
-
-
-def naive_ssim(x, y, size):
-    """Mean SSIM over all windows of images in 0..255, from moments about each window's mean."""
-    r = np.arange(size) - (size - 1) / 2
-    window = np.exp(-(r[:, None] ** 2 + r[None] ** 2) / (2 * 1.5**2))
-    window /= window.sum()
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    values = []
-    for i in range(x.shape[0] - size + 1):
-        for j in range(x.shape[1] - size + 1):
-            a, b = x[i:i + size, j:j + size], y[i:i + size, j:j + size]
-            ma, mb = (window * a).sum(), (window * b).sum()
-            va, vb = (window * (a - ma) ** 2).sum(), (window * (b - mb) ** 2).sum()
-            cov = (window * (a - ma) * (b - mb)).sum()
-            luminance = (2 * ma * mb + c1) / (ma**2 + mb**2 + c1)
-            values.append(luminance * (2 * cov + c2) / (va + vb + c2))
-    return np.mean(values)
-
-
-@pytest.mark.parametrize("brightness", [1.0, 0.05])  # in dark images the constant C1 counts
-def test_ssim_shrinks_its_window_on_small_images(brightness):
-    x = images(2, 7, 9)
-    y = 0.6 * x + 0.4 * images(2, 7, 9, seed=1)
-    x, y = brightness * (x + 1) - 1, 0.5 * brightness * (y + 1) - 1
-    a, b = ((v[:, 0].double().numpy() + 1) * 127.5 for v in (x, y))
-    expected = [naive_ssim(*pair, size=7) for pair in zip(a, b, strict=True)]
-    assert 0.2 < min(expected) < max(expected) < 0.95
-    assert np.allclose(ssim(x, y).numpy(), expected, atol=2e-5)
 
 
 def test_ssim_of_an_image_with_itself_is_one_and_symmetric():
@@ -123,8 +86,6 @@ def test_pairwise_mse_edge_cases():
     z = torch.randn(2, 5, generator=rng())
     assert pairwise_mse(z)["std"] == 0
     assert pairwise_mse(z[:1].repeat(4, 1)) == {"mean": 0, "std": 0, "min": 0, "max": 0}
-    with pytest.raises(ValueError, match="at least 2"):
-        pairwise_mse(z[:1])
     z[1, 2] = math.nan
     assert all(math.isnan(value) for value in pairwise_mse(z).values())
 
@@ -146,12 +107,12 @@ def test_sample_diversity_averages_classes_with_pairs():
     assert not any("single" in key or "empty" in key for key in result)
 
 
-@pytest.mark.parametrize("real", [None, 0, 0.0])
-def test_sample_diversity_without_real_pairs_or_samples(real):
+def test_sample_diversity_without_real_pairs_or_samples():
     z = torch.randn(2, 3, generator=rng())
-    result = sample_diversity(z, torch.tensor([0, 0]), ["a"], real)
-    assert not any("real" in key for key in result)
-    assert result["sample_diversity/num_pairs"] == 1
+    for real in (None, 0.0):
+        result = sample_diversity(z, torch.tensor([0, 0]), ["a"], real)
+        assert not any("real" in key for key in result)
+        assert result["sample_diversity/num_pairs"] == 1
     alone = sample_diversity(z, torch.tensor([0, 1]), ["a", "b"], 2.0)
     assert alone == {"sample_diversity/num_pairs": 0,
                      "sample_diversity/real_pairwise_mse_mean": 2.0}
@@ -170,46 +131,12 @@ def test_latent_stats():
 # --- distributions ---
 
 
-def exact_features(mean, std, seed, n=60):
-    """Features [n, D] with exactly the sample mean `mean` and unbiased covariance diag(std^2)."""
-    x = torch.randn(n, len(mean), generator=rng(seed), dtype=torch.float64)
-    x = torch.linalg.qr(x - x.mean(0)).Q * math.sqrt(n - 1)
-    return x * torch.tensor(std, dtype=torch.float64) + torch.tensor(mean, dtype=torch.float64)
-
-
-def test_frechet_distance_of_diagonal_gaussians():
-    a = exact_features([0.0, 1.0, -2.0], [1.0, 2.0, 0.5], seed=1)
-    b = exact_features([3.0, 1.0, 2.0], [4.0, 2.0, 0.1], seed=2, n=35)
-    expected = 3**2 + 4**2 + (1 - 4) ** 2 + (0.5 - 0.1) ** 2  # |m1 - m2|^2 + sum (s1 - s2)^2
-    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
-    assert frechet_distance(a[:, :1], b[:, :1]) == pytest.approx(3**2 + 3**2, rel=1e-9)
-
-
 def test_frechet_distance_with_fewer_samples_than_dimensions():
     a = torch.randn(10, 64, generator=rng())
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-4)
     assert frechet_distance(a, a + 1) == pytest.approx(64, rel=1e-5)
     a[0, 0] = math.nan
     assert math.isnan(frechet_distance(a, a))
-
-
-def test_kernel_distance_is_unbiased_and_grows_with_shift():
-    def mean_and_error(shift):
-        values = [kernel_distance(torch.randn(20, 8, generator=rng(2 * s)),
-                                  torch.randn(30, 8, generator=rng(2 * s + 1)) + shift)
-                  for s in range(200)]
-        return np.mean(values), np.std(values) / math.sqrt(200)
-
-    (same, error), (near, _), (far, _) = (mean_and_error(shift) for shift in (0.0, 0.3, 0.6))
-    assert abs(same) < 3 * error
-    assert same + 5 * error < near < far
-
-
-@pytest.mark.parametrize("distance", [frechet_distance, kernel_distance])
-def test_distances_reject_unusable_features(distance):
-    for a, b in [((5, 3), (5, 4)), ((1, 3), (5, 3)), ((5, 3, 2), (5, 3, 2))]:
-        with pytest.raises(ValueError, match="features must be"):
-            distance(torch.zeros(a), torch.zeros(b))
 
 
 def test_manifold_metrics_of_points_on_a_line():
@@ -280,17 +207,6 @@ def test_fresh_samples_are_rarely_called_copies():
         assert alarms <= 12, scale  # 5 expected; more than 11 in 1 % of the cases
 
 
-def test_auroc_counts_pairs():
-    scores = torch.tensor([[0.0, 3.0], [0.0, 1.0], [0.0, 2.0], [0.0, 1.0]])
-    labels = torch.tensor([1, 1, 0, 0])
-    assert auroc(scores, labels) == (1 + 1 + 0 + 0.5) / 4  # member above non-member; one is a tie
-    assert auroc(-scores, labels) == 1 - 2.5 / 4
-    assert math.isnan(auroc(scores, torch.ones(4)))
-    three = torch.eye(3)[[0, 1, 2, 0]]
-    assert auroc(three, torch.tensor([0, 1, 2, 0])) == 1
-    assert auroc(three, torch.tensor([1, 1, 2, 0])) == pytest.approx((2.5 / 3 + 3 / 4 + 1) / 3)
-
-
 @pytest.mark.parametrize("count, shift", [(9, 1.0), (9, 2.0), (60, 1.0)])
 def test_auroc_interval_covers_the_truth_of_two_gaussians(count, shift):
     """Scores `shift` standard deviations apart have AUROC Phi(shift / sqrt(2))."""
@@ -352,15 +268,6 @@ def test_octaves_end_at_the_finest_that_pixels_can_show():
     assert octaves(128) == [(2, 4), (4, 8), (8, 16), (16, 32), (32, 64)]
     assert octaves(96) == [(3, 6), (6, 12), (12, 24), (24, 48)]
     assert octaves(8) == [(1, 2), (2, 4)]
-
-
-@pytest.mark.parametrize("vertical, horizontal, octave", [(0, 3, 0), (5, 0, 1), (-8, 8, 2),
-                                                          (24, 0, 3), (0, 50, 4), (30, 30, 4)])
-def test_a_wave_has_its_power_in_its_octave(vertical, horizontal, octave):
-    y, x = torch.meshgrid(torch.arange(128.0), torch.arange(128.0), indexing="ij")
-    wave = (2 * math.pi * (vertical * y + horizontal * x) / 128).cos()[None, None]
-    power = octave_power(0.9 + 0.1 * wave)[0]
-    assert power.argmax() == octave and power[octave] > 0.75 * power.sum()
 
 
 def test_power_against_the_transfer_function_of_a_filter():
@@ -448,13 +355,6 @@ def test_verdict_level(metric, value, level, context):
     assert (verdict.metric, verdict.level) == (metric, level)
 
 
-def test_the_cases_reach_every_rule():
-    reached = {(v.metric, v.level, v.meaning) for metric, value, _, context in CASES
-               for v in judge(metric, value, context)}
-    rules = {(r.metric, r.level, r.meaning.format(best_epoch=30)) for r in TABLE if r.metric != "*"}
-    assert reached == rules | {(metric, "ok", meaning) for metric, meaning in OK.items()}
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_every_metric_is_bad_when_not_finite(value):
     verdicts = health({name: value for name in OK} | TARGET, FALLING, TRAIN)
@@ -483,24 +383,15 @@ NOISE = {
 @pytest.mark.parametrize("noise", NOISE)
 @pytest.mark.parametrize("length", [20, 60, 400])
 def test_noisy_plateau_is_not_rising(noise, length):
-    """Over 5000 other seeds, 0.04 to 0.64 % are called rising; asserted is at most 2.5 % of 200."""
+    """Over 5000 other seeds, 0.04 to 0.64 % are called rising; asserted is at most 2.5 % of 200. A
+    last tenth that climbs to twice the plateau is found in 95 %."""
     falls = np.exp(-np.arange(length) / (length / 10))
-    rising = sum(loss_trend(falls + NOISE[noise](np.random.default_rng(seed), length)) == "rising"
-                 for seed in range(200))
-    assert rising <= 5
-
-
-@pytest.mark.parametrize("length", [20, 60, 400])
-def test_true_rise_is_found(length):
-    """The last tenth climbs from 1.5 to 2 times the plateau under 10 % noise: 95 % of 200."""
-    tenth = length // 10
-    course = np.ones(length)
-    course[-tenth:] = np.linspace(1.5, 2, tenth)
-    rising = 0
-    for seed in range(200):
-        noise = 0.1 * np.random.default_rng(seed).standard_normal(length)
-        rising += loss_trend(course + noise) == "rising"
-    assert rising >= 190
+    climb = np.zeros(length)
+    climb[-(length // 10):] = np.linspace(0.5, 1, length // 10)
+    courses = [NOISE[noise](np.random.default_rng(seed), length) for seed in range(200)]
+    assert sum(loss_trend(falls + course) == "rising" for course in courses) <= 5
+    if noise == "gaussian, 10 %":
+        assert sum(loss_trend(climb + course) == "rising" for course in courses) >= 190
 
 
 @pytest.mark.parametrize("losses, trend", [
