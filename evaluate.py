@@ -123,14 +123,19 @@ def measured(function, images, ctx, vae=None):
     return Labelled(images.labels, torch.cat(parts))
 
 
+def as_saved(x):
+    """Images [B, 1, S, S] in [-1, 1] with 8 bits per pixel, as in a file."""
+    return run.to_uint8(x).float() / 127.5 - 1
+
+
 def draw_samples(ldm, args, ctx):
-    """Labelled samples of a sample.TrainedModel with 8 bits per pixel, as sample.py saves them."""
+    """Labelled samples of a sample.TrainedModel, as sample.py saves them."""
     requests = [(c, i) for c in ldm.classes for i in range(args.num_samples)]
     batches = sample.sample_batches(
         ldm.denoiser, ldm.vae, ldm.checkpoint["latent_scale_factor"], requests,
         ldm.checkpoint["class_names"], args, ctx, args.batch_size, f"sampling ({args.sampler})")
-    rows = [run.to_uint8(x)[:, 0].numpy().astype(np.uint16) * 257 for _, _, x in batches]
-    return Labelled(np.array([c for c, _ in requests]), data.to_float(np.concatenate(rows)))
+    return Labelled(np.array([c for c, _ in requests]),
+                    torch.cat([as_saved(x) for _, _, x in batches]))
 
 
 def read_samples(folder, class_names, img_size):
@@ -348,11 +353,9 @@ def c2st(sets, args, ctx):
     """{"c2st": {row: (AUROC, low, high)}}: classifier two-sample test (Lopez-Paz & Oquab 2017). Can
     a network tell the row's images from unseen real ones? At 95 % confidence; 0.5: it cannot. Rows:
     samples; baseline, real images in their place; decoded, the autoencoder's reconstructions."""
-    def pixels(images, vae=None):  # rounded as in a file: samples are
-        return measured(lambda x: run.to_uint8(x).float() / 127.5 - 1, images, ctx, vae)
-
     def two_halves(images):
-        return [pixels(images.subset(half)) for half in halves(images.labels, args.seed)]
+        return [measured(as_saved, images.subset(half), ctx)
+                for half in halves(images.labels, args.seed)]
 
     def trial(row, real, to_train, to_test):
         both, tested = real.joined(to_train), unseen.joined(to_test)
@@ -365,12 +368,12 @@ def c2st(sets, args, ctx):
 
     train, held_out = (images.subset(np.concatenate(halves(images.labels, args.seed)))
                        for images in (sets.train, sets.held_out))
-    real, unseen = pixels(train), pixels(held_out)
+    real, unseen = (measured(as_saved, images, ctx) for images in (train, held_out))
     first, second = np.array_split(np.arange(len(real)), 2)
     found = {"samples": trial("samples", real, *two_halves(sets.samples)),
              "baseline": trial("baseline", real.subset(first), *two_halves(real.subset(second)))}
     if sets.vae is not None:
-        decoded = [pixels(images, sets.vae) for images in (train, held_out)]
+        decoded = [measured(as_saved, images, ctx, sets.vae) for images in (train, held_out)]
         found["decoded"] = trial("decoded", real, *decoded)
     return {"c2st": found}
 
@@ -479,8 +482,7 @@ def power_verdict(samples, baseline, held_out, decoded=None):
         return abs(math.log(max(samples[octave], 1e-6) / max(nearest_real, 1e-6)))
 
     octave = max((name for name in samples if name != "num"), key=deviation)
-    meaning = (f"Power of the samples at {octave} cycles per image relative to held-out images; "
-               "other octaves are closer.")
+    meaning = f"Power at {octave} cycles per image relative to held-out images, the worst octave."
     if decoded:
         meaning += f" The autoencoder leaves {decoded[octave]:.2f}."
     advice = "Noise or ringing: train longer, raise --num_sampling_steps, lower --guidance_scale."
@@ -499,14 +501,14 @@ def distance_verdicts(space, samples, baseline, bootstrap_std):
             f"{name.upper()} to held-out images, {excess:.1f} standard deviations above the "
             f"baseline's {baseline[name]:.3f}.",
             "Compare the image statistics, look at the grid; lower --guidance_scale, train longer.")
-    low_recall = "Samples leave much out: lower --guidance_scale, then train longer."
-    for name, meaning, advice in (
-            ("precision", "samples among the held-out images",
-             "Samples do not look real: train longer; check the autoencoder's reconstructions."),
-            ("recall", "held-out images among the samples", low_recall),
-            ("coverage", "held-out images with a sample nearby", low_recall)):
+    for name, meaning in (("precision", "samples among the held-out images"),
+                          ("recall", "held-out images among the samples"),
+                          ("coverage", "held-out images with a sample nearby")):
         if name in samples and name in baseline:
             value, real = samples[name], baseline[name]
+            advice = "Samples leave much out: lower --guidance_scale, then train longer."
+            if name == "precision":
+                advice = "Samples do not look real: train longer; check the reconstructions."
             yield verdict(
                 f"{name} ({space})", value, not value >= 0.2 * real, not value >= 0.6 * real,
                 f"Fraction of {meaning}; {real:.2f} for the baseline.", advice)

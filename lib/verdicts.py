@@ -60,15 +60,14 @@ def val_trend(val_losses, train_losses):
 
 
 def rules(v, c):
-    """The table of verdicts for a metric's value v in the context c of `health`: [(metric, level,
-    whether it applies, meaning, advice)], `*` for any metric. The first that applies counts; if
-    none does, the metric is ok."""
+    """The table of verdicts, for a metric's value v in the context c of `health`: [(metric, level,
+    whether it applies, meaning, advice)]. The first that applies counts; if none does, see OK."""
+    std = c.target_std
     return [
         ("*", "bad", not math.isfinite(v), "NaN or infinite: training or sampling has blown up.",
          "Resume from the last checkpoint with a lower --lr and --grad_clip; try --dtype fp32."),
 
-        (LOSS, "bad", c.loss_trend == "not finite",
-         "Every step between two log lines had a non-finite gradient and was skipped.",
+        (LOSS, "bad", c.loss_trend == "not finite", "Every step of a log line was skipped.",
          "The weights are fine: resume with a lower --lr and --grad_clip; try --dtype fp32."),
         (LOSS, "bad", c.loss_trend == "rising", "Diverging: it rose over the last tenth.",
          "Lower --lr (by 3 to 10 times), raise --warmup_steps, or lower --grad_clip."),
@@ -109,27 +108,21 @@ def rules(v, c):
          "Retrain the autoencoder with a lower --kl_weight."),
         (NOISE, "watch", v > 0.2, "Posterior noise makes up a good part of the variance.",
          "Lower --kl_weight, or train the autoencoder longer."),
-        (Z_MEAN, "bad", abs(v - c.train_mean) > c.target_std,
-         "Over one standard deviation from the mean of the training latents.",
+        (Z_MEAN, "bad", abs(v - c.train_mean) > std, "Far from the training latents' mean.",
          "Lower --guidance_scale. If images are too dark or bright, try --zero_terminal_snr."),
-        (Z_STD, "bad", v < 0.5 * c.target_std or v > 2 * c.target_std,
-         "Under half or over twice 1/latent_scale_factor.",
+        (Z_STD, "bad", v < 0.5 * std or v > 2 * std, "Far off 1/latent_scale_factor.",
          "Run find_latent_scale.py again. If the factor is right, lower --guidance_scale."),
-        (Z_STD, "watch", v < 0.8 * c.target_std or v > 1.25 * c.target_std,
-         "Noticeably off 1/latent_scale_factor.",
+        (Z_STD, "watch", v < 0.8 * std or v > 1.25 * std, "Off 1/latent_scale_factor.",
          "Too large: lower --guidance_scale. Too small: train longer, more --num_sampling_steps."),
         *[rule for name in (Z_MIN, Z_MAX) for rule in (
             (name, "bad", abs(v) > 20 and not c.lowest <= v <= c.highest,
              "A latent lies beyond +-20, far from anything the decoder was trained on.",
              "Lower --guidance_scale, raise --num_sampling_steps; else check the scale factor."),
-            (name, "watch", v < c.lowest or v > c.highest,
-             "A latent lies over half the training latents' range outside that range.",
+            (name, "watch", v < c.lowest or v > c.highest, "Far outside the training range.",
              "Lower --guidance_scale. Early in training this passes by itself."))],
     ]
 
 
-NO_REPEATS = "No image is repeated among the samples of a class."
-IN_RANGE = "In or near the range of the training latents, if that is known."
 OK = {  # in the order in which verdicts are printed
     LOSS: "Falling, or too short to judge (under 20 log entries).",
     GRAD: "The gradient is neither exploding nor vanishing.",
@@ -138,11 +131,12 @@ OK = {  # in the order in which verdicts are printed
     COPIES: "No more samples copy a training image than chance allows.",
     MSE_MEAN: "The samples of a class differ from one another.",
     RATIO: "Samples are about as diverse as training images.",
-    MSE_STD: NO_REPEATS, MSE_MIN: NO_REPEATS, MSE_MAX: NO_REPEATS,
+    **dict.fromkeys((MSE_STD, MSE_MIN, MSE_MAX), "No image is repeated within a class."),
     NOISE: "The latents carry image content and hardly any noise.",
     Z_MEAN: "Near the mean of the training latents, if that is known.",
     Z_STD: "Near 1/latent_scale_factor.",
-    Z_MIN: IN_RANGE, Z_MAX: IN_RANGE}
+    **dict.fromkeys((Z_MIN, Z_MAX), "Near the range of the training latents, if that is known."),
+}
 
 
 def health(metrics, losses=(), train_stats=None, overfit=False, diverged=False,
@@ -163,18 +157,16 @@ def health(metrics, losses=(), train_stats=None, overfit=False, diverged=False,
         copies_probability=metrics.get(COPIES_PROBABILITY, math.nan), diverged=diverged,
         target_std=metrics.get(TARGET_STD, math.nan), train_mean=train["mean"],
         lowest=train["min"] - half_range, highest=train["max"] + half_range)
-    left_out = []
-    if overfit:
-        left_out = [name for name in OK if name.startswith("sample_diversity/")]
-    elif metrics.get("sample_diversity/num_pairs") == 1:
-        left_out = [MSE_STD]  # of a single pair it is 0 and says nothing
+    left_out = [name for name in OK if overfit and name.startswith("sample_diversity/")]
+    if metrics.get("sample_diversity/num_pairs") == 1:
+        left_out.append(MSE_STD)  # of a single pair it is 0 and says nothing
     verdicts = []
     for name in (name for name in OK if name in metrics and name not in left_out):
         value = float(metrics[name])
         found = [(level, meaning, advice)
                  for metric, level, applies, meaning, advice in rules(value, context)
                  if applies and metric in ("*", name)]
-        level, meaning, advice = found[0] if found else ("ok", OK[name], "")
+        level, meaning, advice = [*found, ("ok", OK[name], "")][0]
         verdicts.append(Verdict(name, level, f"{value:.4g}", meaning, advice))
     return verdicts
 

@@ -11,7 +11,6 @@ import torch
 from conftest import error_of, tree_hashes, write_png
 from PIL import Image, ImageFilter
 
-import data
 import evaluate
 from lib import dist, phantom
 from lib.files import write_json
@@ -25,14 +24,6 @@ def test_black_of_known_images():
     x[1, :, 0, :4] = -0.5  # one per cent of the second is dark grey, which is not black
     black, percentile = evaluate.image_statistics(x)[:, :2].T.tolist()
     assert black == pytest.approx([0.25, 0.0]) and percentile == pytest.approx([0.0, 0.25])
-
-
-def test_a_last_batch_of_one_image_is_measured():
-    pixels = torch.linspace(-1, 1, 65)[:, None, None, None].expand(-1, 1, 4, 4)
-    samples = evaluate.Labelled(np.zeros(65, int), pixels)
-    assert [len(part) for part in data.batches(samples)] == [64, 1]
-    means = evaluate.measured(lambda x: x.mean((1, 2, 3)), samples, CPU)
-    torch.testing.assert_close(means.values, torch.linspace(-1, 1, 65))
 
 
 def test_the_baseline_has_as_many_of_each_class_as_samples():
@@ -66,13 +57,6 @@ def test_rows_of_a_group_with_a_baseline_of_the_same_number():
     rows = evaluate.distance_rows(samples, train.subset(np.arange(40)), held_out, seed=0)
     assert rows["baseline"]["num"] == 40
     assert rows["bootstrap_std"]["fid"] > 0.01  # though there is no choice of a baseline
-
-
-def test_augmentation_never_flips():
-    x = torch.linspace(-1, 1, 32).expand(64, 1, 32, 32).contiguous()  # brighter to the right
-    out = evaluate.augment(x, torch.Generator().manual_seed(0))
-    assert (out[..., 16:].mean((1, 2, 3)) > out[..., :16].mean((1, 2, 3))).all()
-    assert len({image.numpy().tobytes() for image in out}) == 64
 
 
 def grey(path, value=0):

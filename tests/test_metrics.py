@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from lib.metrics import (CopyTest, auroc, auroc_gain, auroc_interval, beta_binomial_tail, detail,
-                         distinct_rows, frechet_distance, latent_stats, manifold_metrics,
-                         mean_auroc, ms_ssim, octave_power, octaves, pairwise_mse, psnr,
-                         sample_diversity, ssim)
+                         distinct_rows, frechet_distance, latent_stats, mean_auroc, ms_ssim,
+                         octave_power, octaves, pairwise_mse, psnr, sample_diversity, ssim)
 from lib.verdicts import (OK, format_training, format_verdicts, health, loss_trend,
                           overfit_verdict, sweep_objective)
 
@@ -137,16 +136,6 @@ def test_frechet_distance_with_fewer_samples_than_dimensions():
     assert frechet_distance(a, a + 1) == pytest.approx(64, rel=1e-5)
     a[0, 0] = math.nan
     assert math.isnan(frechet_distance(a, a))
-
-
-def test_manifold_metrics_of_points_on_a_line():
-    """Real balls have radius 1 (k = 1), sample balls 0.4, 0.4, 0.5, 0.5: two samples lie in two
-    real balls each, and one real point, 1, lies in balls of samples."""
-    real = torch.tensor([[0.0], [1.0], [10.0], [11.0]])
-    samples = torch.tensor([[0.6], [1.0], [20.0], [20.5]])
-    assert manifold_metrics(samples, real, k=1) == {
-        "precision": 0.5, "recall": 0.25, "density": 1.0, "coverage": 0.5}
-    assert manifold_metrics(samples[:2], real) == manifold_metrics(samples[:2], real, k=1)
 
 
 # --- copies and classification ---
@@ -467,11 +456,10 @@ def test_overfit_fails_on_one_image_repeated_by_its_coverage(k, samples):
     assert result["overfit/passed"] is False
 
 
-@pytest.mark.parametrize("k, drawn, passed", [
-    (1, [0] * 4, True), (8, [0, 1, 2, 3] * 2, True), (8, [0, 1, 2, 0] * 2, False)])
-def test_overfit_passes_when_half_is_covered(k, drawn, passed):
-    z, x = training_set(k)
-    assert overfit_verdict(z[drawn], z, x[drawn], x)["overfit/passed"] is passed
+def test_overfit_passes_when_half_is_covered():
+    z, x = training_set(8)
+    for drawn, passed in (([0, 1, 2, 3] * 2, True), ([0, 1, 2, 0] * 2, False)):
+        assert overfit_verdict(z[drawn], z, x[drawn], x)["overfit/passed"] is passed
 
 
 def test_overfit_needs_both_latents_and_images_to_match():
@@ -483,9 +471,3 @@ def test_overfit_needs_both_latents_and_images_to_match():
         assert not overfit_verdict(samples[0], z, samples[1], x)["overfit/passed"]
 
 
-def test_overfit_needs_most_samples_to_be_copies():
-    z, x = training_set(8)
-    half = torch.cat([z[:4], training_set(5, seed=50)[0]])
-    result = overfit_verdict(half, z, x[:1].expand(9, -1, -1, -1), x[:1].expand(8, -1, -1, -1))
-    assert result["overfit/coverage"] == 0.5 and result["overfit/nearest_psnr"] > 25
-    assert not result["overfit/passed"]
