@@ -181,7 +181,6 @@ def generators(tmp_path_factory):
             lattice = np.add.outer(np.arange(64) % 4 == 0, np.arange(64) % 4 == 0) * 2.0
             write_png(root / "latticed" / name / f"{i}.png", as_grey(real + lattice))
             write_png(root / "slightly_blurred" / name / f"{i}.png", softer)
-            write_png(root / "grainy" / name / f"{i}.png", as_grey(rng.normal(real, 20)))
             write_png(root / "blurred" / name / f"{i}.png", blurred)
             write_png(root / "upside_down" / name / f"{i}.png", as_grey(real[::-1]))
             shutil.copy(fresh / name / "00000.png", root / "collapsed" / name / f"{i}.png")
@@ -242,11 +241,9 @@ def test_what_is_plainly_wrong_is_far(generators, name):
     assert level(generators("good"), "fid (classifier)") == "ok"
 
 
-@pytest.mark.parametrize("name, least, most", [
-    ("slightly_blurred", 0.1, 0.5), ("grainy", 2.0, 100.0)])
-def test_wrong_fine_detail_shows_in_its_power(generators, name, least, most):
-    report = generators(name)
-    assert least < report["power"]["all"]["samples"]["16-32"] < most
+def test_wrong_fine_detail_shows_in_its_power(generators):
+    report = generators("slightly_blurred")
+    assert 0.1 < report["power"]["all"]["samples"]["16-32"] < 0.5
     assert level(report, "power") != "ok"
 
 

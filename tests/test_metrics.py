@@ -59,17 +59,6 @@ def test_reconstruction_metrics_are_float32_under_autocast(metric):
     assert torch.equal(inside, metric(x.float(), y.float()))
 
 
-def test_similarity_compiles_into_one_graph():
-    x, y = images(2, 48, 48), images(2, 48, 48, seed=1)
-
-    def total(a, b):
-        return ms_ssim(a, b) + ssim(a, b) + psnr(a, b)
-
-    # fullgraph raises on a graph break.
-    compiled = torch.compile(total, fullgraph=True, backend="eager")
-    assert torch.allclose(compiled(x, y), total(x, y))
-
-
 # --- diversity and latent statistics ---
 
 
@@ -79,12 +68,8 @@ def test_pairwise_mse_matches_brute_force():
     pairs = [((d[i] - d[j]) ** 2).mean().item() for i in range(7) for j in range(i)]
     expected = {"mean": np.mean(pairs), "std": np.std(pairs), "min": min(pairs), "max": max(pairs)}
     assert pairwise_mse(z) == pytest.approx(expected, rel=1e-9)
-
-
-def test_pairwise_mse_edge_cases():
-    z = torch.randn(2, 5, generator=rng())
-    assert pairwise_mse(z)["std"] == 0
-    assert pairwise_mse(z[:1].repeat(4, 1)) == {"mean": 0, "std": 0, "min": 0, "max": 0}
+    assert pairwise_mse(z[:2])["std"] == 0
+    assert pairwise_mse(z[:1].repeat(4, 1, 1)) == {"mean": 0, "std": 0, "min": 0, "max": 0}
     z[1, 2] = math.nan
     assert all(math.isnan(value) for value in pairwise_mse(z).values())
 
@@ -118,13 +103,10 @@ def test_sample_diversity_without_real_pairs_or_samples():
 
 
 def test_latent_stats():
-    z = torch.tensor([[1.0, -3.0], [2.0, 4.0]])
-    result = latent_stats(z, 0.25)
-    assert result == {
+    assert latent_stats(torch.tensor([[1.0, -3.0], [2.0, 4.0]]), 0.25) == {
         "final_latent_stats/mean": 1.0, "final_latent_stats/std": pytest.approx(math.sqrt(6.5)),
         "final_latent_stats/min": -3.0, "final_latent_stats/max": 4.0,
         "final_latent_stats/target_std": 4.0}
-    assert all(type(value) is float for value in result.values())
 
 
 # --- distributions ---
@@ -251,12 +233,6 @@ def test_detail_of_boards_is_what_averaging_takes_away():
     odd = torch.zeros(1, 1, 7, 9)  # the last row and column have no neighbour
     assert torch.allclose(detail(board[None, None]), torch.tensor([0.2]))
     assert detail(odd).tolist() == [0.0]
-
-
-def test_octaves_end_at_the_finest_that_pixels_can_show():
-    assert octaves(128) == [(2, 4), (4, 8), (8, 16), (16, 32), (32, 64)]
-    assert octaves(96) == [(3, 6), (6, 12), (12, 24), (24, 48)]
-    assert octaves(8) == [(1, 2), (2, 4)]
 
 
 def test_power_against_the_transfer_function_of_a_filter():
