@@ -224,8 +224,8 @@ def shrunk(x):
 def with_fine_part(x):
     """Images [N, 1, H, W], and as a second channel their high-frequency residual, amplified
     eightfold: blur and noise live there, and it is faint."""
-    x = metrics.even_part(x)
-    return torch.cat([x, 8 * metrics.fine_part(x)], 1)
+    fine = metrics.fine_part(x)
+    return torch.cat([x[..., :fine.shape[2], :fine.shape[3]], 8 * fine], 1)
 
 
 def augment(x, rng):

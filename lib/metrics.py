@@ -78,29 +78,25 @@ def ms_ssim(x, y):
 
 
 def fine_part(x):
-    """High-frequency residual of x [B, 1, H, W] with even sides: x minus its 2x2 average."""
+    """High-frequency residual of x [B, 1, H, W]: x, without the last row or column of an odd side,
+    minus its 2x2 average."""
+    x = x[..., :x.shape[2] // 2 * 2, :x.shape[3] // 2 * 2]
     return x - F.interpolate(F.avg_pool2d(x, 2), scale_factor=2)
-
-
-def even_part(x):
-    """Images [B, 1, H, W] with the last row or column of an odd side cut off."""
-    return x[..., :x.shape[2] // 2 * 2, :x.shape[3] // 2 * 2]
 
 
 def detail(x):
     """Root mean square of the fine part of images [B, 1, H, W] in [-1, 1], on a 0-to-1 grey scale:
     [B]. Blurred images have little."""
-    return fine_part(even_part(x).float()).square().flatten(1).mean(1).sqrt() / 2
+    return fine_part(x.float()).square().flatten(1).mean(1).sqrt() / 2
 
 
 def octaves(side):
     """[(low, high)] in cycles per image of `side` pixels, contiguous, coarsest first, at least two:
     from 2 cycles or slightly more up to the Nyquist limit, side / 2."""
-    found = [(side / 8, side / 4), (side / 4, side / 2)]
-    while found[0][0] >= 4:
-        low, high = found[0]
-        found.insert(0, (low / 2, high / 2))
-    return found
+    ends = [side / 8, side / 4, side / 2]
+    while ends[0] >= 4:
+        ends.insert(0, ends[0] / 2)
+    return [*zip(ends[:-1], ends[1:], strict=True)]
 
 
 def octave_power(x):
@@ -207,9 +203,8 @@ def frechet_distance(a, b):
 def kernel_distance(a, b):
     """KID: kernel distance of features a [N, D], b [M, D], N, M >= 2 (Binkowski et al. 2018, 4).
 
-    Unbiased squared MMD (Gretton et al. 2012, eq. 3) with the kernel (a.b / D + 1)^3. Its
-    expectation does not depend on N and M and is 0 for equal distributions, so single values can be
-    slightly negative.
+    Unbiased squared MMD (Gretton et al. 2012, eq. 3) with the kernel (a.b / D + 1)^3. Expected to
+    be 0 for equal distributions, whatever N and M, so single values can be slightly negative.
     """
     a, b = rows64(a), rows64(b)
 
@@ -249,6 +244,9 @@ def manifold_metrics(samples, real, k=5):
 
 # --- copies -------------------------------------------------------------------------------------
 
+REPEATED = 0.97  # correlation of thumbnails above which two training images are the same film
+BY_CHANCE = 0.025  # copies less probable than this are not put down to chance
+
 
 def binomial_interval(count, total, z=1.96):
     """95 % confidence interval (low, high) of the fraction count / total (Wilson 1927)."""
@@ -266,9 +264,6 @@ def beta_binomial_tail(count, total, a, b):
     return min(1.0, math.fsum(
         math.exp(log_beta(x + a, total - x + b) - log_beta(a, b) - log_beta(x + 1, total - x + 1))
         / (total + 1) for x in range(count, total + 1)))
-
-
-REPEATED = 0.97  # correlation of thumbnails above which two training images are the same film
 
 
 def distinct_rows(rows):
@@ -292,9 +287,6 @@ def closeness(rows, others, within=False):
         ratios.append((values[:, 0] / values[:, -1].clamp_min(1e-12)).sqrt())
         nearest.append(index[:, 0])
     return torch.cat(ratios), torch.cat(nearest)
-
-
-BY_CHANCE = 0.025  # copies less probable than this are not put down to chance
 
 
 class CopyTest:

@@ -82,8 +82,7 @@ def rules(v, c):
         (BAD_STEPS, "watch", v > 0, "Steps skipped since the last log line: not finite.",
          "If it goes on, lower --lr and --grad_clip; try --dtype fp32; look for odd images."),
         (VAL, "bad", c.val_trend == "memorising",
-         f"Memorising: val/loss was lowest in epoch {c.best_epoch}; since then it rose, while "
-         "val/train_loss fell.",
+         f"Memorising: val/loss was lowest in epoch {c.best_epoch}, while val/train_loss fell on.",
          "Use ckpts/best.pt, of that epoch: later ones copy patients. More images, or --patience."),
         (VAL, "watch", c.val_trend == "level", f"Lowest in epoch {c.best_epoch}, and level since.",
          "Use ckpts/best.pt. Stop if val/loss does not start to fall again."),
