@@ -539,14 +539,13 @@ def report_to_wandb(report, found, pairs):
     settings = argparse.Namespace(**meta["args"])
     tracker = run.Tracker(run.start_wandb(settings, folder, meta["wandb_id"], None))
     summary = verdicts.levels(found) | {v.metric: float(v.value) for v in found}
+    tracker.attempt(lambda w: w.summary.update({f"evaluation/{k}": v for k, v in summary.items()}))
 
     def log(session):
-        if "copies" in report:
-            import wandb
-            session.log({"step": report["step"], "evaluation/pairs": wandb.Image(
-                str(pairs), caption="the ten samples closest to a training image, and that image")})
-        session.summary.update({f"evaluation/{name}": value for name, value in summary.items()})
-    tracker.attempt(log)
+        import wandb
+        session.log({"step": report["step"], "evaluation/pairs": wandb.Image(str(pairs))})
+    if "copies" in report:
+        tracker.attempt(log)
     tracker.finish()
 
 
