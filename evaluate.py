@@ -342,20 +342,19 @@ def measure_statistics(sets, ctx):
     return {"image_stats": stats, "power": power}
 
 
-def halves(labels, seed):
-    """Indices of two random halves, at most MOST_FOR_C2ST each, both with every class."""
-    order = np.random.default_rng(seed).permutation(len(labels))[:2 * MOST_FOR_C2ST]
-    order = order[np.argsort(labels[order], kind="stable")]
-    return order[::2], order[1::2]
+def halves(images, seed):
+    """Two random halves of images, at most MOST_FOR_C2ST each, both with every class."""
+    order = np.random.default_rng(seed).permutation(len(images))[:2 * MOST_FOR_C2ST]
+    order = order[np.argsort(images.labels[order], kind="stable")]
+    return images.subset(order[::2]), images.subset(order[1::2])
 
 
 def c2st(sets, args, ctx):
     """{"c2st": {row: (AUROC, low, high)}}: classifier two-sample test (Lopez-Paz & Oquab 2017). Can
     a network tell the row's images from unseen real ones? At 95 % confidence; 0.5: it cannot. Rows:
     samples; baseline, real images in their place; decoded, the autoencoder's reconstructions."""
-    def two_halves(images):
-        return [measured(as_saved, images.subset(half), ctx)
-                for half in halves(images.labels, args.seed)]
+    def pixels(images, vae=None):
+        return [measured(as_saved, half, ctx, vae) for half in halves(images, args.seed)]
 
     def trial(row, real, to_train, to_test):
         both, tested = real.joined(to_train), unseen.joined(to_test)
@@ -366,14 +365,12 @@ def c2st(sets, args, ctx):
         area = metrics.auroc(measured(net, tested, ctx).values, truth)
         return area, *metrics.auroc_interval(area, len(to_test), len(unseen))
 
-    train, held_out = (images.subset(np.concatenate(halves(images.labels, args.seed)))
-                       for images in (sets.train, sets.held_out))
-    real, unseen = (measured(as_saved, images, ctx) for images in (train, held_out))
-    first, second = np.array_split(np.arange(len(real)), 2)
-    found = {"samples": trial("samples", real, *two_halves(sets.samples)),
-             "baseline": trial("baseline", real.subset(first), *two_halves(real.subset(second)))}
+    first, second = pixels(sets.train)
+    real, unseen = first.joined(second), Labelled.joined(*pixels(sets.held_out))
+    found = {"samples": trial("samples", real, *pixels(sets.samples)),
+             "baseline": trial("baseline", first, *halves(second, args.seed))}
     if sets.vae is not None:
-        decoded = [measured(as_saved, images, ctx, sets.vae) for images in (train, held_out)]
+        decoded = [Labelled.joined(*pixels(of, sets.vae)) for of in (sets.train, sets.held_out)]
         found["decoded"] = trial("decoded", real, *decoded)
     return {"c2st": found}
 
@@ -606,10 +603,10 @@ def main(argv=None):
     held_out = train  # --split=train
     if args.split != "train":
         held_out = data.open_images(args, ctx, args.split, train=train)
-    counts = [len(labels), np.isin(train.labels, labels).sum(), len(held_out)]
-    if min(counts) < FEWEST:
-        fail("samples, training images of their classes, and held-out images are {}, {} and {}: "
-             "at least {} of each are needed".format(*counts, FEWEST))
+    of_classes = np.isin(train.labels, labels).sum()
+    if min(len(labels), of_classes, len(held_out)) < FEWEST:
+        fail(f"{len(labels)} samples, {of_classes} training images of their classes, "
+             f"{len(held_out)} held-out images: at least {FEWEST} of each are needed")
     few = [name for c, name in enumerate(class_names)
            if min((of == c).sum() for of in (labels, train.labels, held_out.labels)) < 2]
     if few:
