@@ -7,7 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-# --- reconstruction -----------------------------------------------------------------------------
+# --- reconstruction and sharpness ---------------------------------------------------------------
 
 WINDOW, WINDOW_SIGMA = 11, 1.5  # pixels; Wang et al. 2004, section III-C
 C1, C2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2  # (K * L)^2 of the same paper for data range L = 2
@@ -67,14 +67,10 @@ def ms_ssim(x, y):
     for k, weight in enumerate(weights):
         if k > 0:
             x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
-        full, contrast_structure = ssim_terms(x, y)
-        term = full if k == scales - 1 else contrast_structure
+        term = ssim_terms(x, y)[0 if k == scales - 1 else 1]  # luminance at the coarsest only
         # A fractional power of a negative number is NaN, and its slope at zero is infinite.
         result = result * term.clamp_min(1e-4) ** weight
     return result
-
-
-# --- sharpness ----------------------------------------------------------------------------------
 
 
 def fine_part(x):
@@ -102,8 +98,7 @@ def octaves(side):
 def octave_power(x):
     """Power of square images [B, 1, S, S] in each of octaves(S): float64 [B, octaves].
 
-    Sum of |DFT|^2 in all directions, with the mean removed and a Hann window, without which the
-    borders look like fine detail.
+    Sum of |DFT|^2, mean removed, under a Hann window, without which borders look like fine detail.
     """
     side = x.shape[-1]
     window = torch.hann_window(side, periodic=False, dtype=torch.float64)
@@ -150,19 +145,17 @@ def sample_diversity(z, labels, class_names, real_pairwise_mse_mean):
     labels = torch.as_tensor(labels, device=z.device)
     members = {name: z[labels == index] for index, name in enumerate(class_names)}
     stats = {name: pairwise_mse(x) for name, x in members.items() if len(x) > 1}
-    result = {f"sample_diversity/{name}/pairwise_mse_{key}": value
+    result = {f"{name}/pairwise_mse_{key}": value
               for name, of_class in stats.items() for key, value in of_class.items()}
     largest = max(map(len, members.values()))
-    result["sample_diversity/num_pairs"] = largest * (largest - 1) // 2
-    if stats:
-        for key in ("mean", "std", "min", "max"):
-            average = sum(of_class[key] for of_class in stats.values()) / len(stats)
-            result[f"sample_diversity/pairwise_mse_{key}"] = average
+    result["num_pairs"] = largest * (largest - 1) // 2
+    for key in ("mean", "std", "min", "max") if stats else ():
+        result[f"pairwise_mse_{key}"] = sum(of[key] for of in stats.values()) / len(stats)
     if real_pairwise_mse_mean:
-        result["sample_diversity/real_pairwise_mse_mean"] = float(real_pairwise_mse_mean)
+        result["real_pairwise_mse_mean"] = float(real_pairwise_mse_mean)
         if stats:
-            result[RATIO] = result[MSE_MEAN] / float(real_pairwise_mse_mean)
-    return result
+            result["ratio_to_real"] = result["pairwise_mse_mean"] / float(real_pairwise_mse_mean)
+    return {f"sample_diversity/{name}": value for name, value in result.items()}
 
 
 def latent_stats(z_unscaled, latent_scale_factor):
@@ -180,10 +173,9 @@ def latent_stats(z_unscaled, latent_scale_factor):
 def frechet_distance(a, b):
     """FID: Frechet distance of Gaussians fitted to features a [N, D] and b [M, D], N, M >= 2.
 
-    Heusel et al. 2017, eq. 6: |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) with unbiased
-    covariances, rank-deficient ones included. With S1 = A^T A and S2 = B^T B, the trace of the root
-    is the sum of the singular values of A B^T, so no matrix root is needed. Biased upwards for few
-    samples: compare only values from equal N and M. NaN if a feature is not finite.
+    Heusel et al. 2017, eq. 6: |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)). With S1 = A^T A and
+    S2 = B^T B, the trace of the root is the sum of the singular values of A B^T. Biased upwards for
+    few samples: compare only values from equal N and M. NaN if a feature is not finite.
     """
     a, b = rows64(a), rows64(b)
     if not (a.isfinite().all() and b.isfinite().all()):
@@ -194,9 +186,9 @@ def frechet_distance(a, b):
         return torch.linalg.qr((x - x.mean(0)) / math.sqrt(len(x) - 1), mode="r").R
 
     factor_a, factor_b = covariance_factor(a), covariance_factor(b)
-    distance = ((a.mean(0) - b.mean(0)).square().sum()
-                + factor_a.square().sum() + factor_b.square().sum()
-                - 2 * torch.linalg.svdvals(factor_a @ factor_b.T).sum())
+    root = torch.linalg.svdvals(factor_a @ factor_b.T).sum()
+    distance = ((a.mean(0) - b.mean(0)).square().sum() + factor_a.square().sum()
+                + factor_b.square().sum() - 2 * root)
     return max(distance.item(), 0.0)
 
 
@@ -216,13 +208,12 @@ def kernel_distance(a, b):
 
 
 def manifold_metrics(samples, real, k=5):
-    """dict of precision, recall, density and coverage of features [N, D] against real ones [M, D].
+    """dict of precision, recall, density and coverage of features [N, D] against real [M, D].
 
     Each point has a ball that reaches its k-th nearest neighbour in its own set. Precision:
     fraction of samples inside any real ball; recall: fraction of real points inside any sample's
     ball (Kynkaanniemi et al. 2019, eq. 1-2). Density: number of real balls around a sample, over k;
-    coverage: fraction of real balls with a sample inside (Naeem et al. 2020, eq. 4-5). k is lowered
-    if a set has too few points. NaN if a feature is not finite.
+    coverage: fraction of real balls with a sample inside (Naeem et al. 2020, eq. 4-5).
     """
     samples, real = rows64(samples), rows64(real)
     if not (samples.isfinite().all() and real.isfinite().all()):
@@ -295,9 +286,8 @@ class CopyTest:
     Closeness is a ratio (see `closeness`; after Carlini et al. 2023, section 4.2), so a blurred
     sample, which is close to everything, is not a copy. The threshold is the k-th smallest ratio of
     the M distinct training images, each among the others, with k = max(1, floor(alpha (M + 1))). If
-    N samples resemble the training images no more than these resemble one another, the number below
-    the threshold, an order statistic of M draws, is BetaBinomial(N, k, M + 1 - k). Nearly: 1 to 6 %
-    of simulated fresh sets have a probability under 0.025; 6 to 9 % with under 50 training images.
+    N samples are no closer to these than they are to one another, the number below the threshold is
+    BetaBinomial(N, k, M + 1 - k); nearly: 1 to 9 % of fresh sets have a probability under 0.025.
     """
 
     def __init__(self, train, alpha=0.01):

@@ -27,9 +27,8 @@ class Verdict(NamedTuple):
 def loss_trend(losses):
     """Trend of a loss: 'not finite', 'short' (under 20 entries), 'rising', 'flat' or 'falling'.
 
-    Rising: the mean of the last tenth exceeds that of the tenth before by over 5 % and over 3
-    standard errors, estimated from differences of neighbours: at most 0.6 % of noisy plateaus do.
-    Flat: the last tenth is at least 98 % of the first.
+    Rising: the last tenth exceeds the tenth before by over 5 % and over 3 standard errors, as at
+    most 0.6 % of noisy plateaus do. Flat: the last tenth is at least 98 % of the first.
     """
     history = torch.as_tensor(losses, dtype=torch.float64)
     if not history.isfinite().all():
@@ -37,8 +36,8 @@ def loss_trend(losses):
     tenth = len(history) // 10
     if tenth < 2:
         return "short"
-    first, before, last = (part.mean().item() for part in (
-        history[:tenth], history[-2 * tenth:-tenth], history[-tenth:]))
+    first, last = history[:tenth].mean().item(), history[-tenth:].mean().item()
+    before = history[-2 * tenth:-tenth].mean().item()
     noise = (history[len(history) // 2:].diff().square().mean().item() / 2) ** 0.5
     if last - before > max(0.05 * abs(before), 3 * noise * (2 / tenth) ** 0.5):
         return "rising"
@@ -87,8 +86,7 @@ def rules(v, c):
         (VAL, "watch", c.val_trend == "level", f"Lowest in epoch {c.best_epoch}, and level since.",
          "Use ckpts/best.pt. Stop if val/loss does not start to fall again."),
         # Asked at every evaluation, so the 0.025 of evaluate.py would often be met by chance.
-        (COPIES, "bad", c.copies_probability < 0.001,
-         "More samples of the last evaluations copy a training image than chance allows.",
+        (COPIES, "bad", c.copies_probability < 0.001, "More copies than chance allows.",
          "Stop: it reproduces patients. Use an earlier ckpts/best.pt; check it with evaluate.py."),
 
         (MSE_MEAN, "bad", v < 0.01, "Collapse: the samples of a class are nearly identical.",
@@ -114,8 +112,7 @@ def rules(v, c):
         (Z_STD, "watch", v < 0.8 * std or v > 1.25 * std, "Off 1/latent_scale_factor.",
          "Too large: lower --guidance_scale. Too small: train longer, more --num_sampling_steps."),
         *[rule for name in (Z_MIN, Z_MAX) for rule in (
-            (name, "bad", abs(v) > 20 and not c.lowest <= v <= c.highest,
-             "A latent lies beyond +-20, far from anything the decoder was trained on.",
+            (name, "bad", abs(v) > 20 and not c.lowest <= v <= c.highest, "Absurd: beyond +-20.",
              "Lower --guidance_scale, raise --num_sampling_steps; else check the scale factor."),
             (name, "watch", v < c.lowest or v > c.highest, "Far outside the training range.",
              "Lower --guidance_scale. Early in training this passes by itself."))],
@@ -142,10 +139,9 @@ def health(metrics, losses=(), train_stats=None, overfit=False, diverged=False,
            val_history=((), ()), best_epoch=0):
     """One Verdict for each metric of OK in `metrics` (name -> number).
 
-    losses: logged history of train/loss; val_history: those of val/loss and val/train_loss before
-    now, of which val/loss was lowest in best_epoch; train_stats: mean, min and max of the unscaled
-    training latents. overfit skips the diversity metrics, whose fall is the goal there. diverged:
-    --max_bad_steps stopped the run.
+    losses: history of train/loss; val_history: those of val/loss, lowest in best_epoch, and
+    val/train_loss before now; train_stats: mean, min and max of the unscaled training latents.
+    overfit skips the diversity metrics. diverged: --max_bad_steps stopped the run.
     """
     val, val_train = ([*past, metrics.get(name, math.nan)]
                       for past, name in zip(val_history, (VAL, VAL_TRAIN), strict=True))
@@ -188,12 +184,11 @@ def sweep_objective(values, verdicts):
 def overfit_verdict(z_samples, z_train, x_samples, x_train, mse_threshold=0.1, psnr_threshold=25.0):
     """Did the model memorise its K training items? dict of `overfit/*`, with the bool `passed`.
 
-    z_samples [S, ...] and z_train [K, ...] are normalised latents, x_samples [S, 1, H, W] and
-    x_train [K, 1, H, W] their decoded images in [-1, 1]. Each sample is matched with its nearest
-    training latent; the medians over samples of the latent MSE and of the decoded PSNR must reach
-    the thresholds (unrelated latents have MSE 2, different patients at most 19.5 dB). Coverage, the
-    fraction of min(K, S) items that are nearest to some sample within mse_threshold, must be at
-    least one half, and at least two items if S and K allow: one repeated image fails for K > 1.
+    z_samples [S, ...] and z_train [K, ...] are normalised latents, x_* [., 1, H, W] their decoded
+    images in [-1, 1]. The medians over samples of MSE and PSNR to the nearest training latent must
+    reach the thresholds (unrelated latents have MSE 2, different patients at most 19.5 dB).
+    Coverage, the fraction of min(K, S) items that are nearest to some sample within mse_threshold,
+    must be one half, and two items if S and K allow: one repeated image fails for K > 1.
     """
     z_samples, z_train = rows64(z_samples), rows64(z_train)
     # The faster way to compute distances is inexact near 0.
@@ -218,10 +213,10 @@ def format_verdicts(verdicts):
     value_width = max((len(v.value) for v in verdicts), default=0)
     lines = []
     for v in verdicts:
-        lines.append(f"{v.level.upper():<5}  {v.metric:<{width}}  {v.value:>{value_width}}  "
-                     f"{v.meaning}")
+        start = f"{v.level.upper():<5}  {v.metric:<{width}}  {v.value:>{value_width}}  "
+        lines.append(start + v.meaning)
         if v.level != "ok":
-            lines.append(" " * (width + value_width + 11) + v.advice)
+            lines.append(" " * len(start) + v.advice)
     return "\n".join(lines)
 
 
