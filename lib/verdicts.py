@@ -81,7 +81,7 @@ def rules(v, c):
         (BAD_STEPS, "watch", v > 0, "Steps skipped since the last log line: not finite.",
          "If it goes on, lower --lr and --grad_clip; try --dtype fp32; look for odd images."),
         (VAL, "bad", c.val_trend == "memorising",
-         f"Memorising: val/loss was lowest in epoch {c.best_epoch}, while val/train_loss fell on.",
+         f"Memorising: val/loss was lowest in epoch {c.best_epoch}; val/train_loss still falls.",
          "Use ckpts/best.pt, of that epoch: later ones copy patients. More images, or --patience."),
         (VAL, "watch", c.val_trend == "level", f"Lowest in epoch {c.best_epoch}, and level since.",
          "Use ckpts/best.pt. Stop if val/loss does not start to fall again."),
@@ -112,7 +112,7 @@ def rules(v, c):
         (Z_STD, "watch", v < 0.8 * std or v > 1.25 * std, "Off 1/latent_scale_factor.",
          "Too large: lower --guidance_scale. Too small: train longer, more --num_sampling_steps."),
         *[rule for name in (Z_MIN, Z_MAX) for rule in (
-            (name, "bad", abs(v) > 20 and not c.lowest <= v <= c.highest, "Absurd: beyond +-20.",
+            (name, "bad", abs(v) > 20 and not c.lowest <= v <= c.highest, "Beyond +-20: too far.",
              "Lower --guidance_scale, raise --num_sampling_steps; else check the scale factor."),
             (name, "watch", v < c.lowest or v > c.highest, "Far outside the training range.",
              "Lower --guidance_scale. Early in training this passes by itself."))],
