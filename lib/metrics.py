@@ -1,14 +1,13 @@
 """Metrics: reconstruction, sharpness, diversity, distributions, copies, AUROC.
 
-Only `psnr`, `ssim` and `ms_ssim` run inside a training step. The rest runs once per evaluation, in
-float64 on the CPU, because not every accelerator has float64.
+All but `psnr`, `ssim` and `ms_ssim` run in float64 on the CPU: not every accelerator has float64.
 """
 import math
 
 import torch
 import torch.nn.functional as F
 
-# --- reconstruction -----------------------------------------------------------------------------
+# --- reconstruction and sharpness ---------------------------------------------------------------
 
 WINDOW, WINDOW_SIGMA = 11, 1.5  # pixels; Wang et al. 2004, section III-C
 C1, C2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2  # (K * L)^2 of the same paper for data range L = 2
@@ -16,11 +15,8 @@ SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, 3.
 
 
 def psnr(x, y):
-    """Peak signal-to-noise ratio of images [B, 1, H, W] in [-1, 1] (peak-to-peak 2): [B], in dB.
-
-    The mean squared error is clamped at 1e-10, so identical images score 106 dB rather than an
-    infinity that would swallow every average.
-    """
+    """Peak signal-to-noise ratio of images [B, 1, H, W] in [-1, 1]: [B], in dB; at most 106 dB, as
+    an infinity would swallow every average."""
     mse = (x.float() - y.float()).square().flatten(1).mean(1)
     return 10 * torch.log10(4 / mse.clamp_min(1e-10))
 
@@ -28,9 +24,8 @@ def psnr(x, y):
 def blur(x):
     """Separable Gaussian filter of x [B, 1, H, W], unpadded; the window shrinks on small images.
 
-    A sum of shifted views rather than a convolution: GPU convolutions round to TF32 (10-bit
-    mantissa), which ruins the difference E[x^2] - E[x]^2 that SSIM is made of. The compiler fuses
-    the sum, and autocast leaves it in float32.
+    A sum of shifted views rather than a convolution, which GPUs round to TF32 and autocast to bf16:
+    that ruins the difference E[x^2] - E[x]^2 that SSIM is made of.
     """
     size = min(WINDOW, *x.shape[2:])
     centre = (size - 1) / 2
@@ -49,16 +44,12 @@ def ssim_terms(x, y):
     covariance = xy - mean_x * mean_y
     luminance = (2 * mean_x * mean_y + C1) / (mean_x.square() + mean_y.square() + C1)
     contrast_structure = (2 * covariance + C2) / (var_sum + C2)
-    full = luminance * contrast_structure
-    return full.flatten(1).mean(1), contrast_structure.flatten(1).mean(1)
+    return [v.flatten(1).mean(1) for v in (luminance * contrast_structure, contrast_structure)]
 
 
 def ssim(x, y):
-    """Structural similarity (Wang et al. 2004, eq. 13) of images [B, 1, H, W] in [-1, 1]: [B].
-
-    At most 1; float32 even under autocast. The luminance term expects non-negative intensities, so
-    images are shifted to [0, 2], which gives the same result as storing them as 0..255.
-    """
+    """Structural similarity (Wang et al. 2004, eq. 13) of images [B, 1, H, W] in [-1, 1]: [B], at
+    most 1. Shifted to [0, 2], which gives the same result as storing them as 0..255."""
     return ssim_terms(x.float() + 1, y.float() + 1)[0]
 
 
@@ -66,7 +57,7 @@ def ms_ssim(x, y):
     """Multi-scale SSIM (Wang et al. 2003, eq. 7) of images [B, 1, H, W] in [-1, 1]: [B], in (0, 1].
 
     Up to five scales, as long as the smallest side has at least 11 pixels, with weights
-    renormalised to sum to one; a single scale is `ssim`. Float32 even under autocast.
+    renormalised to sum to one; a single scale is `ssim`.
     """
     side = min(x.shape[2:])
     scales = sum(side // 2**k >= WINDOW for k in range(len(SCALE_WEIGHTS))) or 1
@@ -76,47 +67,38 @@ def ms_ssim(x, y):
     for k, weight in enumerate(weights):
         if k > 0:
             x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
-        full, contrast_structure = ssim_terms(x, y)
-        term = full if k == scales - 1 else contrast_structure
+        term = ssim_terms(x, y)[0 if k == scales - 1 else 1]  # luminance at the coarsest only
         # A fractional power of a negative number is NaN, and its slope at zero is infinite.
         result = result * term.clamp_min(1e-4) ** weight
     return result
 
 
-# --- sharpness ----------------------------------------------------------------------------------
-
-
 def fine_part(x):
-    """High-frequency residual of x [B, 1, H, W] with even sides: x minus its 2x2 average."""
+    """High-frequency residual of x [B, 1, H, W]: x, without the last row or column of an odd side,
+    minus its 2x2 average."""
+    x = x[..., :x.shape[2] // 2 * 2, :x.shape[3] // 2 * 2]
     return x - F.interpolate(F.avg_pool2d(x, 2), scale_factor=2)
-
-
-def even_part(x):
-    """Images [B, 1, H, W] with the last row or column of an odd side cut off."""
-    return x[..., :x.shape[2] // 2 * 2, :x.shape[3] // 2 * 2]
 
 
 def detail(x):
     """Root mean square of the fine part of images [B, 1, H, W] in [-1, 1], on a 0-to-1 grey scale:
     [B]. Blurred images have little."""
-    return fine_part(even_part(x).float()).square().flatten(1).mean(1).sqrt() / 2
+    return fine_part(x.float()).square().flatten(1).mean(1).sqrt() / 2
 
 
 def octaves(side):
     """[(low, high)] in cycles per image of `side` pixels, contiguous, coarsest first, at least two:
     from 2 cycles or slightly more up to the Nyquist limit, side / 2."""
-    found = [(side / 8, side / 4), (side / 4, side / 2)]
-    while found[0][0] >= 4:
-        low, high = found[0]
-        found.insert(0, (low / 2, high / 2))
-    return found
+    ends = [side / 8, side / 4, side / 2]
+    while ends[0] >= 4:
+        ends.insert(0, ends[0] / 2)
+    return [*zip(ends[:-1], ends[1:], strict=True)]
 
 
 def octave_power(x):
     """Power of square images [B, 1, S, S] in each of octaves(S): float64 [B, octaves].
 
-    Sum of |DFT|^2 over the frequencies of an octave, in all directions, after removing the mean and
-    applying a Hann window; without it the image borders look like fine detail.
+    Sum of |DFT|^2, mean removed, under a Hann window, without which borders look like fine detail.
     """
     side = x.shape[-1]
     window = torch.hann_window(side, periodic=False, dtype=torch.float64)
@@ -145,13 +127,8 @@ def rows64(x):
 
 
 def pairwise_mse(z):
-    """Mean squared error of all N (N - 1) / 2 pairs in z [N, ...]: dict of mean, std, min and max.
-
-    The standard deviation is the population's, so a single pair has 0. For independent Gaussian
-    latents of variance s^2 the mean is 2 s^2. NaN in z gives NaN. ValueError if N < 2.
-    """
-    if len(z) < 2:
-        raise ValueError(f"pairwise_mse needs at least 2 samples, got {len(z)}")
+    """Mean squared error of all N (N - 1) / 2 pairs in z [N >= 2, ...]: dict of mean, std (0 for a
+    single pair), min and max. Independent Gaussian latents of variance s^2 have a mean of 2 s^2."""
     rows = rows64(z)
     mse = F.pdist(rows).square() / rows.shape[1]
     return {"mean": mse.mean().item(), "std": mse.std(correction=0).item(),
@@ -159,41 +136,31 @@ def pairwise_mse(z):
 
 
 def sample_diversity(z, labels, class_names, real_pairwise_mse_mean):
-    """Pairwise MSE within each class of generated latents, and its ratio to the training latents'.
+    """Pairwise MSE of normalised latents z [N, ...] within each class, labels [N] into class_names.
 
-    z [N, ...] are normalised latents, labels [N] index class_names. Returns
-    `sample_diversity/<class>/pairwise_mse_*` of each class with two or more samples, their averages
-    `sample_diversity/pairwise_mse_*`, and the number of pairs in the largest class. If
-    real_pairwise_mse_mean, the same mean over training latents, is None or 0 (one training image),
-    it and the ratio are omitted.
+    Returns `sample_diversity/<class>/pairwise_mse_*` of classes with two or more samples, their
+    averages `sample_diversity/pairwise_mse_*`, the number of pairs in the largest class, and the
+    ratio of the mean to that of training latents, unless this is None or 0 (one training image).
     """
     labels = torch.as_tensor(labels, device=z.device)
-    result, per_class, num_pairs = {}, [], 0
-    for index, name in enumerate(class_names):
-        members = z[labels == index]
-        if len(members) < 2:
-            continue
-        stats = pairwise_mse(members)
-        per_class.append(stats)
-        num_pairs = max(num_pairs, len(members) * (len(members) - 1) // 2)
-        result |= {f"sample_diversity/{name}/pairwise_mse_{key}": x for key, x in stats.items()}
-    result["sample_diversity/num_pairs"] = num_pairs
-    for key in per_class[0] if per_class else ():
-        average = sum(stats[key] for stats in per_class) / len(per_class)
-        result[f"sample_diversity/pairwise_mse_{key}"] = average
+    members = {name: z[labels == index] for index, name in enumerate(class_names)}
+    stats = {name: pairwise_mse(x) for name, x in members.items() if len(x) > 1}
+    result = {f"{name}/pairwise_mse_{key}": value
+              for name, of_class in stats.items() for key, value in of_class.items()}
+    largest = max(map(len, members.values()))
+    result["num_pairs"] = largest * (largest - 1) // 2
+    for key in ("mean", "std", "min", "max") if stats else ():
+        result[f"pairwise_mse_{key}"] = sum(of[key] for of in stats.values()) / len(stats)
     if real_pairwise_mse_mean:
-        real = float(real_pairwise_mse_mean)
-        result["sample_diversity/real_pairwise_mse_mean"] = real
-        if per_class:
-            result[RATIO] = result[MSE_MEAN] / real
-    return result
+        result["real_pairwise_mse_mean"] = float(real_pairwise_mse_mean)
+        if stats:
+            result["ratio_to_real"] = result["pairwise_mse_mean"] / float(real_pairwise_mse_mean)
+    return {f"sample_diversity/{name}": value for name, value in result.items()}
 
 
 def latent_stats(z_unscaled, latent_scale_factor):
-    """Statistics over all elements of the unscaled latents [N, ...] that go into the decoder.
-
-    `target_std` = 1 / latent_scale_factor, the training latents' standard deviation in these units.
-    """
+    """Statistics of the unscaled latents [N, ...] that go into the decoder, and the training
+    latents' standard deviation in these units, `target_std` = 1 / latent_scale_factor."""
     z = rows64(z_unscaled)
     return {Z_MEAN: z.mean().item(), Z_STD: z.std(correction=0).item(),
             Z_MIN: z.min().item(), Z_MAX: z.max().item(),
@@ -203,23 +170,14 @@ def latent_stats(z_unscaled, latent_scale_factor):
 # --- distributions ------------------------------------------------------------------------------
 
 
-def two_feature_sets(a, b):
-    """Both as float64 matrices; ValueError unless they are [N, D] and [M, D] with N, M >= 2."""
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise ValueError(f"features must be [N, D] and [M, D] with N, M >= 2, got {[*a.shape]} and "
-                         f"{[*b.shape]}")
-    return rows64(a), rows64(b)
-
-
 def frechet_distance(a, b):
-    """FID: Frechet distance of Gaussians fitted to features a [N, D] and b [M, D].
+    """FID: Frechet distance of Gaussians fitted to features a [N, D] and b [M, D], N, M >= 2.
 
-    Heusel et al. 2017, eq. 6: |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) with unbiased
-    covariances, rank-deficient ones included. With S1 = A^T A and S2 = B^T B, the trace of the root
-    is the sum of the singular values of A B^T, so no matrix root is needed. Biased upwards for few
-    samples: compare only values from equal N and M. NaN if a feature is not finite.
+    Heusel et al. 2017, eq. 6: |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)). With S1 = A^T A and
+    S2 = B^T B, the trace of the root is the sum of the singular values of A B^T. Biased upwards for
+    few samples: compare only values from equal N and M. NaN if a feature is not finite.
     """
-    a, b = two_feature_sets(a, b)
+    a, b = rows64(a), rows64(b)
     if not (a.isfinite().all() and b.isfinite().all()):
         return math.nan
 
@@ -228,39 +186,36 @@ def frechet_distance(a, b):
         return torch.linalg.qr((x - x.mean(0)) / math.sqrt(len(x) - 1), mode="r").R
 
     factor_a, factor_b = covariance_factor(a), covariance_factor(b)
-    distance = ((a.mean(0) - b.mean(0)).square().sum()
-                + factor_a.square().sum() + factor_b.square().sum()
-                - 2 * torch.linalg.svdvals(factor_a @ factor_b.T).sum())
+    root = torch.linalg.svdvals(factor_a @ factor_b.T).sum()
+    distance = ((a.mean(0) - b.mean(0)).square().sum() + factor_a.square().sum()
+                + factor_b.square().sum() - 2 * root)
     return max(distance.item(), 0.0)
 
 
 def kernel_distance(a, b):
-    """KID: kernel distance of features a [N, D] and b [M, D] (Binkowski et al. 2018, section 4).
+    """KID: kernel distance of features a [N, D], b [M, D], N, M >= 2 (Binkowski et al. 2018, 4).
 
-    Unbiased squared MMD (Gretton et al. 2012, eq. 3) with the kernel (a.b / D + 1)^3. Its
-    expectation does not depend on N and M and is 0 for equal distributions, so single values can be
-    slightly negative.
+    Unbiased squared MMD (Gretton et al. 2012, eq. 3) with the kernel (a.b / D + 1)^3. Expected to
+    be 0 for equal distributions, whatever N and M, so single values can be slightly negative.
     """
-    a, b = two_feature_sets(a, b)
-    n, m, dim = len(a), len(b), a.shape[1]
-    aa = (a @ a.T / dim + 1) ** 3
-    bb = (b @ b.T / dim + 1) ** 3
-    ab = (a @ b.T / dim + 1) ** 3
-    within_a = (aa.sum() - aa.trace()) / (n * (n - 1))
-    within_b = (bb.sum() - bb.trace()) / (m * (m - 1))
-    return (within_a + within_b - 2 * ab.mean()).item()
+    a, b = rows64(a), rows64(b)
+
+    def kernel(x, y):
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    within = [(k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (kernel(a, a), kernel(b, b))]
+    return (within[0] + within[1] - 2 * kernel(a, b).mean()).item()
 
 
 def manifold_metrics(samples, real, k=5):
-    """dict of precision, recall, density and coverage of features [N, D] against real ones [M, D].
+    """dict of precision, recall, density and coverage of features [N, D] against real [M, D].
 
     Each point has a ball that reaches its k-th nearest neighbour in its own set. Precision:
     fraction of samples inside any real ball; recall: fraction of real points inside any sample's
     ball (Kynkaanniemi et al. 2019, eq. 1-2). Density: number of real balls around a sample, over k;
-    coverage: fraction of real balls with a sample inside (Naeem et al. 2020, eq. 4-5). k is lowered
-    if a set has too few points. ValueError if N or M is below 2; NaN if a feature is not finite.
+    coverage: fraction of real balls with a sample inside (Naeem et al. 2020, eq. 4-5).
     """
-    samples, real = two_feature_sets(samples, real)
+    samples, real = rows64(samples), rows64(real)
     if not (samples.isfinite().all() and real.isfinite().all()):
         return dict.fromkeys(("precision", "recall", "density", "coverage"), math.nan)
     k = min(k, len(samples) - 1, len(real) - 1)
@@ -270,7 +225,7 @@ def manifold_metrics(samples, real, k=5):
         return torch.cdist(x, x).kthvalue(k + 1, dim=1).values
 
     distance = torch.cdist(samples, real)  # [N, M]
-    in_real = distance <= radii(real)[None]
+    in_real = distance <= radii(real)
     in_samples = distance <= radii(samples)[:, None]
     return {"precision": in_real.any(1).double().mean().item(),
             "recall": in_samples.any(0).double().mean().item(),
@@ -280,15 +235,16 @@ def manifold_metrics(samples, real, k=5):
 
 # --- copies -------------------------------------------------------------------------------------
 
+REPEATED = 0.97  # correlation of thumbnails above which two training images are the same film
+BY_CHANCE = 0.025  # copies less probable than this are not put down to chance
+
 
 def binomial_interval(count, total, z=1.96):
     """95 % confidence interval (low, high) of the fraction count / total (Wilson 1927)."""
     fraction, widen = count / total, z * z / total
     centre = (fraction + widen / 2) / (1 + widen)
     half = z / (1 + widen) * math.sqrt(fraction * (1 - fraction) / total + widen / (4 * total))
-    low = 0.0 if count == 0 else centre - half
-    high = 1.0 if count == total else centre + half
-    return low, high
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def beta_binomial_tail(count, total, a, b):
@@ -296,32 +252,23 @@ def beta_binomial_tail(count, total, a, b):
     def log_beta(p, q):
         return math.lgamma(p) + math.lgamma(q) - math.lgamma(p + q)
 
-    def log_probability(x):
-        ways = -math.log(total + 1) - log_beta(x + 1, total - x + 1)
-        return ways + log_beta(x + a, total - x + b) - log_beta(a, b)
-
-    return min(1.0, math.fsum(math.exp(log_probability(x)) for x in range(count, total + 1)))
-
-
-REPEATED = 0.97  # correlation of thumbnails above which two training images are the same film
+    return min(1.0, math.fsum(
+        math.exp(log_beta(x + a, total - x + b) - log_beta(a, b) - log_beta(x + 1, total - x + 1))
+        / (total + 1) for x in range(count, total + 1)))
 
 
 def distinct_rows(rows):
     """Indices of the unit-length rows [N, D] that repeat no earlier one."""
-    keep = []
+    repeats = []
     for start in range(0, len(rows), 256):
-        block = rows[start:start + 256]
-        index = torch.arange(start, start + len(block))
-        same = block @ rows[:start + len(block)].T > REPEATED
-        earlier = torch.arange(same.shape[1])[None] < index[:, None]
-        keep.append(index[~(same & earlier).any(1)])
-    return torch.cat(keep)
+        same = rows[start:start + 256] @ rows[:start + 256].T > REPEATED
+        repeats.append(same.tril(start - 1).any(1))  # of the earlier rows
+    return (~torch.cat(repeats)).nonzero()[:, 0]
 
 
 def closeness(rows, others, within=False):
     """(ratio [N], nearest [N]) of unit-length rows [N, D] among others [M >= 6, D]: the distance to
-    the nearest, over that to the fifth nearest. within: rows are the others, and none counts as its
-    own neighbour."""
+    the nearest, over that to the fifth nearest. within: rows are the others, without themselves."""
     ratios, nearest = [], []
     for start in range(0, len(rows), 256):
         squares = (2 - 2 * rows[start:start + 256] @ others.T).clamp_min(0)
@@ -333,30 +280,24 @@ def closeness(rows, others, within=False):
     return torch.cat(ratios), torch.cat(nearest)
 
 
-BY_CHANCE = 0.025  # copies less probable than this are not put down to chance
-
-
 class CopyTest:
     """Are more samples close to one training image than chance allows?
 
     Closeness is a ratio (see `closeness`; after Carlini et al. 2023, section 4.2), so a blurred
     sample, which is close to everything, is not a copy. The threshold is the k-th smallest ratio of
     the M distinct training images, each among the others, with k = max(1, floor(alpha (M + 1))). If
-    N samples resemble the training images no more than these resemble one another, the number below
-    the threshold, an order statistic of M draws, is BetaBinomial(N, k, M + 1 - k). (Nearly: the
-    closest training images are each other's neighbours, so 1 to 6 % of simulated fresh sets, not
-    2.5 %, have a probability under 0.025; 6 to 9 % with under 50 training images.) No held-out
-    image is needed, so none that repeats a training image can spoil the test.
+    N samples are no closer to these than they are to one another, the number below the threshold is
+    BetaBinomial(N, k, M + 1 - k); nearly: 1 to 9 % of fresh sets have a probability under 0.025.
     """
 
     def __init__(self, train, alpha=0.01):
         """train [M, D]: unit-length rows, as from data.thumbnails. ValueError if fewer than 6 of
         them are distinct."""
         self.index = distinct_rows(train)
-        if len(self.index) < 6:
-            raise ValueError(f"only {len(self.index)} distinct training images: too few to search "
+        self.others = train[self.index]
+        if len(self.others) < 6:
+            raise ValueError(f"only {len(self.others)} distinct training images: too few to search "
                              "for copies")
-        self.others = train if len(self.index) == len(train) else train[self.index]
         reference, _ = closeness(self.others, self.others, within=True)
         self.rank = max(1, int(alpha * (len(self.others) + 1)))
         self.threshold = reference.kthvalue(self.rank).values
@@ -376,11 +317,9 @@ class CopyTest:
 
 
 def auroc(scores, labels):
-    """Area under the ROC curve of scores [N, K] for labels [N]: one against the rest, averaged.
-
-    Mann & Whitney's U: how often a member scores above a non-member, ties counting half. NaN if a
-    class has no member or no non-member.
-    """
+    """Area under the ROC curve of scores [N, K] for labels [N], averaged over classes: how often a
+    member scores above a non-member (Mann & Whitney's U), ties counting half. NaN if a class has no
+    members or nothing but members."""
     areas = []
     for c in range(scores.shape[1]):
         # Relative to the other columns: with two classes, their difference is what decides.
@@ -393,11 +332,9 @@ def auroc(scores, labels):
 
 
 def auroc_interval(area, positives, negatives, z=1.96):
-    """95 % confidence interval (low, high) of an AUROC, valid down to ten images per class.
-
-    Newcombe 2006 (method 5): all areas A that lie within z standard errors of the measured one,
-    with the variance of Hanley & McNeil 1982 at A and both class sizes replaced by their mean.
-    """
+    """95 % confidence interval (low, high) of an AUROC, valid down to ten images per class: all
+    areas within z standard errors of the measured one, with the variance of Hanley & McNeil 1982
+    and both class sizes replaced by their mean (Newcombe 2006, method 5)."""
     size = (positives + negatives) / 2
 
     def too_far(true):
@@ -416,18 +353,15 @@ def auroc_interval(area, positives, negatives, z=1.96):
 
 
 def mean_auroc(of_trainings, labels):
-    """(mean AUROC, low, high) of 2 or more trainings of a classifier, at 95 % confidence, given the
-    scores [N, K] of each on the same images with labels [N].
-
-    Combines the uncertainty from the choice of images (auroc_interval) and from the training seed
-    (Student's t).
-    """
+    """(mean AUROC, low, high) of 2 to 5 trainings of a classifier, at 95 % confidence, given the
+    scores [N, K] of each on the same images with labels [N]. Covers the choice of images
+    (auroc_interval) and the training seed (Student's t)."""
     areas = torch.tensor([auroc(scores, labels) for scores in of_trainings], dtype=torch.float64)
-    mean, count = areas.mean().item(), len(areas)
+    mean = areas.mean().item()
     if math.isnan(mean):
         return math.nan, math.nan, math.nan
-    t_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(count, 2.6)
-    training = t_95 * areas.std().item() / math.sqrt(count)
+    t_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}[len(areas)]
+    training = t_95 * areas.std().item() / math.sqrt(len(areas))
     positives = min(int((labels == c).sum()) for c in labels.unique())
     low, high = auroc_interval(mean, positives, len(labels) - positives)
     return (mean, max(0.0, mean - math.hypot(mean - low, training)),
@@ -436,11 +370,8 @@ def mean_auroc(of_trainings, labels):
 
 def auroc_gain(with_samples, without, labels, seed=0, resamples=1000):
     """(gain, low, high): mean AUROC of some trainings minus that of others, given the scores [N, K]
-    of each training on the same images with labels [N].
-
-    95 % bootstrap interval (Efron & Tibshirani 1993) over images, within each class, and trainings.
-    Paired: both sides see the same images.
-    """
+    of each on the same images with labels [N]. 95 % bootstrap interval (Efron & Tibshirani 1993)
+    over trainings and, paired, over images within each class."""
     rng = torch.Generator().manual_seed(seed)
     members = [(labels == c).nonzero()[:, 0] for c in labels.unique()]
 

@@ -1,6 +1,6 @@
 """Verdicts: what each metric means, and what to do about it."""
 import math
-from collections.abc import Callable
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -24,36 +24,11 @@ class Verdict(NamedTuple):
     advice: str
 
 
-class Context(NamedTuple):
-    """What a rule may look at beside the value; unknown numbers are NaN."""
-
-    loss_trend: str
-    val_trend: str
-    diverged: bool
-    copies_probability: float  # of as many copies by chance
-    target_std: float
-    train_mean: float  # of the training latents
-    lowest: float  # half the range of the training latents below their minimum
-    highest: float  # and as far above their maximum
-
-
-class Rule(NamedTuple):
-    """A row of TABLE."""
-
-    metric: str  # *: any
-    level: str  # watch or bad
-    applies: Callable  # (value, Context) -> bool
-    meaning: str
-    advice: str
-
-
 def loss_trend(losses):
     """Trend of a loss: 'not finite', 'short' (under 20 entries), 'rising', 'flat' or 'falling'.
 
-    Rising: the mean of the last tenth exceeds that of the tenth before by over 5 % and over 3
-    standard errors (estimated from differences of neighbours, which a slow trend hardly affects). A
-    run asks many times: two standard errors would call 2 to 4 % of noisy plateaus rising, three at
-    most 0.6 %. Flat: the last tenth is at least 98 % of the first.
+    Rising: the last tenth exceeds the tenth before by over 5 % and over 3 standard errors, as at
+    most 0.6 % of noisy plateaus do. Flat: the last tenth is at least 98 % of the first.
     """
     history = torch.as_tensor(losses, dtype=torch.float64)
     if not history.isfinite().all():
@@ -61,9 +36,8 @@ def loss_trend(losses):
     tenth = len(history) // 10
     if tenth < 2:
         return "short"
-    first = history[:tenth].mean().item()
+    first, last = history[:tenth].mean().item(), history[-tenth:].mean().item()
     before = history[-2 * tenth:-tenth].mean().item()
-    last = history[-tenth:].mean().item()
     noise = (history[len(history) // 2:].diff().square().mean().item() / 2) ** 0.5
     if last - before > max(0.05 * abs(before), 3 * noise * (2 / tenth) ** 0.5):
         return "rising"
@@ -73,10 +47,7 @@ def loss_trend(losses):
 def val_trend(val_losses, train_losses):
     """Trend of val/loss beside val/train_loss: 'short' (under 4 evaluations), 'falling' (one of the
     last three is the lowest), 'memorising' (their mean is over 2 % above the lowest, while
-    val/train_loss kept falling), else 'level'.
-
-    Every evaluation uses the same times and noises, so hardly any of the change is chance.
-    """
+    val/train_loss kept falling), else 'level'. All use the same times and noises."""
     val, train = (torch.as_tensor(v, dtype=torch.float64) for v in (val_losses, train_losses))
     if len(val) < 4 or len(val) != len(train):
         return "short"
@@ -87,86 +58,66 @@ def val_trend(val_losses, train_losses):
     return "memorising" if rose and train[-3:].mean() < train[best] else "level"
 
 
-# The first rule that applies to a metric is its verdict; if none does, it is ok: see OK.
-TABLE = [
-    Rule("*", "bad", lambda v, c: not math.isfinite(v),
-         "NaN or infinite: training or sampling has blown up.",
+def rules(v, c):
+    """The table of verdicts, for a metric's value v in the context c of `health`: [(metric, level,
+    whether it applies, meaning, advice)]. The first that applies counts; if none does, see OK."""
+    std = c.target_std
+    return [
+        ("*", "bad", not math.isfinite(v), "NaN or infinite: training or sampling has blown up.",
          "Resume from the last checkpoint with a lower --lr and --grad_clip; try --dtype fp32."),
 
-    Rule(LOSS, "bad", lambda v, c: c.loss_trend == "not finite",
-         "Every step between two log lines had a non-finite gradient and was skipped.",
+        (LOSS, "bad", c.loss_trend == "not finite", "Every step of a log line was skipped.",
          "The weights are fine: resume with a lower --lr and --grad_clip; try --dtype fp32."),
-    Rule(LOSS, "bad", lambda v, c: c.loss_trend == "rising",
-         "The loss rose over the last tenth of the run: training is diverging.",
+        (LOSS, "bad", c.loss_trend == "rising", "Diverging: it rose over the last tenth.",
          "Lower --lr (by 3 to 10 times), raise --warmup_steps, or lower --grad_clip."),
-    Rule(LOSS, "watch", lambda v, c: c.loss_trend == "flat",
-         "The loss is no lower than at the start: the model has learned little.",
+        (LOSS, "watch", c.loss_trend == "flat", "No lower than at the start: little was learned.",
          "Raise --lr if train/grad_norm is small and steady; check the images and scale factor."),
-
-    Rule(GRAD, "bad", lambda v, c: v > 100, "The gradient is exploding.",
+        (GRAD, "bad", v > 100, "The gradient is exploding.",
          "Lower --lr, raise --warmup_steps and --batch_per_device, keep --grad_clip at most 1.0."),
-    Rule(GRAD, "bad", lambda v, c: v < 1e-6, "The gradient is vanishing: weights hardly change.",
+        (GRAD, "bad", v < 1e-6, "The gradient is vanishing: weights hardly change.",
          "Look for blank images or a latent scale factor of zero; raise --lr."),
-    Rule(BAD_STEPS, "bad", lambda v, c: c.diverged,
-         "Stopped: too many steps in a row had a non-finite gradient. The weights are fine.",
+        (BAD_STEPS, "bad", c.diverged, "Stopped: too many non-finite gradients in a row.",
          "Resume with a lower --lr and --grad_clip; try --dtype fp32; look for odd images."),
-    Rule(BAD_STEPS, "watch", lambda v, c: v > 0,
-         "Steps skipped since the last log line because their gradient was not finite.",
+        (BAD_STEPS, "watch", v > 0, "Steps skipped since the last log line: not finite.",
          "If it goes on, lower --lr and --grad_clip; try --dtype fp32; look for odd images."),
-
-    Rule(VAL, "bad", lambda v, c: c.val_trend == "memorising",
-         "Memorising: val/loss was lowest in epoch {best_epoch} and has risen since, while "
-         "val/train_loss kept falling.",
-         "Use ckpts/best.pt, which is from that epoch. Training longer makes copies of patients: "
-         "get more images, or set --patience to stop in time."),
-    Rule(VAL, "watch", lambda v, c: c.val_trend == "level",
-         "val/loss was lowest in epoch {best_epoch}; since then the model only fits its training "
-         "images.", "Use ckpts/best.pt. Stop if val/loss does not start to fall again."),
-    # Asked at every evaluation, so the 0.025 of evaluate.py would often be met by chance.
-    Rule(COPIES, "bad", lambda v, c: c.copies_probability < 0.001,
-         "More samples of the last evaluations copy a training image than chance allows.",
+        (VAL, "bad", c.val_trend == "memorising",
+         f"Memorising: val/loss was lowest in epoch {c.best_epoch}; val/train_loss still falls.",
+         "Use ckpts/best.pt, of that epoch: later ones copy patients. More images, or --patience."),
+        (VAL, "watch", c.val_trend == "level", f"Lowest in epoch {c.best_epoch}, and level since.",
+         "Use ckpts/best.pt. Stop if val/loss does not start to fall again."),
+        # Asked at every evaluation, so the 0.025 of evaluate.py would often be met by chance.
+        (COPIES, "bad", c.copies_probability < 0.001, "More copies than chance allows.",
          "Stop: it reproduces patients. Use an earlier ckpts/best.pt; check it with evaluate.py."),
 
-    Rule(MSE_MEAN, "bad", lambda v, c: v < 0.01,
-         "Collapse: the samples of a class are nearly identical.",
+        (MSE_MEAN, "bad", v < 0.01, "Collapse: the samples of a class are nearly identical.",
          "Lower --guidance_scale and --lr; check that --prob_uncond is near 0.1 and not near 1."),
-    Rule(MSE_MEAN, "watch", lambda v, c: v < 0.1, "The samples of a class are very similar.",
+        (MSE_MEAN, "watch", v < 0.1, "The samples of a class are very similar.",
          "Lower --guidance_scale and see if the number grows over the next epochs."),
-    Rule(RATIO, "watch", lambda v, c: v < 0.5, "Samples are less diverse than training images.",
+        (RATIO, "watch", v < 0.5, "Samples are less diverse than training images.",
          "Lower --guidance_scale towards 1, or train longer (--epochs)."),
-    Rule(RATIO, "watch", lambda v, c: v > 1.5,
-         "Samples lie further apart than training images: that is noise, not diversity.",
+        (RATIO, "watch", v > 1.5, "Further apart than training images: noise, not diversity.",
          "Train longer or raise --num_sampling_steps. In a short run, lower --ema_decay."),
-    *[Rule(name, "bad", lambda v, c: v < 1e-4, meaning,
+        *[(name, "bad", v < 1e-4, "Images are repeated among the samples of a class.",
            "Check that samples start from different noise; lower --guidance_scale and --lr.")
-      for name, meaning in (
-          (MSE_STD, "All pairs of samples are equally far apart: probably one image repeated."),
-          (MSE_MIN, "Two samples of a class are the same image."),
-          (MSE_MAX, "Even the most different samples of a class are the same image."))],
+          for name in (MSE_STD, MSE_MIN, MSE_MAX)],
 
-    Rule(NOISE, "bad", lambda v, c: v > 0.5,
-         "The latents are mostly noise: the posterior makes up over half of their variance.",
+        (NOISE, "bad", v > 0.5, "Mostly noise: the posterior makes up over half of the variance.",
          "Retrain the autoencoder with a lower --kl_weight."),
-    Rule(NOISE, "watch", lambda v, c: v > 0.2,
-         "Posterior noise makes up a good part of the latents' variance.",
+        (NOISE, "watch", v > 0.2, "Posterior noise makes up a good part of the variance.",
          "Lower --kl_weight, or train the autoencoder longer."),
-    Rule(Z_MEAN, "bad", lambda v, c: abs(v - c.train_mean) > c.target_std,
-         "The latents' mean is over one standard deviation from that of the training latents.",
+        (Z_MEAN, "bad", abs(v - c.train_mean) > std, "Far from the training latents' mean.",
          "Lower --guidance_scale. If images are too dark or bright, try --zero_terminal_snr."),
-    Rule(Z_STD, "bad", lambda v, c: v < 0.5 * c.target_std or v > 2 * c.target_std,
-         "The latents' standard deviation is under half or over twice 1/latent_scale_factor.",
+        (Z_STD, "bad", v < 0.5 * std or v > 2 * std, "Far off 1/latent_scale_factor.",
          "Run find_latent_scale.py again. If the factor is right, lower --guidance_scale."),
-    Rule(Z_STD, "watch", lambda v, c: v < 0.8 * c.target_std or v > 1.25 * c.target_std,
-         "The latents' standard deviation is noticeably off 1/latent_scale_factor.",
-         "Too large: lower --guidance_scale. Too small: train longer, raise --num_sampling_steps."),
-    *[rule for name in (Z_MIN, Z_MAX) for rule in (
-        Rule(name, "bad", lambda v, c: abs(v) > 20 and not c.lowest <= v <= c.highest,
-             "A latent lies beyond +-20, far from anything the decoder was trained on.",
+        (Z_STD, "watch", v < 0.8 * std or v > 1.25 * std, "Off 1/latent_scale_factor.",
+         "Too large: lower --guidance_scale. Too small: train longer, more --num_sampling_steps."),
+        *[rule for name in (Z_MIN, Z_MAX) for rule in (
+            (name, "bad", abs(v) > 20 and not c.lowest <= v <= c.highest, "Beyond +-20: too far.",
              "Lower --guidance_scale, raise --num_sampling_steps; else check the scale factor."),
-        Rule(name, "watch", lambda v, c: v < c.lowest or v > c.highest,
-             "A latent lies over half the training latents' range outside that range.",
+            (name, "watch", v < c.lowest or v > c.highest, "Far outside the training range.",
              "Lower --guidance_scale. Early in training this passes by itself."))],
-]
+    ]
+
 
 OK = {  # in the order in which verdicts are printed
     LOSS: "Falling, or too short to judge (under 20 log entries).",
@@ -176,47 +127,42 @@ OK = {  # in the order in which verdicts are printed
     COPIES: "No more samples copy a training image than chance allows.",
     MSE_MEAN: "The samples of a class differ from one another.",
     RATIO: "Samples are about as diverse as training images.",
-    MSE_STD: "Some pairs are closer than others, as with real images.",
-    MSE_MIN: "No two samples of a class are the same image.",
-    MSE_MAX: "The most different samples of a class do differ.",
+    **dict.fromkeys((MSE_STD, MSE_MIN, MSE_MAX), "No image is repeated within a class."),
     NOISE: "The latents carry image content and hardly any noise.",
     Z_MEAN: "Near the mean of the training latents, if that is known.",
     Z_STD: "Near 1/latent_scale_factor.",
-    Z_MIN: "In or near the range of the training latents, if that is known.",
-    Z_MAX: "In or near the range of the training latents, if that is known."}
+    **dict.fromkeys((Z_MIN, Z_MAX), "Near the range of the training latents, if that is known."),
+}
 
 
 def health(metrics, losses=(), train_stats=None, overfit=False, diverged=False,
            val_history=((), ()), best_epoch=0):
     """One Verdict for each metric of OK in `metrics` (name -> number).
 
-    losses: logged history of train/loss; val_history: those of val/loss and val/train_loss before
-    now, of which val/loss was lowest in best_epoch; train_stats: mean, min and max of the unscaled
-    training latents. overfit skips the diversity metrics, whose fall is the goal there. diverged:
-    --max_bad_steps stopped the run.
+    losses: history of train/loss; val_history: those of val/loss, lowest in best_epoch, and
+    val/train_loss before now; train_stats: mean, min and max of the unscaled training latents.
+    overfit skips the diversity metrics. diverged: --max_bad_steps stopped the run.
     """
     val, val_train = ([*past, metrics.get(name, math.nan)]
                       for past, name in zip(val_history, (VAL, VAL_TRAIN), strict=True))
     train = train_stats or dict.fromkeys(("mean", "min", "max"), math.nan)
     half_range = (train["max"] - train["min"]) / 2
-    context = Context(
-        loss_trend(losses), val_trend(val, val_train), diverged,
-        copies_probability=metrics.get(COPIES_PROBABILITY, math.nan),
+    context = SimpleNamespace(  # unknown numbers are NaN
+        loss_trend=loss_trend(losses), val_trend=val_trend(val, val_train), best_epoch=best_epoch,
+        copies_probability=metrics.get(COPIES_PROBABILITY, math.nan), diverged=diverged,
         target_std=metrics.get(TARGET_STD, math.nan), train_mean=train["mean"],
         lowest=train["min"] - half_range, highest=train["max"] + half_range)
+    left_out = [name for name in OK if overfit and name.startswith("sample_diversity/")]
+    if metrics.get("sample_diversity/num_pairs") == 1:
+        left_out.append(MSE_STD)  # of a single pair it is 0 and says nothing
     verdicts = []
-    for name, fine in OK.items():
-        # The standard deviation of a single pair is 0 and says nothing.
-        single_pair = name == MSE_STD and metrics.get("sample_diversity/num_pairs") == 1
-        skipped = single_pair or (overfit and name.startswith("sample_diversity/"))
-        if name not in metrics or skipped:
-            continue
+    for name in (name for name in OK if name in metrics and name not in left_out):
         value = float(metrics[name])
-        matching = (rule for rule in TABLE
-                    if rule.metric in ("*", name) and rule.applies(value, context))
-        rule = next(matching, Rule(name, "ok", None, fine, ""))
-        meaning = rule.meaning.format(best_epoch=best_epoch)
-        verdicts.append(Verdict(name, rule.level, f"{value:.4g}", meaning, rule.advice))
+        found = [(level, meaning, advice)
+                 for metric, level, applies, meaning, advice in rules(value, context)
+                 if applies and metric in ("*", name)]
+        level, meaning, advice = [*found, ("ok", OK[name], "")][0]
+        verdicts.append(Verdict(name, level, f"{value:.4g}", meaning, advice))
     return verdicts
 
 
@@ -227,11 +173,8 @@ def levels(verdicts):
 
 def sweep_objective(values, verdicts):
     """`values` with `sample_diversity/pairwise_mse_mean`, which a sweep maximises, set to -1 if the
-    samples are noise or copies; the measured value is kept as `..._raw`.
-
-    Noise is diverse too, as are copies: a ratio_to_real over 1.5 or not finite, or a bad verdict on
-    the latents' standard deviation or on copies, must not win.
-    """
+    samples are noise or copies, which are diverse too: ratio_to_real over 1.5 or not finite, or a
+    bad verdict on the latents' std or on copies. The measured value is kept as `..._raw`."""
     too_far_apart = not values.get(RATIO, 1.0) <= 1.5
     bad = any(v.metric in (Z_STD, COPIES) and v.level == "bad" for v in verdicts)
     objective = -1.0 if too_far_apart or bad else values[MSE_MEAN]
@@ -241,16 +184,11 @@ def sweep_objective(values, verdicts):
 def overfit_verdict(z_samples, z_train, x_samples, x_train, mse_threshold=0.1, psnr_threshold=25.0):
     """Did the model memorise its K training items? dict of `overfit/*`, with the bool `passed`.
 
-    z_samples [S, ...] and z_train [K, ...] are normalised latents, x_samples [S, 1, H, W] and
-    x_train [K, 1, H, W] their decoded images in [-1, 1]. Each sample is matched with its nearest
-    training latent; the medians over samples of the latent MSE and of the decoded PSNR must reach
-    the thresholds. Coverage, the fraction of min(K, S) items that are nearest to some sample within
-    mse_threshold, must be at least one half (8 fair draws from K = 8 cover 66 % on average), and at
-    least two items if S and K allow, so that one repeated image fails for every K > 1.
-
-    Unrelated latents of unit variance have MSE 2. Different patients at 128 pixels (106 adults of
-    one site, all 5565 pairs) have 11.4 dB on average and 19.5 dB at most, while a copy with noise
-    of 5 % of the grey range still reaches 26 dB.
+    z_samples [S, ...] and z_train [K, ...] are normalised latents, x_* [., 1, H, W] their decoded
+    images in [-1, 1]. The medians over samples of MSE and PSNR to the nearest training latent must
+    reach the thresholds (unrelated latents have MSE 2, different patients at most 19.5 dB).
+    Coverage, the fraction of min(K, S) items that are nearest to some sample within mse_threshold,
+    must be one half, and two items if S and K allow: one repeated image fails for K > 1.
     """
     z_samples, z_train = rows64(z_samples), rows64(z_train)
     # The faster way to compute distances is inexact near 0.
@@ -275,21 +213,20 @@ def format_verdicts(verdicts):
     value_width = max((len(v.value) for v in verdicts), default=0)
     lines = []
     for v in verdicts:
-        lines.append(f"{v.level.upper():<5}  {v.metric:<{width}}  {v.value:>{value_width}}  "
-                     f"{v.meaning}")
+        start = f"{v.level.upper():<5}  {v.metric:<{width}}  {v.value:>{value_width}}  "
+        lines.append(start + v.meaning)
         if v.level != "ok":
-            lines.append(" " * (width + value_width + 11) + v.advice)
+            lines.append(" " * len(start) + v.advice)
     return "\n".join(lines)
 
 
 def format_training(values):
     """One line about a log step's metrics."""
-    names = [n for n in ("loss", "rec", "kl", "grad_norm") if f"train/{n}" in values]
-    text = " ".join(f"{n} {values[f'train/{n}']:.4g}" for n in names)
-    text += f" {values['train/images_per_second']:.1f} images/s"
-    if values["train/bad_steps"]:
-        text += f", {values['train/bad_steps']:.0f} non-finite steps skipped"
-    return text
+    words = [f"{name} {values[f'train/{name}']:.4g}" for name in ("loss", "rec", "kl", "grad_norm")
+             if f"train/{name}" in values]
+    words.append(f"{values['train/images_per_second']:.1f} images/s")
+    skipped = values["train/bad_steps"]
+    return " ".join(words) + (f", {skipped:.0f} non-finite steps skipped" if skipped else "")
 
 
 def format_overfit(values):
@@ -298,5 +235,4 @@ def format_overfit(values):
     return (f"{'PASS' if v['passed'] else 'FAIL'}: nearest training latent at MSE "
             f"{v['nearest_mse']:.4f} (at most {v['mse_threshold']:.4f}), decoded PSNR "
             f"{v['nearest_psnr']:.1f} dB (at least {v['psnr_threshold']:g}), "
-            f"{100 * v['coverage']:.0f} % of the images found (at least "
-            f"{100 * v['coverage_threshold']:.0f} %)")
+            f"{v['coverage']:.0%} of the images found (at least {v['coverage_threshold']:.0%})")

@@ -1,4 +1,4 @@
-"""Metrics against closed forms, independent re-derivations and constructed cases."""
+"""Metrics on constructed cases; test_references.py compares them with other implementations."""
 import math
 
 import numpy as np
@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from lib.metrics import (CopyTest, auroc, auroc_gain, auroc_interval, beta_binomial_tail, detail,
-                         distinct_rows, frechet_distance, kernel_distance, latent_stats,
-                         manifold_metrics, mean_auroc, ms_ssim, octave_power, octaves, pairwise_mse,
-                         psnr, sample_diversity, ssim)
-from lib.verdicts import (OK, TABLE, format_training, format_verdicts, health, loss_trend,
+                         distinct_rows, frechet_distance, latent_stats, mean_auroc, ms_ssim,
+                         octave_power, octaves, pairwise_mse, psnr, sample_diversity, ssim)
+from lib.verdicts import (OK, format_training, format_verdicts, health, loss_trend,
                           overfit_verdict, sweep_objective)
 
 
@@ -24,43 +23,6 @@ def images(batch, height, width, seed=0):
 # --- reconstruction ---
 
 
-def test_psnr_closed_form_is_per_image():
-    x = images(3, 8, 8) * 0.5
-    offset = torch.tensor([0.2, 0.02, 0.4]).view(3, 1, 1, 1)
-    expected = 20 * torch.log10(2 / offset.flatten())  # an offset d has RMSE d, the peak is 2
-    assert torch.allclose(psnr(x, x + offset), expected, atol=1e-3)
-    assert psnr(x, x).isfinite().all()
-
-
-def naive_ssim(x, y, size):
-    """Mean SSIM over all windows of images in 0..255, from moments about each window's mean."""
-    r = np.arange(size) - (size - 1) / 2
-    window = np.exp(-(r[:, None] ** 2 + r[None] ** 2) / (2 * 1.5**2))
-    window /= window.sum()
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    values = []
-    for i in range(x.shape[0] - size + 1):
-        for j in range(x.shape[1] - size + 1):
-            a, b = x[i:i + size, j:j + size], y[i:i + size, j:j + size]
-            ma, mb = (window * a).sum(), (window * b).sum()
-            va, vb = (window * (a - ma) ** 2).sum(), (window * (b - mb) ** 2).sum()
-            cov = (window * (a - ma) * (b - mb)).sum()
-            luminance = (2 * ma * mb + c1) / (ma**2 + mb**2 + c1)
-            values.append(luminance * (2 * cov + c2) / (va + vb + c2))
-    return np.mean(values)
-
-
-@pytest.mark.parametrize("brightness", [1.0, 0.05])  # in dark images the constant C1 counts
-def test_ssim_shrinks_its_window_on_small_images(brightness):
-    x = images(2, 7, 9)
-    y = 0.6 * x + 0.4 * images(2, 7, 9, seed=1)
-    x, y = brightness * (x + 1) - 1, 0.5 * brightness * (y + 1) - 1
-    a, b = ((v[:, 0].double().numpy() + 1) * 127.5 for v in (x, y))
-    expected = [naive_ssim(*pair, size=7) for pair in zip(a, b, strict=True)]
-    assert 0.2 < min(expected) < max(expected) < 0.95
-    assert np.allclose(ssim(x, y).numpy(), expected, atol=2e-5)
-
-
 def test_ssim_of_an_image_with_itself_is_one_and_symmetric():
     x, y = images(2, 64, 48), images(2, 64, 48, seed=1)
     assert torch.allclose(ssim(x, x), torch.ones(2), atol=1e-6)
@@ -72,10 +34,8 @@ def test_ssim_of_an_image_with_itself_is_one_and_symmetric():
 
 HARD_PAIRS = {
     "identical": (images(1, 48, 48), images(1, 48, 48)),
-    "negative": (images(1, 48, 48), -images(1, 48, 48)),
     "constant": (torch.full((1, 1, 48, 48), 0.3), torch.full((1, 1, 48, 48), 0.3)),
     "black and white": (torch.full((1, 1, 48, 48), -1.0), torch.ones(1, 1, 48, 48)),
-    "constant and random": (torch.zeros(1, 1, 48, 48), images(1, 48, 48)),
 }
 
 
@@ -97,17 +57,6 @@ def test_reconstruction_metrics_are_float32_under_autocast(metric):
     assert torch.equal(inside, metric(x.float(), y.float()))
 
 
-def test_similarity_compiles_into_one_graph():
-    x, y = images(2, 48, 48), images(2, 48, 48, seed=1)
-
-    def total(a, b):
-        return ms_ssim(a, b) + ssim(a, b) + psnr(a, b)
-
-    # fullgraph raises on a graph break.
-    compiled = torch.compile(total, fullgraph=True, backend="eager")
-    assert torch.allclose(compiled(x, y), total(x, y))
-
-
 # --- diversity and latent statistics ---
 
 
@@ -117,14 +66,8 @@ def test_pairwise_mse_matches_brute_force():
     pairs = [((d[i] - d[j]) ** 2).mean().item() for i in range(7) for j in range(i)]
     expected = {"mean": np.mean(pairs), "std": np.std(pairs), "min": min(pairs), "max": max(pairs)}
     assert pairwise_mse(z) == pytest.approx(expected, rel=1e-9)
-
-
-def test_pairwise_mse_edge_cases():
-    z = torch.randn(2, 5, generator=rng())
-    assert pairwise_mse(z)["std"] == 0
-    assert pairwise_mse(z[:1].repeat(4, 1)) == {"mean": 0, "std": 0, "min": 0, "max": 0}
-    with pytest.raises(ValueError, match="at least 2"):
-        pairwise_mse(z[:1])
+    assert pairwise_mse(z[:2])["std"] == 0
+    assert pairwise_mse(z[:1].repeat(4, 1, 1)) == {"mean": 0, "std": 0, "min": 0, "max": 0}
     z[1, 2] = math.nan
     assert all(math.isnan(value) for value in pairwise_mse(z).values())
 
@@ -146,43 +89,25 @@ def test_sample_diversity_averages_classes_with_pairs():
     assert not any("single" in key or "empty" in key for key in result)
 
 
-@pytest.mark.parametrize("real", [None, 0, 0.0])
-def test_sample_diversity_without_real_pairs_or_samples(real):
+def test_sample_diversity_without_real_pairs_or_samples():
     z = torch.randn(2, 3, generator=rng())
-    result = sample_diversity(z, torch.tensor([0, 0]), ["a"], real)
-    assert not any("real" in key for key in result)
-    assert result["sample_diversity/num_pairs"] == 1
+    for real in (None, 0.0):
+        result = sample_diversity(z, torch.tensor([0, 0]), ["a"], real)
+        assert not any("real" in key for key in result)
+        assert result["sample_diversity/num_pairs"] == 1
     alone = sample_diversity(z, torch.tensor([0, 1]), ["a", "b"], 2.0)
     assert alone == {"sample_diversity/num_pairs": 0,
                      "sample_diversity/real_pairwise_mse_mean": 2.0}
 
 
 def test_latent_stats():
-    z = torch.tensor([[1.0, -3.0], [2.0, 4.0]])
-    result = latent_stats(z, 0.25)
-    assert result == {
+    assert latent_stats(torch.tensor([[1.0, -3.0], [2.0, 4.0]]), 0.25) == {
         "final_latent_stats/mean": 1.0, "final_latent_stats/std": pytest.approx(math.sqrt(6.5)),
         "final_latent_stats/min": -3.0, "final_latent_stats/max": 4.0,
         "final_latent_stats/target_std": 4.0}
-    assert all(type(value) is float for value in result.values())
 
 
 # --- distributions ---
-
-
-def exact_features(mean, std, seed, n=60):
-    """Features [n, D] with exactly the sample mean `mean` and unbiased covariance diag(std^2)."""
-    x = torch.randn(n, len(mean), generator=rng(seed), dtype=torch.float64)
-    x = torch.linalg.qr(x - x.mean(0)).Q * math.sqrt(n - 1)
-    return x * torch.tensor(std, dtype=torch.float64) + torch.tensor(mean, dtype=torch.float64)
-
-
-def test_frechet_distance_of_diagonal_gaussians():
-    a = exact_features([0.0, 1.0, -2.0], [1.0, 2.0, 0.5], seed=1)
-    b = exact_features([3.0, 1.0, 2.0], [4.0, 2.0, 0.1], seed=2, n=35)
-    expected = 3**2 + 4**2 + (1 - 4) ** 2 + (0.5 - 0.1) ** 2  # |m1 - m2|^2 + sum (s1 - s2)^2
-    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
-    assert frechet_distance(a[:, :1], b[:, :1]) == pytest.approx(3**2 + 3**2, rel=1e-9)
 
 
 def test_frechet_distance_with_fewer_samples_than_dimensions():
@@ -191,35 +116,6 @@ def test_frechet_distance_with_fewer_samples_than_dimensions():
     assert frechet_distance(a, a + 1) == pytest.approx(64, rel=1e-5)
     a[0, 0] = math.nan
     assert math.isnan(frechet_distance(a, a))
-
-
-def test_kernel_distance_is_unbiased_and_grows_with_shift():
-    def mean_and_error(shift):
-        values = [kernel_distance(torch.randn(20, 8, generator=rng(2 * s)),
-                                  torch.randn(30, 8, generator=rng(2 * s + 1)) + shift)
-                  for s in range(200)]
-        return np.mean(values), np.std(values) / math.sqrt(200)
-
-    (same, error), (near, _), (far, _) = (mean_and_error(shift) for shift in (0.0, 0.3, 0.6))
-    assert abs(same) < 3 * error
-    assert same + 5 * error < near < far
-
-
-@pytest.mark.parametrize("distance", [frechet_distance, kernel_distance])
-def test_distances_reject_unusable_features(distance):
-    for a, b in [((5, 3), (5, 4)), ((1, 3), (5, 3)), ((5, 3, 2), (5, 3, 2))]:
-        with pytest.raises(ValueError, match="features must be"):
-            distance(torch.zeros(a), torch.zeros(b))
-
-
-def test_manifold_metrics_of_points_on_a_line():
-    """Real balls have radius 1 (k = 1), sample balls 0.4, 0.4, 0.5, 0.5: two samples lie in two
-    real balls each, and one real point, 1, lies in balls of samples."""
-    real = torch.tensor([[0.0], [1.0], [10.0], [11.0]])
-    samples = torch.tensor([[0.6], [1.0], [20.0], [20.5]])
-    assert manifold_metrics(samples, real, k=1) == {
-        "precision": 0.5, "recall": 0.25, "density": 1.0, "coverage": 0.5}
-    assert manifold_metrics(samples[:2], real) == manifold_metrics(samples[:2], real, k=1)
 
 
 # --- copies and classification ---
@@ -280,17 +176,6 @@ def test_fresh_samples_are_rarely_called_copies():
         assert alarms <= 12, scale  # 5 expected; more than 11 in 1 % of the cases
 
 
-def test_auroc_counts_pairs():
-    scores = torch.tensor([[0.0, 3.0], [0.0, 1.0], [0.0, 2.0], [0.0, 1.0]])
-    labels = torch.tensor([1, 1, 0, 0])
-    assert auroc(scores, labels) == (1 + 1 + 0 + 0.5) / 4  # member above non-member; one is a tie
-    assert auroc(-scores, labels) == 1 - 2.5 / 4
-    assert math.isnan(auroc(scores, torch.ones(4)))
-    three = torch.eye(3)[[0, 1, 2, 0]]
-    assert auroc(three, torch.tensor([0, 1, 2, 0])) == 1
-    assert auroc(three, torch.tensor([1, 1, 2, 0])) == pytest.approx((2.5 / 3 + 3 / 4 + 1) / 3)
-
-
 @pytest.mark.parametrize("count, shift", [(9, 1.0), (9, 2.0), (60, 1.0)])
 def test_auroc_interval_covers_the_truth_of_two_gaussians(count, shift):
     """Scores `shift` standard deviations apart have AUROC Phi(shift / sqrt(2))."""
@@ -348,21 +233,6 @@ def test_detail_of_boards_is_what_averaging_takes_away():
     assert detail(odd).tolist() == [0.0]
 
 
-def test_octaves_end_at_the_finest_that_pixels_can_show():
-    assert octaves(128) == [(2, 4), (4, 8), (8, 16), (16, 32), (32, 64)]
-    assert octaves(96) == [(3, 6), (6, 12), (12, 24), (24, 48)]
-    assert octaves(8) == [(1, 2), (2, 4)]
-
-
-@pytest.mark.parametrize("vertical, horizontal, octave", [(0, 3, 0), (5, 0, 1), (-8, 8, 2),
-                                                          (24, 0, 3), (0, 50, 4), (30, 30, 4)])
-def test_a_wave_has_its_power_in_its_octave(vertical, horizontal, octave):
-    y, x = torch.meshgrid(torch.arange(128.0), torch.arange(128.0), indexing="ij")
-    wave = (2 * math.pi * (vertical * y + horizontal * x) / 128).cos()[None, None]
-    power = octave_power(0.9 + 0.1 * wave)[0]
-    assert power.argmax() == octave and power[octave] > 0.75 * power.sum()
-
-
 def test_power_against_the_transfer_function_of_a_filter():
     """Twice the amplitude is four times the power; a circular blur takes from each frequency what
     its transfer function says; white noise has as much as there are frequencies in an octave."""
@@ -404,11 +274,13 @@ CASES = [
     *[("copies/share", 0.02, level, {"beside": {"copies/probability": p}})
       for p, level in ((0.0011, "ok"), (0.0009, "bad"))],
     ("train/loss", 0.1, "ok", {"losses": FALLING}),
-    ("train/loss", 0.1, "ok", {"losses": [1.0, 2.0]}),
     ("train/loss", 0.1, "bad", {"losses": [1.0, math.nan]}),
     ("train/loss", 0.1, "bad", {"losses": FALLING + [math.inf] + FALLING}),
     ("train/loss", 0.1, "bad", {"losses": FALLING[:36] + [0.1, 0.3, 0.9, 2.7]}),
+    ("train/loss", 1.0, "ok", {"losses": [1.0] * 19}),
     ("train/loss", 1.0, "watch", {"losses": [1.0] * 20}),
+    *[("train/loss", end, level, {"losses": [2.0] * 20 + [1.0] * 60 + [end] * 10})
+      for end, level in ((1.04, "ok"), (1.06, "bad"))],
     ("train/loss", 0.98, "watch", {"losses": [1.0] * 2 + [0.95] * 16 + [0.981] * 2}),
     ("train/loss", 0.97, "ok", {"losses": [1.0] * 2 + [0.98] * 16 + [0.979] * 2}),
     ("train/grad_norm", 100.1, "bad", {}), ("train/grad_norm", 100, "ok", {}),
@@ -448,13 +320,6 @@ def test_verdict_level(metric, value, level, context):
     assert (verdict.metric, verdict.level) == (metric, level)
 
 
-def test_the_cases_reach_every_rule():
-    reached = {(v.metric, v.level, v.meaning) for metric, value, _, context in CASES
-               for v in judge(metric, value, context)}
-    rules = {(r.metric, r.level, r.meaning.format(best_epoch=30)) for r in TABLE if r.metric != "*"}
-    assert reached == rules | {(metric, "ok", meaning) for metric, meaning in OK.items()}
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_every_metric_is_bad_when_not_finite(value):
     verdicts = health({name: value for name in OK} | TARGET, FALLING, TRAIN)
@@ -483,32 +348,15 @@ NOISE = {
 @pytest.mark.parametrize("noise", NOISE)
 @pytest.mark.parametrize("length", [20, 60, 400])
 def test_noisy_plateau_is_not_rising(noise, length):
-    """Over 5000 other seeds, 0.04 to 0.64 % are called rising; asserted is at most 2.5 % of 200."""
+    """Over 5000 other seeds, 0.04 to 0.64 % are called rising; asserted is at most 2.5 % of 200. A
+    last tenth that climbs to twice the plateau is found in 95 %."""
     falls = np.exp(-np.arange(length) / (length / 10))
-    rising = sum(loss_trend(falls + NOISE[noise](np.random.default_rng(seed), length)) == "rising"
-                 for seed in range(200))
-    assert rising <= 5
-
-
-@pytest.mark.parametrize("length", [20, 60, 400])
-def test_true_rise_is_found(length):
-    """The last tenth climbs from 1.5 to 2 times the plateau under 10 % noise: 95 % of 200."""
-    tenth = length // 10
-    course = np.ones(length)
-    course[-tenth:] = np.linspace(1.5, 2, tenth)
-    rising = 0
-    for seed in range(200):
-        noise = 0.1 * np.random.default_rng(seed).standard_normal(length)
-        rising += loss_trend(course + noise) == "rising"
-    assert rising >= 190
-
-
-@pytest.mark.parametrize("losses, trend", [
-    ([], "short"), ([1.0] * 19, "short"), ([1.0] * 20, "flat"),
-    ([2.0] * 20 + [1.0] * 60 + [1.04] * 10, "falling"),
-    ([2.0] * 20 + [1.0] * 60 + [1.06] * 10, "rising")])
-def test_trend_without_noise(losses, trend):
-    assert loss_trend(losses) == trend
+    climb = np.zeros(length)
+    climb[-(length // 10):] = np.linspace(0.5, 1, length // 10)
+    courses = [NOISE[noise](np.random.default_rng(seed), length) for seed in range(200)]
+    assert sum(loss_trend(falls + course) == "rising" for course in courses) <= 5
+    if noise == "gaussian, 10 %":
+        assert sum(loss_trend(climb + course) == "rising" for course in courses) >= 190
 
 
 def test_format_verdicts_aligns_and_advises_only_when_needed():
@@ -576,11 +424,10 @@ def test_overfit_fails_on_one_image_repeated_by_its_coverage(k, samples):
     assert result["overfit/passed"] is False
 
 
-@pytest.mark.parametrize("k, drawn, passed", [
-    (1, [0] * 4, True), (8, [0, 1, 2, 3] * 2, True), (8, [0, 1, 2, 0] * 2, False)])
-def test_overfit_passes_when_half_is_covered(k, drawn, passed):
-    z, x = training_set(k)
-    assert overfit_verdict(z[drawn], z, x[drawn], x)["overfit/passed"] is passed
+def test_overfit_passes_when_half_is_covered():
+    z, x = training_set(8)
+    for drawn, passed in (([0, 1, 2, 3] * 2, True), ([0, 1, 2, 0] * 2, False)):
+        assert overfit_verdict(z[drawn], z, x[drawn], x)["overfit/passed"] is passed
 
 
 def test_overfit_needs_both_latents_and_images_to_match():
@@ -592,9 +439,3 @@ def test_overfit_needs_both_latents_and_images_to_match():
         assert not overfit_verdict(samples[0], z, samples[1], x)["overfit/passed"]
 
 
-def test_overfit_needs_most_samples_to_be_copies():
-    z, x = training_set(8)
-    half = torch.cat([z[:4], training_set(5, seed=50)[0]])
-    result = overfit_verdict(half, z, x[:1].expand(9, -1, -1, -1), x[:1].expand(8, -1, -1, -1))
-    assert result["overfit/coverage"] == 0.5 and result["overfit/nearest_psnr"] > 25
-    assert not result["overfit/passed"]
