@@ -26,8 +26,8 @@ import diffusion
 import model
 import sample
 from lib import decode, dist, metrics, run, verdicts
-from lib.args import (BooleanFlag, add_data_arguments, add_precision_arguments,
-                      add_sampling_arguments, at_least, file_path, make_parser, parse_settings)
+from lib.args import (add_data_arguments, add_precision_arguments, add_sampling_arguments, at_least,
+                      file_path, make_parser, parse_settings)
 from lib.files import fail, make_folder, notice, read_json, write_json
 
 CLASSIFIER_SIZE = 64  # side in pixels of what the classifier sees
@@ -62,8 +62,6 @@ def build_parser():
         help="feature spaces of the distances; classifier needs two classes, vae an autoencoder")
     add("--classifier_steps", type=at_least(1), default=600,
         help="training steps of each classifier, 32 images per step")
-    add("--wandb", action=BooleanFlag, default=True,
-        help="show the verdicts on the W&B page of the model's run, if it has one")
     return parser
 
 
@@ -526,26 +524,6 @@ def print_numbers(part, name):
         print(f"{name:<38}", *(f" {key} {value:<9.4g}" for key, value in part.items()))
 
 
-def report_to_wandb(report, found, pairs):
-    """Verdicts and, at path `pairs`, the closest pairs, on the W&B page of the model's run, if it
-    has one."""
-    folder = run.run_folder(report["ckpt"])
-    meta = read_json(folder / "run_meta.json")
-    if not meta.get("wandb_id"):
-        return
-    settings = argparse.Namespace(**meta["args"])
-    tracker = run.Tracker(run.start_wandb(settings, folder, meta["wandb_id"], None))
-    summary = verdicts.levels(found) | {v.metric: float(v.value) for v in found}
-    tracker.attempt(lambda w: w.summary.update({f"evaluation/{k}": v for k, v in summary.items()}))
-
-    def log(session):
-        import wandb
-        session.log({"step": report["step"], "evaluation/pairs": wandb.Image(str(pairs))})
-    if "copies" in report:
-        tracker.attempt(log)
-    tracker.finish()
-
-
 def find_folder(args):
     """Folder of the report, None for a new one in --output_root. Exits if it is in the measured
     folder, or holds files of the same names that are not of a report on the same samples."""
@@ -656,8 +634,6 @@ def main(argv=None):
                                           "that training image"])
     write_json(path, {**report, "verdicts": [v._asdict() for v in found]})
     print(f"written: {path}" + (f", {pairs_path}" if pairs else ""))
-    if args.ckpt and args.wandb:
-        report_to_wandb(report, found, pairs_path)
 
 
 if __name__ == "__main__":

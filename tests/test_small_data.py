@@ -207,7 +207,7 @@ def test_an_augmentation_does_what_its_numbers_say():
 def test_versions_of_an_image_are_cached_as_they_are_encoded(workspace):
     plain, vae, sha256, _ = opened(workspace)
     few = plain.images.subset([3, 9, 12])
-    cached, fresh = (data.LatentSet(few, vae, sha256, workspace.out / "cache", ALONE, use, 5, 2)
+    cached, fresh = (data.LatentSet(few, vae, sha256, workspace.out / "cache", ALONE, use, 2)
                      for use in (True, False))
     index, versions = np.array([0, 1, 2, 1]), np.array([0, 2, 1, 1])
     told = cached.augment_labels(index, versions)
