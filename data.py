@@ -204,13 +204,6 @@ def to_float(rows):
     return (torch.from_numpy(rows.astype(np.float32)) / 32767.5 - 1)[:, None]
 
 
-def decode_some(paths, img_size, most):
-    """Up to `most` of these image files, evenly chosen: float32 [N, 1, S, S] in [-1, 1]. Raises
-    OSError or ValueError if one cannot be decoded."""
-    index = np.linspace(0, len(paths) - 1, min(most, len(paths))).astype(int)
-    return to_float(np.stack([decode.read_square(paths[i], img_size) for i in index]))
-
-
 def batches(images):
     """All of an ImageSet, or of what is read like one, in order: float32 [B, 1, S, S]."""
     for start in range(0, len(images), BATCH):

@@ -19,20 +19,10 @@ WINDOW = 8  # evaluations whose samples are searched for copies together
 MOST_SEARCHED = 1000  # training images that samples are compared with
 
 
-class FixedInputs(NamedTuple):
-    """Inputs of Denoiser.forward that are the same at each evaluation, so that their loss changes
-    with the weights alone."""
-
-    x0: torch.Tensor  # [N, C, h, w]
-    t: torch.Tensor  # [N]
-    noise: torch.Tensor  # [N, C, h, w]
-    y: torch.Tensor  # [N]
-
-
 @torch.no_grad()
 def fixed_inputs(latents, index, scale, args, ctx):
-    """FixedInputs of the images `index` of a data.LatentSet: about PAIRS of them, with times spread
-    evenly over 0 to 1, all from args.seed alone."""
+    """(x0, t, noise, y) of the images `index` of a data.LatentSet, as Denoiser.forward takes them:
+    about PAIRS, the same at each evaluation, with times spread evenly over 0 to 1."""
     posterior = latents.posterior(index)
     places = torch.arange(len(index)).repeat(max(1, PAIRS // len(index)))
     rng = ctx.generator(args.seed, "validation")
@@ -41,14 +31,14 @@ def fixed_inputs(latents, index, scale, args, ctx):
     places = places.to(ctx.device)
     x0 = model.Posterior(*(part[places] for part in posterior)).sample(noise[0]) * scale
     y = torch.from_numpy(latents.images.labels[index]).to(ctx.device)
-    return FixedInputs(x0, t.to(ctx.device), noise[1], y[places])
+    return x0, t.to(ctx.device), noise[1], y[places]
 
 
 @torch.no_grad()
 def mean_loss(denoiser, inputs, ctx):
-    """Loss of FixedInputs, the same on all ranks."""
+    """Loss of fixed_inputs, the same on all ranks."""
     sums = torch.zeros(2, dtype=torch.float64)
-    for part in torch.arange(ctx.rank, len(inputs.t), ctx.world_size).split(64):
+    for part in torch.arange(ctx.rank, len(inputs[0]), ctx.world_size).split(64):
         part = part.to(ctx.device)
         # A network compiled for sampling would be compiled again for each of these sizes.
         stance = "force_eager" if ctx.compile else "default"

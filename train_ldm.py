@@ -77,22 +77,18 @@ def build_parser():
     add_autoencoder_arguments(parser)
     add = parser.add_argument_group("mode").add_argument
     add("--mode", default="full_train", help="full_train, overfit_one or overfit_K")
-    add("--latent_scale_factor", type=at_least(1e-6, float),
-        help="None: from latent_scale.json beside the autoencoder")
+    add("--latent_scale_factor", type=at_least(1e-6, float), help="None: of latent_scale.json")
     add("--cache_latents", action=BooleanFlag, default=True, help="encode all images once")
+    # The UNet is conditioned on the augmentation, so samples are not augmented.
     add("--augment", type=at_least(0), default=0,
-        help="augmented copies per image (shift, zoom, rotation, exposure; no flips). The UNet is "
-             "conditioned on the augmentation, so samples are not augmented")
+        help="augmented copies per image (shift, zoom, rotation, exposure; no flips)")
     add = parser.add_argument_group("UNet").add_argument
     add("--ldm_base_ch", type=at_least(1), default=96, help="channels of the first level")
-    add("--ldm_ch_mults", type=int_list, default=(1, 2, 4),
-        help="channels by level; each further level halves the size")
+    add("--ldm_ch_mults", type=int_list, default=(1, 2, 4), help="by level, each half the size")
     add("--ldm_num_res_blocks", type=at_least(1), default=2, help="residual blocks per level")
-    add("--ldm_attn_res", type=int_list, default=(16,),
-        help="latent sizes with attention beside the middle")
+    add("--ldm_attn_res", type=int_list, default=(16,), help="sizes with attention")
     add = parser.add_argument_group("diffusion").add_argument
-    add("--prediction", choices=("eps", "v", "x0", "flow"), default="flow",
-        help="what the UNet puts out")
+    add("--prediction", choices=("eps", "v", "x0", "flow"), default="flow", help="UNet's output")
     add("--noise_schedule", choices=("auto", "linear", "cosine", "flow"), default="auto",
         help="auto: flow for prediction flow, else cosine")
     add("--zero_terminal_snr", action=BooleanFlag,
@@ -101,22 +97,17 @@ def build_parser():
     add("--prob_uncond", type=at_least(0, float, 0.999999), default=0.1,
         help="fraction of labels replaced by the null class")
     add("--use_ema", action=BooleanFlag, default=True, help="sample from averaged weights")
-    add("--ema_decay", type=at_least(0, float, 1), default=0.999,
-        help="of the averaged weights, after a warm-up")
-    add("--warmup_steps", type=at_least(0), default=500,
-        help="steps over which the learning rate rises")
+    add("--ema_decay", type=at_least(0, float, 1), default=0.999, help="of these, after a warm-up")
+    add("--warmup_steps", type=at_least(0), default=500, help="steps over which lr rises")
     add("--grad_accum", type=at_least(1), default=1, help="micro-batches per step")
     add("--patience", type=at_least(0), default=0,
         help="stop after this many evaluations without a lower val/loss; 0: never")
     add = parser.add_argument_group("sampling in training").add_argument
     add("--sample_batch_size", type=at_least(2), default=8, help="images per class")
     add("--sampler", choices=tuple(diffusion.SAMPLERS), default="ancestral", help="see sample.py")
-    add("--num_sampling_steps", type=at_least(1), default=500,
-        help="network evaluations per image")
-    add("--guidance_scale", type=at_least(0, float), default=1.0,
-        help="classifier-free guidance; 1: none")
-    add("--guidance_interval", type=interval, default=(0.3, 0.7),
-        help="LOW,HIGH: guidance for t between them")
+    add("--num_sampling_steps", type=at_least(1), default=500, help="of the sampler")
+    add("--guidance_scale", type=at_least(0, float), default=1.0, help="1: no guidance")
+    add("--guidance_interval", type=interval, default=(0.3, 0.7), help="LOW,HIGH of guided t")
     return parser
 
 
@@ -515,7 +506,7 @@ def main(argv=None):
             diverged = skipped_in_a_row.item() >= args.max_bad_steps
             if diverged:
                 break
-        run.show_progress(step)
+        run.progress.update(step, run.status)
 
     # --- end: best.pt is the one to use, if validation images chose it ---
     if ctx.is_main and diverged:

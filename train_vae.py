@@ -33,26 +33,22 @@ def build_parser():
     """Parser of this stage."""
     parser = trainer_parser(
         __doc__, img_size=256, lr=1e-4, epochs=200, batch_per_device=8,
-        init_from_help="weights and shape to start from: ckpts/last.pt of another run, or the "
-                       "folder of a diffusers AutoencoderKL; with --max_steps=0 it is used as it "
-                       "is")
+        init_from_help="weights and shape to start from: ckpts/last.pt of a run, or a folder of "
+                       "diffusers' AutoencoderKL; with --max_steps=0 it is used as it is")
     add = parser.add_argument_group("autoencoder").add_argument
     add("--z_channels", type=at_least(1), default=4, help="channels of the latent")
     add("--base_ch", type=at_least(1), default=64, help="channels at full resolution")
-    add("--ch_mults", type=int_list, default=(1, 2, 4, 4),
-        help="channels by level; each further level halves the size")
+    add("--ch_mults", type=int_list, default=(1, 2, 4, 4), help="by level, each half the size")
     add("--num_res_blocks", type=at_least(1), default=2, help="residual blocks per level")
     add("--attn_res", type=int_list, default=(), help="sizes with attention beside the middle")
-    add("--patch_size", type=at_least(1), default=1,
-        help="turn squares of this many pixels a side into channels first, which is faster; above "
-             "1 it is no longer the AutoencoderKL of LDM and diffusers")
+    # Above 1, or with a linear path, it is no longer the AutoencoderKL of LDM and diffusers.
+    add("--patch_size", type=at_least(1), default=1, help="side of pixel squares taken as channels")
     add("--linear_path", action=BooleanFlag, default=False,
-        help="linear maps beside the networks, which then learn far faster; no longer the "
-             "AutoencoderKL of LDM and diffusers either")
+        help="linear maps beside the networks, which then learn far faster")
     add("--quant_conv", action=BooleanFlag, default=False,
         help="1x1 convolutions around the latent, as in published autoencoders")
     add("--ema_decay", type=at_least(0, float, 1), default=0.999,
-        help="decay of the averaged weights, which the later stages use")
+        help="of the averaged weights, which the later stages use")
     add("--cooldown", type=at_least(0, float, 1), default=0.0,
         help="last fraction of the run over which lr falls linearly to 0")
     add("--augment", action=BooleanFlag, default=False,
@@ -60,21 +56,15 @@ def build_parser():
     add = parser.add_argument_group("loss").add_argument
     add("--pixel_weight", type=at_least(0, float), default=1.0, help="of the mean absolute error")
     add("--ssim_weight", type=at_least(0, float), default=0.2, help="of 1 - MS-SSIM")
-    add("--perceptual_weight", type=at_least(0, float), default=0.0,
-        help="of LPIPS (pip install lpips)")
-    add("--kl_weight", type=at_least(0, float), default=1e-6,
-        help="of the KL in nats per image; the other terms are means over pixels, so this is LDM's "
-             "weight divided by the number of pixels")
+    add("--perceptual_weight", type=at_least(0, float), default=0.0, help="of LPIPS, if installed")
+    # The other terms are means over pixels, so this is LDM's weight divided by their number.
+    add("--kl_weight", type=at_least(0, float), default=1e-6, help="of the KL in nats per image")
     add("--disc_start", type=at_least(0), default=20000, help="first step of the PatchGAN")
-    add("--disc_weight", type=at_least(0, float), default=0.1,
-        help="of the adversarial term; 0: no discriminator")
-    add("--disc_lr", type=at_least(0, float), default=1e-4,
-        help="learning rate of the discriminator")
-    add("--disc_base_ch", type=at_least(1), default=64,
-        help="channels of the discriminator after its first layer")
-    add("--disc_layers", type=at_least(1), default=3,
-        help="further layers of the discriminator: 3 see patches of 70 pixels, 2 of 34")
-    add("--disc_loss", choices=("hinge", "vanilla"), default="hinge", help="discriminator's loss")
+    add("--disc_weight", type=at_least(0, float), default=0.1, help="of its term; 0: no PatchGAN")
+    add("--disc_lr", type=at_least(0, float), default=1e-4, help="its learning rate")
+    add("--disc_base_ch", type=at_least(1), default=64, help="its channels after the first layer")
+    add("--disc_layers", type=at_least(1), default=3, help="3 see patches of 70 pixels, 2 of 34")
+    add("--disc_loss", choices=("hinge", "vanilla"), default="hinge", help="its loss")
     return parser
 
 
@@ -392,7 +382,7 @@ def main(argv=None):
             diverged = skipped_in_a_row.item() >= args.max_bad_steps
             if diverged:
                 break
-        run.show_progress(step)
+        run.progress.update(step, run.status)
 
     # --- end ---
     verdicts = []

@@ -378,10 +378,6 @@ class Run:
             self.print(verdicts.format_verdicts(found))
         self.tracker.attempt(lambda w: w.summary.update(verdicts.levels(found)))
 
-    def show_progress(self, step):
-        """Update the status line."""
-        self.progress.update(step, self.status)
-
     def save_grid(self, name, rows, labels):
         """Path of samples/NAME.png with a row of images for each tensor; see save_grid."""
         path = self.folder / "samples" / f"{name}.png"
