@@ -55,15 +55,16 @@ def test_val_loss_is_the_loss_of_the_averaged_weights(workspace, quick, ldm):
     watch = memorisation.MemorisationMonitor(latents, vae, sha256, scale, workspace.out / "cache",
                                              args, ALONE)
     for name, inputs in (("val/loss", watch.val), ("val/train_loss", watch.train)):
-        assert len(inputs.t) == 85 * 6 and (inputs.y.bincount() == 85 * 3).all()
-        assert torch.allclose(inputs.t.sort().values, (torch.arange(510) + 0.5) / 510)
+        _, times, _, labels = inputs
+        assert len(times) == 85 * 6 and (labels.bincount() == 85 * 3).all()
+        assert torch.allclose(times.sort().values, (torch.arange(510) + 0.5) / 510)
         losses = []
         for x0, t, noise, y in zip(*(part.split(1) for part in inputs), strict=True):
             alpha, sigma = denoiser.schedule.alpha(t).item(), denoiser.schedule.sigma(t).item()
             v = denoiser.unet(alpha * x0 + sigma * noise, t, y)
             losses.append((v - (alpha * noise - sigma * x0)).square().mean().item())
         assert logged[name] == pytest.approx(np.mean(losses), rel=1e-4)
-    assert (watch.train.x0 - watch.val.x0).abs().max() > 0.1
+    assert (watch.train[0] - watch.val[0]).abs().max() > 0.1
 
 
 def test_best_pt_is_of_the_lowest_val_loss_and_patience_stops(workspace, quick, ldm):
