@@ -1,6 +1,6 @@
-"""Networks and averaged weights against closed forms and independent re-derivations."""
+"""Networks and averaged weights. Their numbers are compared with diffusers in test_interop.py, and
+those of EMA in test_references.py."""
 import copy
-import math
 
 import pytest
 import torch
@@ -51,27 +51,9 @@ def test_norm_standardises_groups_of_any_width(base_ch, mult):
     assert torch.allclose(y.std(2, correction=0), torch.ones(()), atol=1e-4)
 
 
-@pytest.mark.parametrize("channels, heads", [(128, 2), (48, 1), (64, 1)])
-def test_attention_matches_a_loop_over_heads_and_pixels(channels, heads):
-    layer = perturb(model.Attention(channels, 16, heads))
-    x = randn(2, channels, 3, 2)
-    rows = layer.norm(x).flatten(2).transpose(1, 2)  # [B, HW, C]
-    q, k, v = (rows @ layer.qkv.weight.T + layer.qkv.bias).chunk(3, dim=2)
-    out = torch.zeros_like(rows)
-    width = channels // heads
-    for head in range(heads):
-        part = slice(head * width, (head + 1) * width)
-        for i in range(6):
-            scores = (k[:, :, part] * q[:, i:i + 1, part]).sum(2) / math.sqrt(width)  # [B, HW]
-            weights = torch.softmax(scores, dim=1)
-            out[:, i, part] = (weights[:, :, None] * v[:, :, part]).sum(1)
-    out = out @ layer.proj.weight.T + layer.proj.bias
-    assert torch.allclose(layer(x), x + out.transpose(1, 2).view(2, channels, 3, 2), atol=1e-4)
-
-
 @pytest.mark.parametrize("block", [
     model.ResBlock(8, 8, 4, emb_dim=16), model.ResBlock(8, 8, 4), model.Attention(8, 4, 2)])
-def test_residual_blocks_start_as_identity_and_do_not_stay_it(block):
+def test_residual_blocks_start_as_identity(block):
     x, emb = randn(2, 8, 4, 4), randn(2, 16, seed=1)
     args = (x, emb) if getattr(block, "emb", None) else (x,)
     assert torch.equal(block(*args), x)
@@ -112,11 +94,8 @@ def test_autoencoder_attention_sits_at_the_sizes_asked_for(attn_res, sizes):
 
 @pytest.mark.parametrize("img_size, nearest", [(50, 48), (63, 64), (3, 8)])
 def test_autoencoder_refuses_sizes_it_cannot_halve(img_size, nearest):
-    message = rf"img_size {img_size} is not a multiple of 8.* {nearest}$"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"{img_size} is not a multiple of 8.* {nearest}$"):
         model.AutoencoderKL(img_size, 4, 8, (1, 1, 1, 1), 1)
-    vae = model.AutoencoderKL(nearest, 4, 8, (1, 1, 1, 1), 1)
-    assert vae.latent_shape == (4, nearest // 8, nearest // 8)
 
 
 def test_the_linear_path_starts_alone_and_is_linear():
@@ -144,20 +123,6 @@ def test_the_linear_path_starts_alone_and_is_linear():
     assert vae.linear_encoder.weight.grad.norm() > 0 < vae.encoder[0].weight.grad.norm()
 
 
-def test_upsampling_is_nearest_neighbour_and_a_convolution():
-    torch.manual_seed(0)
-    up = model.Upsample(3).double()
-    x = torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(2, 3, 10, 8, dtype=torch.float64)
-    enlarged = torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest")
-    results = [up(x), up.conv(enlarged)]
-    torch.testing.assert_close(*results)
-    ours, theirs = (torch.autograd.grad((y * weight).sum(), [x, *up.parameters()])
-                    for y in results)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b)
-
-
 def test_networks_put_out_float32_under_bf16_autocast():
     vae = perturb(model.AutoencoderKL(8, 2, 8, (1, 1), 1))
     unet = perturb(model.UNet((2, 4, 4), 2, 8, (1,), 1, ()))
@@ -179,27 +144,12 @@ def test_extreme_log_variances_stay_finite():
         assert posterior.kl().isfinite().all()
 
 
-def test_kl_is_that_of_torch_and_a_hand_computed_value():
+def test_kl_is_that_of_torch():
     mean, logvar = randn(3, 2, 4, 4), randn(3, 2, 4, 4, seed=1)
     q = torch.distributions.Normal(mean, (logvar / 2).exp())
     standard = torch.distributions.Normal(0.0, 1.0)
     expected = torch.distributions.kl_divergence(q, standard).sum((1, 2, 3))
     assert torch.allclose(model.Posterior(mean, logvar).kl(), expected, rtol=1e-4)
-    one = torch.ones(1, 1, 1, 1)
-    # Mean 3, variance 4: (9 + 4 - 1 - ln 4) / 2.
-    kl = model.Posterior(3 * one, math.log(4) * one).kl()
-    assert kl.item() == pytest.approx(5.30685, abs=1e-4)
-    assert model.Posterior(0 * one, 0 * one).kl().item() == 0
-
-
-def test_posterior_samples_have_its_mean_and_standard_deviation():
-    mean = torch.tensor([0.5, -2.0]).view(1, 2, 1, 1)
-    std = torch.tensor([0.1, 3.0]).view(1, 2, 1, 1)
-    posterior = model.Posterior(mean, 2 * std.log())
-    z = posterior.sample(randn(40000, 2, 1, 1))
-    assert torch.allclose((z.mean(0) - mean[0]) / std[0], torch.zeros(()), atol=0.03)
-    assert torch.allclose(z.std(0) / std[0], torch.ones(()), atol=0.02)
-    assert torch.equal(posterior.sample(torch.zeros(1, 2, 1, 1)), mean)
 
 
 # --- discriminator ---
@@ -257,7 +207,6 @@ def test_unet_refuses_latents_it_cannot_halve(size, levels):
     message = f"latents of {size}x{size} cannot be halved {levels - 1} times"
     with pytest.raises(ValueError, match=message):
         model.UNet((4, size, size), 2, 8, (1,) * levels, 1, ())
-    model.UNet((4, 2 ** (levels - 1), 2 ** (levels - 1)), 2, 8, (1,) * levels, 1, ())
 
 
 def tiny_unet(num_classes=2, channels=4, seed=None):
@@ -302,39 +251,7 @@ def test_gradients_reach_every_unet_weight():
     assert unreached == []
 
 
-@torch.no_grad()
-def test_skip_connections_join_the_way_up_in_reverse_order():
-    unet, skips, joined = tiny_unet(seed=1), [], []
-    for layer in [unet.conv_in, *(block[-1] for block in unet.down)]:
-        layer.register_forward_hook(lambda m, args, out: skips.append(out))
-    for block in unet.up:
-        block[0].register_forward_pre_hook(lambda m, args: joined.append(args[0]))
-    unet(randn(1, 4, 8, 8), torch.tensor([0.5]), torch.tensor([0]))
-    assert len(skips) == len(joined)
-    for skip, h in zip(reversed(skips), joined, strict=True):
-        assert torch.equal(h[:, -skip.shape[1]:], skip)
-
-
-def test_timestep_embedding_closed_form():
-    emb = model.timestep_embedding(torch.tensor([0.0, 0.25, 1.0]), 6)
-    for row, t in zip(emb, (0.0, 250.0, 1000.0), strict=True):
-        freqs = [1.0, 10000 ** (-1 / 3), 10000 ** (-2 / 3)]
-        expected = [math.cos(t * f) for f in freqs] + [math.sin(t * f) for f in freqs]
-        assert torch.allclose(row, torch.tensor(expected), atol=1e-3)
-
-
 # --- EMA ---
-
-
-def test_ema_warm_up_closed_form():
-    module = nn.Linear(2, 1, bias=False)
-    ema = model.EMA(module, 0.5)
-    expected = module.weight.detach().clone()
-    for step, decay in ((1, 2 / 11), (2, 3 / 12), (3, 4 / 13), (100, 0.5)):
-        nn.init.constant_(module.weight, float(step))
-        ema.update(module, step)
-        expected = decay * expected + (1 - decay) * step
-        assert torch.allclose(ema.module.weight, expected)
 
 
 def test_ema_is_a_frozen_copy_that_leaves_its_source_alone():
