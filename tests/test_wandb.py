@@ -8,17 +8,14 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, strict
 
 STUB = ROOT.parent / "shared" / "wandb-stub"  # a stand-in for the server
-SHORT = ("--wandb", "--max_steps=10", "--run_name=w")
-
-
 @contextlib.contextmanager
 def wandb_server(folder):
     """A stand-in for the W&B server that records under folder/out; yields its clients' settings."""
     if not STUB.exists():
-        pytest.skip(f"no {STUB}")
+        pytest.skip(f"no stand-in for the W&B server at {STUB}")
     settings = folder / "env"
     process = subprocess.Popen(
         [sys.executable, str(STUB), "--out", str(folder / "out"), "--env-file", str(settings),
@@ -48,39 +45,46 @@ def server(tmp_path, monkeypatch):
         yield page
 
 
-def train(w, *argv):
-    return run("train_ldm.py", *w.common, f"--config={w.ldm_config}",
-               f"--ae_ckpt_path={w.vae_ckpt}", *SHORT, *argv)
+@pytest.fixture
+def finish(quick):
+    """finish(SCRIPT, ARGS...): run a stage that must succeed."""
+    def call(*argv):
+        result = quick(*argv)
+        assert result.code == 0, result.err
+    return call
 
 
-def evaluate(w, *argv):
-    run("evaluate.py", f"--ckpt={w.out}/w/ckpts/last.pt", *w.common, "--num_samples=4",
-        "--num_sampling_steps=4", "--classifier_steps=5", *argv)
+def training(w):
+    return w.ldm("w", "--wandb", "--max_steps=10", "--num_sampling_steps=10")
 
 
-def test_the_page_of_a_run_shows_what_its_report_does(workspace, server):
-    train(workspace)
+def evaluation(w, name, *more):
+    return ["evaluate.py", f"--ckpt={w.out}/{name}/ckpts/last.pt", *w.common, "--num_samples=4",
+            "--num_sampling_steps=4", "--classifier_steps=5", *more]
+
+
+@pytest.mark.slow
+def test_the_page_of_a_run_shows_what_its_report_does(workspace, server, finish):
+    finish(*training(workspace))
     folder = workspace.out / "w"
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = strict(folder / "summary.json")
     page = server()
     assert page.config["lr"]["value"] == 1e-3 and page.config["world_size"]["value"] == 1
     assert page.summary["val/loss"] == pytest.approx(summary["val/loss"])
     for verdict in summary["verdicts"]:
         assert page.summary[f"verdict/{verdict['metric']}"] == verdict["level"]
-    grids = [line["samples/tb"] for line in page.lines if "samples/tb" in line]
-    assert [grid["_type"] for grid in grids] == ["image-file"]
-    assert [grid["caption"] for grid in grids] == ["tb, epoch 5"]
-    assert (page.folder / "files" / grids[0]["path"]).exists()
+    [grid] = [line["samples/tb"] for line in page.lines if "samples/tb" in line]
+    assert (grid["_type"], grid["caption"]) == ("image-file", "tb, epoch 5")
+    assert (page.folder / "files" / grid["path"]).exists()
 
-    evaluate(workspace)
-    report = json.loads((folder / "evaluation.json").read_text())
+    finish(*evaluation(workspace, "w"))
     page = server()  # the same one: another would make two
-    for verdict in report["verdicts"]:
+    for verdict in strict(folder / "evaluation.json")["verdicts"]:
         assert page.summary[f"evaluation/verdict/{verdict['metric']}"] == verdict["level"]
     assert page.summary["val/loss"] == pytest.approx(summary["val/loss"])  # it kept that
     [shown] = [line for line in page.lines if "evaluation/pairs" in line]
     assert shown["step"] == 10
-    evaluate(workspace, "--no-wandb")
+    finish(*evaluation(workspace, "w", "--no-wandb"))
     assert server() == page
 
 
@@ -102,21 +106,20 @@ def offline_records(folder):
                 data = b""
 
 
-def test_offline_keeps_all_of_it_in_the_run_folder(workspace, monkeypatch):
+def test_offline_keeps_all_of_it_in_the_run_folder(workspace, monkeypatch, finish):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    train(workspace)
+    finish(*training(workspace))
     folder = workspace.out / "w"
-    evaluate(workspace)
+    finish(*evaluation(workspace, "w"))
     records = list(offline_records(folder))
     ids = {r.run.run_id for r in records if r.HasField("run")}
-    assert ids == {json.loads((folder / "run_meta.json").read_text())["wandb_id"]}
+    assert ids == {strict(folder / "run_meta.json")["wandb_id"]}
     logged = {item.key or item.nested_key[0] for r in records if r.HasField("history")
               for item in r.history.item}
     assert {"train/loss", "samples/tb", "evaluation/pairs"} <= logged
 
 
-def test_a_run_without_wandb_has_no_page(workspace, monkeypatch):
+def test_a_run_without_wandb_has_no_page(workspace, monkeypatch, finish):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    train(workspace, "--no-wandb")
-    evaluate(workspace)
-    assert not (workspace.out / "w/wandb").exists()
+    finish(*evaluation(workspace, "l"))
+    assert not (workspace.out / "l/wandb").exists()
