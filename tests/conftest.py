@@ -127,8 +127,7 @@ def _as_main(argv, out, err, cwd, env=()):
 @pytest.fixture(scope="session")
 def fork_server():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "PIL.Image", "torch.distributed", "torch._dynamo",
-                                    "train_vae", "train_ldm", "evaluate"])
+    context.set_forkserver_preload(["torch", "PIL.Image", "torch.distributed", "torch._dynamo"])
     return context
 
 

@@ -1,25 +1,19 @@
 """No run is lost: stops at awkward moments, several processes, NaN on one rank, a shared cache."""
-import faulthandler
 import itertools
-import os
 import pathlib
 import re
 import shutil
 import signal
-import socket
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, _as_main, is_alive, read_jsonl, run, start
-from test_stages import assert_same_run, strict
+from conftest import LIMIT_S, ROOT, is_alive, read_jsonl, run, start, strict
+from test_stages import assert_same_run
 
 from lib.files import EXIT_FAILED, EXIT_STOPPED
 from lib.run import load_checkpoint
 
-
-LIMIT_S = 150  # after which a process counts as hanging
 
 # --- commands -----------------------------------------------------------------------------------
 
@@ -71,47 +65,6 @@ def hooked(folder, stage, body):
     path = folder / f"hooked_{len(list(folder.glob('hooked_*')))}.py"
     path.write_text(HOOK.format(root=str(ROOT), stage=stage, body=body))
     return str(path)
-
-
-def _as_rank(env, *args):
-    os.environ.update(env)
-    faulthandler.dump_traceback_later(LIMIT_S - 10)  # into its standard error: where does it hang?
-    _as_main(*args)
-
-
-@pytest.fixture
-def together(fork_server, tmp_path):
-    """together([argv, ...], ranks=False) -> [(code, out, err), ...]: stages run at the same time.
-
-    ranks: they are the processes of one run, with the environment that torchrun gives them.
-    """
-    def call(commands, ranks=False):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        started = []
-        for i, argv in enumerate(commands):
-            env = {"RANK": i, "LOCAL_RANK": i, "WORLD_SIZE": len(commands),
-                   "LOCAL_WORLD_SIZE": len(commands), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": port} if ranks else {}
-            env = {k: str(v) for k, v in env.items()}
-            paths = [tmp_path / f"{name}_{i}" for name in ("out", "err")]
-            process = fork_server.Process(
-                target=_as_rank, args=(env, argv, *map(str, paths), str(ROOT)))
-            process.start()
-            started.append((process, paths))
-        deadline = time.monotonic() + LIMIT_S
-        for process, _ in started:
-            process.join(max(0.0, deadline - time.monotonic()))
-        hanging = [i for i, (process, _) in enumerate(started) if process.is_alive()]
-        for i in hanging:
-            started[i][0].kill()
-            started[i][0].join()
-        results = [SimpleNamespace(code=process.exitcode, out=out.read_text(), err=err.read_text())
-                   for process, (out, err) in started]
-        assert not hanging, f"{hanging} still run\n" + "\n".join(r.out + r.err for r in results)
-        return results
-    return call
 
 
 def left_over(root):
@@ -207,10 +160,8 @@ def finished(process):
     """Output of a process that must end by itself."""
     try:
         return "".join(process.communicate(timeout=LIMIT_S))
-    except Exception:
+    finally:
         process.terminate()  # torchrun takes its workers along, by force after 30 s
-        print(*process.communicate(), sep="\n")
-        raise
 
 
 ON_RANK_1 = """
@@ -265,7 +216,7 @@ before("torch.distributed.destroy_process_group", report)
 """
 
 
-def test_nothing_holds_the_process_group_when_it_is_destroyed(command, tmp_path):
+def test_nothing_holds_the_process_group_at_its_end(command, tmp_path):
     """Else some runs of several processes would never end: lib.dist.leave_group."""
     script = hooked(tmp_path, "train_vae", LEAVE)
     run(script, tmp_path / "held_", *command("train_vae", "run", "--batch_per_device=4"),
@@ -354,12 +305,10 @@ dist.clip_and_step = spy
 def test_a_nan_on_one_rank_is_skipped_by_both(command, together, tmp_path, stage):
     script = hooked(tmp_path, stage, POISON)
     args = command(stage, "bad", "--batch_per_device=4", "--save_minutes=0", "--log_every=1",
-                   "--max_bad_steps=4", "--max_steps=20", "--sample_every=100", "--disc_start=1")
-    if stage == "train_ldm":
-        args = [a for a in args if not a.startswith("--disc_start")]
+                   "--max_bad_steps=4", "--max_steps=20", "--sample_every=100",
+                   *(["--disc_start=1"] if stage == "train_vae" else []))
     results = together([(script, tmp_path / "steps_", *args)] * 2, ranks=True)
-    codes = [r.code for r in results]
-    assert codes == [EXIT_FAILED] * 2, results[0].err + results[1].err
+    assert [r.code for r in results] == [EXIT_FAILED] * 2, results[0].err + results[1].err
     assert results[1].err == ""  # one process speaks
     assert "--max_bad_steps" in results[0].err and "--resume_dir" in results[0].err
 
@@ -378,7 +327,6 @@ def test_a_nan_on_one_rank_is_skipped_by_both(command, together, tmp_path, stage
     folder = tmp_path / "runs/bad"
     state = load_checkpoint(folder / "ckpts/last.pt", stage[-3:])
     assert (state["step"], state["bad_steps"].item()) == (10, 3)  # of the step before the last
-    assert all(v.isfinite().all() for key in ("model", "ema") for v in state[key].values())
     assert strict(folder / "summary.json")["diverged"] is True
     records = read_jsonl(folder / "metrics.jsonl")
     null = [r["step"] for r in records if "train/loss" in r and r["train/loss"] is None]
@@ -424,7 +372,7 @@ def test_a_storm_of_kills_changes_nothing(tmp_path, stage, kills, processes):
     """On two processes torchrun itself is among the victims."""
     out, _ = run("tests/robustness/kill_storm.py", f"--stage={stage}", f"--kills={kills}",
                  f"--processes={processes}", f"--folder={tmp_path}", timeout=900)
-    pattern = r"kills, (\d+) inside checkpoint writing, (\d+) inside cache building"
-    counts = re.search(pattern, out).groups()
+    counts = re.search(r"kills, (\d+) inside checkpoint writing, (\d+) inside cache building, "
+                       r"\d+ too late; (\d+) times the folder was lost", out).groups()
     assert f"{kills} kills" in out and "equal to the undisturbed run" in out
     assert all(int(count) > 0 for count in counts)
