@@ -13,7 +13,7 @@ import torch
 from conftest import error_of, only_error, start, strict, tree_hashes
 
 import train_ldm
-from lib import dist, files, run
+from lib import files, run
 from lib.files import EXIT_FAILED, EXIT_STOPPED, take_lock
 
 
@@ -78,11 +78,14 @@ def test_an_owner_on_another_machine_is_given_two_minutes(
     assert owner.stdout.readline() == "held\n"
     waited = []
 
+    def end():
+        owner.kill()
+        owner.wait()
+
     def sleep(seconds):
         waited.append(seconds)
         if len(waited) == released_after:
-            owner.kill()
-            owner.wait()
+            end()
     monkeypatch.setattr(files.time, "sleep", sleep)
     try:
         if released_after:
@@ -92,32 +95,28 @@ def test_an_owner_on_another_machine_is_given_two_minutes(
                             code=EXIT_STOPPED)  # to be tried again
             assert "in use by process 7 on node9" in line
     finally:
-        owner.kill()
-        owner.wait()
+        end()
     assert sum(waited) == waits
 
 
-def test_a_copied_run_folder_is_another_run_for_wandb(tmp_path):
-    alone = dist.DistContext(0, 1, torch.device("cpu"), torch.float32, False)
-    args = train_ldm.parse_args([f"--output_root={tmp_path}", "--run_name=a", "--no-wandb"])
-    first = run.Run(args, alone, "ldm", "x", {})
-    first.meta["wandb_id"] = "abc"
-    first.start({"step": 0}, 1, train_ldm.build_parser(), {})
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    for name, expected in (("a", "abc"), ("b", None)):
-        again = train_ldm.parse_args([f"--resume_dir={tmp_path / name}"])
-        assert run.Run(again, alone, "ldm", "x", {}).meta["wandb_id"] == expected
+def test_a_copied_run_folder_is_another_run_for_wandb(workspace, quick):
+    path = workspace.out / "l/run_meta.json"
+    path.write_text(json.dumps({**strict(path), "wandb_id": "abc"}))
+    shutil.copytree(workspace.out / "l", workspace.out / "copy")
+    for name, expected in (("l", "abc"), ("copy", None)):
+        assert quick("train_ldm.py", f"--resume_dir={workspace.out / name}").code == 0
+        assert strict(workspace.out / name / "run_meta.json")["wandb_id"] == expected
 
 
 # --- damaged files ---
 
 
 def remove(path):
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    path.unlink()
 
 
 def to_folder(path):
-    remove(path)
+    path.unlink()
     path.mkdir()
 
 
@@ -346,7 +345,6 @@ def test_latents_that_are_noise_have_a_verdict(workspace, quick):
         state["ema"][bias.replace("bias", "weight")][channels:] = 0  # the log-variances
         state["ema"][bias][channels:] = logvar
         torch.save(state, workspace.vae_ckpt)
-        result = quick("find_latent_scale.py", *workspace.common,
-                       f"--ae_ckpt_path={workspace.vae_ckpt}")
-        assert result.code == 0, result.err
-        assert re.search(rf"^{level} +posterior_noise_share", result.out, re.M), result.out
+        out = quick("find_latent_scale.py", *workspace.common,
+                    f"--ae_ckpt_path={workspace.vae_ckpt}").out
+        assert re.search(rf"^{level} +posterior_noise_share", out, re.M), out
