@@ -435,8 +435,9 @@ open("graphs" + os.environ.get("RANK", "0"), "w").write(f"{graphs} graphs, {brea
 """
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind, networks", [("ldm", 1), ("vae", 2)])
+@pytest.mark.parametrize("kind, networks, processes", [
+    ("ldm", 1, 1), *(pytest.param(*case, marks=pytest.mark.slow)
+                     for case in (("vae", 2, 1), ("ldm", 1, 2), ("vae", 2, 2)))])
 def test_a_run_compiles_each_network_once(workspace, together, kind, networks, processes):
     """Also under DDP, whose first pass is thrown away: its inputs have the strides of training."""
     script = workspace.root / "compiled.py"
