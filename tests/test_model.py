@@ -147,10 +147,9 @@ def test_kl_is_that_of_torch():
     (64, 64, 3), (32, 48, 3), (128, 24, 3), (64, 12, 2)])
 def test_discriminator_gives_one_logit_a_patch(height, width, num_layers):
     disc = model.PatchDiscriminator(8, num_layers)
-    down = 2**num_layers
+    down, smallest = 2**num_layers, disc.smallest(num_layers)
     logits = disc(randn(2, 1, height, width))
     assert logits.shape == (2, 1, height // down - 2, width // down - 2)
-    smallest = disc.smallest(num_layers)
     assert disc(randn(1, 1, smallest, smallest)).shape == (1, 1, 1, 1)
 
 
@@ -205,30 +204,6 @@ def tiny_unet(num_classes=2, channels=4, seed=None):
 def test_unet_starts_at_zero():
     out = tiny_unet()(randn(2, 4, 8, 8), torch.tensor([0.1, 0.9]), torch.tensor([0, 1]))
     assert torch.equal(out, torch.zeros(2, 4, 8, 8))
-
-
-@torch.no_grad()
-def test_unet_listens_to_time_and_class():
-    unet, x = tiny_unet(seed=1), randn(1, 4, 8, 8)
-
-    def out(t, y):
-        return unet(x, torch.tensor([t]), torch.tensor([y]))
-
-    for t in (0.0, 0.5, 0.999):
-        assert (out(t, 0) - out(t + 0.001, 0)).abs().max() > 1e-3  # two of 1000 neighbouring steps
-    outs = [out(0.5, y) for y in (0, 1, unet.null_class)]
-    for i, j in ((0, 1), (0, 2), (1, 2)):
-        assert (outs[i] - outs[j]).abs().max() > 1e-2
-
-
-@torch.no_grad()
-def test_unet_keeps_batch_elements_apart():
-    unet, x = tiny_unet(seed=1), randn(3, 4, 8, 8)
-    t, y = torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0, 1, 2])
-    together = unet(x, t, y)
-    for i in range(3):
-        alone = unet(x[i:i + 1], t[i:i + 1], y[i:i + 1])
-        assert torch.allclose(together[i:i + 1], alone, atol=1e-4)
 
 
 def test_gradients_reach_every_unet_weight():

@@ -268,11 +268,11 @@ def storm(folder, stage, kills, seed, processes):
     assert_same_run(s.out / "whole", s.run, stage)
     stray = list(s.out.rglob(".*.tmp"))
     assert not stray, stray
-    return (f"kill storm {stage}, {processes} processes, seed {seed}: {kills} kills, "
-            f"{counts['checkpoint']} inside checkpoint writing, "
-            f"{counts['cache']} inside cache building, {counts['finished']} too late; "
-            f"{counts['lost']} times the folder was lost; {kills + 1} starts; step {step} before the last; no temporary file left; "
-            "equal to the undisturbed run")
+    return (f"kill storm {stage}, {processes} processes, seed {seed}: {kills - counts['lost']} "
+            f"kills, {counts['checkpoint']} inside checkpoint writing, {counts['cache']} inside "
+            f"cache building, {counts['finished']} too late; folder lost {counts['lost']} times; "
+            f"step {step} before the last start; no temporary file left; equal to the undisturbed "
+            "run")
 
 
 def main():

@@ -16,11 +16,11 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
-from conftest import only_error, save_checkpoint, strict, tree_hashes
+from conftest import only_error, save_checkpoint, tree_hashes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_stages import assert_same_run, drawn, same
+from test_stages import assert_same_run, same
 
 import train_ldm
 from lib import args as command_line, decode, dist, run
@@ -140,24 +140,6 @@ def test_no_half_phantom_set_is_taken_for_one(disk, quick):
     assert tree_hashes(disk.folder).keys() == {"filler", "cache"}
 
 
-def test_samples_that_do_not_fit_are_one_line_or_whole(stages, disk, quick):
-    out, done = disk.folder / "s", stages.out / "l/samples_ancestral_0"
-    command = ["sample.py", f"--ckpt={stages.ldm_ckpt}", "--num_samples=3",
-               "--num_sampling_steps=10", f"--out_dir={out}"]
-    disk.leave(0)
-    assert "manifest.json" in only_error(quick(*command)) and not drawn(out)
-    disk.leave(4 * PAGE)
-    refused(quick(*command), ".png")
-    reference, pictures = drawn(done), drawn(out)
-    assert 0 < len(pictures) < 6
-    assert {p.name for p in out.iterdir()} == {*pictures, "manifest.json"}
-    assert all((p == reference[k]).all() for k, p in pictures.items())
-    disk.free()
-    assert quick(*command).code == 0
-    assert strict(out / "manifest.json")["images"] == strict(done / "manifest.json")["images"]
-    assert all((p == reference[k]).all() for k, p in drawn(out).items())
-
-
 # --- damaged JSON -------------------------------------------------------------------------------
 
 NO_OBJECTS = [
@@ -196,20 +178,6 @@ def assert_types(parser, values):
     values = {k: v for k, v in values.items() if k not in ("config", "resume_dir", "run_name")}
     again = command_line.convert_settings(parser, values, "again")
     assert {k: again[k] for k in values} == values
-
-
-def test_a_damaged_run_meta_is_one_line_or_has_the_right_types(stages, tmp_path):
-    path = tmp_path / "run_meta.json"
-    content = (stages.out / "l/run_meta.json").read_bytes()
-    refusals = 0
-    for broken in damaged(content, 100):
-        path.write_bytes(broken)
-        args, line = value_or_line(train_ldm.parse_args, [f"--resume_dir={tmp_path}"])
-        refusals += line is not None
-        assert args or "run_meta.json" in line or "--" in line or "mode" in line, line
-        if args:
-            assert_types(train_ldm.build_parser(), vars(args))
-    assert refusals > 100  # all that are cut, and more
 
 
 def scale_in(folder, vae_sha256):
@@ -323,25 +291,21 @@ def with_checksums(png):
 
 
 def mutated(contents, name, rng):
-    """A damaged copy.
-
-    Bits flipped, bytes or lengths overwritten, pieces cut, doubled or taken from another file.
-    """
+    """A copy with bits flipped, bytes or lengths overwritten, and pieces cut, doubled or taken from
+    another file."""
     out = bytearray(contents[name])
     for _ in range(rng.choice((1, 1, 2, 4, 16))):
         at = rng.randrange(min(len(out), 200) if rng.random() < 0.6 else len(out)) if out else 0
-        kind = rng.randrange(6)
+        kind = rng.randrange(5)
         if kind == 0 and out:
-            out[at] ^= 1 << rng.randrange(8)
-        elif kind == 1 and out:
-            out[at] = rng.choice((0, 1, 127, 128, 255, rng.randrange(256)))
-        elif kind == 2:
+            out[at] = rng.choice((0, 127, 128, 255, out[at] ^ 1 << rng.randrange(8)))
+        elif kind == 1:
             sizes = (0, 1, 8, 100, 2**15, 2**16 - 1, 2**20, 2**31 - 1, 2**31, 2**32 - 1)
             number = rng.choice(sizes)
             out[at:at + 4] = number.to_bytes(4, rng.choice(("little", "big")))
-        elif kind == 3:
+        elif kind == 2:
             del out[at:at + rng.choice((1, 2, 4, 12, 50))]
-        elif kind == 4:
+        elif kind == 3:
             out[at:at] = out[at:at + rng.randrange(1, 60)]
         else:
             other = contents[rng.choice(sorted(contents))]
@@ -390,12 +354,6 @@ expressions = st.sampled_from([
 sources = st.one_of(literals.map(repr).map(lambda s: s.replace("inf", "1e999")), expressions)
 config_names = st.one_of(st.sampled_from(NAMES),
                          st.sampled_from(["epoch", "π", "_x", "config", "help"]))
-argument_names = st.sampled_from([n for n in NAMES if n not in ("run_name", "resume_dir")])
-argument_values = st.one_of(
-    st.text(max_size=8), numbers.map(str),
-    st.sampled_from(["", "9" * 400, "9" * 5000, "None", "1,,2", "-"]))
-
-
 @settings(repeatable, max_examples=700)
 @given(st.lists(st.tuples(config_names, sources), min_size=1, max_size=3))
 def test_a_random_config_file_is_read_or_refused(tmp_path_factory, lines):
@@ -410,20 +368,3 @@ def test_a_random_config_file_is_read_or_refused(tmp_path_factory, lines):
         assert_types(PARSER, values)
     else:
         assert "settings.py" in line
-
-
-@settings(repeatable, max_examples=200)
-@given(st.lists(st.tuples(argument_names, argument_values, st.booleans()), max_size=4))
-def test_random_arguments_are_taken_or_refused(given_arguments):
-    argv = []
-    for name, value, joined in given_arguments:
-        argv += [f"--{name}={value}"] if joined else [f"--{name}", value]
-    argv = [a for a in argv if a not in ("-h", "--help")]
-    err = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
-            args = train_ldm.parse_args(argv)
-    except SystemExit as e:
-        assert (e.code == 2 and ": error: " in err.getvalue()) or line_of(e)
-    else:
-        assert_types(PARSER, vars(args))

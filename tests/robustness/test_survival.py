@@ -1,8 +1,7 @@
-"""No run is lost: stops at awkward moments, several processes, NaN on one rank, a shared cache."""
+"""No run is lost: stops at awkward moments, several processes, NaN on one rank, kills."""
 import itertools
 import pathlib
 import re
-import shutil
 import signal
 import time
 
@@ -257,19 +256,18 @@ def test_processes_that_share_a_batch_do_what_one_does(command, together, tmp_pa
 
 def test_ranks_end_when_torchrun_was_killed(command, tmp_path):
     """Else they would train on beside the next start."""
-    folder = tmp_path / "runs/orphans"
     argv = ["train_ldm.py", *command("train_ldm", "orphans", "--batch_per_device=4"),
             "--max_steps=100000", "--sample_every=100000"]
     process = start(*argv, processes=2)
     wait_for(process, "step 3 ")
     ranks = workers(process)
     process.kill()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + LIMIT_S
     while any(map(is_alive, ranks)):
         assert time.monotonic() < deadline, "they train on"
         time.sleep(0.1)
     out = "".join(process.communicate())
-    step = load_checkpoint(folder / "ckpts/last.pt", "ldm")["step"]
+    step = load_checkpoint(tmp_path / "runs/orphans/ckpts/last.pt", "ldm")["step"]
     assert step >= 3 and f"stopped (SIGTERM) at step {step}, " in out
 
 
@@ -333,35 +331,6 @@ def test_a_nan_on_one_rank_is_skipped_by_both(command, together, tmp_path, stage
     assert null == [3, 4, 8, 9, 10, 11] == [r["step"] for r in records if r.get("train/bad_steps")]
 
 
-# --- two runs that build the same caches --------------------------------------------------------
-
-BUILD = """
-def slowly(place):
-    def note(call, *args):
-        if call == 1:
-            pathlib.Path({folder!r}, place + "." + str(os.getpid())).touch()
-            time.sleep(3)  # the other one comes to the lock
-    before(place, note)
-slowly("lib.decode.read_grey")
-slowly("data.LatentSet._encode")
-"""
-
-
-def test_two_runs_build_the_same_caches_once(stages, command, together, tmp_path):
-    for name in ("a", "b"):  # with the pictures for which each would read some films
-        (tmp_path / "runs" / name / "samples").mkdir(parents=True)
-        for path in (stages.out / "l/samples").glob("real_*.png"):
-            shutil.copy(path, tmp_path / "runs" / name / "samples")
-    script = hooked(tmp_path, "train_ldm", BUILD.format(folder=str(tmp_path)))
-    results = together([(script, *command("train_ldm", name)) for name in ("a", "b")])
-    assert [r.code for r in results] == [0, 0], results[0].err + results[1].err
-    assert any("waiting" in r.out for r in results)
-    for place in ("lib.decode.read_grey", "data.LatentSet._encode"):
-        assert len(list(tmp_path.glob(f"{place}.*"))) == 1, "made twice"
-    assert_same_run(tmp_path / "runs/a", tmp_path / "runs/b", "ldm")
-    assert not left_over(tmp_path / "runs")
-
-
 # --- killed at random moments -------------------------------------------------------------------
 
 
@@ -373,6 +342,6 @@ def test_a_storm_of_kills_changes_nothing(tmp_path, stage, kills, processes):
     out, _ = run("tests/robustness/kill_storm.py", f"--stage={stage}", f"--kills={kills}",
                  f"--processes={processes}", f"--folder={tmp_path}", timeout=900)
     counts = re.search(r"kills, (\d+) inside checkpoint writing, (\d+) inside cache building, "
-                       r"\d+ too late; (\d+) times the folder was lost", out).groups()
-    assert f"{kills} kills" in out and "equal to the undisturbed run" in out
+                       r"\d+ too late; folder lost (\d+) times", out).groups()
+    assert "equal to the undisturbed run" in out
     assert all(int(count) > 0 for count in counts)
