@@ -25,17 +25,6 @@ def perturb(module, seed=0):
     return module
 
 
-def attention_sizes(module, run):
-    """Feature-map sizes that pass through attention while `run` calls the module."""
-    sizes = []
-    hooks = [m.register_forward_hook(lambda m, args, out: sizes.append(args[0].shape[-1]))
-             for m in module.modules() if isinstance(m, model.Attention)]
-    run()
-    for hook in hooks:
-        hook.remove()
-    return sizes
-
-
 # --- shared blocks ---
 
 
@@ -71,13 +60,6 @@ def test_autoencoder_shapes(img_size, z_channels, ch_mults, patch_size, latent):
         z = posterior.mean + torch.exp(posterior.logvar / 2) * noise
         assert torch.allclose(rec, vae.decode(z), atol=1e-4)
         assert not torch.allclose(rec, vae.decode(posterior.mean), atol=1e-3)
-
-
-@pytest.mark.parametrize("attn_res, sizes", [
-    ((), [4, 4]), ((8,), [8, 8, 4, 4, 8, 8, 8]), ((4,), [4] * 7)])
-def test_autoencoder_attention_sits_at_the_sizes_asked_for(attn_res, sizes):
-    vae = model.AutoencoderKL(16, 2, 8, (1, 1, 1), num_res_blocks=2, attn_res=attn_res)
-    assert attention_sizes(vae, lambda: vae(randn(1, 1, 16, 16), randn(1, 2, 4, 4))) == sizes
 
 
 @pytest.mark.parametrize("img_size, nearest", [(50, 48), (63, 64), (3, 8)])
@@ -175,18 +157,14 @@ def test_discriminator_scores_an_image_without_its_batch():
 # --- UNet ---
 
 
-@pytest.mark.parametrize("latent_shape, ch_mults, attn_res, sizes", [
-    ((1, 6, 6), (1,), (), [6]),
-    ((4, 8, 8), (1, 2), (4,), [4, 4, 4, 4]),  # one block down, the middle, two blocks up
-    ((3, 16, 16), (1, 2, 2), (16, 8), [16, 8, 4, 8, 8, 16, 16]),
-    ((2, 4, 4), (1, 1, 1), (1,), [1, 1, 1, 1]),
-])
-def test_unet_shapes_and_attention_sizes(latent_shape, ch_mults, attn_res, sizes):
+@pytest.mark.parametrize("latent_shape, ch_mults, attn_res", [
+    ((1, 6, 6), (1,), ()), ((4, 8, 8), (1, 2), (4,)), ((3, 16, 16), (1, 2, 2), (16, 8)),
+    ((2, 4, 4), (1, 1, 1), (1,))])
+def test_unet_keeps_the_shape_of_its_latents(latent_shape, ch_mults, attn_res):
     unet = perturb(model.UNet(latent_shape, 2, 8, ch_mults, num_res_blocks=1, attn_res=attn_res))
     x, t, y = randn(2, *latent_shape), torch.tensor([0.1, 0.9]), torch.tensor([0, 2])
     with torch.no_grad():
         assert unet(x, t, y).shape == x.shape
-        assert attention_sizes(unet, lambda: unet(x, t, y)) == sizes
 
 
 @pytest.mark.parametrize("size, levels", [(6, 3), (7, 2), (12, 4)])

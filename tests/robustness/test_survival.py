@@ -23,15 +23,12 @@ def command(stages, tmp_path):
 
     Two steps per epoch, a log line each step, evaluations at steps 4, 8 and 12.
     """
-    settings = {
-        "train_vae": [f"--config={stages.vae_config}", "--disc_start=3"],
-        "train_ldm": [f"--config={stages.ldm_config}", f"--ae_ckpt_path={stages.vae_ckpt}",
-                      "--sample_batch_size=2", "--num_sampling_steps=4"]}
+    own = {"vae": ["--disc_start=3"], "ldm": ["--sample_batch_size=2", "--num_sampling_steps=4"]}
 
     def argv(stage, name, *more):
-        return [f"--data_root={stages.data}", f"--output_root={tmp_path / 'runs'}",
-                *settings[stage], "--max_steps=12", "--sample_every=2", "--log_every=1",
-                f"--run_name={name}", *more]
+        kind = stage[-3:]
+        return [*getattr(stages, kind)(name, f"--output_root={tmp_path / 'runs'}")[1:], *own[kind],
+                "--max_steps=12", "--sample_every=2", "--log_every=1", *more]
     return argv
 
 
