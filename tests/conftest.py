@@ -1,4 +1,5 @@
 """Shared fixtures: tiny runs that many tests read, and ways to call a stage as a process."""
+import faulthandler
 import fcntl
 import functools
 import hashlib
@@ -10,8 +11,10 @@ import resource
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,6 +31,7 @@ os.environ["WANDB_MODE"] = "disabled"
 torch.set_num_threads(1)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+LIMIT_S = 150  # after which a process counts as hanging
 
 TINY_VAE = """
 img_size = 32
@@ -100,16 +104,17 @@ def run(*argv, code=0, timeout=300, **kwargs):
     return out, err
 
 
-def _as_main(argv, out, err, cwd):
+def _as_main(argv, out, err, cwd, env=()):
     # `python SCRIPT ARGS` in a fork of a process that has imported torch.
     for number, path in ((1, out), (2, err)):
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(fd, number)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    faulthandler.dump_traceback_later(LIMIT_S - 10)  # where does it hang?
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # A runaway stage must not take the machine along.
     resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ.update(env, CUDA_VISIBLE_DEVICES="")
     os.chdir(cwd)
     sys.argv = [str(ROOT / argv[0]), *map(str, argv[1:])]
     sys.path.insert(0, str(ROOT))
@@ -126,22 +131,53 @@ def fork_server():
     return context
 
 
-@pytest.fixture
-def quick(fork_server, tmp_path_factory):
-    """quick(SCRIPT, ARGS...) -> exit code, stdout, stderr, without the 2 s of importing torch."""
-    folder = tmp_path_factory.mktemp("output")
-
-    def call(*argv, cwd=ROOT):
-        process = fork_server.Process(
-            target=_as_main, args=(argv, str(folder / "out"), str(folder / "err"), str(cwd)))
-        process.start()
-        process.join(180)
-        if process.is_alive():
+@pytest.fixture(scope="session")
+def together(fork_server, tmp_path_factory):
+    """together([argv, ...]) -> [exit code, stdout, stderr of each]: stages run at the same time,
+    without the 2 s of importing torch. ranks: as the processes of one run, as torchrun starts them.
+    """
+    def call(commands, ranks=False, cwd=ROOT):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        started, results = [], []
+        for i, argv in enumerate(commands):
+            env = {"RANK": i, "LOCAL_RANK": i, "WORLD_SIZE": len(commands),
+                   "LOCAL_WORLD_SIZE": len(commands), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": port} if ranks else {}
+            env = {**os.environ, **{k: str(v) for k, v in env.items()}}
+            folder = tmp_path_factory.mktemp("output")
+            process = fork_server.Process(target=_as_main, args=(
+                argv, str(folder / "out"), str(folder / "err"), str(cwd), env))
+            process.start()
+            started.append((process, folder))
+        deadline = time.monotonic() + LIMIT_S
+        for process, _ in started:
+            process.join(max(0.0, deadline - time.monotonic()))
+        hanging = [process for process, _ in started if process.is_alive()]
+        for process in hanging:
             process.kill()
-            pytest.fail(f"{argv} still runs")
-        out, err = ((folder / name).read_text() for name in ("out", "err"))
-        return SimpleNamespace(code=process.exitcode, out=out, err=err)
+            process.join()
+        for process, folder in started:
+            out, err = ((folder / name).read_text() for name in ("out", "err"))
+            results.append(SimpleNamespace(code=process.exitcode, out=out, err=err))
+        assert not hanging, f"{commands} still run\n" + "\n".join(r.out + r.err for r in results)
+        return results
     return call
+
+
+@pytest.fixture(scope="session")
+def quick(together):
+    """quick(SCRIPT, ARGS...) -> exit code, stdout, stderr of one stage."""
+    return lambda *argv, cwd=ROOT: together([argv], cwd=cwd)[0]
+
+
+def only_error(result):
+    """The one line that a failed stage wrote to standard error."""
+    assert "Traceback" not in result.err + result.out, result.err
+    lines = [line for line in result.err.splitlines() if line.strip()]
+    assert result.code != 0 and len(lines) == 1 and lines[0].startswith("error: "), result.err
+    return lines[0]
 
 
 def error_of(capsys, function, *args, code=EXIT_FAILED, **kwargs):
@@ -182,15 +218,42 @@ def tree_hashes(root):
             for p in sorted(pathlib.Path(root).rglob("*")) if p.name != "lock"}
 
 
+def strict(text):
+    """The value in a JSON text, or in a file if it is a path; NaN and Infinity are not JSON."""
+    text = text.read_text() if isinstance(text, pathlib.Path) else text
+    return json.loads(text, parse_constant=pytest.fail)
+
+
 def read_jsonl(path):
-    """All records of a metrics.jsonl, which must be strict JSON, without the images per second."""
-    lines = pathlib.Path(path).read_text().splitlines()
-    records = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    """All records of a metrics.jsonl without the images per second."""
+    records = map(strict, pathlib.Path(path).read_text().splitlines())
     return [{k: v for k, v in r.items() if k != "train/images_per_second"} for r in records]
 
 
+class Runs:
+    """An autoencoder run `v` and a run `l` of it, their data, and argv of more runs."""
+
+    def __init__(self, root, base):
+        """root: folder of runs/; base: folder with the data and config files."""
+        self.root, self.out, self.data = root, root / "runs", base / "phantom"
+        self.vae_config, self.ldm_config = base / "tiny_vae.py", base / "tiny_ldm.py"
+        self.vae_ckpt, self.ldm_ckpt = self.out / "v/ckpts/last.pt", self.out / "l/ckpts/last.pt"
+        self.common = [f"--data_root={self.data}", f"--output_root={self.out}"]
+
+    def vae(self, name, *more):
+        """argv of a run of train_vae.py."""
+        return ["train_vae.py", *self.common, f"--config={self.vae_config}", f"--run_name={name}",
+                *more]
+
+    def ldm(self, name, *more):
+        """argv of a run of train_ldm.py on `v`."""
+        return ["train_ldm.py", *self.common, f"--config={self.ldm_config}",
+                f"--ae_ckpt_path={self.vae_ckpt}", "--num_sampling_steps=2",
+                f"--run_name={name}", *more]
+
+
 @pytest.fixture(scope="session")
-def stages(tmp_path_factory, worker_id):
+def stages(tmp_path_factory, worker_id, quick):
     """Every stage once through its command line: data, the runs `v` and `l`, samples of `l`.
 
     Read-only; tests that change something take `workspace`. The workers of one pytest share them:
@@ -199,13 +262,13 @@ def stages(tmp_path_factory, worker_id):
     base = tmp_path_factory.getbasetemp()
     root = (base if worker_id == "master" else base.parent) / "stages"
     root.mkdir(exist_ok=True)
-    s = SimpleNamespace(root=root, data=root / "phantom", out=root / "runs", stdout={})
-    s.vae_config, s.ldm_config = root / "tiny_vae.py", root / "tiny_ldm.py"
-    s.vae_ckpt, s.ldm_ckpt = s.out / "v/ckpts/last.pt", s.out / "l/ckpts/last.pt"
-    s.common = [f"--data_root={s.data}", f"--output_root={s.out}"]
+    s = Runs(root, root)
+    s.stdout = {}
 
-    def stage(name, *argv):
-        s.stdout[name] = run(f"{name}.py", *argv)[0]
+    def stage(script, *argv):
+        result = quick(script, *argv)
+        assert result.code == 0, result.err
+        s.stdout[script.removesuffix(".py")] = result.out
 
     with open(root / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -216,10 +279,10 @@ def stages(tmp_path_factory, worker_id):
         s.vae_config.write_text(TINY_VAE)
         s.ldm_config.write_text(TINY_LDM)
         phantom.write_phantoms(s.data, 8, 3, 32)
-        stage("train_vae", *s.common, f"--config={s.vae_config}", "--run_name=v", "--max_steps=100")
-        stage("find_latent_scale", *s.common, f"--ae_ckpt_path={s.vae_ckpt}")
-        stage("train_ldm", *s.common, f"--config={s.ldm_config}", "--run_name=l", "--max_steps=20")
-        stage("sample", f"--ckpt={s.ldm_ckpt}", "--num_samples=3", "--num_sampling_steps=10")
+        stage(*s.vae("v", "--max_steps=100"))
+        stage("find_latent_scale.py", *s.common, f"--ae_ckpt_path={s.vae_ckpt}")
+        stage(*s.ldm("l", "--max_steps=20", "--num_sampling_steps=10"))
+        stage("sample.py", f"--ckpt={s.ldm_ckpt}", "--num_samples=3", "--num_sampling_steps=10")
         done.write_text(json.dumps(s.stdout))
     return s
 
@@ -227,11 +290,8 @@ def stages(tmp_path_factory, worker_id):
 @pytest.fixture
 def workspace(stages, tmp_path):
     """A copy of the runs, without samples, that a test may change; data and configs are shared."""
-    w = SimpleNamespace(**vars(stages))
-    w.root, w.out = tmp_path, tmp_path / "runs"
+    w = Runs(tmp_path, stages.root)
     shutil.copytree(stages.out, w.out, ignore=shutil.ignore_patterns("samples_*"))
-    w.vae_ckpt, w.ldm_ckpt = w.out / "v/ckpts/last.pt", w.out / "l/ckpts/last.pt"
-    w.common = [f"--data_root={w.data}", f"--output_root={w.out}"]
     return w
 
 

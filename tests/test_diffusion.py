@@ -1,11 +1,12 @@
-"""Noise schedules, parametrisations and samplers against closed forms and known distributions."""
+"""Noise schedules, parametrisations and samplers against closed forms and known distributions;
+test_references.py compares them with diffusers."""
 import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from test_model import randn, rng, tiny_unet
+from test_model import randn, tiny_unet
 
 import diffusion
 
@@ -33,6 +34,8 @@ def test_schedule_ends_and_identity(name, zero_terminal_snr, dtype):
     total = alpha + sigma if name == "flow" else alpha**2 + sigma**2
     atol = 3e-7 if dtype == torch.float32 else 1e-14
     assert torch.allclose(total, torch.ones((), dtype=dtype), atol=atol)
+    if name == "flow" and zero_terminal_snr:
+        assert torch.equal(sigma, t)
     if dtype == torch.float64:  # float32 repeats values where the slope is flat
         assert (alpha.diff() < 0).all() and (sigma.diff() > 0).all()
 
@@ -44,36 +47,6 @@ def test_sigma_is_precise_where_there_is_little_noise(name, zero_terminal_snr):
     t = torch.logspace(-6, -1, 100)
     exact = schedule.sigma(t.double())
     assert ((schedule.sigma(t) - exact).abs() / exact).max() < 1e-5
-
-
-def test_linear_schedule_integrates_its_beta():
-    t = np.linspace(0, 1, 200001)
-    beta = 0.1 + (20 - 0.1) * t
-    integral = np.concatenate([[0], np.cumsum((beta[1:] + beta[:-1]) / 2 * np.diff(t))])
-    alpha = np.exp(-integral / 2)  # dx = -beta / 2 x dt + sqrt(beta) dw
-    some = slice(None, None, 1000)
-    ours = diffusion.NoiseSchedule("linear", False).alpha(torch.from_numpy(t[some])).numpy()
-    assert np.allclose(ours, alpha[some], atol=1e-9)
-    shifted = (alpha - alpha[-1]) / (1 - alpha[-1])  # Lin et al. 2024, algorithm 1
-    ours = diffusion.NoiseSchedule("linear", True).alpha(torch.from_numpy(t[some])).numpy()
-    assert np.allclose(ours, shifted[some], atol=1e-9)
-
-
-def test_cosine_and_flow_closed_forms():
-    t = torch.linspace(0, 1, 101, dtype=torch.float64)
-    cosine, flow = diffusion.NoiseSchedule("cosine", True), diffusion.NoiseSchedule("flow", True)
-    assert torch.allclose(cosine.alpha(t), torch.cos(math.pi / 2 * t), atol=1e-12)
-    assert torch.allclose(cosine.sigma(t), torch.sin(math.pi / 2 * t), atol=1e-12)
-    assert torch.allclose(flow.alpha(t), 1 - t) and torch.allclose(flow.sigma(t), t)
-
-
-def test_q_sample_has_the_marginal_mean_and_standard_deviation():
-    schedule = diffusion.NoiseSchedule("linear", False)
-    x0, t = torch.tensor([2.0, -1.0]), torch.tensor([0.1, 0.6])
-    noise = randn(2, 1, 200, 200)
-    xt = schedule.q_sample(x0.view(2, 1, 1, 1).expand_as(noise), t, noise).flatten(1)
-    assert torch.allclose(xt.mean(1), schedule.alpha(t) * x0, atol=0.02)
-    assert torch.allclose(xt.std(1), schedule.sigma(t), rtol=0.02)
 
 
 # --- parametrisations ---
@@ -138,19 +111,12 @@ def test_loss_weights(monkeypatch, prediction, name, zero_terminal_snr):
     assert torch.allclose(plain(x0, t, eps, y), mse)
 
     snr = (schedule.alpha(t) / schedule.sigma(t)) ** 2
-    capped = torch.minimum(snr, torch.tensor(5.0, dtype=torch.float64))
+    capped = snr.clamp(max=5)
     loss = diffusion.Denoiser(Oracle(wrong), schedule, prediction, "min_snr")(x0, t, eps, y)
     x0_error = (plain.denoise(xt, t, y) - x0).square().mean((1, 2, 3))
     assert torch.allclose(loss, capped * x0_error)
-    inner = slice(1, None)  # SNR is infinite at t = 0
-    if prediction == "x0":
-        assert torch.allclose(loss, capped * mse)
-    elif prediction == "eps":  # Hang et al. 2023, section 3.4: min(SNR, 5) / SNR
-        assert torch.allclose(loss[inner], (capped / snr * mse)[inner])
-    elif prediction == "v" and name != "flow":  # min(SNR, 5) / (SNR + 1)
-        assert torch.allclose(loss[inner], (capped / (snr + 1) * mse)[inner])
-    elif prediction == "flow" and name == "flow":  # straight path: x0 - x0-hat = sigma (u-hat - u)
-        assert torch.allclose(loss, capped * schedule.sigma(t) ** 2 * mse)
+    if prediction == "eps":  # Hang et al. 2023, section 3.4: min(SNR, 5) / SNR
+        assert torch.allclose(loss[1:], (capped / snr * mse)[1:])  # SNR is infinite at t = 0
 
 
 @pytest.mark.parametrize("name, zero_terminal_snr, prediction, weighting, message", [
@@ -165,23 +131,6 @@ def test_bad_settings_are_refused(name, zero_terminal_snr, prediction, weighting
 
 
 # --- classifier-free guidance ---
-
-
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@torch.no_grad()
-def test_guidance_moves_x0_away_from_the_null_class(monkeypatch, prediction):
-    monkeypatch.setattr(diffusion, "EPS_BOUND", math.inf)
-    unet = tiny_unet(seed=1)
-    denoiser = diffusion.Denoiser(unet, diffusion.NoiseSchedule("cosine", False), prediction)
-    xt, t, y = randn(3, 4, 8, 8), torch.tensor([0.2, 0.5, 0.8]), torch.tensor([0, 1, 1])
-    cond = denoiser.denoise(xt, t, y)
-    null = denoiser.denoise(xt, t, torch.tensor([2, 2, 2]))
-    assert torch.allclose(denoiser.denoise(xt, t, y, 1.0), cond)
-    assert torch.allclose(denoiser.denoise(xt, t, y, 0.0), null, atol=1e-4)
-    for w in (0.5, 4.0):
-        guided = denoiser.denoise(xt, t, y, w)
-        assert torch.allclose(guided, null + w * (cond - null), atol=1e-4)
-        assert ((guided - cond).abs().amax((2, 3)) > 1e-3).all()  # [B, C]
 
 
 @torch.no_grad()
@@ -262,17 +211,6 @@ def mixture(schedule):
 # --- what the samplers draw ---
 
 
-@pytest.mark.parametrize("mean, std", [(0.7, 0.5), (-0.3, 1.5)])
-@pytest.mark.parametrize("sampler, name, zero_terminal_snr", CASES)
-def test_gaussian_is_recovered(sampler, name, zero_terminal_snr, mean, std):
-    schedule = diffusion.NoiseSchedule(name, zero_terminal_snr)
-    x0 = draw(sampler, schedule, gaussian(schedule, mean, std), steps=200)
-    # The start lacks the alpha(1) = 0.0066 of signal: 0.0066 mean / std.
-    # 20000 draws cost 0.7 % of std.
-    assert abs(x0.mean().item() - mean) < (0.025 if sampler in NOISY else 0.007) * std
-    assert x0.std().item() == pytest.approx(std, rel=0.05 if sampler in NOISY else 0.018)
-
-
 @pytest.mark.parametrize("sampler, name, zero_terminal_snr", CASES)
 def test_mixture_is_recovered(sampler, name, zero_terminal_snr):
     schedule = diffusion.NoiseSchedule(name, zero_terminal_snr)
@@ -314,38 +252,29 @@ def test_known_image_keeps_the_marginals_at_every_step(sampler, name, zero_termi
             assert torch.allclose(x, expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("sampler", diffusion.SAMPLERS)
-@pytest.mark.parametrize("steps", [1, 2, 5])
-def test_a_step_is_one_evaluation_at_equal_distances(sampler, steps):
-    schedule, seen = diffusion.NoiseSchedule("flow", True), []
+@pytest.mark.parametrize("sampler, name, zero_terminal_snr", CASES)
+@pytest.mark.parametrize("steps", [1, 2, 5, 100])
+def test_a_step_is_one_evaluation_at_equal_distances(sampler, name, zero_terminal_snr, steps):
+    """In t or, for samplers whose steps are in lambda = log(alpha / sigma), in lambda."""
+    schedule, seen = diffusion.NoiseSchedule(name, zero_terminal_snr), []
 
     def denoise(x, t):
         seen.append(t)
-        return gaussian(schedule, 0.7, 0.5)(x, t)
+        return 0 * x
 
-    x0 = draw(sampler, schedule, denoise, steps)
-    # Of lambda = log((1 - t) / t), in parts of one range.
-    if sampler in ("dpmpp_2m", "dpmpp_2m_sde"):
-        ends = math.log(6 * steps)
-        middles = (2 * (i + 0.5) / (steps - 1) - 1 for i in range(steps - 1))
-        assert seen == pytest.approx([1, *(1 / (1 + math.exp(ends * m)) for m in middles)])
-    else:
+    draw(sampler, schedule, denoise, steps, n=2)
+    assert len(seen) == steps and seen[0] == 1
+    if sampler in ("ancestral", "ddim"):
         assert seen == pytest.approx([1 - i / steps for i in range(steps)])
-    assert x0.isfinite().all()
-
-
-@pytest.mark.parametrize("name, zero_terminal_snr", ENDS)
-@pytest.mark.parametrize("steps", [1, 2, 3, 8, 500])
-def test_times_at_equal_distances_of_lambda_fall_from_1_to_0(name, zero_terminal_snr, steps):
-    schedule = diffusion.NoiseSchedule(name, zero_terminal_snr)
-    grid = diffusion.lambda_grid(schedule, steps)
-    times = [t for t, _, _ in grid]
-    assert len(times) == steps + 1 and times[0] == 1 and times[-1] == 0
-    assert all(t > s for t, s in zip(times, times[1:], strict=False))
-    lambdas = [math.log(alpha / sigma) for _, alpha, sigma in grid[1:-1]]
-    if steps > 3:
-        gaps = np.diff(lambdas)
-        assert gaps == pytest.approx(gaps[0], rel=1e-6) and lambdas[-1] < math.log(6 * steps)
+        return
+    lambdas = [math.log(alpha / sigma) for alpha, sigma in (levels(schedule, t) for t in seen[1:])]
+    high = math.log(6 * steps)  # the times are the middles of equal parts
+    low = max(-high, math.log(ALPHA_1)) if (name, zero_terminal_snr) == ("linear", False) else -high
+    middles = [low + (high - low) * (i + 0.5) / (steps - 1) for i in range(steps - 1)]
+    if zero_terminal_snr:
+        assert lambdas == pytest.approx(middles)
+    elif steps > 2:
+        assert np.diff(lambdas) == pytest.approx(np.diff(lambdas)[0], rel=1e-6)
 
 
 @pytest.mark.parametrize("sampler, name, zero_terminal_snr", CASES)
@@ -389,20 +318,6 @@ def test_order_of_convergence(name, zero_terminal_snr):
 
 
 @pytest.mark.parametrize("name, zero_terminal_snr", ENDS)
-def test_second_order_of_the_stochastic_sampler(name, zero_terminal_snr):
-    """Its standard deviation is nearer to the truth than ancestral's, too small at first order."""
-    schedule = diffusion.NoiseSchedule(name, zero_terminal_snr)
-
-    def error(sampler):
-        x0 = draw(sampler, schedule, gaussian(schedule, 0.7, 0.5), 40, n=5000)
-        return x0.std().item() / 0.5 - 1
-
-    ancestral = error("ancestral")
-    assert ancestral < -0.06
-    assert abs(error("dpmpp_2m_sde")) < 0.5 * abs(ancestral)
-
-
-@pytest.mark.parametrize("name, zero_terminal_snr", ENDS)
 def test_eight_steps_keep_what_is_narrow(name, zero_terminal_snr):
     """Equal steps in t are too long near t = 0, where what is narrow is decided: they lose 25 to 60
     % of this standard deviation."""
@@ -412,36 +327,3 @@ def test_eight_steps_keep_what_is_narrow(name, zero_terminal_snr):
     ddim, dpmpp = (gaussian_error(sampler, schedule, 8, 0.7, 0.5)
                    for sampler in ("ddim", "dpmpp_2m"))
     assert dpmpp < ddim / 6
-
-
-@pytest.mark.parametrize("sampler", diffusion.SAMPLERS)
-def test_only_ancestral_draws_noise_on_the_way(sampler):
-    schedule, x = diffusion.NoiseSchedule("flow", True), quantiles(50)
-    rng = torch.Generator().manual_seed(0)
-
-    def noise():
-        return torch.randn(50, generator=rng, dtype=torch.float64)
-
-    one, other = (diffusion.SAMPLERS[sampler](mixture(schedule), schedule, x, 10, noise)
-                  for _ in range(2))
-    assert torch.equal(one, other) == (sampler not in NOISY)
-
-
-# --- compilation ---
-
-
-def test_the_loss_is_one_graph_that_is_compiled_once():
-    schedule = diffusion.NoiseSchedule("cosine", True)
-    denoiser = diffusion.Denoiser(tiny_unet(seed=1), schedule, "v", "min_snr")
-    compiled = torch.compile(denoiser, fullgraph=True, backend="aot_eager")
-    for seed in (0, 10):
-        x0, noise = randn(2, 4, 8, 8, seed=seed), randn(2, 4, 8, 8, seed=seed + 1)
-        inputs = x0, torch.rand(2, generator=rng(seed)), noise, torch.tensor([seed % 3, 2])
-        with torch._dynamo.config.patch(error_on_recompile=seed > 0):
-            loss = compiled(*inputs)
-        eager = denoiser(*inputs)
-        assert torch.allclose(loss, eager, rtol=1e-3)
-        for ours, theirs in zip(torch.autograd.grad(loss.mean(), denoiser.parameters()),
-                                torch.autograd.grad(eager.mean(), denoiser.parameters()),
-                                strict=True):
-            assert torch.allclose(ours, theirs, rtol=1e-2, atol=1e-4)

@@ -1,6 +1,6 @@
-"""Networks and averaged weights against closed forms and independent re-derivations."""
+"""Networks and averaged weights. Their numbers are compared with diffusers in test_interop.py, and
+those of EMA in test_references.py."""
 import copy
-import math
 
 import pytest
 import torch
@@ -25,53 +25,12 @@ def perturb(module, seed=0):
     return module
 
 
-def attention_sizes(module, run):
-    """Feature-map sizes that pass through attention while `run` calls the module."""
-    sizes = []
-    hooks = [m.register_forward_hook(lambda m, args, out: sizes.append(args[0].shape[-1]))
-             for m in module.modules() if isinstance(m, model.Attention)]
-    run()
-    for hook in hooks:
-        hook.remove()
-    return sizes
-
-
 # --- shared blocks ---
-
-
-@pytest.mark.parametrize("base_ch", [1, 6, 32, 48, 96, 100])
-@pytest.mark.parametrize("mult", [1, 2])
-def test_norm_standardises_groups_of_any_width(base_ch, mult):
-    channels = base_ch * mult
-    x = 5 + 3 * randn(2, channels, 8, 8)
-    layer = model.norm(channels, model.num_groups(base_ch))
-    assert layer.num_groups <= 32 and base_ch % layer.num_groups == 0
-    y = layer(x).view(2, layer.num_groups, -1)
-    assert torch.allclose(y.mean(2), torch.zeros(()), atol=1e-5)
-    assert torch.allclose(y.std(2, correction=0), torch.ones(()), atol=1e-4)
-
-
-@pytest.mark.parametrize("channels, heads", [(128, 2), (48, 1), (64, 1)])
-def test_attention_matches_a_loop_over_heads_and_pixels(channels, heads):
-    layer = perturb(model.Attention(channels, 16, heads))
-    x = randn(2, channels, 3, 2)
-    rows = layer.norm(x).flatten(2).transpose(1, 2)  # [B, HW, C]
-    q, k, v = (rows @ layer.qkv.weight.T + layer.qkv.bias).chunk(3, dim=2)
-    out = torch.zeros_like(rows)
-    width = channels // heads
-    for head in range(heads):
-        part = slice(head * width, (head + 1) * width)
-        for i in range(6):
-            scores = (k[:, :, part] * q[:, i:i + 1, part]).sum(2) / math.sqrt(width)  # [B, HW]
-            weights = torch.softmax(scores, dim=1)
-            out[:, i, part] = (weights[:, :, None] * v[:, :, part]).sum(1)
-    out = out @ layer.proj.weight.T + layer.proj.bias
-    assert torch.allclose(layer(x), x + out.transpose(1, 2).view(2, channels, 3, 2), atol=1e-4)
 
 
 @pytest.mark.parametrize("block", [
     model.ResBlock(8, 8, 4, emb_dim=16), model.ResBlock(8, 8, 4), model.Attention(8, 4, 2)])
-def test_residual_blocks_start_as_identity_and_do_not_stay_it(block):
+def test_residual_blocks_start_as_identity(block):
     x, emb = randn(2, 8, 4, 4), randn(2, 16, seed=1)
     args = (x, emb) if getattr(block, "emb", None) else (x,)
     assert torch.equal(block(*args), x)
@@ -103,20 +62,10 @@ def test_autoencoder_shapes(img_size, z_channels, ch_mults, patch_size, latent):
         assert not torch.allclose(rec, vae.decode(posterior.mean), atol=1e-3)
 
 
-@pytest.mark.parametrize("attn_res, sizes", [
-    ((), [4, 4]), ((8,), [8, 8, 4, 4, 8, 8, 8]), ((4,), [4] * 7)])
-def test_autoencoder_attention_sits_at_the_sizes_asked_for(attn_res, sizes):
-    vae = model.AutoencoderKL(16, 2, 8, (1, 1, 1), num_res_blocks=2, attn_res=attn_res)
-    assert attention_sizes(vae, lambda: vae(randn(1, 1, 16, 16), randn(1, 2, 4, 4))) == sizes
-
-
 @pytest.mark.parametrize("img_size, nearest", [(50, 48), (63, 64), (3, 8)])
 def test_autoencoder_refuses_sizes_it_cannot_halve(img_size, nearest):
-    message = rf"img_size {img_size} is not a multiple of 8.* {nearest}$"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"{img_size} is not a multiple of 8.* {nearest}$"):
         model.AutoencoderKL(img_size, 4, 8, (1, 1, 1, 1), 1)
-    vae = model.AutoencoderKL(nearest, 4, 8, (1, 1, 1, 1), 1)
-    assert vae.latent_shape == (4, nearest // 8, nearest // 8)
 
 
 def test_the_linear_path_starts_alone_and_is_linear():
@@ -144,20 +93,6 @@ def test_the_linear_path_starts_alone_and_is_linear():
     assert vae.linear_encoder.weight.grad.norm() > 0 < vae.encoder[0].weight.grad.norm()
 
 
-def test_upsampling_is_nearest_neighbour_and_a_convolution():
-    torch.manual_seed(0)
-    up = model.Upsample(3).double()
-    x = torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(2, 3, 10, 8, dtype=torch.float64)
-    enlarged = torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest")
-    results = [up(x), up.conv(enlarged)]
-    torch.testing.assert_close(*results)
-    ours, theirs = (torch.autograd.grad((y * weight).sum(), [x, *up.parameters()])
-                    for y in results)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b)
-
-
 def test_networks_put_out_float32_under_bf16_autocast():
     vae = perturb(model.AutoencoderKL(8, 2, 8, (1, 1), 1))
     unet = perturb(model.UNet((2, 4, 4), 2, 8, (1,), 1, ()))
@@ -179,27 +114,12 @@ def test_extreme_log_variances_stay_finite():
         assert posterior.kl().isfinite().all()
 
 
-def test_kl_is_that_of_torch_and_a_hand_computed_value():
+def test_kl_is_that_of_torch():
     mean, logvar = randn(3, 2, 4, 4), randn(3, 2, 4, 4, seed=1)
     q = torch.distributions.Normal(mean, (logvar / 2).exp())
     standard = torch.distributions.Normal(0.0, 1.0)
     expected = torch.distributions.kl_divergence(q, standard).sum((1, 2, 3))
     assert torch.allclose(model.Posterior(mean, logvar).kl(), expected, rtol=1e-4)
-    one = torch.ones(1, 1, 1, 1)
-    # Mean 3, variance 4: (9 + 4 - 1 - ln 4) / 2.
-    kl = model.Posterior(3 * one, math.log(4) * one).kl()
-    assert kl.item() == pytest.approx(5.30685, abs=1e-4)
-    assert model.Posterior(0 * one, 0 * one).kl().item() == 0
-
-
-def test_posterior_samples_have_its_mean_and_standard_deviation():
-    mean = torch.tensor([0.5, -2.0]).view(1, 2, 1, 1)
-    std = torch.tensor([0.1, 3.0]).view(1, 2, 1, 1)
-    posterior = model.Posterior(mean, 2 * std.log())
-    z = posterior.sample(randn(40000, 2, 1, 1))
-    assert torch.allclose((z.mean(0) - mean[0]) / std[0], torch.zeros(()), atol=0.03)
-    assert torch.allclose(z.std(0) / std[0], torch.ones(()), atol=0.02)
-    assert torch.equal(posterior.sample(torch.zeros(1, 2, 1, 1)), mean)
 
 
 # --- discriminator ---
@@ -209,10 +129,9 @@ def test_posterior_samples_have_its_mean_and_standard_deviation():
     (64, 64, 3), (32, 48, 3), (128, 24, 3), (64, 12, 2)])
 def test_discriminator_gives_one_logit_a_patch(height, width, num_layers):
     disc = model.PatchDiscriminator(8, num_layers)
-    down = 2**num_layers
+    down, smallest = 2**num_layers, disc.smallest(num_layers)
     logits = disc(randn(2, 1, height, width))
     assert logits.shape == (2, 1, height // down - 2, width // down - 2)
-    smallest = disc.smallest(num_layers)
     assert disc(randn(1, 1, smallest, smallest)).shape == (1, 1, 1, 1)
 
 
@@ -238,18 +157,14 @@ def test_discriminator_scores_an_image_without_its_batch():
 # --- UNet ---
 
 
-@pytest.mark.parametrize("latent_shape, ch_mults, attn_res, sizes", [
-    ((1, 6, 6), (1,), (), [6]),
-    ((4, 8, 8), (1, 2), (4,), [4, 4, 4, 4]),  # one block down, the middle, two blocks up
-    ((3, 16, 16), (1, 2, 2), (16, 8), [16, 8, 4, 8, 8, 16, 16]),
-    ((2, 4, 4), (1, 1, 1), (1,), [1, 1, 1, 1]),
-])
-def test_unet_shapes_and_attention_sizes(latent_shape, ch_mults, attn_res, sizes):
+@pytest.mark.parametrize("latent_shape, ch_mults, attn_res", [
+    ((1, 6, 6), (1,), ()), ((4, 8, 8), (1, 2), (4,)), ((3, 16, 16), (1, 2, 2), (16, 8)),
+    ((2, 4, 4), (1, 1, 1), (1,))])
+def test_unet_keeps_the_shape_of_its_latents(latent_shape, ch_mults, attn_res):
     unet = perturb(model.UNet(latent_shape, 2, 8, ch_mults, num_res_blocks=1, attn_res=attn_res))
     x, t, y = randn(2, *latent_shape), torch.tensor([0.1, 0.9]), torch.tensor([0, 2])
     with torch.no_grad():
         assert unet(x, t, y).shape == x.shape
-        assert attention_sizes(unet, lambda: unet(x, t, y)) == sizes
 
 
 @pytest.mark.parametrize("size, levels", [(6, 3), (7, 2), (12, 4)])
@@ -257,7 +172,6 @@ def test_unet_refuses_latents_it_cannot_halve(size, levels):
     message = f"latents of {size}x{size} cannot be halved {levels - 1} times"
     with pytest.raises(ValueError, match=message):
         model.UNet((4, size, size), 2, 8, (1,) * levels, 1, ())
-    model.UNet((4, 2 ** (levels - 1), 2 ** (levels - 1)), 2, 8, (1,) * levels, 1, ())
 
 
 def tiny_unet(num_classes=2, channels=4, seed=None):
@@ -270,30 +184,6 @@ def test_unet_starts_at_zero():
     assert torch.equal(out, torch.zeros(2, 4, 8, 8))
 
 
-@torch.no_grad()
-def test_unet_listens_to_time_and_class():
-    unet, x = tiny_unet(seed=1), randn(1, 4, 8, 8)
-
-    def out(t, y):
-        return unet(x, torch.tensor([t]), torch.tensor([y]))
-
-    for t in (0.0, 0.5, 0.999):
-        assert (out(t, 0) - out(t + 0.001, 0)).abs().max() > 1e-3  # two of 1000 neighbouring steps
-    outs = [out(0.5, y) for y in (0, 1, unet.null_class)]
-    for i, j in ((0, 1), (0, 2), (1, 2)):
-        assert (outs[i] - outs[j]).abs().max() > 1e-2
-
-
-@torch.no_grad()
-def test_unet_keeps_batch_elements_apart():
-    unet, x = tiny_unet(seed=1), randn(3, 4, 8, 8)
-    t, y = torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0, 1, 2])
-    together = unet(x, t, y)
-    for i in range(3):
-        alone = unet(x[i:i + 1], t[i:i + 1], y[i:i + 1])
-        assert torch.allclose(together[i:i + 1], alone, atol=1e-4)
-
-
 def test_gradients_reach_every_unet_weight():
     unet, x = tiny_unet(seed=1), randn(1, 4, 8, 8)
     unet(x, torch.tensor([0.5]), torch.tensor([0])).square().sum().backward()
@@ -302,39 +192,7 @@ def test_gradients_reach_every_unet_weight():
     assert unreached == []
 
 
-@torch.no_grad()
-def test_skip_connections_join_the_way_up_in_reverse_order():
-    unet, skips, joined = tiny_unet(seed=1), [], []
-    for layer in [unet.conv_in, *(block[-1] for block in unet.down)]:
-        layer.register_forward_hook(lambda m, args, out: skips.append(out))
-    for block in unet.up:
-        block[0].register_forward_pre_hook(lambda m, args: joined.append(args[0]))
-    unet(randn(1, 4, 8, 8), torch.tensor([0.5]), torch.tensor([0]))
-    assert len(skips) == len(joined)
-    for skip, h in zip(reversed(skips), joined, strict=True):
-        assert torch.equal(h[:, -skip.shape[1]:], skip)
-
-
-def test_timestep_embedding_closed_form():
-    emb = model.timestep_embedding(torch.tensor([0.0, 0.25, 1.0]), 6)
-    for row, t in zip(emb, (0.0, 250.0, 1000.0), strict=True):
-        freqs = [1.0, 10000 ** (-1 / 3), 10000 ** (-2 / 3)]
-        expected = [math.cos(t * f) for f in freqs] + [math.sin(t * f) for f in freqs]
-        assert torch.allclose(row, torch.tensor(expected), atol=1e-3)
-
-
 # --- EMA ---
-
-
-def test_ema_warm_up_closed_form():
-    module = nn.Linear(2, 1, bias=False)
-    ema = model.EMA(module, 0.5)
-    expected = module.weight.detach().clone()
-    for step, decay in ((1, 2 / 11), (2, 3 / 12), (3, 4 / 13), (100, 0.5)):
-        nn.init.constant_(module.weight, float(step))
-        ema.update(module, step)
-        expected = decay * expected + (1 - decay) * step
-        assert torch.allclose(ema.module.weight, expected)
 
 
 def test_ema_is_a_frozen_copy_that_leaves_its_source_alone():

@@ -15,7 +15,6 @@ from test_model import perturb, randn, tiny_unet
 
 import diffusion
 import model
-import sample
 import train_ldm
 import train_vae
 from lib import dist, metrics
@@ -290,21 +289,6 @@ def test_guided_samples_are_those_of_diffusers(prediction, theirs, name, zero_te
     denoiser = diffusion.Denoiser(unet, schedule, prediction)
     ours = diffusion.sample(denoiser, y, lambda: start, "ddim", 4, 3.0, (0.0, 1.0))
     assert (ours - x).abs().max() < 1e-4 * x.abs().max()
-
-
-def test_samples_in_bf16_are_those_in_float32():
-    """Measured: 58 dB; 44 dB if the time is rounded to bf16 as well."""
-    torch.manual_seed(0)
-    schedule = diffusion.NoiseSchedule("cosine", True)
-    denoiser = diffusion.Denoiser(tiny_unet(seed=1), schedule, "v")
-    args = SimpleNamespace(seed=0, sampler="dpmpp_2m", num_sampling_steps=5, guidance_scale=1.0,
-                           guidance_interval=(0.0, 1.0))
-    exact, rounded = (
-        sample.sample_latents(denoiser, (4, 8, 8), [(0, i) for i in range(4)], ["tb"], args,
-                                  PROCS._replace(dtype=dtype))
-        for dtype in (torch.float32, torch.bfloat16))
-    peak = exact.abs().max()
-    assert 50 < metrics.psnr(exact / peak, rounded / peak).mean() < 80
 
 
 # --- training -----------------------------------------------------------------------------------

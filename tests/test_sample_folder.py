@@ -1,21 +1,22 @@
 """A folder of samples holds images of one set of settings, and its manifest.json says which."""
-import json
-
 import numpy as np
 import pytest
 import torch
-from conftest import error_of, tree_hashes, write_png
+from conftest import error_of, strict, tree_hashes, write_png
 from PIL import Image
 
 import evaluate
 import sample
 from lib import run
 
-FEW = ["--num_samples=2", "--num_sampling_steps=2", "--device=cpu"]
+def argv(w, *more):
+    """argv of sample.py: two samples of each class of `l` into the folder s."""
+    return [f"--ckpt={w.ldm_ckpt}", "--num_samples=2", "--num_sampling_steps=2", "--device=cpu",
+            f"--out_dir={w.root / 's'}", *more]
 
 
 def manifest(folder):
-    return json.loads((folder / "manifest.json").read_text())
+    return strict(folder / "manifest.json")
 
 
 def listed(folder):
@@ -27,29 +28,24 @@ def drawn(folder):
 
 
 @pytest.fixture
-def folder(workspace, quick):
-    """Two samples of each class of the run `l`, with --guidance_scale=7."""
-    path = workspace.root / "s"
-    result = quick("sample.py", f"--ckpt={workspace.ldm_ckpt}", *FEW, "--guidance_scale=7",
-                   f"--out_dir={path}")
-    assert result.code == 0, result.err
-    return path
+def folder(workspace):
+    """Samples with --guidance_scale=7."""
+    sample.main(argv(workspace, "--guidance_scale=7"))
+    return workspace.root / "s"
 
 
-@pytest.mark.parametrize("argv, says", [
+@pytest.mark.parametrize("change, says", [
     (["--guidance_interval=0.1,0.2"], "guidance_interval [0.3, 0.7], now [0.1, 0.2]"),
     (["--seed=1"], "seed 0, now 1"), (["--num_sampling_steps=3"], "num_sampling_steps 2, now 3"),
     (["--sampler=ddim"], "sampler ancestral, now ddim"), (["--no-use_ema"], "use_ema"),
     (["--num_samples=5", "--guidance_scale=0"], "guidance_scale 7.0, now 0.0"),
     ({"step": 21}, "step 20, now 21"), ({"extra": 1}, "ckpt_sha256 ")])
-def test_a_folder_never_mixes_two_settings(workspace, folder, capsys, argv, says):
-    if isinstance(argv, dict):  # another state of the checkpoint is another setting
-        state = torch.load(workspace.ldm_ckpt, weights_only=True)
-        torch.save({**state, **argv}, workspace.ldm_ckpt)
-        argv = []
+def test_a_folder_never_mixes_two_settings(workspace, folder, capsys, change, says):
+    if isinstance(change, dict):  # another state of the checkpoint is another setting
+        change_checkpoint(workspace, change)
+        change = []
     before = tree_hashes(folder)
-    message = error_of(capsys, sample.main, [
-        f"--ckpt={workspace.ldm_ckpt}", *FEW, "--guidance_scale=7", f"--out_dir={folder}", *argv])
+    message = error_of(capsys, sample.main, argv(workspace, "--guidance_scale=7", *change))
     assert f"({says}" in message and "another --out_dir, or remove the folder" in message
     assert tree_hashes(folder) == before
 
@@ -57,33 +53,28 @@ def test_a_folder_never_mixes_two_settings(workspace, folder, capsys, argv, says
 @pytest.mark.parametrize("content", [None, "{", "[]"])
 def test_images_without_a_manifest_are_not_added_to(workspace, capsys, content):
     folder = workspace.root / "s"
-    write_png(folder / "tb_00000.png", torch.zeros(32, 32, dtype=torch.uint8).numpy())
+    write_png(folder / "tb_00000.png", np.zeros((32, 32), np.uint8))
     if content:
         (folder / "manifest.json").write_text(content)
     before = tree_hashes(folder)
-    message = error_of(capsys, sample.main, [f"--ckpt={workspace.ldm_ckpt}", *FEW,
-                                             f"--out_dir={folder}"])
+    message = error_of(capsys, sample.main, argv(workspace))
     assert "manifest" in message and str(folder) in message
     assert tree_hashes(folder) == before
 
 
-def test_more_and_fewer_of_the_same_settings_go_on(workspace, folder, quick):
+def test_more_and_fewer_of_the_same_settings_go_on(workspace, folder):
     first, settings = drawn(folder), manifest(folder)
-    argv = ["sample.py", f"--ckpt={workspace.ldm_ckpt}", *FEW, "--guidance_scale=7",
-            f"--out_dir={folder}"]
-    assert quick(*argv, "--num_samples=3", "--classes=tb").code == 0
+    sample.main(argv(workspace, "--guidance_scale=7", "--num_samples=3", "--classes=tb"))
     more = drawn(folder)
     assert sorted(more) == listed(folder) == sorted([*first, "tb_00002.png"])
     assert all(more[name] == first[name] for name in first if name.startswith("normal"))
-    assert quick(*argv, "--num_samples=1").code == 0
+    sample.main(argv(workspace, "--guidance_scale=7", "--num_samples=1"))
     assert sorted(drawn(folder)) == listed(folder) == sorted(more)
     assert {**manifest(folder), "images": 0} == {**settings, "images": 0}
 
 
 def test_a_run_that_was_broken_off_is_told_and_goes_on(workspace, monkeypatch, capsys):
     folder, count = workspace.root / "s", 0
-    argv = [f"--ckpt={workspace.ldm_ckpt}", "--num_sampling_steps=2", f"--out_dir={folder}",
-            "--device=cpu"]
     measure = [f"--samples_dir={folder}", *workspace.common, "--classifier_steps=1",
                "--device=cpu"]
     save_image = run.save_image
@@ -97,54 +88,50 @@ def test_a_run_that_was_broken_off_is_told_and_goes_on(workspace, monkeypatch, c
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(run, "save_image", three_times)
-        sample.main([*argv, "--num_samples=4"])
+        sample.main(argv(workspace, "--num_samples=4"))
     assert len(listed(folder)) == 8 and len(drawn(folder)) == 3
     message = error_of(capsys, evaluate.main, measure)
     assert "5 of the 8 images" in message and "run the sample.py command again" in message
 
-    sample.main([*argv, "--num_samples=4"])
+    sample.main(argv(workspace, "--num_samples=4"))
     assert sorted(drawn(folder)) == listed(folder) and len(listed(folder)) == 8
     evaluate.main(measure)  # no error
 
 
+def change_checkpoint(w, values):
+    torch.save({**torch.load(w.ldm_ckpt, weights_only=True), **values}, w.ldm_ckpt)
+
+
 @pytest.mark.parametrize("name", ["../outside", "a/b", "..", ".hidden", "a\0b", "", 3])
 def test_a_class_name_that_is_no_file_name_is_not_loaded(workspace, capsys, name):
-    state = torch.load(workspace.ldm_ckpt, weights_only=True)
-    torch.save({**state, "class_names": [name, "tb"]}, workspace.ldm_ckpt)
+    change_checkpoint(workspace, {"class_names": [name, "tb"]})
     before = tree_hashes(workspace.root)
-    message = error_of(capsys, sample.main, [f"--ckpt={workspace.ldm_ckpt}", *FEW,
-                                             f"--out_dir={workspace.root}/out/a"])
-    assert repr(name) in message and tree_hashes(workspace.root) == before
+    assert repr(name) in error_of(capsys, sample.main, argv(workspace))
+    assert tree_hashes(workspace.root) == before
 
 
 @pytest.mark.parametrize("classes, drawn_classes", [
     (None, ["a", "b c"]), ("b c", ["b c"]), ("a, b c", ["a", "b c"]), ("b c:a", ["a", "b c"]),
     ("b", None), ("a,", None), ("a,a", ["a"])])
 def test_classes_are_a_list_of_names(workspace, capsys, classes, drawn_classes):
-    state = torch.load(workspace.ldm_ckpt, weights_only=True)
-    torch.save({**state, "class_names": ["a", "b c"]}, workspace.ldm_ckpt)
-    argv = [f"--ckpt={workspace.ldm_ckpt}", "--num_samples=1", "--num_sampling_steps=1",
-            f"--out_dir={workspace.root / 's'}", "--device=cpu"]
-    argv += [f"--classes={classes}"] if classes else []
+    change_checkpoint(workspace, {"class_names": ["a", "b c"]})
+    words = argv(workspace, "--num_samples=1", *([f"--classes={classes}"] if classes else []))
     if drawn_classes is None:
-        assert "it knows a, b c" in error_of(capsys, sample.main, argv)
+        assert "it knows a, b c" in error_of(capsys, sample.main, words)
         return
-    sample.main(argv)
+    sample.main(words)
     assert listed(workspace.root / "s") == [f"{name}_00000.png" for name in drawn_classes]
 
 
-def test_real_images_stand_above_the_samples_of_their_class(workspace, quick, capsys):
+def test_real_images_stand_above_the_samples_of_their_class(workspace, capsys):
+    real = workspace.root / "d/TB/val"
     for i, grey in enumerate((0, 60, 120, 180, 240)):
-        write_png(workspace.root / f"d/TB/val/tb/{i}.png", np.full((64, 80), grey, np.uint8))
-    common = ["sample.py", f"--ckpt={workspace.ldm_ckpt}", *FEW]
-    result = quick(*common, f"--real_dir={workspace.root / 'd/TB/val'}",
-                   f"--out_dir={workspace.root / 's'}")
-    assert result.code == 0, result.err
+        write_png(real / f"tb/{i}.png", np.full((64, 80), grey, np.uint8))
+    sample.main(argv(workspace, f"--real_dir={real}"))
     sheet = np.asarray(Image.open(workspace.root / "s/grid.png"))
     assert sheet.shape == (3 * (32 + 16), 5 * 34 + 2)  # normal: no real ones; tb: real, samples
     row = sheet[48 + 14:48 + 46, 2:].reshape(32, 5, 34)[:, :, :32]
     assert (row == np.array([0, 60, 120, 180, 240])[:, None]).all()
-    message = error_of(capsys, sample.main, [
-        *common[1:], f"--real_dir={workspace.root / 'd/TB/none'}",
-        f"--out_dir={workspace.root / 'no'}"])
+    message = error_of(capsys, sample.main, argv(
+        workspace, f"--real_dir={real}/none", f"--out_dir={workspace.root / 'no'}"))
     assert "no folder --real_dir=" in message and not (workspace.root / "no").exists()

@@ -34,23 +34,6 @@ def latents(denoiser, samples, sampler="ancestral", seed=0, class_names=CLASSES,
         denoiser, LATENT, samples, class_names, args, ctx, progress)
 
 
-def test_guidance_is_on_inside_its_interval_only(denoiser, monkeypatch):
-    seen, original = [], denoiser.denoise
-
-    def spy(x, t, y, w):
-        seen.append((t[0].item(), w))
-        return original(x, t, y, w)
-
-    monkeypatch.setattr(denoiser, "denoise", spy)
-    guided = latents(denoiser, [(0, 0)], "ddim", interval=(0.25, 0.75))
-    assert seen == [(1.0, 1.0), (0.75, 3.0), (0.5, 3.0), (0.25, 3.0)]
-    plain = latents(denoiser, [(0, 0)], "ddim", scale=1.0)
-    full = latents(denoiser, [(0, 0)], "ddim")
-    assert not torch.allclose(guided, plain)
-    assert not torch.allclose(guided, full)
-    assert torch.equal(latents(denoiser, [(0, 0)], "ddim", interval=(0.3, 0.4)), plain)
-
-
 def test_in_bf16_weights_are_cast_once_for_the_same_samples(denoiser):
     ctx = PROCS._replace(dtype=torch.bfloat16)
     denoiser = ctx.place(denoiser)
@@ -98,7 +81,7 @@ def test_a_sample_depends_on_seed_class_name_and_number(denoiser, sampler):
 
 @torch.no_grad()
 def test_a_sample_is_guided_ddim_from_the_noise_of_its_own_key(denoiser):
-    rng = ALONE.generator(5, "sample", "tb", 3)
+    rng = PROCS.generator(5, "sample", "tb", 3)
     x = torch.randn(LATENT, generator=rng)[None]
     for i in range(4):
         t, s = 1 - i / 4, 1 - (i + 1) / 4

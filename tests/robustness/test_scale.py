@@ -1,4 +1,5 @@
-"""A start with 20,000 and 200,000 images, on one process and on two: files opened, and memory."""
+"""What a start opens with 20,000 and 200,000 images, on one process and on two, and how memory grows
+with images and with steps."""
 import json
 import os
 import re
@@ -14,7 +15,8 @@ pytestmark = pytest.mark.slow
 SIDE, SMALL, LARGE = 16, 20_000, 200_000
 FILES = 100  # that all names are links to
 
-# Runs a stage and writes what it opened below the data root and in the cache, and its peak memory.
+# Runs a stage and writes what it opened below the data root and in the cache, and its peak memory:
+# VmHWM starts at zero with the new program, ru_maxrss of a child at what its parent held.
 WATCHED = """
 import atexit, json, os, re, runpy, sys
 root, out = sys.argv[1:3]
@@ -54,27 +56,26 @@ def big(tmp_path_factory):
     (root / "watched.py").write_text(WATCHED)
     (root / "vae.py").write_text(
         TINY_VAE.replace("img_size = 32", f"img_size = {SIDE}") + "disc_weight = 0.0\n")
-    (root / "ldm.py").write_text(TINY_LDM)
-    common = [f"--output_root={root / 'runs'}", f"--data_root={root / str(SMALL)}"]
-    run("train_vae.py", *common, f"--config={root / 'vae.py'}", "--run_name=v", "--max_steps=2")
+    (root / "ldm.py").write_text(TINY_LDM + "sample_batch_size = 2\nnum_sampling_steps = 1\n")
+    run("train_vae.py", f"--output_root={root / 'runs'}", f"--data_root={root / str(SMALL)}",
+        f"--config={root / 'vae.py'}", "--run_name=v", "--max_steps=2")
     (root / "runs/v/latent_scale.json").unlink(missing_ok=True)
     return root
 
 
-def start(big, out, count, processes, name):
-    """[what each rank opened, and its peak memory]"""
-    data_root = big / str(count)
+def start(big, out, kind, count, *more, processes=1):
+    """[what each rank opened, and its peak memory] of a run with its caches below `out`."""
+    data_root, seen = big / str(count), out / f"seen_{len(list(out.glob('seen_*')))}_"
+    ae = [f"--ae_ckpt_path={big / 'runs/v/ckpts/last.pt'}", "--latent_scale_factor=1.0"]
     done = subprocess.run(
-        [*python(processes), str(big / "watched.py"), str(data_root), str(out / name),
-         str(ROOT / "train_ldm.py"), f"--data_root={data_root}", f"--output_root={out}",
-         f"--config={big / 'ldm.py'}", f"--ae_ckpt_path={big / 'runs/v/ckpts/last.pt'}",
-         "--latent_scale_factor=1.0", "--max_steps=1", "--sample_batch_size=2",
-         "--num_sampling_steps=1", "--device=cpu"],
+        [*python(processes), str(big / "watched.py"), str(data_root), str(seen),
+         str(ROOT / f"train_{kind}.py"), f"--data_root={data_root}", f"--output_root={out}",
+         f"--config={big / kind}.py", *(ae if kind == "ldm" else []), "--device=cpu", *more],
         cwd=out, text=True, capture_output=True, timeout=1500, check=False,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert re.search(rf"images\s+{count}\n", done.stdout)
-    return [json.loads((out / f"{name}{rank}").read_text()) for rank in range(processes)]
+    return [json.loads(path.read_text()) for path in sorted(out.glob(f"{seen.name}*"))]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -83,11 +84,11 @@ def test_a_start_costs_little_per_image(big, tmp_path, processes):
     for count in (SMALL, LARGE):
         out = tmp_path / str(count)
         out.mkdir()
-        built = start(big, out, count, processes, "first")
-        found = start(big, out, count, processes, "second")
+        built, found = (start(big, out, "ldm", count, "--max_steps=1", processes=processes)
+                        for _ in range(2))
         # All are decoded once, by all processes together. The second start opens none of them, and
-        # of their pixels the header alone; rank 0 shows eight of each class in the end. NumPy opens a
-        # file twice for each map.
+        # of their pixels the header alone; rank 0 shows eight of each class in the end. NumPy opens
+        # a file twice for each map.
         assert sum(rank["images"] for rank in built) == count
         assert min(rank["images"] for rank in built) > 0.4 * count / processes
         assert all(rank["images"] == 0 for rank in found)
@@ -96,3 +97,11 @@ def test_a_start_costs_little_per_image(big, tmp_path, processes):
     # What grows is the list of names, whatever the size of the images.
     for small, large in zip(peaks[SMALL], peaks[LARGE], strict=True):
         assert large - small < 1000 * (LARGE - SMALL) / 2**20
+
+
+@pytest.mark.parametrize("kind", ["vae", "ldm"])
+def test_memory_does_not_grow_with_steps(big, tmp_path, kind):
+    few, many = (
+        start(big, tmp_path, kind, SMALL, f"--max_steps={steps}", "--batch_per_device=2",
+              "--sample_every=1000000", "--log_every=50")[0]["peak_mb"] for steps in (100, 2000))
+    assert many - few < 20

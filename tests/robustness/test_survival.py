@@ -1,25 +1,18 @@
-"""No run is lost: stops at awkward moments, several processes, NaN on one rank, a shared cache."""
-import faulthandler
+"""No run is lost: stops at awkward moments, several processes, NaN on one rank, kills."""
 import itertools
-import os
 import pathlib
 import re
-import shutil
 import signal
-import socket
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, _as_main, is_alive, read_jsonl, run, start
-from test_stages import assert_same_run, strict
+from conftest import LIMIT_S, ROOT, is_alive, read_jsonl, run, start, strict
+from test_stages import assert_same_run
 
 from lib.files import EXIT_FAILED, EXIT_STOPPED
 from lib.run import load_checkpoint
 
-
-LIMIT_S = 150  # after which a process counts as hanging
 
 # --- commands -----------------------------------------------------------------------------------
 
@@ -30,15 +23,12 @@ def command(stages, tmp_path):
 
     Two steps per epoch, a log line each step, evaluations at steps 4, 8 and 12.
     """
-    settings = {
-        "train_vae": [f"--config={stages.vae_config}", "--disc_start=3"],
-        "train_ldm": [f"--config={stages.ldm_config}", f"--ae_ckpt_path={stages.vae_ckpt}",
-                      "--sample_batch_size=2", "--num_sampling_steps=4"]}
+    own = {"vae": ["--disc_start=3"], "ldm": ["--sample_batch_size=2", "--num_sampling_steps=4"]}
 
     def argv(stage, name, *more):
-        return [f"--data_root={stages.data}", f"--output_root={tmp_path / 'runs'}",
-                *settings[stage], "--max_steps=12", "--sample_every=2", "--log_every=1",
-                f"--run_name={name}", *more]
+        kind = stage[-3:]
+        return [*getattr(stages, kind)(name, f"--output_root={tmp_path / 'runs'}")[1:], *own[kind],
+                "--max_steps=12", "--sample_every=2", "--log_every=1", *more]
     return argv
 
 
@@ -71,47 +61,6 @@ def hooked(folder, stage, body):
     path = folder / f"hooked_{len(list(folder.glob('hooked_*')))}.py"
     path.write_text(HOOK.format(root=str(ROOT), stage=stage, body=body))
     return str(path)
-
-
-def _as_rank(env, *args):
-    os.environ.update(env)
-    faulthandler.dump_traceback_later(LIMIT_S - 10)  # into its standard error: where does it hang?
-    _as_main(*args)
-
-
-@pytest.fixture
-def together(fork_server, tmp_path):
-    """together([argv, ...], ranks=False) -> [(code, out, err), ...]: stages run at the same time.
-
-    ranks: they are the processes of one run, with the environment that torchrun gives them.
-    """
-    def call(commands, ranks=False):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        started = []
-        for i, argv in enumerate(commands):
-            env = {"RANK": i, "LOCAL_RANK": i, "WORLD_SIZE": len(commands),
-                   "LOCAL_WORLD_SIZE": len(commands), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": port} if ranks else {}
-            env = {k: str(v) for k, v in env.items()}
-            paths = [tmp_path / f"{name}_{i}" for name in ("out", "err")]
-            process = fork_server.Process(
-                target=_as_rank, args=(env, argv, *map(str, paths), str(ROOT)))
-            process.start()
-            started.append((process, paths))
-        deadline = time.monotonic() + LIMIT_S
-        for process, _ in started:
-            process.join(max(0.0, deadline - time.monotonic()))
-        hanging = [i for i, (process, _) in enumerate(started) if process.is_alive()]
-        for i in hanging:
-            started[i][0].kill()
-            started[i][0].join()
-        results = [SimpleNamespace(code=process.exitcode, out=out.read_text(), err=err.read_text())
-                   for process, (out, err) in started]
-        assert not hanging, f"{hanging} still run\n" + "\n".join(r.out + r.err for r in results)
-        return results
-    return call
 
 
 def left_over(root):
@@ -207,10 +156,8 @@ def finished(process):
     """Output of a process that must end by itself."""
     try:
         return "".join(process.communicate(timeout=LIMIT_S))
-    except Exception:
+    finally:
         process.terminate()  # torchrun takes its workers along, by force after 30 s
-        print(*process.communicate(), sep="\n")
-        raise
 
 
 ON_RANK_1 = """
@@ -265,7 +212,7 @@ before("torch.distributed.destroy_process_group", report)
 """
 
 
-def test_nothing_holds_the_process_group_when_it_is_destroyed(command, tmp_path):
+def test_nothing_holds_the_process_group_at_its_end(command, tmp_path):
     """Else some runs of several processes would never end: lib.dist.leave_group."""
     script = hooked(tmp_path, "train_vae", LEAVE)
     run(script, tmp_path / "held_", *command("train_vae", "run", "--batch_per_device=4"),
@@ -306,19 +253,18 @@ def test_processes_that_share_a_batch_do_what_one_does(command, together, tmp_pa
 
 def test_ranks_end_when_torchrun_was_killed(command, tmp_path):
     """Else they would train on beside the next start."""
-    folder = tmp_path / "runs/orphans"
     argv = ["train_ldm.py", *command("train_ldm", "orphans", "--batch_per_device=4"),
             "--max_steps=100000", "--sample_every=100000"]
     process = start(*argv, processes=2)
     wait_for(process, "step 3 ")
     ranks = workers(process)
     process.kill()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + LIMIT_S
     while any(map(is_alive, ranks)):
         assert time.monotonic() < deadline, "they train on"
         time.sleep(0.1)
     out = "".join(process.communicate())
-    step = load_checkpoint(folder / "ckpts/last.pt", "ldm")["step"]
+    step = load_checkpoint(tmp_path / "runs/orphans/ckpts/last.pt", "ldm")["step"]
     assert step >= 3 and f"stopped (SIGTERM) at step {step}, " in out
 
 
@@ -354,12 +300,10 @@ dist.clip_and_step = spy
 def test_a_nan_on_one_rank_is_skipped_by_both(command, together, tmp_path, stage):
     script = hooked(tmp_path, stage, POISON)
     args = command(stage, "bad", "--batch_per_device=4", "--save_minutes=0", "--log_every=1",
-                   "--max_bad_steps=4", "--max_steps=20", "--sample_every=100", "--disc_start=1")
-    if stage == "train_ldm":
-        args = [a for a in args if not a.startswith("--disc_start")]
+                   "--max_bad_steps=4", "--max_steps=20", "--sample_every=100",
+                   *(["--disc_start=1"] if stage == "train_vae" else []))
     results = together([(script, tmp_path / "steps_", *args)] * 2, ranks=True)
-    codes = [r.code for r in results]
-    assert codes == [EXIT_FAILED] * 2, results[0].err + results[1].err
+    assert [r.code for r in results] == [EXIT_FAILED] * 2, results[0].err + results[1].err
     assert results[1].err == ""  # one process speaks
     assert "--max_bad_steps" in results[0].err and "--resume_dir" in results[0].err
 
@@ -378,40 +322,10 @@ def test_a_nan_on_one_rank_is_skipped_by_both(command, together, tmp_path, stage
     folder = tmp_path / "runs/bad"
     state = load_checkpoint(folder / "ckpts/last.pt", stage[-3:])
     assert (state["step"], state["bad_steps"].item()) == (10, 3)  # of the step before the last
-    assert all(v.isfinite().all() for key in ("model", "ema") for v in state[key].values())
     assert strict(folder / "summary.json")["diverged"] is True
     records = read_jsonl(folder / "metrics.jsonl")
     null = [r["step"] for r in records if "train/loss" in r and r["train/loss"] is None]
     assert null == [3, 4, 8, 9, 10, 11] == [r["step"] for r in records if r.get("train/bad_steps")]
-
-
-# --- two runs that build the same caches --------------------------------------------------------
-
-BUILD = """
-def slowly(place):
-    def note(call, *args):
-        if call == 1:
-            pathlib.Path({folder!r}, place + "." + str(os.getpid())).touch()
-            time.sleep(3)  # the other one comes to the lock
-    before(place, note)
-slowly("lib.decode.read_grey")
-slowly("data.LatentSet._encode")
-"""
-
-
-def test_two_runs_build_the_same_caches_once(stages, command, together, tmp_path):
-    for name in ("a", "b"):  # with the pictures for which each would read some films
-        (tmp_path / "runs" / name / "samples").mkdir(parents=True)
-        for path in (stages.out / "l/samples").glob("real_*.png"):
-            shutil.copy(path, tmp_path / "runs" / name / "samples")
-    script = hooked(tmp_path, "train_ldm", BUILD.format(folder=str(tmp_path)))
-    results = together([(script, *command("train_ldm", name)) for name in ("a", "b")])
-    assert [r.code for r in results] == [0, 0], results[0].err + results[1].err
-    assert any("waiting" in r.out for r in results)
-    for place in ("lib.decode.read_grey", "data.LatentSet._encode"):
-        assert len(list(tmp_path.glob(f"{place}.*"))) == 1, "made twice"
-    assert_same_run(tmp_path / "runs/a", tmp_path / "runs/b", "ldm")
-    assert not left_over(tmp_path / "runs")
 
 
 # --- killed at random moments -------------------------------------------------------------------
@@ -419,12 +333,12 @@ def test_two_runs_build_the_same_caches_once(stages, command, together, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage, kills, processes", [
-    ("ldm", 50, 1), ("vae", 15, 1), ("ldm", 15, 2), ("vae", 10, 2)])
+    ("ldm", 60, 1), ("vae", 20, 1), ("ldm", 20, 2), ("vae", 15, 2)])
 def test_a_storm_of_kills_changes_nothing(tmp_path, stage, kills, processes):
     """On two processes torchrun itself is among the victims."""
     out, _ = run("tests/robustness/kill_storm.py", f"--stage={stage}", f"--kills={kills}",
                  f"--processes={processes}", f"--folder={tmp_path}", timeout=900)
-    pattern = r"kills, (\d+) inside checkpoint writing, (\d+) inside cache building"
-    counts = re.search(pattern, out).groups()
-    assert f"{kills} kills" in out and "equal to the undisturbed run" in out
+    counts = re.search(r"kills, (\d+) inside checkpoint writing, (\d+) inside cache building, "
+                       r"\d+ too late; folder lost (\d+) times", out).groups()
+    assert "equal to the undisturbed run" in out
     assert all(int(count) > 0 for count in counts)
