@@ -41,7 +41,8 @@ def at_least(low, kind=int, high=math.inf):
     def convert(text):
         value = integer(text) if kind is int else kind(text)
         if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a number between {low} and {high}")
+            most = "" if high == math.inf else f" and at most {high}"
+            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {low}{most}")
         return value
     convert.__name__ = kind.__name__  # as argparse names it in "invalid int value"
     return convert

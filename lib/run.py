@@ -124,9 +124,11 @@ def find_autoencoder(args):
     found = []
     for path in pathlib.Path(args.output_root).glob("*/run_meta.json"):
         meta = read_json(path)
-        if meta.get("kind") == "vae" and read_meta(path.parent)["args"].get("task") == args.task:
-            finished = (path.parent / "summary.json").exists()
-            found.append((finished, str(meta.get("created")), path.parent))
+        with contextlib.suppress(KeyError, TypeError, ValueError):  # it is damaged
+            if meta["kind"] == "vae" and meta["args"]["task"] == args.task:
+                created = datetime.datetime.fromisoformat(meta["created"]).timestamp()
+                finished = (path.parent / "summary.json").exists()
+                found.append((finished, created, path.parent))
     if not found:
         command = command_line("train_vae.py", **data_flags(args))
         fail(f"no autoencoder of task {args.task} in {args.output_root}: train one with "
