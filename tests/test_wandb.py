@@ -45,23 +45,18 @@ def server(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def finish(quick):
-    """finish(SCRIPT, ARGS...): run a stage that must succeed."""
-    def call(*argv):
-        result = quick(*argv)
+def train(workspace, quick):
+    """train(FLAG): a run `w` of ten steps; returns its folder."""
+    def call(flag):
+        result = quick(*workspace.ldm("w", flag, "--max_steps=10", "--num_sampling_steps=10"))
         assert result.code == 0, result.err
+        return workspace.out / "w"
     return call
 
 
-def training(w):
-    return w.ldm("w", "--wandb", "--max_steps=10", "--num_sampling_steps=10")
-
-
 @pytest.mark.slow
-def test_the_page_of_a_run_shows_what_its_report_does(workspace, server, finish):
-    finish(*training(workspace))
-    folder = workspace.out / "w"
-    summary = strict(folder / "summary.json")
+def test_the_page_of_a_run_shows_what_its_report_does(server, train):
+    summary = strict(train("--wandb") / "summary.json")
     page = server()
     assert page.config["lr"]["value"] == 1e-3 and page.config["world_size"]["value"] == 1
     assert page.summary["val/loss"] == pytest.approx(summary["val/loss"])
@@ -72,12 +67,14 @@ def test_the_page_of_a_run_shows_what_its_report_does(workspace, server, finish)
     assert (page.folder / "files" / grid["path"]).exists()
 
 
-def test_offline_keeps_all_of_it_in_the_run_folder(workspace, monkeypatch, finish):
+def test_offline_keeps_all_of_it_in_the_run_folder(monkeypatch, train):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    finish(*training(workspace))
-    folder = workspace.out / "w"
-    files = list(folder.glob("wandb/offline-run-*/*.wandb"))
-    ids = {path.parent.name.split("-")[-1] for path in files}
-    assert ids == {strict(folder / "run_meta.json")["wandb_id"]} and len(files) == 1
-    logged = b"".join(path.read_bytes() for path in files)
-    assert all(name in logged for name in (b"train/loss", b"samples/tb"))
+    folder = train("--wandb")
+    [records] = folder.glob("wandb/offline-run-*/*.wandb")
+    assert records.parent.name.split("-")[-1] == strict(folder / "run_meta.json")["wandb_id"]
+    assert all(name in records.read_bytes() for name in (b"train/loss", b"samples/tb"))
+
+
+def test_a_run_without_wandb_has_no_page(monkeypatch, train):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert not (train("--no-wandb") / "wandb").exists()

@@ -15,8 +15,7 @@ import zlib
 import hypothesis
 import numpy as np
 import pytest
-import torch
-from conftest import only_error, save_checkpoint, tree_hashes
+from conftest import only_error, tree_hashes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -191,21 +190,13 @@ def test_a_damaged_latent_scale_is_never_another_factor(stages, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def checkpoint(stages, tmp_path_factory):
     """(state, bytes of the checkpoint file, a path to write damaged ones to)"""
     path = tmp_path_factory.mktemp("checkpoint") / "last.pt"
-    torch.manual_seed(0)
-    layers = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3), torch.nn.Linear(8, 9))
-    optimizer = torch.optim.AdamW(layers.parameters())
-    sum(p.square().sum() for p in layers.parameters()).backward()
-    optimizer.step()
-    save_checkpoint(path, "ldm", dict.fromkeys(run.NEEDED["ldm"]) | {
-        "model": layers.state_dict(), "optimizer": optimizer.state_dict(), "step": 7,
-        "args": {"lr": 1e-3, "ldm_ch_mults": (1, 2)}})
-    return run.load_checkpoint(path, "ldm"), path.read_bytes(), path
+    return run.load_checkpoint(stages.ldm_ckpt, "ldm"), stages.ldm_ckpt.read_bytes(), path
 
 
-@settings(repeatable, max_examples=450)
+@settings(repeatable, max_examples=300)
 @given(st.data())
 def test_a_damaged_checkpoint_is_refused_or_whole(checkpoint, draw):
     state, content, path = checkpoint

@@ -1,5 +1,5 @@
-"""What a start opens with 20,000 and 200,000 images, on one process and on two, and how memory grows
-with images and with steps."""
+"""What a start opens with 20,000 and 200,000 images, on one process and on two, and how memory
+grows with images and with steps."""
 import json
 import os
 import re
