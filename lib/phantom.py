@@ -6,6 +6,7 @@ writes PNG files laid out as a data root of your own would be: OUT/TB/SPLIT/CLAS
 are `normal` and `tb`; every image is a function of (seed, split, class, number).
 """
 import contextlib
+import functools
 import pathlib
 import secrets
 import shutil
@@ -15,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from lib.args import Parser, at_least, file_path
-from lib.files import fail, make_folder, notice
+from lib.files import fail, make_folder, notice, write_atomic
 
 # --- the image ----------------------------------------------------------------------------------
 
@@ -168,8 +169,8 @@ def write_phantoms(folder, num_train, num_val, img_size, seed=0):
             target = make_folder(pathlib.Path(folder, "TB", split, name))
             for i in range(count):
                 rng = np.random.default_rng([seed, split == "val", label, i])
-                image = draw_phantom(rng, bool(label), img_size)
-                Image.fromarray(image).save(target / f"{i:05d}.png")
+                image = Image.fromarray(draw_phantom(rng, bool(label), img_size))
+                write_atomic(target / f"{i:05d}.png", functools.partial(image.save, format="PNG"))
 
 
 def phantom_root(output_root, img_size):
@@ -181,10 +182,12 @@ def phantom_root(output_root, img_size):
     folder = make_folder(pathlib.Path(output_root, "cache")) / f"phantom_{img_size}"
     if not folder.exists():
         temporary = folder.with_name(f".{folder.name}_{secrets.token_hex(4)}")
-        write_phantoms(temporary, 64, 16, img_size)
-        with contextlib.suppress(OSError):  # another process was faster
-            temporary.rename(folder)
-        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            write_phantoms(temporary, 64, 16, img_size)
+            with contextlib.suppress(OSError):  # another process was faster
+                temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     notice(f"no --data_root: using the phantom set in {folder}")
     return folder
 

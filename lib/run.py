@@ -382,6 +382,7 @@ class Run:
 
     def save_grid(self, name, rows, labels):
         """Path of samples/NAME.png with a row of images for each tensor; see save_grid."""
+        self._check_lock()
         path = self.folder / "samples" / f"{name}.png"
         save_grid(path, rows, labels)
         return path
@@ -422,6 +423,7 @@ class Run:
                            f"with the lowest val/loss ({summary['best']['loss']:.4g})")
             if "overfit/passed" in summary and not diverged:
                 self.print(verdicts.format_overfit(summary))
+            self._check_lock()
             write_json(self.folder / "summary.json", {
                 "step": step, "diverged": diverged, "wall_seconds": self.saved_seconds, **summary,
                 "verdicts": [v._asdict() for v in found]})
