@@ -423,13 +423,12 @@ def main(argv=None):
               {**facts, "img_size": args.img_size, "data": images.summary})
     data.notice_changes(run.before.get("data"), images, f"{run.folder} was last started")
     step, train_metrics, sample_metrics, verdicts = 0, {}, {}, []
-    # Counted on the device: looking at each step would make the CPU wait for the GPU.
-    skipped_in_a_row = torch.zeros((), device=ctx.device)
+    means, diverged = RunningMeans(ctx, LOSSES), False
     if checkpoint := run.load():
         check_process(checkpoint, run.folder, scale, vae_sha256, args)
         resume(run, checkpoint, denoiser, ema, optimizer, class_names)
         step, train_metrics = checkpoint["step"], checkpoint["train_metrics"]
-        skipped_in_a_row = checkpoint["bad_steps"].to(ctx.device)
+        means.in_a_row = checkpoint["bad_steps"].to(ctx.device)
         monitor.load(checkpoint)
     elif initial:
         run.restore(dict.fromkeys((denoiser, ema.module) if ema else (denoiser,), initial))
@@ -441,7 +440,7 @@ def main(argv=None):
 
     def state():
         return {"model": denoiser.state_dict(), "ema": ema.module.state_dict() if ema else None,
-                "optimizer": optimizer.state_dict(), "step": step, "bad_steps": skipped_in_a_row,
+                "optimizer": optimizer.state_dict(), "step": step, "bad_steps": means.in_a_row,
                 "train_metrics": train_metrics, **monitor.state(), **facts, "args": vars(args),
                 "trained_classes": classes, "ae_ckpt_path": str(ae_path.resolve()),
                 "train_stats": reference.stats}
@@ -454,7 +453,6 @@ def main(argv=None):
         "steps": f"{total_steps} ({order.epoch_steps} per epoch)"})
     # Only now, with the settings on the screen: compiling takes minutes.
     loss_fn = wrap(denoiser, latent_shape, args, ctx)
-    means, diverged = RunningMeans(ctx, LOSSES), False
 
     while True:
         # --- checkpoint, at most every --save_minutes ---
@@ -495,7 +493,6 @@ def main(argv=None):
         losses, skipped = train_step(denoiser, ema, optimizer, loss_fn, micro_batches, scale, step,
                                      args, ctx)
         means.add(losses, skipped)
-        skipped_in_a_row = (skipped_in_a_row + 1) * skipped  # back to 0 after a good step
         step += 1
 
         # --- logging: the only place that waits for the device ---
@@ -503,7 +500,7 @@ def main(argv=None):
             train_metrics = run.log_training(
                 step, epoch, means.read() | {"train/learning_rate": args.lr * warmup},
                 images_per_step=batch * ctx.world_size)
-            diverged = skipped_in_a_row.item() >= args.max_bad_steps
+            diverged = means.in_a_row.item() >= args.max_bad_steps
             if diverged:
                 break
         run.progress.update(step, run.status)

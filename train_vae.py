@@ -15,8 +15,7 @@ import torch.nn.functional as F
 import data
 import model
 from lib import diffusers_io
-from lib.args import (BooleanFlag, at_least, int_list, parse_settings, run_to_continue,
-                      trainer_parser)
+from lib.args import BooleanFlag, at_least, int_list, parse_settings, trainer_parser
 from lib.dist import BatchOrder, RunningMeans, clip_and_step, setup
 from lib.files import data_flags, fail, notice
 from lib.metrics import detail, ms_ssim, octave_power, psnr, ssim
@@ -39,7 +38,7 @@ def build_parser():
     add("--z_channels", type=at_least(1), default=4, help="channels of the latent")
     add("--base_ch", type=at_least(1), default=64, help="channels at full resolution")
     add("--ch_mults", type=int_list, default=(1, 2, 4, 4), help="by level, each half the size")
-    add("--num_res_blocks", type=at_least(1), default=2, help="residual blocks per level")
+    add("--num_res_blocks", type=at_least(1, int, 100), default=2, help="residual blocks per level")
     add("--attn_res", type=int_list, default=(), help="sizes with attention beside the middle")
     # Above 1, or with a linear path, it is no longer the AutoencoderKL of LDM and diffusers.
     add("--patch_size", type=at_least(1), default=1, help="side of pixel squares taken as channels")
@@ -70,13 +69,12 @@ def build_parser():
 
 def preset(args):
     """New defaults that follow from --init_from: the shape of that autoencoder."""
-    if not args.init_from or run_to_continue(args):
+    if not args.init_from or args.resume_dir:
         return {}
     if folder := diffusers_io.vae_folder(args.init_from):
         return diffusers_io.vae_settings(folder, args.img_size)
-    checkpoint = load_checkpoint(args.init_from, "vae", weights=False)
-    load_network(model.build_vae, checkpoint["args"], checkpoint["ema"], args.init_from)
-    return {name: checkpoint["args"][name] for name in model.VAE_SHAPE}
+    stored = load_checkpoint(args.init_from, "vae", weights=False)["args"]
+    return {name: stored[name] for name in model.VAE_SHAPE if name in stored}
 
 
 def parse_args(argv=None):
@@ -125,12 +123,16 @@ def build_models(args, ctx):
     return Models(vae, model.EMA(vae, args.ema_decay), disc, vae_optimizer, disc_optimizer)
 
 
-def initial_weights(vae, path):
-    """State dict for `vae` from --init_from: the averaged weights of another run, or a diffusers
-    folder."""
-    if folder := diffusers_io.vae_folder(path):
-        return diffusers_io.vae_weights(vae, folder)
-    return load_checkpoint(path, "vae")["ema"]
+def initial_weights(args):
+    """State dict of --init_from, the averaged weights of another run or a diffusers folder; None if
+    there is none, or the run goes on. Ends the program if it does not fit the settings."""
+    if not args.init_from or args.resume_dir:
+        return None
+    if folder := diffusers_io.vae_folder(args.init_from):
+        weights = diffusers_io.vae_weights(args, folder)
+    else:
+        weights = load_checkpoint(args.init_from, "vae")["ema"]
+    return load_network(model.build_vae, vars(args), weights, args.init_from).state_dict()
 
 
 def wrap(models, args, ctx):
@@ -289,10 +291,8 @@ def main(argv=None):
 
     # --- processes, models, data ---
     ctx = setup(args)
+    initial = initial_weights(args)
     models = build_models(args, ctx)
-    initial = None
-    if args.init_from and not args.resume_dir:
-        initial = initial_weights(models.vae, args.init_from)
     perceptual = load_lpips(ctx.device) if args.perceptual_weight > 0 else None
     train_set, val_set = open_splits(args, ctx)
     batch = args.batch_per_device
@@ -308,15 +308,14 @@ def main(argv=None):
         "latent_shape": models.vae.latent_shape, "data": train_set.summary})
     data.notice_changes(run.before.get("data"), train_set, f"{run.folder} was last started")
     step, train_metrics, val_metrics = 0, {}, {}
-    # Counted on the device: looking at each step would make the CPU wait for the GPU.
-    skipped_in_a_row = torch.zeros((), device=ctx.device)
+    means, diverged = RunningMeans(ctx, LOSSES), False
     if checkpoint := run.load():
         run.restore({models.vae: checkpoint["model"], models.ema.module: checkpoint["ema"],
                      models.disc: checkpoint["disc"]},
                     {models.vae_optimizer: checkpoint["vae_optimizer"],
                      models.disc_optimizer: checkpoint["disc_optimizer"]})
         step, train_metrics = checkpoint["step"], checkpoint["train_metrics"]
-        skipped_in_a_row = checkpoint["bad_steps"].to(ctx.device)
+        means.in_a_row = checkpoint["bad_steps"].to(ctx.device)
     elif initial:
         run.restore({models.vae: initial, models.ema.module: initial})
 
@@ -325,7 +324,7 @@ def main(argv=None):
                 "disc": models.disc.state_dict(),
                 "vae_optimizer": models.vae_optimizer.state_dict(),
                 "disc_optimizer": models.disc_optimizer.state_dict(),
-                "step": step, "bad_steps": skipped_in_a_row, "train_metrics": train_metrics,
+                "step": step, "bad_steps": means.in_a_row, "train_metrics": train_metrics,
                 "args": vars(args), "latent_shape": models.vae.latent_shape}
 
     run.start(state(), total_steps, build_parser(), {
@@ -336,7 +335,6 @@ def main(argv=None):
         "global batch": batch * ctx.world_size})
     # Only now, with the settings on the screen: compiling takes minutes.
     vae_fn, disc_fn = wrap(models, args, ctx)
-    means, diverged = RunningMeans(ctx, LOSSES), False
 
     while True:
         # --- checkpoint, at most every --save_minutes ---
@@ -371,7 +369,6 @@ def main(argv=None):
         x = read_images(train_set, index, step, args, ctx)
         losses, skipped = train_step(models, vae_fn, disc_fn, perceptual, x, step, args, ctx)
         means.add(losses, skipped)
-        skipped_in_a_row = (skipped_in_a_row + 1) * skipped  # back to 0 after a good step
         step += 1
 
         # --- logging: the only place that waits for the device ---
@@ -379,7 +376,7 @@ def main(argv=None):
             train_metrics = run.log_training(
                 step, epoch, means.read() | {"train/learning_rate": args.lr * factor},
                 images_per_step=batch * ctx.world_size)
-            diverged = skipped_in_a_row.item() >= args.max_bad_steps
+            diverged = means.in_a_row.item() >= args.max_bad_steps
             if diverged:
                 break
         run.progress.update(step, run.status)

@@ -309,7 +309,7 @@ def parse_settings(parser, argv=None, preset=None, kind=None):
     config = convert_settings(parser, read_config(path), path) if path else {}
     folder = run_to_continue(parser.parse(argv, config))
     stored = stored_settings(parser, folder, kind) if folder else {}
-    settings = stored | config
+    settings = stored | config | ({"resume_dir": folder} if folder else {})
     if preset:
         try:
             from_preset = preset(parser.parse(argv, settings))
@@ -317,11 +317,9 @@ def parse_settings(parser, argv=None, preset=None, kind=None):
             fail(e)
         settings = convert_settings(parser, from_preset, "preset") | settings
     args = parser.parse(argv, settings)
-    if folder:
-        args.resume_dir = folder
-        for name, before in stored.items():
-            if (now := getattr(args, name)) != before:
-                notice(f"{folder} continues with {name}={now} (was {before})")
+    for name, before in stored.items():
+        if (now := getattr(args, name)) != before:
+            notice(f"{folder} continues with {name}={now} (was {before})")
     return args
 
 

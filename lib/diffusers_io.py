@@ -151,22 +151,25 @@ def vae_settings(folder, img_size):
     config = {**DEFAULTS, **read_json(folder / "config.json", "diffusers config")}
     if config.get("_class_name") not in ("AutoencoderKL", "CXRAutoencoder"):
         fail(f"{folder} has _class_name={config.get('_class_name')}: give an AutoencoderKL")
-    widths, patch = config["block_out_channels"], config["patch_size"]
-    settings = {"z_channels": config["latent_channels"], "base_ch": widths[0],
-                "ch_mults": tuple(width // widths[0] for width in widths),
-                "num_res_blocks": config["layers_per_block"],
-                "attn_res": tuple(img_size // patch >> level for level, name
-                                  in enumerate(config["down_block_types"]) if "Attn" in name),
-                "patch_size": patch, "linear_path": config["linear_path"],
-                "quant_conv": config["use_quant_conv"]}
-    ours = {**vae_config({**settings, "img_size": img_size}, 1.0), **FIXED}
-    if config["in_channels"] == 3:  # becomes 1 channel in vae_weights
-        ours |= {"in_channels": 3, "out_channels": 3}
-    del ours["sample_size"], ours["scaling_factor"]
-    for name in ours:
-        if config[name] != ours[name]:
-            fail(f"{folder} has {name}={config[name]}, but our AutoencoderKL needs "
-                 f"{ours[name]}: give another autoencoder")
+    try:
+        widths, patch = config["block_out_channels"], config["patch_size"]
+        settings = {"z_channels": config["latent_channels"], "base_ch": widths[0],
+                    "ch_mults": tuple(width // widths[0] for width in widths),
+                    "num_res_blocks": config["layers_per_block"],
+                    "attn_res": tuple(img_size // patch >> level for level, name
+                                      in enumerate(config["down_block_types"]) if "Attn" in name),
+                    "patch_size": patch, "linear_path": config["linear_path"],
+                    "quant_conv": config["use_quant_conv"]}
+        ours = {**vae_config({**settings, "img_size": img_size}, 1.0), **FIXED}
+        if config["in_channels"] == 3:  # becomes 1 channel in vae_weights
+            ours |= {"in_channels": 3, "out_channels": 3}
+        del ours["sample_size"], ours["scaling_factor"]
+        for name in ours:
+            if config[name] != ours[name]:
+                fail(f"{folder} has {name}={config[name]}, but our AutoencoderKL needs "
+                     f"{ours[name]}: give another autoencoder")
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
+        fail(f"{folder}/config.json describes no AutoencoderKL ({type(e).__name__}: {e})")
     return settings
 
 
@@ -187,14 +190,16 @@ def read_weights(folder):
     return {key: value.float() for key, value in state.items()}
 
 
-def vae_weights(vae, folder):
-    """Weights {our key: tensor} for a model.AutoencoderKL from a diffusers folder; exits with an
-    error if they do not fit.
+def vae_weights(args, folder):
+    """Weights {our key: tensor} from a diffusers folder for the autoencoder of train_vae.py's
+    settings; exits with an error if they do not fit.
 
     An autoencoder of three channels becomes one of gray images: its first convolution sees them in
     all three, and its last one returns their mean.
     """
     state = read_weights(folder)
+    with torch.device("meta"):
+        vae = model.build_vae(vars(args))
     try:
         if vae.patch_size == 1 and state["encoder.conv_in.weight"].shape[1] == 3:
             state["encoder.conv_in.weight"] = state["encoder.conv_in.weight"].sum(1, keepdim=True)

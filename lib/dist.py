@@ -294,6 +294,7 @@ class RunningMeans:
     def __init__(self, ctx, names):
         self.ctx, self.names = ctx, names
         self.sums = torch.zeros(2, len(names) + 1, device=ctx.device)  # and how many were added
+        self.in_a_row = torch.zeros((), device=ctx.device)  # steps that were skipped, up to now
 
     def add(self, values, skipped):
         """values: 0-dim tensors in the order of `names`; skipped: 1.0 if the step was, else 0.0."""
@@ -301,6 +302,7 @@ class RunningMeans:
         good = row.isfinite() & (skipped == 0)
         good[-1] = skipped > 0
         self.sums += torch.stack([row.where(good, torch.zeros_like(row)), good.float()])
+        self.in_a_row = (self.in_a_row + 1) * skipped  # back to 0 after a good step
 
     def read(self):
         """{name: mean over steps and ranks}, NaN if there was none, and `train/bad_steps`, the
