@@ -56,10 +56,13 @@ class NoiseSchedule:
             return u
         return torch.sqrt(u * (2 - u))  # 1 - alpha^2 = (1 - alpha)(1 + alpha)
 
+    def levels(self, t):
+        """(alpha, sigma) of t [B], each [B, 1, 1, 1]."""
+        return self.alpha(t)[:, None, None, None], self.sigma(t)[:, None, None, None]
+
     def q_sample(self, x0, t, noise):
         """Draw x_t from q(x_t | x0). x0, noise [B, C, h, w], t [B]."""
-        alpha = self.alpha(t)[:, None, None, None]
-        sigma = self.sigma(t)[:, None, None, None]
+        alpha, sigma = self.levels(t)
         return alpha * x0 + sigma * noise
 
 
@@ -94,14 +97,9 @@ class Denoiser(nn.Module):
         self.prediction = prediction
         self.loss_weighting = loss_weighting
 
-    def _levels(self, t):
-        alpha = self.schedule.alpha(t)[:, None, None, None]
-        sigma = self.schedule.sigma(t)[:, None, None, None]
-        return alpha, sigma
-
     def x0_coefficients(self, t):
         """(a, b), each [B, 1, 1, 1], of x0-hat = a x_t + b output."""
-        alpha, sigma = self._levels(t)
+        alpha, sigma = self.schedule.levels(t)
         if self.prediction == "eps":
             return 1 / alpha, -sigma / alpha
         if self.prediction == "v":
@@ -116,7 +114,7 @@ class Denoiser(nn.Module):
         if self.prediction == "eps":
             return noise
         if self.prediction == "v":
-            alpha, sigma = self._levels(t)
+            alpha, sigma = self.schedule.levels(t)
             return alpha * noise - sigma * x0
         return noise - x0 if self.prediction == "flow" else x0
 

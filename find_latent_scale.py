@@ -76,11 +76,8 @@ def main(argv=None):
     if not ctx.is_main:
         return
 
-    for name in ("latent_scale_factor", "std", "mean", "channel_mean", "channel_std",
-                 "posterior_noise_share", "num_images"):
-        value = result[name]
-        text = [round(v, 4) for v in value] if isinstance(value, list) else f"{value:.6g}"
-        print(f"{name:<22} {text}")
+    for name, value in result.items():
+        print(f"{name:<28} {value}")
     print(verdicts.format_verdicts(verdicts.health(result)))
     path = run.run_folder(ckpt_path) / "latent_scale.json"
     write_json(path, result | {

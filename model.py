@@ -29,6 +29,9 @@ def head_dim(base_ch):
 class GroupNorm(nn.GroupNorm):
     """GroupNorm that an embedding may scale and shift, and that SiLU may follow."""
 
+    def __init__(self, channels, groups):
+        super().__init__(groups, channels, eps=1e-6)
+
     def forward(self, x, scale_shift=None, silu=False):
         """x [B, C, H, W]; scale_shift [B, 2 C]: first what is added to a scale of 1."""
         h = super().forward(x)
@@ -36,11 +39,6 @@ class GroupNorm(nn.GroupNorm):
             scale, shift = scale_shift[:, :, None, None].chunk(2, dim=1)  # each [B, C, 1, 1]
             h = h * (1 + scale) + shift
         return F.silu(h) if silu else h
-
-
-def norm(channels, groups):
-    """GroupNorm with this many groups."""
-    return GroupNorm(groups, channels, eps=1e-6)
 
 
 def conv3x3(in_ch, out_ch):
@@ -61,9 +59,9 @@ class ResBlock(nn.Module):
 
     def __init__(self, in_ch, out_ch, groups, emb_dim=None):
         super().__init__()
-        self.norm1 = norm(in_ch, groups)
+        self.norm1 = GroupNorm(in_ch, groups)
         self.conv1 = conv3x3(in_ch, out_ch)
-        self.norm2 = norm(out_ch, groups)
+        self.norm2 = GroupNorm(out_ch, groups)
         self.conv2 = zero_init(conv3x3(out_ch, out_ch))
         self.skip = nn.Conv2d(in_ch, out_ch, 1) if in_ch != out_ch else nn.Identity()
         self.emb = nn.Linear(emb_dim, 2 * out_ch) if emb_dim else None
@@ -81,7 +79,7 @@ class Attention(nn.Module):
     def __init__(self, channels, groups, heads):
         super().__init__()
         self.heads = heads
-        self.norm = norm(channels, groups)
+        self.norm = GroupNorm(channels, groups)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = zero_init(nn.Linear(channels, channels))
 
@@ -187,7 +185,7 @@ class AutoencoderKL(nn.Module):
                 res //= 2
         encoder += [ResBlock(ch, ch, groups), Attention(ch, groups, heads=1)]
         encoder += [ResBlock(ch, ch, groups)]
-        encoder += [norm(ch, groups), nn.SiLU(), conv3x3(ch, 2 * z_channels)]
+        encoder += [GroupNorm(ch, groups), nn.SiLU(), conv3x3(ch, 2 * z_channels)]
         self.encoder = nn.Sequential(*encoder)
 
         decoder = [conv3x3(z_channels, ch)]
@@ -202,7 +200,7 @@ class AutoencoderKL(nn.Module):
             if level > 0:
                 decoder.append(Upsample(ch))
                 res *= 2
-        decoder += [norm(ch, groups), nn.SiLU(), conv3x3(ch, patch_size**2)]
+        decoder += [GroupNorm(ch, groups), nn.SiLU(), conv3x3(ch, patch_size**2)]
         self.decoder = nn.Sequential(*decoder)
 
         self.quant_conv = self.post_quant_conv = nn.Identity()
@@ -252,7 +250,7 @@ class PatchDiscriminator(nn.Module):
         for k in range(1, num_layers + 1):
             width, stride = base_ch * min(2**k, 8), 2 if k < num_layers else 1
             layers += [nn.Conv2d(ch, width, 4, stride, 1, bias=False)]
-            layers += [norm(width, num_groups(base_ch)), nn.LeakyReLU(0.2)]
+            layers += [GroupNorm(width, num_groups(base_ch)), nn.LeakyReLU(0.2)]
             ch = width
         self.layers = nn.Sequential(*layers, nn.Conv2d(ch, 1, 4, 1, 1))
 
@@ -342,7 +340,7 @@ class UNet(nn.Module):
                     block.append(Upsample(ch))
                     res *= 2
                 self.up.append(nn.ModuleList(block))
-        self.norm_out = norm(ch, groups)
+        self.norm_out = GroupNorm(ch, groups)
         self.conv_out = zero_init(conv3x3(ch, in_ch))  # first, it predicts zero
 
     def forward(self, x, t, y, aug=None):

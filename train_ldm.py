@@ -121,8 +121,6 @@ def parse_args(argv=None):
         args.noise_schedule = "flow" if args.prediction == "flow" else "cosine"
     if args.zero_terminal_snr is None:
         args.zero_terminal_snr = args.prediction != "eps"
-    if args.max_steps == 0:
-        fail("--max_steps=0 trains nothing: leave it out")
     if args.overfit_k and args.prob_uncond == 0:
         args.guidance_scale = 1.0  # there is no null class to guide from
     if args.guidance_scale != 1 and args.prob_uncond == 0:

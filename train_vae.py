@@ -83,8 +83,6 @@ def parse_args(argv=None):
     for name, value in preset(args).items():
         if name != "img_size" and getattr(args, name) != value:  # it is convolutional
             fail(f"--init_from={args.init_from} has {name}={value}: leave --{name} out")
-    if args.max_steps == 0 and not args.init_from:
-        fail("--max_steps=0 trains nothing: give --init_from, or leave --max_steps out")
     least = model.PatchDiscriminator.smallest(args.disc_layers)
     if args.disc_weight > 0 and args.img_size < least:
         fail(f"--img_size={args.img_size} is too small for the discriminator ({least} at least): "

@@ -93,7 +93,7 @@ def test_without_a_compiler_bf16_gives_the_same(tmp_path):
     code = """
 import torch, model
 from lib import cpu_ops
-norm = model.norm(32, 8)
+norm = model.GroupNorm(32, 8)
 cpu_ops.install(norm)
 x = torch.randn(2, 32, 128, 128).to(torch.bfloat16, memory_format=torch.channels_last)
 wanted = torch.nn.functional.silu(torch.nn.GroupNorm.forward(norm, x.float()))
@@ -171,7 +171,7 @@ def test_weights_keep_their_names_and_copies_stay_fast():
     (torch.float32, False, torch.contiguous_format)])
 def test_only_uncompiled_bf16_is_placed_for_speed(dtype, compiled, layout):
     ctx = dist.DistContext(0, 1, torch.device("cpu"), dtype, compiled)
-    placed = ctx.place(torch.nn.Sequential(model.norm(8, 2)))
+    placed = ctx.place(torch.nn.Sequential(model.GroupNorm(8, 2)))
     assert ctx.memory_format == layout
     assert (type(placed[0]) is cpu_ops.FastGroupNorm) == (layout == CL)
 
