@@ -100,10 +100,11 @@ def prepare_sampling(args, ctx):
         fail("which model? Give --ckpt=runs/ldm_.../ckpts/best.pt")
     denoiser, vae, checkpoint = load_ldm(args.ckpt, ctx, args.ae_ckpt_path, args.use_ema)
     settings, class_names = checkpoint["args"], checkpoint["class_names"]
-    trained = [class_names[c] for c in checkpoint["trained_classes"]]
+    trained = [n for c, n in enumerate(class_names) if c in checkpoint["trained_classes"]]
     names = re.split(r"\s*[,:]\s*", args.classes.strip()) if args.classes else trained
-    if unknown := [name for name in names if name not in trained]:
-        fail(f"no class {unknown[0]!r} in {args.ckpt}; it knows {', '.join(trained)}")
+    unknown = [name for name in names if name not in trained]
+    if unknown or not names:
+        fail(f"no class {', '.join(unknown)!r} in {args.ckpt}; it knows {', '.join(trained)}")
     if args.use_ema is None:
         args.use_ema = checkpoint["ema"] is not None
     for name in ("guidance_scale", "guidance_interval"):
@@ -266,7 +267,7 @@ def write_report(folder, checkpoint, requests, z, real, args):
     first = [k for k, (_, i) in enumerate(requests) if i < 1000]
     values = latent_metrics(z[first], [requests[k][0] for k in first], class_names,
                             checkpoint["latent_scale_factor"],
-                            checkpoint["train_stats"]["real_pairwise_mse_mean"])
+                            checkpoint["train_stats"].get("real_pairwise_mse_mean"))
     found = verdicts.health(values, train_stats=checkpoint["train_stats"],
                             overfit=checkpoint["args"]["overfit_k"] > 0)
     write_json(folder / "metrics.json", values | {"verdicts": [v._asdict() for v in found]})

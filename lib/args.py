@@ -311,11 +311,12 @@ def parse_settings(parser, argv=None, preset=None, kind=None):
     stored = stored_settings(parser, folder, kind) if folder else {}
     settings = stored | config | ({"resume_dir": folder} if folder else {})
     if preset:
+        before = parser.parse(argv, settings)
         try:
-            from_preset = preset(parser.parse(argv, settings))
+            from_preset = preset(before)
         except ValueError as e:
             fail(e)
-        settings = convert_settings(parser, from_preset, "preset") | settings
+        settings = convert_settings(parser, from_preset, before.init_from or "preset") | settings
     args = parser.parse(argv, settings)
     for name, before in stored.items():
         if (now := getattr(args, name)) != before:

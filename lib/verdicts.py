@@ -145,7 +145,7 @@ def health(metrics, losses=(), train_stats=None, overfit=False, diverged=False,
     """
     val, val_train = ([*past, metrics.get(name, math.nan)]
                       for past, name in zip(val_history, (VAL, VAL_TRAIN), strict=True))
-    train = train_stats or dict.fromkeys(("mean", "min", "max"), math.nan)
+    train = dict.fromkeys(("mean", "min", "max"), math.nan) | (train_stats or {})
     half_range = (train["max"] - train["min"]) / 2
     context = SimpleNamespace(  # unknown numbers are NaN
         loss_trend=loss_trend(losses), val_trend=val_trend(val, val_train), best_epoch=best_epoch,

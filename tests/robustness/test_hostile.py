@@ -15,6 +15,7 @@ import zlib
 import hypothesis
 import numpy as np
 import pytest
+import torch
 from conftest import only_error, tree_hashes
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -187,6 +188,44 @@ def test_a_damaged_latent_scale_is_never_another_factor(stages, tmp_path):
 
 
 # --- damaged checkpoints ------------------------------------------------------------------------
+
+
+ODD = {  # settings or contents of a checkpoint that no trainer writes
+    "vae": [{"args": 3}, {"args": {}}, {"args": {1: 2}}, {"ema": {}}, {"ema": {1: 2}},
+            {"ema": {"encoder.0.weight": "x"}}, {"ema": [1]}, {"base_ch": 10**7},
+            {"base_ch": "8"}, {"base_ch": -8}, {"num_res_blocks": 10**7}, {"num_res_blocks": None},
+            {"ch_mults": ()}, {"ch_mults": (1,) * 10**5}, {"ch_mults": "12"}, {"z_channels": 10**9},
+            {"patch_size": 0}, {"img_size": [32]}],
+    "ldm": [{"args": 3}, {"args": {}}, {"args": {1: 2}}, {"ema": {}}, {"ema": {1: 2}},
+            {"ema": {"unet.conv_in.weight": "x"}}, {"ema": [1]}, {"ldm_base_ch": 10**7},
+            {"ldm_base_ch": "8"}, {"ldm_base_ch": -8}, {"ldm_num_res_blocks": 10**7},
+            {"ldm_ch_mults": ()}, {"ldm_ch_mults": (1,) * 10**5}, {"ldm_attn_res": 4},
+            {"prediction": "x"}, {"noise_schedule": [1]}, {"latent_shape": (2,)},
+            {"latent_shape": (10**9, 8, 8)}, {"latent_shape": "288"}, {"class_names": []},
+            {"class_names": [1, 2]}, {"class_names": ["a/b", "c"]}, {"trained_classes": [7]},
+            {"trained_classes": "x"}, {"latent_scale_factor": "1"}, {"train_stats": {}}]}
+
+
+@pytest.mark.parametrize("kind, change", [(kind, c) for kind, cs in ODD.items() for c in cs],
+                         ids=lambda v: str(v)[:40])
+def test_an_odd_checkpoint_is_one_line(stages, together, tmp_path, kind, change):
+    path = {"vae": stages.vae_ckpt, "ldm": stages.ldm_ckpt}[kind]
+    state = torch.load(path, weights_only=True)
+    top = {name: value for name, value in change.items() if name in state}
+    state |= top or {"args": state["args"] | change}
+    odd = tmp_path / "odd.pt"
+    torch.save(state, odd)
+    commands = {"vae": (["find_latent_scale.py", f"--ae_ckpt_path={odd}"],
+                        ["train_vae.py", f"--init_from={odd}", "--img_size=32", "--max_steps=1"]),
+                "ldm": (["sample.py", f"--ckpt={odd}", f"--ae_ckpt_path={stages.vae_ckpt}"],
+                        ["train_ldm.py", f"--init_from={odd}", "--max_steps=1",
+                         f"--ae_ckpt_path={stages.vae_ckpt}"])}[kind]
+    sampling = ["--num_samples=1", "--num_sampling_steps=1", f"--out_dir={tmp_path / 's'}"]
+    commands = [[*c, *(sampling if c[0] == "sample.py" else stages.common)] for c in commands]
+    for command, result in zip(commands, together(commands), strict=True):
+        used = change not in ({"train_stats": {}}, {"trained_classes": [7]})
+        if result.code or used:
+            assert "odd.pt" in only_error(result) or not used, command
 
 
 @pytest.fixture(scope="module")
