@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -450,13 +451,12 @@ def new_folder(args, default_name):
         if args.run_name:
             os.makedirs(named_folder(args), exist_ok=True)
             return named_folder(args)
-        while True:
-            name = f"{args.exp_name or default_name}_{time.strftime('%Y%m%d-%H%M%S')}"
-            folder = os.path.join(args.output_root, name)
+        name = f"{args.exp_name or default_name}_{time.strftime('%Y%m%d-%H%M%S')}"
+        for number in itertools.count(1):
+            folder = os.path.join(args.output_root, name if number == 1 else f"{name}_{number}")
             with contextlib.suppress(FileExistsError):
                 os.makedirs(folder)
                 return folder
-            time.sleep(1)
     except OSError as e:
         fail(f"cannot write to {args.output_root}: {e.strerror}; choose another --output_root")
 
