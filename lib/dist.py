@@ -13,6 +13,7 @@ import hashlib
 import math
 import os
 import signal
+import socket
 import sys
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ import torch.distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from lib import cpu_ops
-from lib.files import fail, first_line
+from lib.files import EXIT_STOPPED, fail, first_line
 
 # --- processes ----------------------------------------------------------------------------------
 
@@ -192,6 +193,12 @@ def join_group(device):
         # If torchrun is killed, end with it: to train on would be to write beside the next start.
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        try:  # torchrun listens from before it starts us; PyTorch would try for ten minutes
+            address = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+            socket.create_connection(address, timeout=60).close()
+        except OSError as e:
+            fail(f"torchrun has ended ({e})", EXIT_STOPPED)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
     atexit.register(leave_group)

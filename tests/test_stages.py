@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 
 import numpy as np
 import pytest
@@ -579,3 +580,15 @@ def test_guidance_from_a_model_without_null_class_is_refused(workspace, quick):
         assert instead in only_error(quick("sample.py", ckpt, flag))
     assert tree_hashes(workspace.out) == before
     assert quick("sample.py", ckpt, "--num_samples=1", "--num_sampling_steps=2").code == 0
+
+
+def test_a_process_whose_torchrun_is_gone_ends_at_once(stages, quick, monkeypatch):
+    """PyTorch would try for ten minutes to reach it, and then perhaps the next one's port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1",
+                        "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}.items():
+        monkeypatch.setenv(name, str(value))
+    result = quick("find_latent_scale.py", *stages.common)
+    assert result.code == EXIT_STOPPED and "torchrun has ended" in only_error(result)
