@@ -123,11 +123,8 @@ def split_folders(root, task, split, optional=False):
 
 def scan(root, task, split, class_names=None, optional=False):
     """Listing of DATA_ROOT/TASK/SPLIT, by name; None if it is `optional` and missing. One stat per
-    file; one notice counts by reason what is not read.
-
-    class_names: those of the training split, which every other split is read against by name;
-    None: this is the training split.
-    """
+    file; one notice counts by reason what is not read. class_names: those of the training split,
+    which every other split is read against by name; None: this is the training split."""
     folders = split_folders(root, task, split, optional)
     if not folders:
         return None
@@ -229,11 +226,8 @@ def adopt_settings(args, settings, what):
 
 def open_images(args, ctx, split, optional=False, class_names=None, train=None):
     """ImageSet of a split, decoded on first use into OUTPUT_ROOT/cache; None if it is `optional`
-    and missing. All ranks must call it.
-
-    args: the flags of args.add_data_arguments. class_names: the classes, if a model knows them;
-    train: the training ImageSet, whose classes are the classes and whose images are left out here.
-    """
+    and missing. All ranks must call it. class_names: the classes, if a model knows them; train: the
+    training ImageSet, whose classes are the classes and whose images are left out here."""
     if train is not None:
         class_names = train.class_names
     folder = pathlib.Path(args.output_root, "cache")
@@ -263,7 +257,9 @@ def open_images(args, ctx, split, optional=False, class_names=None, train=None):
 def _list_split(args, split, optional, class_names):
     """Listing of a split whose classes are fit for training; None if it may be missing, and is."""
     listing = scan(image_root(args), args.task, split, class_names, optional)
-    count = len(listing.class_names) if listing else 2
+    if listing is None:
+        return None
+    count = len(listing.class_names)
     if args.class_filter >= count or count == 1 and args.class_filter < 0:
         there = ", ".join(f"{i} = {name}" for i, name in enumerate(listing.class_names))
         fail(f"--class_filter={args.class_filter} (-1: all, two or more), but the classes in "
@@ -461,11 +457,8 @@ AUG_DIM = len(AUG_RANGES)
 
 
 def augment(x, augment_labels):
-    """Images [B, 1, S, S] in [-1, 1], shifted, zoomed, rotated and with another exposure.
-
-    augment_labels: [B, 6] in [-1, 1], as fractions of AUG_RANGES. What comes in at the edges is
-    mirrored.
-    """
+    """Images [B, 1, S, S] in [-1, 1], shifted, zoomed, rotated and with another exposure; what
+    comes in at the edges is mirrored. augment_labels: [B, 6] in [-1, 1], of AUG_RANGES."""
     changes = augment_labels * augment_labels.new_tensor(AUG_RANGES)
     right, down, zoom, angle, contrast, brightness = changes.unbind(1)
     scale = 1 / (1 + zoom)
@@ -478,10 +471,8 @@ def augment(x, augment_labels):
 
 
 class LatentSet:
-    """Posterior means and log-variances of an ImageSet, from the cache or encoded on the fly.
-
-    Each image has variants 0 to num_augmented: 0 is the image itself, the others are augmented.
-    """
+    """Posterior means and log-variances of an ImageSet, from the cache or encoded on the fly. Each
+    image has variants 0 to num_augmented: 0 is the image itself, the others are augmented."""
 
     def __init__(self, images, vae, vae_sha256, folder, ctx, use_cache=True, num_augmented=0):
         """vae: AutoencoderKL on ctx.device. The cache is keyed by VAE, data, image size and

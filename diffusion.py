@@ -90,8 +90,6 @@ class Denoiser(nn.Module):
         if prediction == "eps" and schedule.zero_terminal_snr:
             raise ValueError("prediction eps says nothing about x0 where the signal is zero: use "
                              "--no-zero_terminal_snr with eps, or --prediction=v, x0 or flow")
-        if loss_weighting not in ("uniform", "min_snr"):
-            raise ValueError(f"unknown loss weighting {loss_weighting!r}: uniform or min_snr")
         self.unet = unet
         self.schedule = schedule
         self.prediction = prediction

@@ -126,12 +126,11 @@ def as_saved(x):
     return run.to_uint8(x).float() / 127.5 - 1
 
 
-def draw_samples(ldm, args, ctx):
-    """Labelled samples of a sample.TrainedModel, as sample.py saves them."""
-    requests = [(c, i) for c in ldm.classes for i in range(args.num_samples)]
+def draw_samples(denoiser, vae, checkpoint, requests, args, ctx):
+    """Labelled samples of what sample.prepare_sampling returned, as sample.py saves them."""
     batches = sample.sample_batches(
-        ldm.denoiser, ldm.vae, ldm.checkpoint["latent_scale_factor"], requests,
-        ldm.checkpoint["class_names"], args, ctx, args.batch_size, f"sampling ({args.sampler})")
+        denoiser, vae, checkpoint["latent_scale_factor"], requests, checkpoint["class_names"],
+        args, ctx, args.batch_size, f"sampling ({args.sampler})")
     return Labelled(np.array([c for c, _ in requests]),
                     torch.cat([as_saved(x) for _, _, x in batches]))
 
@@ -562,10 +561,9 @@ def main(argv=None):
         args.samples_dir = report["samples_dir"] = os.path.realpath(args.samples_dir)
     folder = find_folder(args)
     if args.ckpt:
-        ldm = sample.prepare_sampling(args, ctx)
-        vae, checkpoint = ldm.vae, ldm.checkpoint
+        denoiser, vae, checkpoint, requests = sample.prepare_sampling(args, ctx)
         data.adopt_settings(args, checkpoint["args"], f"the model {args.ckpt}")
-        class_names, labels = checkpoint["class_names"], np.repeat(ldm.classes, args.num_samples)
+        class_names, labels = checkpoint["class_names"], np.array([c for c, _ in requests])
         report |= {name: getattr(args, name) for name in sample.SAMPLING_SETTINGS}
         report |= {"step": checkpoint["step"], "ckpt": args.ckpt,
                    "ckpt_sha256": checkpoint["sha256"]}
@@ -613,7 +611,7 @@ def main(argv=None):
 
     # --- the parts of the report ---
     if args.ckpt:
-        samples = draw_samples(ldm, args, ctx)
+        samples = draw_samples(denoiser, vae, checkpoint, requests, args, ctx)
     sets = Sets(samples, train, held_out, vae, groups)
     report["num_samples"] = {class_names[c]: int((labels == c).sum()) for c in np.unique(labels)}
     report |= measure_distances(sets, networks, args, ctx)

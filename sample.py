@@ -10,7 +10,6 @@ import copy
 import functools
 import pathlib
 import re
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -84,18 +83,10 @@ def load_ldm(ckpt_path, ctx, ae_ckpt_path=None, use_ema=None):
     return ctx.place(denoiser).eval().requires_grad_(False), vae, checkpoint
 
 
-class TrainedModel(NamedTuple):
-    """A loaded LDM, and the classes to draw."""
-
-    denoiser: diffusion.Denoiser
-    vae: model.AutoencoderKL
-    checkpoint: dict
-    classes: list  # indices
-
-
 def prepare_sampling(args, ctx):
-    """TrainedModel from the flags of add_sampling_arguments, of which None means as in training.
-    Ends the program if they ask for what the model cannot do."""
+    """(Denoiser, AutoencoderKL, checkpoint dict, requests [(class index, number)]) from the flags
+    of add_sampling_arguments, of which None means as in training. Ends the program if they ask for
+    what the model cannot do."""
     if not args.ckpt:
         fail("which model? Give --ckpt=runs/ldm_.../ckpts/best.pt")
     denoiser, vae, checkpoint = load_ldm(args.ckpt, ctx, args.ae_ckpt_path, args.use_ema)
@@ -115,8 +106,9 @@ def prepare_sampling(args, ctx):
              "to guide from: give --guidance_scale=1")
     if ctx.compile:
         denoiser.unet.compile()
-    return TrainedModel(denoiser, vae, checkpoint,
-                        [class_names.index(name) for name in dict.fromkeys(names)])
+    requests = [(class_names.index(name), i) for name in dict.fromkeys(names)
+                for i in range(args.num_samples)]
+    return denoiser, vae, checkpoint, requests
 
 
 # --- sampling -----------------------------------------------------------------------------------
@@ -293,21 +285,20 @@ def file_name(class_names, c, number):
 def main(argv=None):
     args = parse_settings(build_parser(), argv)
     ctx = dist.setup(args)
-    ldm = prepare_sampling(args, ctx)
-    checkpoint, class_names = ldm.checkpoint, ldm.checkpoint["class_names"]
+    denoiser, vae, checkpoint, requests = prepare_sampling(args, ctx)
+    class_names = checkpoint["class_names"]
     img_size = checkpoint["args"]["img_size"]
     real = {}
     if args.real_dir:  # read before hours of sampling
         real = ctx.on_main(lambda: real_rows(args.real_dir, class_names, img_size))
     default = run.run_folder(args.ckpt) / f"samples_{args.sampler}_{args.seed}"
     folder = pathlib.Path(args.out_dir or default)
-    requests = [(c, i) for c in ldm.classes for i in range(args.num_samples)]
     ctx.on_main(lambda: prepare_folder(folder, checkpoint, requests, args))
 
     # --- every process draws its share, and writes each batch at once ---
     latents = [torch.zeros(0, *checkpoint["latent_shape"])]
     for batch, z, x in sample_batches(
-            ldm.denoiser, ldm.vae, checkpoint["latent_scale_factor"],
+            denoiser, vae, checkpoint["latent_scale_factor"],
             requests[ctx.rank::ctx.world_size], class_names, args, ctx, args.batch_size,
             f"sampling ({args.sampler})"):
         for (c, i), image in zip(batch, x, strict=True):

@@ -295,15 +295,10 @@ def train_step(denoiser, ema, optimizer, loss_fn, micro_batches, scale, step, ar
     grad_norm, skipped = clip_and_step(denoiser, optimizer, args.grad_clip)
     if ema:
         ema.update(denoiser, step + 1)
-    loss = torch.cat(losses)
-    return (loss.mean(), grad_norm, *loss_by_quarter(loss, torch.cat(times))), skipped
-
-
-def loss_by_quarter(loss, t):
-    """Mean loss of the images in each quarter of the noise range, NaN if there are none: four 0-dim
-    tensors. loss, t [B]."""
+    loss, t = torch.cat(losses), torch.cat(times)
     quarter = ((t[:, None] * 4).long() == torch.arange(4, device=t.device)).float()  # [B, 4]
-    return (loss @ quarter / quarter.sum(0)).unbind()
+    by_quarter = loss @ quarter / quarter.sum(0)  # NaN if there are no images in it
+    return (loss.mean(), grad_norm, *by_quarter), skipped
 
 
 # --- evaluation ---------------------------------------------------------------------------------

@@ -296,11 +296,8 @@ def run_to_continue(args):
 
 def parse_settings(parser, argv=None, preset=None, kind=None):
     """Settings: defaults < preset < the run being continued < --config < command line. Ends the
-    program if they are bad.
-
-    preset: function from the settings without it to {name: new default}; raises ValueError if they
-    contradict each other. kind: of the runs that this stage continues, 'vae' or 'ldm'.
-    """
+    program if they are bad. preset: function from the settings without it to {name: new default};
+    ValueError if they contradict each other. kind: of the runs that are continued, vae or ldm."""
     for stream in (sys.stdout, sys.stderr):  # a file name may not fit the terminal's encoding
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

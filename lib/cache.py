@@ -30,13 +30,10 @@ class CachedArray(NamedTuple):
 
 
 def cached_array(ctx, folder, name, shape, dtype, make, label, needed=True):
-    """CachedArray `name` of this shape and dtype in `folder`. All ranks must call it: together they
-    make the rows that are missing.
-
-    make(indices) returns (rows, status of each or of all); a row of status TODO is tried again by
-    the next start. needed: bool [N], rows that must be there. label: of the progress line. Exits
-    with an error if a file cannot be written; what is done stays.
-    """
+    """CachedArray `name` of this shape and dtype in `folder`, whose missing rows all ranks make
+    together. make(indices) returns (rows, status of each or of all); a row of status TODO is tried
+    again by the next start. needed: bool [N], rows that must be there. label: of the progress line.
+    Exits with an error if a file cannot be written; what is done stays."""
     path = pathlib.Path(folder, f"{name}.npy")
     status_path, lock = path.with_suffix(".status"), None
 

@@ -192,11 +192,8 @@ def read_weights(folder):
 
 def vae_weights(args, folder):
     """Weights {our key: tensor} from a diffusers folder for the autoencoder of train_vae.py's
-    settings; exits with an error if they do not fit.
-
-    An autoencoder of three channels becomes one of gray images: its first convolution sees them in
-    all three, and its last one returns their mean.
-    """
+    settings; exits with an error if they do not fit. One of three channels becomes one of gray
+    images: its first convolution sees them in all three, and its last one returns their mean."""
     state = read_weights(folder)
     with torch.device("meta"):
         vae = model.build_vae(vars(args))

@@ -55,10 +55,7 @@ def ssim(x, y):
 
 def ms_ssim(x, y):
     """Multi-scale SSIM (Wang et al. 2003, eq. 7) of images [B, 1, H, W] in [-1, 1]: [B], in (0, 1].
-
-    Up to five scales, as long as the smallest side has at least 11 pixels, with weights
-    renormalised to sum to one; a single scale is `ssim`.
-    """
+    Up to five scales, as long as the smallest side has 11 pixels, with weights that sum to one."""
     side = min(x.shape[2:])
     scales = sum(side // 2**k >= WINDOW for k in range(len(SCALE_WEIGHTS))) or 1
     weights = [w / sum(SCALE_WEIGHTS[:scales]) for w in SCALE_WEIGHTS[:scales]]
@@ -96,10 +93,8 @@ def octaves(side):
 
 
 def octave_power(x):
-    """Power of square images [B, 1, S, S] in each of octaves(S): float64 [B, octaves].
-
-    Sum of |DFT|^2, mean removed, under a Hann window, without which borders look like fine detail.
-    """
+    """Power of square images [B, 1, S, S] in each of octaves(S): float64 [B, octaves]. Sum of
+    |DFT|^2, mean removed, under a Hann window, without which borders look like fine detail."""
     side = x.shape[-1]
     window = torch.hann_window(side, periodic=False, dtype=torch.float64)
     grey = x.detach().cpu().double()[:, 0]
@@ -136,12 +131,10 @@ def pairwise_mse(z):
 
 
 def sample_diversity(z, labels, class_names, real_pairwise_mse_mean):
-    """Pairwise MSE of normalised latents z [N, ...] within each class, labels [N] into class_names.
-
-    Returns `sample_diversity/<class>/pairwise_mse_*` of classes with two or more samples, their
-    averages `sample_diversity/pairwise_mse_*`, the number of pairs in the largest class, and the
-    ratio of the mean to that of training latents, unless this is None or 0 (one training image).
-    """
+    """Pairwise MSE of normalised latents z [N, ...] within each class, labels [N] into class_names:
+    `sample_diversity/<class>/pairwise_mse_*` of classes with two or more samples, their averages
+    `sample_diversity/pairwise_mse_*`, the number of pairs in the largest class, and the ratio of
+    the mean to that of training latents, unless this is None or 0 (one training image)."""
     labels = torch.as_tensor(labels, device=z.device)
     members = {name: z[labels == index] for index, name in enumerate(class_names)}
     stats = {name: pairwise_mse(x) for name, x in members.items() if len(x) > 1}

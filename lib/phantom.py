@@ -174,11 +174,8 @@ def write_phantoms(folder, num_train, num_val, img_size, seed=0):
 
 
 def phantom_root(output_root, img_size):
-    """Data root of the set that stands in where none is given, written on first use.
-
-    64 training and 16 validation images per class. The folder appears in one step, so that a run
-    which starts at the same moment, or after a kill, never takes half a set for one.
-    """
+    """Data root of the set that stands in where none is given, written on first use: 64 training
+    and 16 validation images per class. It appears in one step: nobody takes half a set for one."""
     folder = make_folder(pathlib.Path(output_root, "cache")) / f"phantom_{img_size}"
     if not folder.exists():
         temporary = folder.with_name(f".{folder.name}_{secrets.token_hex(4)}")

@@ -51,9 +51,7 @@ def load_checkpoint(path, kind, weights=True):
     Ends the program if the file is missing, damaged, or of another kind or version.
     """
     if not os.path.isfile(path):
-        inside = [name for name in ("best.pt", "last.pt")
-                  if os.path.exists(os.path.join(path, "ckpts", name))]
-        hint = f", which is a run folder: give {path}/ckpts/{inside[0]}" if inside else ""
+        hint = f", which is a folder: give {path}/ckpts/last.pt" if os.path.isdir(path) else ""
         fail(f"no checkpoint at {path}{hint}")
     try:
         if weights:
