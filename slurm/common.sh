@@ -126,9 +126,10 @@ run_program() {
         start=torchrun_step
         check --check=flags "$@"
         if [ -z "$run_folder" ]; then
-            # With the cluster's name, since another one has a job of this number, too.
-            run_folder=$SLURM_JOB_NAME-${SLURM_CLUSTER_NAME:+$SLURM_CLUSTER_NAME-}$SLURM_JOB_ID
-            set -- "$@" --run_name="$run_folder"
+            set -- "$@" --run_name="$SLURM_JOB_NAME-$SLURM_JOB_ID"
+            check --check=flags "$@"
+            [[ $run_step == -1 || ${SLURM_RESTART_COUNT:-0} != 0 ]] ||
+                die "$run_folder is of another job of this number, on another cluster perhaps"
         fi
     fi
     "$start" "$@" || status=$?

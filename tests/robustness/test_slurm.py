@@ -1,4 +1,5 @@
 """The scripts in slurm/ and sweep.yaml: as text, as --dry-run, and on a running Slurm."""
+import functools
 import json
 import os
 import pathlib
@@ -299,6 +300,13 @@ def test_a_job_names_the_run_if_nothing_else_does(checkout, named, tmp_path):
     argv = ["train_ldm.py", "--mode=overfit_one", f"--config={config}"]
     out = checkout.call("bash", "-euc", RUN_PROGRAM, "job", *argv, **JOB)
     assert out.splitlines() == [*argv, *([] if named else ["--run_name=two words-7"])]
+
+
+def test_a_job_of_the_same_number_elsewhere_is_another(checkout, stages):
+    shutil.copytree(stages.out / "l", checkout.root / "runs/two words-7")
+    call = functools.partial(checkout.call, "bash", "-euc", RUN_PROGRAM, "job", "train_ldm.py")
+    assert "of another job of this number" in call(code=1, **JOB)
+    assert "--run_name=two words-7" in call(SLURM_RESTART_COUNT="1", **JOB)
 
 
 @pytest.mark.parametrize("k", [0, 8])
