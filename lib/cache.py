@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lib import run
-from lib.files import fail, make_folder, notice, take_lock
+from lib.files import fail, first_line, make_folder, notice, take_lock
 
 TODO, DONE = 0, 1  # status of a row; other values are up to the caller
 CHUNK = 128  # rows that are written at once: what a kill can cost a process
@@ -26,7 +26,12 @@ class CachedArray(NamedTuple):
         """Copy of some rows, for an array of indices. A map lives for 64 of them only: what it has
         touched counts as memory, and the system reads far more than the rows."""
         parts = [indices[i:i + 64] for i in range(0, max(1, len(indices)), 64)]
-        return np.concatenate([np.lib.format.open_memmap(self.path, "r")[part] for part in parts])
+        try:
+            maps = (np.lib.format.open_memmap(self.path, "r")[part] for part in parts)
+            return np.concatenate([*maps])
+        except (OSError, ValueError) as e:
+            fail(f"cache {self.path} was removed or damaged ({first_line(e)}): type the same "
+                 "command again")
 
 
 def cached_array(ctx, folder, name, shape, dtype, make, label, needed=True):

@@ -203,6 +203,12 @@ def test_data_that_changed_between_two_starts_are_said(workspace, quick, script,
     assert changed.code == 0, changed.err
     line, = (line for line in changed.out.splitlines() if "last started" in line)
     assert "class tb has 7 images, it had 8" in line
+    best = strict(workspace.out / name / "summary.json").get("best")
+    (root / "TB/val/tb/00001.png").unlink()
+    changed = quick(*argv, "--epochs=1000")
+    assert changed.code == 0 and "the validation" in changed.out, changed.err
+    if best:  # the old lowest loss is of other images
+        assert strict(workspace.out / name / "summary.json")["best"]["loss"] != best["loss"]
 
 
 def test_a_continued_run_keeps_its_scale(workspace, quick, tmp_path):
