@@ -51,7 +51,8 @@ def load_checkpoint(path, kind, weights=True):
     Ends the program if the file is missing, damaged, or of another kind or version.
     """
     if not os.path.isfile(path):
-        hint = f", which is a folder: give {path}/ckpts/last.pt" if os.path.isdir(path) else ""
+        best = "best" if os.path.exists(os.path.join(path, "ckpts", "best.pt")) else "last"
+        hint = f", which is a folder: give {path}/ckpts/{best}.pt" if os.path.isdir(path) else ""
         fail(f"no checkpoint at {path}{hint}")
     try:
         if weights:
