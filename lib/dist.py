@@ -274,9 +274,8 @@ class StopSignal:
     training to finish its step, save and leave; a second Ctrl-C ends it at once. `name`: of the
     signal, None so far."""
 
-    def __init__(self, ctx):
-        self.ctx = ctx
-        self.name = None
+    def __init__(self):
+        self.name = None  # and no ctx: handlers live on after leave_group, which it must not
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._handle)
@@ -286,11 +285,11 @@ class StopSignal:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
 
-    def poll(self, save_due):
+    def poll(self, ctx, save_due):
         """(stop, save), the same on all ranks: did any get a signal, does rank 0 want to save?"""
-        flags = torch.tensor([float(self.name is not None), float(save_due and self.ctx.is_main)])
-        if self.ctx.world_size > 1:  # on the CPU: this must not wait for the GPU
-            torch.distributed.all_reduce(flags, group=self.ctx.cpu_group)
+        flags = torch.tensor([float(self.name is not None), float(save_due and ctx.is_main)])
+        if ctx.world_size > 1:  # on the CPU: this must not wait for the GPU
+            torch.distributed.all_reduce(flags, group=ctx.cpu_group)
         return flags[0].item() > 0, flags[1].item() > 0
 
 

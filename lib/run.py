@@ -245,7 +245,7 @@ class Run:
             fail(f"{self.folder} has done {step} steps, but with these settings it ends after "
                  f"{total_steps}: give more --epochs or --max_steps, or fewer images per step. "
                  "Nothing was changed")
-        self.stop_signal = StopSignal(self.ctx)
+        self.stop_signal = StopSignal()
         self.progress = Progress(self.ctx, "step", total_steps, step)
         self.status = ""  # the last log line, beside the progress
         self.restart_clock(step)
@@ -285,7 +285,7 @@ class Run:
     def poll(self):
         """(stopping, saving), alike on all ranks: did a signal ask to stop; is a checkpoint due?"""
         due = time.perf_counter() - self.save_time > 60 * self.args.save_minutes
-        return self.stop_signal.poll(due)
+        return self.stop_signal.poll(self.ctx, due)
 
     def stop_if_asked(self, state):
         """Within an evaluation: save state() and leave, if a signal asked rank 0 to. Another rank
