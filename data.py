@@ -497,9 +497,10 @@ class LatentSet:
             num_augmented + 1)
         if ctx.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(ctx.device)
-            if len(self.labels) * 4 * 2 * np.prod(vae.latent_shape) < 0.1 * free:
-                every = np.arange(len(self.labels))
-                self.resident = torch.from_numpy(self.cache.rows(every)).to(ctx.device)
+            variants = np.arange(num_augmented + 1)[:, None]
+            own = (images.rows + variants * self.num_files).ravel()
+            if len(own) * 4 * 2 * np.prod(vae.latent_shape) < 0.1 * free:
+                self.resident = torch.from_numpy(self.cache.rows(own)).to(ctx.device)
 
     def _augmented(self, x, rows):
         """Images x [B, 1, S, S] as the variants of these rows; variant 0 stays as it is."""
@@ -519,7 +520,8 @@ class LatentSet:
         """(mean, logvar), each float32 [B, C, h, w] on the device. variants [B]: of each image."""
         rows = self.images.rows[indices] + variants * self.num_files
         if self.resident is not None:
-            both = self.resident[self.ctx.to_device(torch.from_numpy(rows))]
+            index = torch.from_numpy(indices + variants * len(self.images))
+            both = self.resident[self.ctx.to_device(index)]
         elif self.cache is not None:
             both = self.ctx.to_device(torch.from_numpy(self.cache.rows(rows)))
         else:

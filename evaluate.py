@@ -8,7 +8,6 @@ a function that takes the sets of images and returns its share of evaluation.jso
 distance stands the real-data baseline, which as many training images score, and how far chance
 moves the difference; it means something only together with its feature space and its N.
 """
-import argparse
 import dataclasses
 import functools
 import math
@@ -605,8 +604,7 @@ def main(argv=None):
     if not networks:
         fail("no features to compare by: classifier needs two classes, vae needs --ae_ckpt_path")
     if folder is None:
-        unnamed = argparse.Namespace(output_root=args.output_root, run_name=None, exp_name=None)
-        folder = run.new_folder(unnamed, f"evaluation_{args.task.lower()}")
+        folder = run.new_folder(args.output_root, f"evaluation_{args.task.lower()}")
     path, pairs_path = (make_folder(folder) / name for name in FILES)
 
     # --- the parts of the report ---

@@ -84,9 +84,8 @@ def load_ldm(ckpt_path, ctx, ae_ckpt_path=None, use_ema=None):
 
 
 def prepare_sampling(args, ctx):
-    """(Denoiser, AutoencoderKL, checkpoint dict, requests [(class index, number)]) from the flags
-    of add_sampling_arguments, of which None means as in training. Ends the program if they ask for
-    what the model cannot do."""
+    """(Denoiser, AutoencoderKL, checkpoint dict, [(class index, number)] to draw) from the flags of
+    add_sampling_arguments; None is as in training. Ends the program if they cannot be met."""
     if not args.ckpt:
         fail("which model? Give --ckpt=runs/ldm_.../ckpts/best.pt")
     denoiser, vae, checkpoint = load_ldm(args.ckpt, ctx, args.ae_ckpt_path, args.use_ema)
@@ -287,10 +286,10 @@ def main(argv=None):
     ctx = dist.setup(args)
     denoiser, vae, checkpoint, requests = prepare_sampling(args, ctx)
     class_names = checkpoint["class_names"]
-    img_size = checkpoint["args"]["img_size"]
     real = {}
     if args.real_dir:  # read before hours of sampling
-        real = ctx.on_main(lambda: real_rows(args.real_dir, class_names, img_size))
+        size = checkpoint["args"]["img_size"]
+        real = ctx.on_main(lambda: real_rows(args.real_dir, class_names, size))
     default = run.run_folder(args.ckpt) / f"samples_{args.sampler}_{args.seed}"
     folder = pathlib.Path(args.out_dir or default)
     ctx.on_main(lambda: prepare_folder(folder, checkpoint, requests, args))

@@ -191,8 +191,11 @@ def initial_weights(denoiser, args, scale, vae_sha256, class_names):
     state = sample.build_denoiser(checkpoint, path).state_dict()
     state["unet.class_emb.weight"] = state["unet.class_emb.weight"][[*rows, len(known)]]
     aug, mine = "unet.aug_emb.weight", denoiser.state_dict()  # of --augment, on either side
-    state |= {aug: mine[aug]} if aug in mine and aug not in state else {}
-    return {name: weight for name, weight in state.items() if name != aug or aug in mine}
+    if aug in mine:
+        state.setdefault(aug, mine[aug])
+    else:
+        state.pop(aug, None)
+    return state
 
 
 def resume(run, checkpoint, denoiser, ema, optimizer, class_names):

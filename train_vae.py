@@ -24,7 +24,6 @@ from lib.verdicts import health
 
 LOSSES = ("train/loss", "train/rec", "train/kl", "train/g_loss", "train/d_loss", "train/grad_norm")
 
-
 # --- arguments ----------------------------------------------------------------------------------
 
 

@@ -27,8 +27,7 @@ class CachedArray(NamedTuple):
         touched counts as memory, and the system reads far more than the rows."""
         parts = [indices[i:i + 64] for i in range(0, max(1, len(indices)), 64)]
         try:
-            maps = (np.lib.format.open_memmap(self.path, "r")[part] for part in parts)
-            return np.concatenate([*maps])
+            return np.concatenate([np.lib.format.open_memmap(self.path, "r")[p] for p in parts])
         except (OSError, ValueError) as e:
             fail(f"cache {self.path} was removed or damaged ({first_line(e)}): type the same "
                  "command again")

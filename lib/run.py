@@ -171,15 +171,14 @@ class Run:
     """A training run's folder and console. Only rank 0 writes and prints. The folder belongs to
     this group of processes until it ends; another one is refused."""
 
-    def __init__(self, args, ctx, kind, default_name, facts):
-        """New folder OUTPUT_ROOT/NAME, or args.resume_dir to go on with. kind: "vae" or "ldm";
-        facts: more for run_meta.json."""
+    def __init__(self, args, ctx, kind, default, facts):
+        """The folder that the flags name, else a new one, named `default` and the date. kind: "vae"
+        or "ldm"; facts: more for run_meta.json."""
         self.args, self.ctx, self.kind = args, ctx, kind
-        self.lock = None
 
         def claim():
-            folder = args.resume_dir or new_folder(args, default_name)
-            self.lock = take_lock(os.path.join(folder, "lock"), folder)
+            folder = named_folder(args) or new_folder(args.output_root, args.exp_name or default)
+            self.lock = take_lock(make_folder(folder) / "lock", folder)
             return folder, read_meta(folder) if args.resume_dir else {}
         folder, self.before = ctx.on_main(claim)  # description of the run that is continued
         self.folder = pathlib.Path(folder)
@@ -188,13 +187,12 @@ class Run:
         self.metrics_path = self.folder / "metrics.jsonl"
         self.saved_step, self.save_time, self.saved_seconds = -1, time.perf_counter(), 0.0
         self.tracker = Tracker(None)
-        created = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         is_copy = self.before.get("folder") != self.folder.name  # of another run's folder
         self.meta = {
             "kind": kind, "folder": self.folder.name, "args": vars(args), **facts,
             "command": sys.argv, "git_commit": git_commit(), "world_size": ctx.world_size,
             "device": str(ctx.device), "dtype": str(ctx.dtype).split(".")[-1],
-            "created": self.before.get("created", created),
+            "created": self.before.get("created", time.strftime("%Y-%m-%dT%H:%M:%S%z")),
             "wandb_id": args.wandb_id or (None if is_copy else self.before.get("wandb_id")),
             "packages": {"python": sys.version.split()[0], "torch": torch.__version__,
                          "numpy": np.__version__, "pillow": PIL.__version__}}
@@ -443,21 +441,18 @@ class Run:
             raise SystemExit(EXIT_FAILED)
 
 
-def new_folder(args, default_name):
-    """Folder of a new run. Without --run_name it is made exclusively, so that two runs of the same
-    second get two folders."""
-    try:
-        if args.run_name:
-            os.makedirs(named_folder(args), exist_ok=True)
-            return named_folder(args)
-        name = f"{args.exp_name or default_name}_{time.strftime('%Y%m%d-%H%M%S')}"
-        for number in itertools.count(1):
-            folder = os.path.join(args.output_root, name if number == 1 else f"{name}_{number}")
-            with contextlib.suppress(FileExistsError):
-                os.makedirs(folder)
-                return folder
-    except OSError as e:
-        fail(f"cannot write to {args.output_root}: {e.strerror}; choose another --output_root")
+def new_folder(output_root, name):
+    """Folder OUTPUT_ROOT/NAME_DATE, made exclusively: two runs of the same second get two."""
+    name = f"{name}_{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in itertools.count(1):
+        folder = os.path.join(output_root, name if number == 1 else f"{name}_{number}")
+        try:
+            os.makedirs(folder)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as e:
+            fail(f"cannot write to {output_root}: {e.strerror}; choose another --output_root")
 
 
 def git_commit():

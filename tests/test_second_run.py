@@ -35,8 +35,7 @@ def test_two_unnamed_runs_of_one_second_get_two_folders(tmp_path, monkeypatch):
     dates = iter(["20260101-000000", "20260101-000000", "20260101-000001"])
     monkeypatch.setattr(run.time, "strftime", lambda *_: next(dates))
     monkeypatch.setattr(run.time, "sleep", lambda seconds: None)
-    args = train_ldm.parse_args([f"--output_root={tmp_path}"])
-    assert len({run.new_folder(args, "ldm") for _ in range(2)}) == 2
+    assert len({run.new_folder(tmp_path, "ldm") for _ in range(2)}) == 2
 
 
 def test_a_folder_is_refused_while_its_process_lives(workspace, quick):
