@@ -1,10 +1,12 @@
 """Chest radiographs from folders, decoded once into a cache; latents of an autoencoder in another.
 
 DATA_ROOT/TASK/SPLIT/CLASS/**/*.png, with patient and study folders at any depth below a class, or
-all images of a split in one folder (see FLAT_RULE). Without a data root: the phantom set.
+all images of a split in one folder: names that begin with `TB.` are class tb, all others normal.
+Without a data root: the phantom set.
 """
 import collections
 import dataclasses
+import functools
 import hashlib
 import os
 import pathlib
@@ -20,11 +22,8 @@ from lib import cache, decode, dist, phantom
 from lib.cache import DONE, TODO
 from lib.files import fail, notice
 
-# Folders of masks beside the images, as COVID-19 sets have, and of thumbnails.
-IGNORED = {"mask", "masks", "segmentation", "segmentations", "@eadir", "__macosx"}
-FLAT_RULE = ("in a folder without class folders, names that begin with `TB.` are class tb, "
-             "Montgomery's and Shenzhen's `..._1.png` are tb, and all others are normal")
-BATCH = 64  # images that are worked on at once, so that a data set need not fit into memory
+# Hidden files, thumbnails, and the masks that some sets have beside the images.
+IGNORED = re.compile(r"\.|@eadir$|__macosx$|(mask|segmentation)s?$", re.IGNORECASE)
 
 
 # --- folders ------------------------------------------------------------------------------------
@@ -41,12 +40,6 @@ def class_name(folder_name):
     return unicodedata.normalize("NFC", text)
 
 
-def _flat_class(name):
-    """Class of an image in a split without class folders; see FLAT_RULE."""
-    published = re.fullmatch(r"(?:MCUCXR|CHNCXR)_[0-9]+_1\.\w+", name)
-    return "tb" if name.startswith("TB.") or published else "normal"
-
-
 def _entries(folder):
     """[(os.DirEntry, whether it is a folder)] of what is in a folder, by name. The system refuses a
     link that leads back to a folder above it ("too many levels")."""
@@ -57,46 +50,22 @@ def _entries(folder):
         fail(f"cannot read {e.filename or folder}: {e.strerror}; mend or remove it")
 
 
-def _is_ignored(name):
-    return name.startswith(".") or name.lower() in IGNORED
-
-
-def _stat(entry):
-    """(size, mtime_ns) of an os.DirEntry; (-1, 0) of a link without a target."""
-    try:
-        stat = os.stat(entry)  # entry.stat() would keep it in memory
-        return stat.st_size, stat.st_mtime_ns
-    except OSError:
-        return -1, 0
-
-
 def _subfolders(folder):
-    """Names of the folders in a folder of tasks, splits or classes."""
-    names = []
-    for entry, is_folder in _entries(folder):
-        suffix = os.path.splitext(entry.name)[1].lower()
-        if _is_ignored(entry.name):
-            continue
-        if is_folder:
-            names.append(entry.name)
-        elif entry.is_symlink() and suffix not in decode.EXTENSIONS and _stat(entry)[0] < 0:
-            fail(f"{entry.path} is a link without a target, {os.readlink(entry)}: is the disk "
-                 "mounted? Mend or remove it")
-    return names
+    """Names of the folders in a folder, and of links without a target or suffix in their place."""
+    return [e.name for e, is_folder in _entries(folder) if not IGNORED.match(e.name)
+            and (is_folder or not (e.is_file() or os.path.splitext(e.name)[1]))]
 
 
 def _walk(folder, left_out):
-    """Yield (path below `folder`, size, mtime_ns) of each image in it, at any depth, by name; count
-    by reason in left_out what else is there. A link without a target is an image of size -1."""
+    """Yield the path below `folder` of each image in it, at any depth, by name; count by reason in
+    left_out what else is there."""
     for entry, is_folder in _entries(folder):
-        size, mtime_ns = (0, 0) if is_folder else _stat(entry)
-        if _is_ignored(entry.name):
+        if IGNORED.match(entry.name):
             left_out["hidden or masks"] += 1
         elif is_folder:
-            for path, *stat in _walk(entry.path, left_out):
-                yield f"{entry.name}/{path}", *stat
-        elif size < 0 or decode.may_be_image(entry.name):
-            yield entry.name, size, mtime_ns
+            yield from (f"{entry.name}/{path}" for path in _walk(entry.path, left_out))
+        elif decode.may_be_image(entry.name):
+            yield entry.name
         else:
             left_out[f"*{os.path.splitext(entry.name)[1].lower()}"] += 1
 
@@ -118,42 +87,52 @@ def split_folders(root, task, split, optional=False):
         notice(f"{message}. Validation is skipped") if optional else fail(message)
     elif found != members:
         notice(f"ALL_CXR: split {split!r} is in {', '.join(found)} alone")
-    return [os.path.join(root, member, split) for member in found]
+    return [f"{member}/{split}" for member in found]
 
 
-def scan(root, task, split, class_names=None, optional=False):
+def scan(root, task, split, class_names=None, optional=False, class_filter=-1):
     """Listing of DATA_ROOT/TASK/SPLIT, by name; None if it is `optional` and missing. One stat per
     file; one notice counts by reason what is not read. class_names: those of the training split,
     which every other split is read against by name; None: this is the training split."""
     folders = split_folders(root, task, split, optional)
     if not folders:
         return None
-    where = os.path.join(root, task, split)
+    where, training = os.path.join(root, task, split), class_names is None
     left_out, files, names = collections.Counter(), [], set()
     for folder in folders:
-        classes = _subfolders(folder)
+        classes = _subfolders(os.path.join(root, folder))
         names.update(map(class_name, classes))
-        above = os.path.relpath(folder, root)
-        for path, size, mtime_ns in _walk(folder, left_out):
-            first, _, below = path.partition("/")
-            if classes and not below:
+        for path in _walk(os.path.join(root, folder), left_out):
+            first = path.split("/")[0]
+            if classes and first not in classes:
                 left_out["beside the class folders"] += 1
-            else:
-                name = class_name(first) if classes else _flat_class(first)
-                files.append(ImageFile(f"{above}/{path}", name, size, mtime_ns))
+                continue
+            flat = "tb" if first.startswith("TB.") else "normal"
+            try:
+                stat = os.stat(os.path.join(root, folder, path))
+                size, mtime_ns = stat.st_size, stat.st_mtime_ns
+            except OSError:  # a link without a target
+                size, mtime_ns = -1, 0
+            files.append(ImageFile(f"{folder}/{path}", class_name(first) if classes else flat,
+                                   size, mtime_ns))
     if left_out:
         counts = ", ".join(f"{n} {reason}" for reason, n in sorted(left_out.items()))
         notice(f"{where}: not read: {counts}")
     if not files:
         fail(f"no images in {where} (looked for {' '.join(sorted(decode.EXTENSIONS))})")
     found = {file.class_name for file in files}
-    if class_names is None:
-        class_names = sorted(found | names)
-        if empty := sorted(names - found):
-            fail(f"no images of class {', '.join(empty)} in {where}: add some, or remove it")
+    class_names = sorted(found | names) if training else class_names
+    there = ", ".join(f"{i} = {name}" for i, name in enumerate(class_names))
+    if training and names - found:
+        fail(f"no images of class {', '.join(sorted(names - found))} in {where}: add some, or "
+             "remove it")
     if unknown := sorted(found.difference(class_names)):
-        fail(f"class {unknown[0]!r} in {where} is not one of the training classes, "
-             f"{', '.join(class_names)}: rename the folder, or move it away")
+        fail(f"class {unknown[0]!r} in {where} is not one of the training classes, {there}: rename "
+             "the folder, or move it away")
+    if class_filter >= len(class_names) or training and class_filter < 0 and len(class_names) == 1:
+        fail(f"--class_filter={class_filter} (-1: all, two or more), but the classes in {where} "
+             f"are {there}. Check the folders, or give --class_filter=0 to train on the first class "
+             "alone")
     return Listing(str(root), where, files, class_names)
 
 
@@ -203,8 +182,8 @@ def to_float(rows):
 
 def batches(images):
     """All of an ImageSet, or of what is read like one, in order: float32 [B, 1, S, S]."""
-    for start in range(0, len(images), BATCH):
-        yield images.images(np.arange(start, min(start + BATCH, len(images))))
+    for start in range(0, len(images), 64):
+        yield images.images(np.arange(start, min(start + 64, len(images))))
 
 
 def image_root(args):
@@ -233,13 +212,25 @@ def open_images(args, ctx, split, optional=False, class_names=None, train=None):
     folder = pathlib.Path(args.output_root, "cache")
     # Rank 0 alone looks at the folders while the others wait for its list. They meet again when all
     # have decoded their share of what the cache lacks, and when rank 0 has judged the result.
-    listing = ctx.on_main(lambda: _list_split(args, split, optional, class_names))
+    listing = ctx.on_main(lambda: scan(image_root(args), args.task, split, class_names, optional,
+                                       args.class_filter))
     if listing is None:
         return None
-    key = fingerprint(listing, args.img_size)
+    pool = ThreadPoolExecutor(args.num_workers or dist.own_cores())
+    read = functools.partial(_read, img_size=args.img_size)
+
+    def make(indices):
+        paths = [os.path.join(listing.root, listing.files[i].path) for i in indices]
+        pixels, status, _ = zip(*pool.map(read, paths), strict=True)
+        return np.stack(pixels), np.array(status, np.uint8)
+
+    digest = hashlib.sha256(f"decoder 3 {args.img_size}".encode())
+    for file in listing.files:
+        digest.update(os.fsencode(file.path) + f" {file.size} {file.mtime_ns}\n".encode())
+    key = digest.hexdigest()
     pixels = cache.cached_array(
         ctx, folder, f"images_{key[:16]}", (len(listing.files), args.img_size, args.img_size),
-        np.uint16, _decoder(listing, args), f"decoding {listing.folder}")
+        np.uint16, make, f"decoding {listing.folder}")
     images = ctx.on_main(lambda: _image_set(listing, pixels, args, key))
     if train is not None and len(images):
         images = _without_copies(images, train, folder, ctx, listing.folder)
@@ -254,87 +245,46 @@ def open_images(args, ctx, split, optional=False, class_names=None, train=None):
     return None
 
 
-def _list_split(args, split, optional, class_names):
-    """Listing of a split whose classes are fit for training; None if it may be missing, and is."""
-    listing = scan(image_root(args), args.task, split, class_names, optional)
-    if listing is None:
-        return None
-    count = len(listing.class_names)
-    if args.class_filter >= count or count == 1 and args.class_filter < 0:
-        there = ", ".join(f"{i} = {name}" for i, name in enumerate(listing.class_names))
-        fail(f"--class_filter={args.class_filter} (-1: all, two or more), but the classes in "
-             f"{listing.folder} are {there} ({FLAT_RULE}). Check the folders, or give "
-             "--class_filter=0 to train on the first class alone")
-    return listing
-
-
-def _decoder(listing, args):
-    """make(indices) for cached_array: the pixels of these files, black if there are none."""
-    pool = ThreadPoolExecutor(args.num_workers or dist.own_cores())
-
-    def read(path):
-        try:
-            pixels = decode.read_square(path, args.img_size)
-        except (OSError, ValueError) as e:
-            black = np.zeros((args.img_size, args.img_size), np.uint16)
-            return black, TODO if decode.may_pass(e) else DONE | BAD
-        low, high = int(pixels.min()), int(pixels.max())
-        odd = high < 65535 // 4 or high - low < 655  # 1 % of the range
-        return pixels, DONE | ODD * odd
-
-    def make(indices):
-        paths = [os.path.join(listing.root, listing.files[i].path) for i in indices]
-        pixels, status = zip(*pool.map(read, paths), strict=True)
-        return np.stack(pixels), np.array(status, np.uint8)
-    return make
+def _read(path, img_size):
+    """(pixels, status, reason) of a file; if it cannot be decoded, black and why."""
+    try:
+        pixels = decode.read_square(path, img_size)
+    except (OSError, ValueError) as e:
+        black = np.zeros((img_size, img_size), np.uint16)
+        status = TODO if decode.may_pass(e) else DONE | BAD
+        return black, status, getattr(e, "strerror", None) or e
+    low, high = int(pixels.min()), int(pixels.max())
+    odd = high < 65535 // 4 or high - low < 655  # 1 % of the range
+    return pixels, DONE | ODD * odd, "it could not be read for a moment: start again"
 
 
 def _image_set(listing, pixels, args, key):
     """ImageSet of the files that could be decoded and are of the chosen class; names those that
     could not, and ends the program for them unless args.skip_bad_images. pixels: CachedArray."""
-    status, where, files = pixels.status, listing.folder, listing.files
-    bad, odd = (status == TODO) | (status & BAD > 0), status & ODD > 0
-    names = np.array([file.path for file in files], object)
-    if bad.any() and not args.skip_bad_images:
-        reasons = [f"{name}: {_reason(os.path.join(listing.root, name), args.img_size)}"
-                   for name in names[bad][:20]]
-        fail(f"{bad.sum()} of {len(files)} images in {where} cannot be decoded; repair or remove "
-             f"them, or leave them out with --skip_bad_images:{_first_lines(reasons, bad.sum())}")
+    bad, odd = (pixels.status == TODO) | (pixels.status & BAD > 0), pixels.status & ODD > 0
+    names = np.array([file.path for file in listing.files], object)
+    counted = f"of {len(names)} images in {listing.folder}"
+    if bad.any() and not args.skip_bad_images:  # caches do not store the reasons
+        lines = [f"{name}: {_read(os.path.join(listing.root, name), args.img_size)[2]}"
+                 for name in names[bad][:20]]
+        fail(f"{bad.sum()} {counted} cannot be decoded; repair or remove them, or leave them out "
+             f"with --skip_bad_images:{_first_lines(lines, bad.sum())}")
     if bad.any():
-        notice(f"{bad.sum()} images that cannot be decoded are left out:"
+        notice(f"{bad.sum()} {counted} cannot be decoded and are left out:"
                f"{_first_lines(names[bad], bad.sum())}")
     if odd.any():
-        notice(f"{where}: {odd.sum()} of {len(files)} images, such as {names[odd][0]}, have no "
-               "value over a quarter of their range, or no contrast. 12-bit values in 16-bit "
-               "files? Scale them up")
-    labels = np.array([listing.class_names.index(file.class_name) for file in files])
+        notice(f"{odd.sum()} {counted}, such as {names[odd][0]}, have no value over a quarter of "
+               "their range, or no contrast. 12-bit values in 16-bit files? Scale them up")
+    labels = np.array([listing.class_names.index(file.class_name) for file in listing.files])
     rows = np.flatnonzero(~bad & ((labels == args.class_filter) | (args.class_filter < 0)))
     return ImageSet(pixels, rows, labels[rows], names[rows], listing.class_names, key,
                     class_summary(listing))
-
-
-def _reason(path, img_size):
-    """Why an image cannot be decoded: found again, since caches do not store it."""
-    try:
-        decode.read_square(path, img_size)
-    except (OSError, ValueError) as e:
-        return getattr(e, "strerror", None) or e
-    return "it could not be read for a moment: start again"
 
 
 def _first_lines(lines, count):
     """Up to twenty of `count` lines for the end of a message, and how many more there are."""
     more = [f"and {count - 20} more"] if count > 20 else []
     return "".join(f"\n  {line}" for line in [*lines[:20], *more])
-
-
-def fingerprint(listing, img_size):
-    """Hex digest of what a cache of images depends on: their names, sizes and times, and how they
-    are decoded."""
-    digest = hashlib.sha256(f"decoder 3 {img_size}".encode())
-    for file in listing.files:
-        digest.update(os.fsencode(file.path) + f" {file.size} {file.mtime_ns}\n".encode())
-    return digest.hexdigest()
 
 
 def class_summary(listing):
@@ -351,17 +301,11 @@ def class_summary(listing):
 
 def notice_changes(before, images, since, split="training"):
     """Say what has changed since `since`; before: ImageSet.summary then, None if not known."""
-    if not before:
-        return
-    old, new = ({name: rest for name, *rest in summary} for summary in (before, images.summary))
-    changes = []
-    for name in sorted({*old, *new}):
-        (count_then, digest_then), (count, digest) = old.get(name, (0, "")), new.get(name, (0, ""))
-        if digest != digest_then:
-            others = " others" if count == count_then else ""
-            changes.append(f"class {name} has {count} images, it had {count_then}{others}")
-    if changes:
-        notice(f"the {split} data have changed since {since}: {'; '.join(changes)}")
+    if before and before != images.summary:
+        then, now = (", ".join(f"{name} {count}" for name, count, _ in summary)
+                     for summary in (before, images.summary))
+        notice(f"the {split} data have changed since {since}: then {then}, now {now}; names, sizes "
+               "and times of the files count")
 
 
 def count_classes(images):
@@ -401,11 +345,8 @@ def _derived_array(images, folder, ctx, name, row_shape, label, function, per_fi
     num_files = len(images.cache.status)
 
     def make(indices):
-        parts = []
-        for start in range(0, len(indices), BATCH):
-            rows = indices[start:start + BATCH]
-            parts.append(function(to_float(images.cache.rows(rows % num_files)), rows))
-        return torch.cat(parts).numpy(), DONE
+        x = to_float(images.cache.rows(indices % num_files))
+        return function(x, indices).numpy(), DONE
 
     return cache.cached_array(
         ctx, folder, name, (per_file * num_files, *row_shape), np.float32, make, label,
@@ -413,11 +354,10 @@ def _derived_array(images, folder, ctx, name, row_shape, label, function, per_fi
 
 
 def cached_thumbnails(images, folder, ctx):
-    """CachedArray float32 [num_files, 1024]: the thumbnails of all files of an ImageSet, made once
-    by all ranks. rows(images.rows) are those of its own images."""
+    """CachedArray float32 [num_files, 1024] of all files of an ImageSet; rows(images.rows) are
+    those of its own images. All ranks must call it."""
     return _derived_array(images, folder, ctx, f"thumbnails_{images.key[:16]}",
-                          (THUMBNAIL_SIZE**2,), "making thumbnails",
-                          lambda x, rows: thumbnails(x))
+                          (THUMBNAIL_SIZE**2,), "making thumbnails", lambda x, _: thumbnails(x))
 
 
 def _without_copies(images, train, folder, ctx, where):
@@ -426,14 +366,9 @@ def _without_copies(images, train, folder, ctx, where):
     own, of_train = (cached_thumbnails(of, folder, ctx) for of in (images, train))
 
     def make(indices):
-        mine = torch.from_numpy(own.rows(images.rows[indices]))
-        best, nearest = torch.full((len(mine),), COPY_CORRELATION), torch.full((len(mine),), -1)
-        for start in range(0, len(train), 1024):
-            others = torch.from_numpy(of_train.rows(train.rows[start:start + 1024]))
-            values, places = (mine @ others.T).max(1)
-            better = values > best
-            best[better], nearest[better] = values[better], places[better] + start
-        return nearest.numpy(), DONE
+        mine, others = own.rows(images.rows[indices]), of_train.rows(train.rows)
+        values, nearest = (torch.from_numpy(mine) @ torch.from_numpy(others).T).max(1)
+        return nearest.where(values > COPY_CORRELATION, -1).numpy(), DONE
 
     key = hashlib.sha256(f"copies 3 {images.key} {train.key} {COPY_CORRELATION}".encode())
     key.update(images.rows.tobytes() + train.rows.tobytes())
@@ -483,7 +418,7 @@ class LatentSet:
         self.num_files = len(images.cache.status)
         rng = ctx.generator("augment", images.key)
         labels = torch.rand(num_augmented * self.num_files, AUG_DIM, generator=rng) * 2 - 1
-        self.labels = torch.cat([torch.zeros(self.num_files, AUG_DIM), labels])
+        self.labels = F.pad(labels, (0, 0, self.num_files, 0))
         if not use_cache:
             return
         text = f"{vae_sha256} {images.key}"
@@ -492,9 +427,7 @@ class LatentSet:
         key = hashlib.sha256(text.encode()).hexdigest()
         self.cache = _derived_array(
             images, folder, ctx, f"latents_{key[:16]}", (2, *vae.latent_shape),
-            "encoding latents",
-            lambda x, rows: torch.stack(self._encode(self._augmented(x, rows)), 1).cpu(),
-            num_augmented + 1)
+            "encoding latents", lambda x, rows: self._encode(x, rows).cpu(), num_augmented + 1)
         if ctx.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(ctx.device)
             variants = np.arange(num_augmented + 1)[:, None]
@@ -502,19 +435,15 @@ class LatentSet:
             if len(own) * 4 * 2 * np.prod(vae.latent_shape) < 0.1 * free:
                 self.resident = torch.from_numpy(self.cache.rows(own)).to(ctx.device)
 
-    def _augmented(self, x, rows):
-        """Images x [B, 1, S, S] as the variants of these rows; variant 0 stays as it is."""
+    @torch.no_grad()
+    def _encode(self, x, rows):
+        """Mean and log-variance, float32 [B, 2, C, h, w], of images x [B, 1, S, S] once they are
+        the variants of these rows."""
         changed = torch.from_numpy(rows >= self.num_files)
         if changed.any():
-            x = x.clone()
             x[changed] = augment(x[changed], self.labels[torch.from_numpy(rows)[changed]])
-        return x
-
-    @torch.no_grad()
-    def _encode(self, x):
-        """[mean, logvar] of images, in float32 whatever the precision of training."""
-        parts = [self.vae.encode(part.to(self.ctx.device)) for part in x.split(16)]
-        return [torch.cat(of) for of in zip(*parts, strict=True)]
+        return torch.cat([torch.stack(self.vae.encode(part.to(self.ctx.device)), 1)
+                          for part in x.split(16)])
 
     def posterior(self, indices, variants=0):
         """(mean, logvar), each float32 [B, C, h, w] on the device. variants [B]: of each image."""
@@ -525,7 +454,7 @@ class LatentSet:
         elif self.cache is not None:
             both = self.ctx.to_device(torch.from_numpy(self.cache.rows(rows)))
         else:
-            return self._encode(self._augmented(self.images.images(indices), rows))
+            both = self._encode(self.images.images(indices), rows)
         return both[:, 0], both[:, 1]
 
     def augment_labels(self, indices, variants):
