@@ -6,8 +6,8 @@ Without a data root: the phantom set.
 """
 import collections
 import dataclasses
-import functools
 import hashlib
+import itertools
 import os
 import pathlib
 import re
@@ -217,11 +217,10 @@ def open_images(args, ctx, split, optional=False, class_names=None, train=None):
     if listing is None:
         return None
     pool = ThreadPoolExecutor(args.num_workers or dist.own_cores())
-    read = functools.partial(_read, img_size=args.img_size)
 
     def make(indices):
         paths = [os.path.join(listing.root, listing.files[i].path) for i in indices]
-        pixels, status, _ = zip(*pool.map(read, paths), strict=True)
+        pixels, status, _ = zip(*pool.map(_read, paths, [args.img_size] * len(paths)), strict=True)
         return np.stack(pixels), np.array(status, np.uint8)
 
     digest = hashlib.sha256(f"decoder 3 {args.img_size}".encode())
@@ -234,11 +233,10 @@ def open_images(args, ctx, split, optional=False, class_names=None, train=None):
     images = ctx.on_main(lambda: _image_set(listing, pixels, args, key))
     if train is not None and len(images):
         images = _without_copies(images, train, folder, ctx, listing.folder)
-    lost = np.setdiff1d(np.arange(len(listing.class_names)), images.labels)
-    if len(images) and (class_names or args.class_filter >= 0 or not len(lost)):
+    lost = [name for c, name in enumerate(listing.class_names) if c not in images.labels]
+    if len(images) and (class_names or args.class_filter >= 0 or not lost):
         return images
-    names = ", ".join(listing.class_names[c] for c in lost)
-    message = f"no images of class {names} are left in {listing.folder}"
+    message = f"no images of class {', '.join(lost)} are left in {listing.folder}"
     if not optional:
         ctx.on_main(lambda: fail(message))
     notice(f"{message}. Validation is skipped")
@@ -265,13 +263,13 @@ def _image_set(listing, pixels, args, key):
     names = np.array([file.path for file in listing.files], object)
     counted = f"of {len(names)} images in {listing.folder}"
     if bad.any() and not args.skip_bad_images:  # caches do not store the reasons
-        lines = [f"{name}: {_read(os.path.join(listing.root, name), args.img_size)[2]}"
-                 for name in names[bad][:20]]
+        reasons = (f"{name}: {_read(os.path.join(listing.root, name), args.img_size)[2]}"
+                   for name in names[bad])
         fail(f"{bad.sum()} {counted} cannot be decoded; repair or remove them, or leave them out "
-             f"with --skip_bad_images:{_first_lines(lines, bad.sum())}")
+             f"with --skip_bad_images:{_first_lines(reasons)}")
     if bad.any():
         notice(f"{bad.sum()} {counted} cannot be decoded and are left out:"
-               f"{_first_lines(names[bad], bad.sum())}")
+               f"{_first_lines(names[bad])}")
     if odd.any():
         notice(f"{odd.sum()} {counted}, such as {names[odd][0]}, have no value over a quarter of "
                "their range, or no contrast. 12-bit values in 16-bit files? Scale them up")
@@ -281,10 +279,10 @@ def _image_set(listing, pixels, args, key):
                     class_summary(listing))
 
 
-def _first_lines(lines, count):
-    """Up to twenty of `count` lines for the end of a message, and how many more there are."""
-    more = [f"and {count - 20} more"] if count > 20 else []
-    return "".join(f"\n  {line}" for line in [*lines[:20], *more])
+def _first_lines(lines):
+    """The first twenty lines for the end of a message that says how many there are."""
+    first = [f"\n  {line}" for line in itertools.islice(lines, 21)]
+    return "".join(first[:20]) + "\n  ..." * (len(first) > 20)
 
 
 def class_summary(listing):
@@ -377,9 +375,9 @@ def _without_copies(images, train, folder, ctx, where):
         "looking for copies").rows(np.arange(len(images)))  # position in train, or -1
     copies = np.flatnonzero(originals >= 0)
     if len(copies):
-        lines = [f"{images.names[i]} is {train.names[originals[i]]}" for i in copies[:20]]
+        lines = (f"{images.names[i]} is {train.names[originals[i]]}" for i in copies)
         notice(f"{len(copies)} images of {where} duplicate or nearly duplicate training images and "
-               f"are excluded:{_first_lines(lines, len(copies))}")
+               f"are excluded:{_first_lines(lines)}")
     return images.subset(np.flatnonzero(originals < 0))
 
 
