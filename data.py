@@ -20,10 +20,14 @@ import torch.nn.functional as F
 
 from lib import cache, decode, dist, phantom
 from lib.cache import DONE, TODO
-from lib.files import fail, notice
+from lib.files import command_line, fail, notice
 
 # Hidden files, thumbnails, and the masks that some sets have beside the images.
-IGNORED = re.compile(r"\.|@eadir$|__macosx$|(mask|segmentation)s?$", re.IGNORECASE)
+IGNORED = re.compile(r"\.|@eadir$|__macosx$|.*(mask|segmentation)s?(\.\w+)?$", re.IGNORECASE)
+LATERAL = re.compile(r"(?<![a-z])lat(eral)?(?![a-z])", re.IGNORECASE)  # view2_lateral.jpg
+# Folders of patients, studies and archives, as CheXpert, MIMIC and NIH have them.
+NO_CLASS = re.compile(r"(patient|study|images|p|s)[_-]?\d+|\d{2,}", re.IGNORECASE)
+MOST_CLASSES = 20
 
 
 # --- folders ------------------------------------------------------------------------------------
@@ -80,60 +84,81 @@ def split_folders(root, task, split, optional=False):
     if not members:
         fail(f"no task {task!r} in {root}; there: {', '.join(tasks) or 'no folders at all'}")
     splits = {member: _subfolders(os.path.join(root, member)) for member in members}
-    found = [member for member in members if split in splits[member]]
+    names = ("val", "valid", "validation") if split == "val" else (split,)
+    found = [f"{member}/{name}" for member in members for name in names if name in splits[member]]
     if not found:
         there = ", ".join(sorted(set().union(*splits.values()))) or "none"
         message = f"no split {split!r} for task {task} in {root}; there: {there}"
         notice(f"{message}. Validation is skipped") if optional else fail(message)
-    elif found != members:
+    elif len(found) < len(members):
         notice(f"ALL_CXR: split {split!r} is in {', '.join(found)} alone")
-    return [f"{member}/{split}" for member in found]
+    return found
 
 
-def scan(root, task, split, class_names=None, optional=False, class_filter=-1):
+def scan(root, task, split, class_names=None, optional=False, class_filter=0):
     """Listing of DATA_ROOT/TASK/SPLIT, by name; None if it is `optional` and missing. One stat per
     file; one notice counts by reason what is not read. class_names: those of the training split,
-    which every other split is read against by name; None: this is the training split."""
+    which every other split is read against by name; None: this is the training split. class_filter:
+    -1 if several classes are needed."""
     folders = split_folders(root, task, split, optional)
     if not folders:
         return None
-    where, training = os.path.join(root, task, split), class_names is None
-    left_out, files, names = collections.Counter(), [], set()
+    where = os.path.join(root, folders[0] if len(folders) == 1 else f"{task}/{split}")
+    left_out, files, counts = collections.Counter(), [], collections.Counter()
     for folder in folders:
         classes = _subfolders(os.path.join(root, folder))
-        names.update(map(class_name, classes))
+        counts.update(dict.fromkeys(map(class_name, classes), 0))
         for path in _walk(os.path.join(root, folder), left_out):
-            first = path.split("/")[0]
+            first, _, below = path.partition("/")
+            if inner := re.match("([^/]+/)?(train|val|valid|validation|test)(?=/)", path):
+                fail(f"{where} is no split: give one, such as {root}/{folder}/{inner[0]}")
             if classes and first not in classes:
                 left_out["beside the class folders"] += 1
                 continue
+            if LATERAL.search(below or first):
+                left_out["lateral views"] += 1
+                continue
             flat = "tb" if first.startswith("TB.") else "normal"
+            name = class_name(first) if classes else flat
+            counts[name] += 1
             try:
                 stat = os.stat(os.path.join(root, folder, path))
-                size, mtime_ns = stat.st_size, stat.st_mtime_ns
+                files.append(ImageFile(f"{folder}/{path}", name, stat.st_size, stat.st_mtime_ns))
             except OSError:  # a link without a target
-                size, mtime_ns = -1, 0
-            files.append(ImageFile(f"{folder}/{path}", class_name(first) if classes else flat,
-                                   size, mtime_ns))
+                files.append(ImageFile(f"{folder}/{path}", name, -1, 0))
     if left_out:
-        counts = ", ".join(f"{n} {reason}" for reason, n in sorted(left_out.items()))
-        notice(f"{where}: not read: {counts}")
+        reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(left_out.items()))
+        notice(f"{where}: not read: {reasons}")
     if not files:
         fail(f"no images in {where} (looked for {' '.join(sorted(decode.EXTENSIONS))})")
-    found = {file.class_name for file in files}
-    class_names = sorted(found | names) if training else class_names
+    if class_names is None:
+        class_names = sorted(counts)
+        _check_classes(counts, class_filter, root, task, where)
+    elif class_name(split) in class_names:
+        fail(f"{where} is the folder of a class: give {os.path.dirname(where)}")
     there = ", ".join(f"{i} = {name}" for i, name in enumerate(class_names))
-    if training and names - found:
-        fail(f"no images of class {', '.join(sorted(names - found))} in {where}: add some, or "
-             "remove it")
-    if unknown := sorted(found.difference(class_names)):
+    if unknown := sorted(name for name in +counts if name not in class_names):
         fail(f"class {unknown[0]!r} in {where} is not one of the training classes, {there}: rename "
              "the folder, or move it away")
-    if class_filter >= len(class_names) or training and class_filter < 0 and len(class_names) == 1:
-        fail(f"--class_filter={class_filter} (-1: all, two or more), but the classes in {where} "
-             f"are {there}. Check the folders, or give --class_filter=0 to train on the first class "
-             "alone")
+    if class_filter >= len(class_names):
+        fail(f"--class_filter={class_filter}, but the classes in {where} are {there}")
     return Listing(str(root), where, files, class_names)
+
+
+def _check_classes(counts, class_filter, root, task, where):
+    """End the program if the folders of a training split, {name: images}, are not its classes."""
+    one_each = len(counts) > 4 and sorted(counts.values())[len(counts) // 2] < 2
+    if (len(counts) > MOST_CLASSES or one_each or not all(counts.values())
+            or len(counts) == 1 and class_filter < 0 or any(map(NO_CLASS.fullmatch, counts))):
+        some = ", ".join(f"{name} {count}" for name, count in [*sorted(counts.items())][:5])
+        labels = {"class_pattern": "_([01]).png"}
+        for table in (t for place in (root, f"{root}/{task}", where)
+                      for t in pathlib.Path(place).glob("*.csv*")):
+            labels = {"csv": table, "file_column": "FILE", "label_column": "LABEL"}
+        line = command_line("prepare.py", images=where, **labels, classes="normal=0,tb=1",
+                            out=f"{root}/{task}_classes")
+        fail(f"the {len(counts)} folders in {where} ({some}, ...) are not two to {MOST_CLASSES} "
+             f"classes with images (one: --class_filter=0). Mend them, or type: {line}")
 
 
 def check_folders(args):

@@ -130,6 +130,7 @@ def _refuse(dataset):
             (pixels > Image.MAX_IMAGE_PIXELS, f"of {pixels} pixels: too many"),
             (dataset.get("PhotometricInterpretation") not in ("MONOCHROME1", "MONOCHROME2"),
              "in colour: export it as grey"),
+            (dataset.get("ViewPosition") in ("LL", "RL", "LATERAL"), "of a lateral view"),
             (narrow or dataset.get("PresentationLUTSequence"),
              "with a PresentationLUTSequence or an 8-bit table: export it as PNG")):
         if refused:

@@ -19,6 +19,7 @@ from PIL import Image
 from test_data import ALONE, message, settings
 
 import data
+import sample
 from lib import cache, decode
 
 RAMP = np.add.outer(np.arange(24) * 4, np.arange(16) * 9)  # no symmetry, 0 to 227
@@ -101,6 +102,71 @@ def test_a_folder_that_is_a_link_without_a_target_is_an_error(image_tree, tmp_pa
     assert path in text and "No such file or directory" in text
 
 
+PATIENTS = {f"T/train/patient{i:05d}/study1": 2 for i in range(3)}
+
+
+@pytest.mark.parametrize("tree, csv, says", [
+    (PATIENTS, "T/train.csv", "3 folders"), (PATIENTS, None, "--class_pattern="),
+    ({f"T/train/images_00{i}/images": 3 for i in (1, 2)}, "T/train/Data_Entry.csv", "images_001 3"),
+    ({f"T/train/p1{i}/p1000{i}/s5000{i}": 3 for i in range(3)}, "chexpert.csv.gz", "p10 3"),
+    ({"T/train/normal": 9, "T/train/00001234": 1}, None, "00001234 1"),
+    ({f"T/train/class {i}": 2 for i in range(21)}, None, "21 folders"),
+    ({f"T/train/{name}": 1 for name in "abcde"}, None, "5 folders"),
+    ({"T/train/normal": 2, "T/train/tb": 2, "T/train/readings": 0}, None, "readings 0"),
+    ({"T/train/CXR_png": 2, "T/train/ManualMask/leftMask": 2}, None, "CXR_png 2"),
+    ({"T/train": 2}, "T/stage_2.csv", "normal 2")])
+def test_folders_that_are_no_classes_are_refused(image_tree, tmp_path, monkeypatch, tree, csv, says):
+    root = image_tree(tree)
+    if csv:
+        (root / csv).touch()
+    monkeypatch.setattr(decode, "read_square", None)  # before anything is decoded
+    text = message(data.open_images, settings(root, tmp_path, task="T"), ALONE, "train")
+    assert says in text and len(text.splitlines()) == 1
+    assert f"type: python prepare.py --images={root}/T/train " in text
+    assert not csv or f"--csv={root / csv} --file_column=" in text
+
+
+def test_a_class_or_a_number_in_its_name_is_no_patient(image_tree):
+    tree = {f"T/train/{name}": 1 for name in ("covid19", "0", "1", "stage 2")}
+    assert len(data.scan(image_tree(tree), "T", "train").class_names) == 4
+    many = image_tree({f"M/train/grade {i}/p10": 2 for i in range(20)})
+    assert len(data.scan(many, "M", "train").class_names) == 20
+
+
+def test_masks_beside_classes_are_no_class(image_tree, capsys):
+    root = image_tree({"T/train/normal": 2, "T/train/tb/lung masks": 2, "T/train/tb": 2,
+                       "T/train/ManualMask/leftMask": 2})
+    write_png(root / "T/train/tb/0_mask.png", RAMP.astype(np.uint8))
+    assert data.scan(root, "T", "train").class_names == ["normal", "tb"]
+    assert "not read: 3 hidden or masks" in notes(capsys)[0]
+
+
+def test_lateral_views_are_left_out_and_counted(image_tree, capsys):
+    root = image_tree({"T/train/normal/lateral": 3, "T/train/normal/p1": 1, "T/train/bilateral": 1})
+    for name in ("view1_frontal.png", "view2_lateral.png", "a-LAT.png", "flat_unilateral.png"):
+        write_png(root / "T/train/bilateral/p2" / name, RAMP.astype(np.uint8))
+    names = [os.path.basename(f.path) for f in data.scan(root, "T", "train").files]
+    assert names == ["0.png", "flat_unilateral.png", "view1_frontal.png", "0.png"]
+    assert notes(capsys)[0].strip().endswith("not read: 5 lateral views")
+
+
+@pytest.mark.parametrize("name", ["valid", "validation"])
+def test_val_may_be_called_otherwise(image_tree, tmp_path, name):
+    root = image_tree({"T/train/a": 1, "T/train/b": 1, f"T/{name}/b": 1, "U/train/a": 1,
+                       "U/train/b": 1, "U/val/a": 2})
+    assert data.scan(root, "T", "val", ["a", "b"]).files[0].path == f"T/{name}/b/0.png"
+    assert len(data.scan(root, "ALL_CXR", "val", ["a", "b"]).files) == 3
+
+
+@pytest.mark.parametrize("below, says", [
+    ("", "give one, such as {root}/tb/train"), ("tb", "give one, such as {root}/tb/train"),
+    ("tb/val/tb", "give {root}/tb/val")])
+def test_a_folder_above_or_below_a_split_is_refused(image_tree, below, says):
+    root = image_tree({"tb/train/normal": 1, "tb/train/tb/p1": 1, "tb/val/tb": 1})
+    text = message(sample.real_rows, root / below, ["normal", "tb"], 16)
+    assert text.endswith(says.format(root=root))
+
+
 def test_in_a_flat_layout_names_with_TB_are_tb(image_tree, capsys):
     root = image_tree({"TB/train": 0})
     names = {"TB.1.png": "tb", "TB.png": "tb", "tb.2.png": "normal", "TB_3.png": "normal"}
@@ -166,7 +232,7 @@ def test_an_empty_class_folder_stops_training_and_not_validation(image_tree, tmp
     _, val = open_both(root, tmp_path)
     assert val.labels.tolist() == [0]
     (root / "TB/train/tb/0.png").rename(root / "TB/train/tb/0.txt")
-    assert f"no images of class tb in {root}/TB/train" in message(data.scan, root, "TB", "train")
+    assert f"in {root}/TB/train (normal 1, tb 0" in message(data.scan, root, "TB", "train")
 
 
 # --- what a file says about itself --------------------------------------------------------------
@@ -428,6 +494,9 @@ def test_dicom_that_cannot_be_displayed_is_refused_by_name(pydicom, tmp_path, mo
         with pytest.raises(ValueError, match="PresentationLUTSequence or an 8-bit table"):
             decode.read_grey(tmp_path / "x.dcm")
     write_dicom(tmp_path / "x.dcm", values_of(12))
+    write_dicom(tmp_path / "lateral.dcm", values_of(12), ViewPosition="LL")
+    with pytest.raises(ValueError, match="DICOM of a lateral view"):
+        decode.read_grey(tmp_path / "lateral.dcm")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
     with pytest.raises(ValueError, match="DICOM of 256 pixels: too many"):
         decode.read_grey(tmp_path / "x.dcm")
