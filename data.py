@@ -89,10 +89,22 @@ def split_folders(root, task, split, optional=False):
     if not found:
         there = ", ".join(sorted(set().union(*splits.values()))) or "none"
         message = f"no split {split!r} for task {task} in {root}; there: {there}"
-        notice(f"{message}. Validation is skipped") if optional else fail(message)
+        if not optional:
+            fail(f"{message}. To make it: {_prepare_line(root, task)}")
+        notice(f"{message}. Validation is skipped")
     elif len(found) < len(members):
         notice(f"ALL_CXR: split {split!r} is in {', '.join(found)} alone")
     return found
+
+
+def _prepare_line(root, *folders):
+    """The command that makes class folders of the images in a folder, by the CSV beside it."""
+    labels = {"class_pattern": "_([01]).png"}
+    for n in range(len(folders) + 1):
+        for table in pathlib.Path(root, *folders[:n]).glob("*.csv*"):
+            labels = {"csv": table, "file_column": "FILE", "label_column": "LABEL"}
+    return command_line("prepare.py", images=os.path.join(root, *folders), **labels,
+                        classes="normal=0,tb=1", out=os.path.join(root, f"{folders[0]}_classes"))
 
 
 def scan(root, task, split, class_names=None, optional=False, class_filter=0):
@@ -132,8 +144,14 @@ def scan(root, task, split, class_names=None, optional=False, class_filter=0):
     if not files:
         fail(f"no images in {where} (looked for {' '.join(sorted(decode.EXTENSIONS))})")
     if class_names is None:
-        class_names = sorted(counts)
-        _check_classes(counts, class_filter, root, task, where)
+        class_names, several = sorted(counts), len(counts) > 1 or class_filter >= 0
+        median = sorted(counts.values())[len(counts) // 2]
+        if (not several or len(counts) > MOST_CLASSES or not all(counts.values())
+                or len(counts) > 4 and median < 2 or any(map(NO_CLASS.fullmatch, counts))):
+            some = ", ".join(f"{name} {counts[name]}" for name in class_names[:5])
+            fail(f"the {len(counts)} folders in {where} ({some}, ...) are not two to "
+                 f"{MOST_CLASSES} classes with images (one: --class_filter=0). Mend them, or type: "
+                 f"{_prepare_line(root, task, split)}")
     elif class_name(split) in class_names:
         fail(f"{where} is the folder of a class: give {os.path.dirname(where)}")
     there = ", ".join(f"{i} = {name}" for i, name in enumerate(class_names))
@@ -143,22 +161,6 @@ def scan(root, task, split, class_names=None, optional=False, class_filter=0):
     if class_filter >= len(class_names):
         fail(f"--class_filter={class_filter}, but the classes in {where} are {there}")
     return Listing(str(root), where, files, class_names)
-
-
-def _check_classes(counts, class_filter, root, task, where):
-    """End the program if the folders of a training split, {name: images}, are not its classes."""
-    one_each = len(counts) > 4 and sorted(counts.values())[len(counts) // 2] < 2
-    if (len(counts) > MOST_CLASSES or one_each or not all(counts.values())
-            or len(counts) == 1 and class_filter < 0 or any(map(NO_CLASS.fullmatch, counts))):
-        some = ", ".join(f"{name} {count}" for name, count in [*sorted(counts.items())][:5])
-        labels = {"class_pattern": "_([01]).png"}
-        for table in (t for place in (root, f"{root}/{task}", where)
-                      for t in pathlib.Path(place).glob("*.csv*")):
-            labels = {"csv": table, "file_column": "FILE", "label_column": "LABEL"}
-        line = command_line("prepare.py", images=where, **labels, classes="normal=0,tb=1",
-                            out=f"{root}/{task}_classes")
-        fail(f"the {len(counts)} folders in {where} ({some}, ...) are not two to {MOST_CLASSES} "
-             f"classes with images (one: --class_filter=0). Mend them, or type: {line}")
 
 
 def check_folders(args):
