@@ -1,11 +1,13 @@
 """Chest radiographs from folders, decoded once into a cache; latents of an autoencoder in another.
 
 DATA_ROOT/TASK/SPLIT/CLASS/**/*.png, with patient and study folders at any depth below a class, or
-all images of a split in one folder (see FLAT_RULE). Without a data root: the phantom set.
+all images of a split in one folder: names that begin with `TB.` are class tb, all others normal.
+Without a data root: the phantom set.
 """
 import collections
 import dataclasses
 import hashlib
+import itertools
 import os
 import pathlib
 import re
@@ -18,13 +20,14 @@ import torch.nn.functional as F
 
 from lib import cache, decode, dist, phantom
 from lib.cache import DONE, TODO
-from lib.files import fail, notice
+from lib.files import command_line, fail, notice
 
-# Folders of masks beside the images, as COVID-19 sets have, and of thumbnails.
-IGNORED = {"mask", "masks", "segmentation", "segmentations", "@eadir", "__macosx"}
-FLAT_RULE = ("in a folder without class folders, names that begin with `TB.` are class tb, "
-             "Montgomery's and Shenzhen's `..._1.png` are tb, and all others are normal")
-BATCH = 64  # images that are worked on at once, so that a data set need not fit into memory
+# Hidden files, thumbnails, and the masks that some sets have beside the images.
+IGNORED = re.compile(r"\.|@eadir$|__macosx$|.*(mask|segmentation)s?(\.\w+)?$", re.IGNORECASE)
+LATERAL = re.compile(r"(?<![a-z])lat(eral)?(?![a-z])", re.IGNORECASE)  # view2_lateral.jpg
+# Folders of patients, studies and archives, as CheXpert, MIMIC and NIH have them.
+NO_CLASS = re.compile(r"(patient|study|images|p|s)[_-]?\d+|\d{2,}", re.IGNORECASE)
+MOST_CLASSES = 20
 
 
 # --- folders ------------------------------------------------------------------------------------
@@ -41,12 +44,6 @@ def class_name(folder_name):
     return unicodedata.normalize("NFC", text)
 
 
-def _flat_class(name):
-    """Class of an image in a split without class folders; see FLAT_RULE."""
-    published = re.fullmatch(r"(?:MCUCXR|CHNCXR)_[0-9]+_1\.\w+", name)
-    return "tb" if name.startswith("TB.") or published else "normal"
-
-
 def _entries(folder):
     """[(os.DirEntry, whether it is a folder)] of what is in a folder, by name. The system refuses a
     link that leads back to a folder above it ("too many levels")."""
@@ -57,46 +54,22 @@ def _entries(folder):
         fail(f"cannot read {e.filename or folder}: {e.strerror}; mend or remove it")
 
 
-def _is_ignored(name):
-    return name.startswith(".") or name.lower() in IGNORED
-
-
-def _stat(entry):
-    """(size, mtime_ns) of an os.DirEntry; (-1, 0) of a link without a target."""
-    try:
-        stat = os.stat(entry)  # entry.stat() would keep it in memory
-        return stat.st_size, stat.st_mtime_ns
-    except OSError:
-        return -1, 0
-
-
 def _subfolders(folder):
-    """Names of the folders in a folder of tasks, splits or classes."""
-    names = []
-    for entry, is_folder in _entries(folder):
-        suffix = os.path.splitext(entry.name)[1].lower()
-        if _is_ignored(entry.name):
-            continue
-        if is_folder:
-            names.append(entry.name)
-        elif entry.is_symlink() and suffix not in decode.EXTENSIONS and _stat(entry)[0] < 0:
-            fail(f"{entry.path} is a link without a target, {os.readlink(entry)}: is the disk "
-                 "mounted? Mend or remove it")
-    return names
+    """Names of the folders in a folder, and of links without a target or suffix in their place."""
+    return [e.name for e, is_folder in _entries(folder) if not IGNORED.match(e.name)
+            and (is_folder or not (e.is_file() or os.path.splitext(e.name)[1]))]
 
 
 def _walk(folder, left_out):
-    """Yield (path below `folder`, size, mtime_ns) of each image in it, at any depth, by name; count
-    by reason in left_out what else is there. A link without a target is an image of size -1."""
+    """Yield the path below `folder` of each image in it, at any depth, by name; count by reason in
+    left_out what else is there."""
     for entry, is_folder in _entries(folder):
-        size, mtime_ns = (0, 0) if is_folder else _stat(entry)
-        if _is_ignored(entry.name):
+        if IGNORED.match(entry.name):
             left_out["hidden or masks"] += 1
         elif is_folder:
-            for path, *stat in _walk(entry.path, left_out):
-                yield f"{entry.name}/{path}", *stat
-        elif size < 0 or decode.may_be_image(entry.name):
-            yield entry.name, size, mtime_ns
+            yield from (f"{entry.name}/{path}" for path in _walk(entry.path, left_out))
+        elif decode.may_be_image(entry.name):
+            yield entry.name
         else:
             left_out[f"*{os.path.splitext(entry.name)[1].lower()}"] += 1
 
@@ -111,49 +84,82 @@ def split_folders(root, task, split, optional=False):
     if not members:
         fail(f"no task {task!r} in {root}; there: {', '.join(tasks) or 'no folders at all'}")
     splits = {member: _subfolders(os.path.join(root, member)) for member in members}
-    found = [member for member in members if split in splits[member]]
+    names = ("val", "valid", "validation") if split == "val" else (split,)
+    found = [f"{member}/{name}" for member in members for name in names if name in splits[member]]
     if not found:
         there = ", ".join(sorted(set().union(*splits.values()))) or "none"
         message = f"no split {split!r} for task {task} in {root}; there: {there}"
-        notice(f"{message}. Validation is skipped") if optional else fail(message)
-    elif found != members:
+        if not optional:
+            fail(f"{message}. To make it: {_prepare_line(root, task)}")
+        notice(f"{message}. Validation is skipped")
+    elif len(found) < len(members):
         notice(f"ALL_CXR: split {split!r} is in {', '.join(found)} alone")
-    return [os.path.join(root, member, split) for member in found]
+    return found
 
 
-def scan(root, task, split, class_names=None, optional=False):
+def _prepare_line(root, *folders):
+    """The command that makes class folders of the images in a folder, by the CSV beside it."""
+    labels = {"class_pattern": "_([01]).png"}
+    for n in range(len(folders) + 1):
+        for table in pathlib.Path(root, *folders[:n]).glob("*.csv*"):
+            labels = {"csv": table, "file_column": "FILE", "label_column": "LABEL"}
+    return command_line("prepare.py", images=os.path.join(root, *folders), **labels,
+                        classes="normal=0,tb=1", out=os.path.join(root, f"{folders[0]}_classes"))
+
+
+def scan(root, task, split, class_names=None, optional=False, class_filter=0):
     """Listing of DATA_ROOT/TASK/SPLIT, by name; None if it is `optional` and missing. One stat per
     file; one notice counts by reason what is not read. class_names: those of the training split,
-    which every other split is read against by name; None: this is the training split."""
+    which every other split is read against by name; None: this is the training split. class_filter:
+    -1 if several classes are needed."""
     folders = split_folders(root, task, split, optional)
     if not folders:
         return None
-    where = os.path.join(root, task, split)
-    left_out, files, names = collections.Counter(), [], set()
+    where = os.path.join(root, folders[0] if len(folders) == 1 else f"{task}/{split}")
+    left_out, files, counts = collections.Counter(), [], collections.Counter()
     for folder in folders:
-        classes = _subfolders(folder)
-        names.update(map(class_name, classes))
-        above = os.path.relpath(folder, root)
-        for path, size, mtime_ns in _walk(folder, left_out):
+        classes = _subfolders(os.path.join(root, folder))
+        counts.update(dict.fromkeys(map(class_name, classes), 0))
+        for path in _walk(os.path.join(root, folder), left_out):
             first, _, below = path.partition("/")
-            if classes and not below:
+            if inner := re.match("([^/]+/)?(train|val|valid|validation|test)(?=/)", path):
+                fail(f"{where} is no split: give one, such as {root}/{folder}/{inner[0]}")
+            if classes and first not in classes:
                 left_out["beside the class folders"] += 1
-            else:
-                name = class_name(first) if classes else _flat_class(first)
-                files.append(ImageFile(f"{above}/{path}", name, size, mtime_ns))
+                continue
+            if LATERAL.search(below or first):
+                left_out["lateral views"] += 1
+                continue
+            flat = "tb" if first.startswith("TB.") else "normal"
+            name = class_name(first) if classes else flat
+            counts[name] += 1
+            try:
+                stat = os.stat(os.path.join(root, folder, path))
+                files.append(ImageFile(f"{folder}/{path}", name, stat.st_size, stat.st_mtime_ns))
+            except OSError:  # a link without a target
+                files.append(ImageFile(f"{folder}/{path}", name, -1, 0))
     if left_out:
-        counts = ", ".join(f"{n} {reason}" for reason, n in sorted(left_out.items()))
-        notice(f"{where}: not read: {counts}")
+        reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(left_out.items()))
+        notice(f"{where}: not read: {reasons}")
     if not files:
         fail(f"no images in {where} (looked for {' '.join(sorted(decode.EXTENSIONS))})")
-    found = {file.class_name for file in files}
     if class_names is None:
-        class_names = sorted(found | names)
-        if empty := sorted(names - found):
-            fail(f"no images of class {', '.join(empty)} in {where}: add some, or remove it")
-    if unknown := sorted(found.difference(class_names)):
-        fail(f"class {unknown[0]!r} in {where} is not one of the training classes, "
-             f"{', '.join(class_names)}: rename the folder, or move it away")
+        class_names, several = sorted(counts), len(counts) > 1 or class_filter >= 0
+        median = sorted(counts.values())[len(counts) // 2]
+        if (not several or len(counts) > MOST_CLASSES or not all(counts.values())
+                or len(counts) > 4 and median < 2 or any(map(NO_CLASS.fullmatch, counts))):
+            some = ", ".join(f"{name} {counts[name]}" for name in class_names[:5])
+            fail(f"the {len(counts)} folders in {where} ({some}, ...) are not two to "
+                 f"{MOST_CLASSES} classes with images (one: --class_filter=0). Mend them, or type: "
+                 f"{_prepare_line(root, task, split)}")
+    elif class_name(split) in class_names:
+        fail(f"{where} is the folder of a class: give {os.path.dirname(where)}")
+    there = ", ".join(f"{i} = {name}" for i, name in enumerate(class_names))
+    if unknown := sorted(name for name in +counts if name not in class_names):
+        fail(f"class {unknown[0]!r} in {where} is not one of the training classes, {there}: rename "
+             "the folder, or move it away")
+    if class_filter >= len(class_names):
+        fail(f"--class_filter={class_filter}, but the classes in {where} are {there}")
     return Listing(str(root), where, files, class_names)
 
 
@@ -203,8 +209,8 @@ def to_float(rows):
 
 def batches(images):
     """All of an ImageSet, or of what is read like one, in order: float32 [B, 1, S, S]."""
-    for start in range(0, len(images), BATCH):
-        yield images.images(np.arange(start, min(start + BATCH, len(images))))
+    for start in range(0, len(images), 64):
+        yield images.images(np.arange(start, min(start + 64, len(images))))
 
 
 def image_root(args):
@@ -233,108 +239,77 @@ def open_images(args, ctx, split, optional=False, class_names=None, train=None):
     folder = pathlib.Path(args.output_root, "cache")
     # Rank 0 alone looks at the folders while the others wait for its list. They meet again when all
     # have decoded their share of what the cache lacks, and when rank 0 has judged the result.
-    listing = ctx.on_main(lambda: _list_split(args, split, optional, class_names))
+    listing = ctx.on_main(lambda: scan(image_root(args), args.task, split, class_names, optional,
+                                       args.class_filter))
     if listing is None:
         return None
-    key = fingerprint(listing, args.img_size)
+    pool = ThreadPoolExecutor(args.num_workers or dist.own_cores())
+
+    def make(indices):
+        paths = [os.path.join(listing.root, listing.files[i].path) for i in indices]
+        pixels, status, _ = zip(*pool.map(_read, paths, [args.img_size] * len(paths)), strict=True)
+        return np.stack(pixels), np.array(status, np.uint8)
+
+    digest = hashlib.sha256(f"decoder 3 {args.img_size}".encode())
+    for file in listing.files:
+        digest.update(os.fsencode(file.path) + f" {file.size} {file.mtime_ns}\n".encode())
+    key = digest.hexdigest()
     pixels = cache.cached_array(
         ctx, folder, f"images_{key[:16]}", (len(listing.files), args.img_size, args.img_size),
-        np.uint16, _decoder(listing, args), f"decoding {listing.folder}")
+        np.uint16, make, f"decoding {listing.folder}")
     images = ctx.on_main(lambda: _image_set(listing, pixels, args, key))
     if train is not None and len(images):
         images = _without_copies(images, train, folder, ctx, listing.folder)
-    lost = np.setdiff1d(np.arange(len(listing.class_names)), images.labels)
-    if len(images) and (class_names or args.class_filter >= 0 or not len(lost)):
+    lost = [name for c, name in enumerate(listing.class_names) if c not in images.labels]
+    if len(images) and (class_names or args.class_filter >= 0 or not lost):
         return images
-    names = ", ".join(listing.class_names[c] for c in lost)
-    message = f"no images of class {names} are left in {listing.folder}"
+    message = f"no images of class {', '.join(lost)} are left in {listing.folder}"
     if not optional:
         ctx.on_main(lambda: fail(message))
     notice(f"{message}. Validation is skipped")
     return None
 
 
-def _list_split(args, split, optional, class_names):
-    """Listing of a split whose classes are fit for training; None if it may be missing, and is."""
-    listing = scan(image_root(args), args.task, split, class_names, optional)
-    if listing is None:
-        return None
-    count = len(listing.class_names)
-    if args.class_filter >= count or count == 1 and args.class_filter < 0:
-        there = ", ".join(f"{i} = {name}" for i, name in enumerate(listing.class_names))
-        fail(f"--class_filter={args.class_filter} (-1: all, two or more), but the classes in "
-             f"{listing.folder} are {there} ({FLAT_RULE}). Check the folders, or give "
-             "--class_filter=0 to train on the first class alone")
-    return listing
-
-
-def _decoder(listing, args):
-    """make(indices) for cached_array: the pixels of these files, black if there are none."""
-    pool = ThreadPoolExecutor(args.num_workers or dist.own_cores())
-
-    def read(path):
-        try:
-            pixels = decode.read_square(path, args.img_size)
-        except (OSError, ValueError) as e:
-            black = np.zeros((args.img_size, args.img_size), np.uint16)
-            return black, TODO if decode.may_pass(e) else DONE | BAD
-        low, high = int(pixels.min()), int(pixels.max())
-        odd = high < 65535 // 4 or high - low < 655  # 1 % of the range
-        return pixels, DONE | ODD * odd
-
-    def make(indices):
-        paths = [os.path.join(listing.root, listing.files[i].path) for i in indices]
-        pixels, status = zip(*pool.map(read, paths), strict=True)
-        return np.stack(pixels), np.array(status, np.uint8)
-    return make
+def _read(path, img_size):
+    """(pixels, status, reason) of a file; if it cannot be decoded, black and why."""
+    try:
+        pixels = decode.read_square(path, img_size)
+    except (OSError, ValueError) as e:
+        black = np.zeros((img_size, img_size), np.uint16)
+        status = TODO if decode.may_pass(e) else DONE | BAD
+        return black, status, getattr(e, "strerror", None) or e
+    low, high = int(pixels.min()), int(pixels.max())
+    odd = high < 65535 // 4 or high - low < 655  # 1 % of the range
+    return pixels, DONE | ODD * odd, "it could not be read for a moment: start again"
 
 
 def _image_set(listing, pixels, args, key):
     """ImageSet of the files that could be decoded and are of the chosen class; names those that
     could not, and ends the program for them unless args.skip_bad_images. pixels: CachedArray."""
-    status, where, files = pixels.status, listing.folder, listing.files
-    bad, odd = (status == TODO) | (status & BAD > 0), status & ODD > 0
-    names = np.array([file.path for file in files], object)
-    if bad.any() and not args.skip_bad_images:
-        reasons = [f"{name}: {_reason(os.path.join(listing.root, name), args.img_size)}"
-                   for name in names[bad][:20]]
-        fail(f"{bad.sum()} of {len(files)} images in {where} cannot be decoded; repair or remove "
-             f"them, or leave them out with --skip_bad_images:{_first_lines(reasons, bad.sum())}")
+    bad, odd = (pixels.status == TODO) | (pixels.status & BAD > 0), pixels.status & ODD > 0
+    names = np.array([file.path for file in listing.files], object)
+    counted = f"of {len(names)} images in {listing.folder}"
+    if bad.any() and not args.skip_bad_images:  # caches do not store the reasons
+        reasons = (f"{name}: {_read(os.path.join(listing.root, name), args.img_size)[2]}"
+                   for name in names[bad])
+        fail(f"{bad.sum()} {counted} cannot be decoded; repair or remove them, or leave them out "
+             f"with --skip_bad_images:{_first_lines(reasons)}")
     if bad.any():
-        notice(f"{bad.sum()} images that cannot be decoded are left out:"
-               f"{_first_lines(names[bad], bad.sum())}")
+        notice(f"{bad.sum()} {counted} cannot be decoded and are left out:"
+               f"{_first_lines(names[bad])}")
     if odd.any():
-        notice(f"{where}: {odd.sum()} of {len(files)} images, such as {names[odd][0]}, have no "
-               "value over a quarter of their range, or no contrast. 12-bit values in 16-bit "
-               "files? Scale them up")
-    labels = np.array([listing.class_names.index(file.class_name) for file in files])
+        notice(f"{odd.sum()} {counted}, such as {names[odd][0]}, have no value over a quarter of "
+               "their range, or no contrast. 12-bit values in 16-bit files? Scale them up")
+    labels = np.array([listing.class_names.index(file.class_name) for file in listing.files])
     rows = np.flatnonzero(~bad & ((labels == args.class_filter) | (args.class_filter < 0)))
     return ImageSet(pixels, rows, labels[rows], names[rows], listing.class_names, key,
                     class_summary(listing))
 
 
-def _reason(path, img_size):
-    """Why an image cannot be decoded: found again, since caches do not store it."""
-    try:
-        decode.read_square(path, img_size)
-    except (OSError, ValueError) as e:
-        return getattr(e, "strerror", None) or e
-    return "it could not be read for a moment: start again"
-
-
-def _first_lines(lines, count):
-    """Up to twenty of `count` lines for the end of a message, and how many more there are."""
-    more = [f"and {count - 20} more"] if count > 20 else []
-    return "".join(f"\n  {line}" for line in [*lines[:20], *more])
-
-
-def fingerprint(listing, img_size):
-    """Hex digest of what a cache of images depends on: their names, sizes and times, and how they
-    are decoded."""
-    digest = hashlib.sha256(f"decoder 3 {img_size}".encode())
-    for file in listing.files:
-        digest.update(os.fsencode(file.path) + f" {file.size} {file.mtime_ns}\n".encode())
-    return digest.hexdigest()
+def _first_lines(lines):
+    """The first twenty lines for the end of a message that says how many there are."""
+    first = [f"\n  {line}" for line in itertools.islice(lines, 21)]
+    return "".join(first[:20]) + "\n  ..." * (len(first) > 20)
 
 
 def class_summary(listing):
@@ -351,17 +326,11 @@ def class_summary(listing):
 
 def notice_changes(before, images, since, split="training"):
     """Say what has changed since `since`; before: ImageSet.summary then, None if not known."""
-    if not before:
-        return
-    old, new = ({name: rest for name, *rest in summary} for summary in (before, images.summary))
-    changes = []
-    for name in sorted({*old, *new}):
-        (count_then, digest_then), (count, digest) = old.get(name, (0, "")), new.get(name, (0, ""))
-        if digest != digest_then:
-            others = " others" if count == count_then else ""
-            changes.append(f"class {name} has {count} images, it had {count_then}{others}")
-    if changes:
-        notice(f"the {split} data have changed since {since}: {'; '.join(changes)}")
+    if before and before != images.summary:
+        then, now = (", ".join(f"{name} {count}" for name, count, _ in summary)
+                     for summary in (before, images.summary))
+        notice(f"the {split} data have changed since {since}: then {then}, now {now}; names, sizes "
+               "and times of the files count")
 
 
 def count_classes(images):
@@ -401,11 +370,8 @@ def _derived_array(images, folder, ctx, name, row_shape, label, function, per_fi
     num_files = len(images.cache.status)
 
     def make(indices):
-        parts = []
-        for start in range(0, len(indices), BATCH):
-            rows = indices[start:start + BATCH]
-            parts.append(function(to_float(images.cache.rows(rows % num_files)), rows))
-        return torch.cat(parts).numpy(), DONE
+        x = to_float(images.cache.rows(indices % num_files))
+        return function(x, indices).numpy(), DONE
 
     return cache.cached_array(
         ctx, folder, name, (per_file * num_files, *row_shape), np.float32, make, label,
@@ -413,11 +379,10 @@ def _derived_array(images, folder, ctx, name, row_shape, label, function, per_fi
 
 
 def cached_thumbnails(images, folder, ctx):
-    """CachedArray float32 [num_files, 1024]: the thumbnails of all files of an ImageSet, made once
-    by all ranks. rows(images.rows) are those of its own images."""
+    """CachedArray float32 [num_files, 1024] of all files of an ImageSet; rows(images.rows) are
+    those of its own images. All ranks must call it."""
     return _derived_array(images, folder, ctx, f"thumbnails_{images.key[:16]}",
-                          (THUMBNAIL_SIZE**2,), "making thumbnails",
-                          lambda x, rows: thumbnails(x))
+                          (THUMBNAIL_SIZE**2,), "making thumbnails", lambda x, _: thumbnails(x))
 
 
 def _without_copies(images, train, folder, ctx, where):
@@ -426,14 +391,9 @@ def _without_copies(images, train, folder, ctx, where):
     own, of_train = (cached_thumbnails(of, folder, ctx) for of in (images, train))
 
     def make(indices):
-        mine = torch.from_numpy(own.rows(images.rows[indices]))
-        best, nearest = torch.full((len(mine),), COPY_CORRELATION), torch.full((len(mine),), -1)
-        for start in range(0, len(train), 1024):
-            others = torch.from_numpy(of_train.rows(train.rows[start:start + 1024]))
-            values, places = (mine @ others.T).max(1)
-            better = values > best
-            best[better], nearest[better] = values[better], places[better] + start
-        return nearest.numpy(), DONE
+        mine, others = own.rows(images.rows[indices]), of_train.rows(train.rows)
+        values, nearest = (torch.from_numpy(mine) @ torch.from_numpy(others).T).max(1)
+        return nearest.where(values > COPY_CORRELATION, -1).numpy(), DONE
 
     key = hashlib.sha256(f"copies 3 {images.key} {train.key} {COPY_CORRELATION}".encode())
     key.update(images.rows.tobytes() + train.rows.tobytes())
@@ -442,9 +402,9 @@ def _without_copies(images, train, folder, ctx, where):
         "looking for copies").rows(np.arange(len(images)))  # position in train, or -1
     copies = np.flatnonzero(originals >= 0)
     if len(copies):
-        lines = [f"{images.names[i]} is {train.names[originals[i]]}" for i in copies[:20]]
+        lines = (f"{images.names[i]} is {train.names[originals[i]]}" for i in copies)
         notice(f"{len(copies)} images of {where} duplicate or nearly duplicate training images and "
-               f"are excluded:{_first_lines(lines, len(copies))}")
+               f"are excluded:{_first_lines(lines)}")
     return images.subset(np.flatnonzero(originals < 0))
 
 
@@ -483,7 +443,7 @@ class LatentSet:
         self.num_files = len(images.cache.status)
         rng = ctx.generator("augment", images.key)
         labels = torch.rand(num_augmented * self.num_files, AUG_DIM, generator=rng) * 2 - 1
-        self.labels = torch.cat([torch.zeros(self.num_files, AUG_DIM), labels])
+        self.labels = F.pad(labels, (0, 0, self.num_files, 0))
         if not use_cache:
             return
         text = f"{vae_sha256} {images.key}"
@@ -492,9 +452,7 @@ class LatentSet:
         key = hashlib.sha256(text.encode()).hexdigest()
         self.cache = _derived_array(
             images, folder, ctx, f"latents_{key[:16]}", (2, *vae.latent_shape),
-            "encoding latents",
-            lambda x, rows: torch.stack(self._encode(self._augmented(x, rows)), 1).cpu(),
-            num_augmented + 1)
+            "encoding latents", lambda x, rows: self._encode(x, rows).cpu(), num_augmented + 1)
         if ctx.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(ctx.device)
             variants = np.arange(num_augmented + 1)[:, None]
@@ -502,19 +460,15 @@ class LatentSet:
             if len(own) * 4 * 2 * np.prod(vae.latent_shape) < 0.1 * free:
                 self.resident = torch.from_numpy(self.cache.rows(own)).to(ctx.device)
 
-    def _augmented(self, x, rows):
-        """Images x [B, 1, S, S] as the variants of these rows; variant 0 stays as it is."""
+    @torch.no_grad()
+    def _encode(self, x, rows):
+        """Mean and log-variance, float32 [B, 2, C, h, w], of images x [B, 1, S, S] once they are
+        the variants of these rows."""
         changed = torch.from_numpy(rows >= self.num_files)
         if changed.any():
-            x = x.clone()
             x[changed] = augment(x[changed], self.labels[torch.from_numpy(rows)[changed]])
-        return x
-
-    @torch.no_grad()
-    def _encode(self, x):
-        """[mean, logvar] of images, in float32 whatever the precision of training."""
-        parts = [self.vae.encode(part.to(self.ctx.device)) for part in x.split(16)]
-        return [torch.cat(of) for of in zip(*parts, strict=True)]
+        return torch.cat([torch.stack(self.vae.encode(part.to(self.ctx.device)), 1)
+                          for part in x.split(16)])
 
     def posterior(self, indices, variants=0):
         """(mean, logvar), each float32 [B, C, h, w] on the device. variants [B]: of each image."""
@@ -525,7 +479,7 @@ class LatentSet:
         elif self.cache is not None:
             both = self.ctx.to_device(torch.from_numpy(self.cache.rows(rows)))
         else:
-            return self._encode(self._augmented(self.images.images(indices), rows))
+            both = self._encode(self.images.images(indices), rows)
         return both[:, 0], both[:, 1]
 
     def augment_labels(self, indices, variants):

@@ -19,6 +19,11 @@ WINDOW = 8  # evaluations whose samples are searched for copies together
 MOST_SEARCHED = 1000  # training images that samples are compared with
 
 
+def spread(total, count):
+    """Up to `count` positions from 0 to total - 1, spread evenly."""
+    return np.linspace(0, total - 1, min(total, count)).astype(int)
+
+
 @torch.no_grad()
 def fixed_inputs(latents, index, scale, args, ctx):
     """(x0, t, noise, y) of the images `index` of a data.LatentSet, as Denoiser.forward takes them:
@@ -57,12 +62,6 @@ class Best(NamedTuple):
     epoch: int = 0
     since: int = 0  # evaluations that came after it
 
-    def after(self, val_loss, step, epoch):
-        """Best once an evaluation has found this val/loss."""
-        if val_loss < self.loss:
-            return Best(val_loss, step, epoch)
-        return self._replace(since=self.since + 1)
-
 
 class MemorisationMonitor:
     """Measures what a model knows of its training images only; nothing in overfit modes, where
@@ -72,26 +71,22 @@ class MemorisationMonitor:
     def __init__(self, latents, vae, vae_sha256, scale, cache, args, ctx):
         """latents: data.LatentSet of the training images; cache: folder of the caches."""
         self.ctx, self.images, self.num_val = ctx, latents.images, 0
-        self.val = self.train = self.copy_test = None
+        self.val = self.train = self.copy_test = self.thumbnails = None
         self.best, self.recent = Best(), torch.zeros(0, data.THUMBNAIL_SIZE**2)
         self.val_data = None  # ImageSet.summary of the validation images
-        self.off = args.overfit_k > 0
-        if self.off:
+        if args.overfit_k:
             return
         self.thumbnails = data.cached_thumbnails(self.images, cache, ctx)
-        if args.split == "val":
-            return  # it was trained on
         val = data.open_images(args, ctx, "val", optional=True, train=self.images)
         if val is None:
             return
         self.num_val, self.val_data = len(val), val.summary
         val_latents = data.LatentSet(val, vae, vae_sha256, cache, ctx, args.cache_latents)
-        index = np.linspace(0, len(val) - 1, min(len(val), PAIRS)).astype(int)
+        index = spread(len(val), PAIRS)
         matched = []  # as many training images, with the same classes
         for c, count in zip(*np.unique(val.labels[index], return_counts=True), strict=True):
             members = np.flatnonzero(self.images.labels == c)
-            chosen = np.linspace(0, len(members) - 1, min(count, len(members)))
-            matched.append(members[chosen.astype(int)])
+            matched.append(members[spread(len(members), count)])
         self.val = fixed_inputs(val_latents, index, scale, args, ctx)
         self.train = fixed_inputs(latents, np.concatenate(matched), scale, args, ctx)
 
@@ -110,13 +105,15 @@ class MemorisationMonitor:
     def measure(self, denoiser, x, step, epoch):
         """Metrics val/* and copies/* of an evaluation with samples x [N, 1, S, S]; updates `best`.
         All ranks must call it."""
-        if self.off:
+        if self.thumbnails is None:
             return {}
         values = self.copies(x)
         if self.val is not None:
             values |= {"val/loss": mean_loss(denoiser, self.val, self.ctx),
                        "val/train_loss": mean_loss(denoiser, self.train, self.ctx)}
-            self.best = self.best.after(values["val/loss"], step, epoch)
+            later = self.best._replace(since=self.best.since + 1)
+            better = values["val/loss"] < self.best.loss
+            self.best = Best(values["val/loss"], step, epoch) if better else later
         return values
 
     def copies(self, x):
@@ -125,8 +122,8 @@ class MemorisationMonitor:
         rows = data.thumbnails(x)
         self.recent = torch.cat([self.recent, rows])[-WINDOW * len(rows):]
         if self.copy_test is None:
-            some = np.linspace(0, len(self.images) - 1, min(len(self.images), MOST_SEARCHED))
-            train = torch.from_numpy(self.thumbnails.rows(self.images.rows[some.astype(int)]))
+            some = self.images.rows[spread(len(self.images), MOST_SEARCHED)]
+            train = torch.from_numpy(self.thumbnails.rows(some))
             try:
                 self.copy_test = metrics.CopyTest(train)
             except ValueError:  # too few images

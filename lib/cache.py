@@ -3,6 +3,7 @@
 Rows are on the disk before the byte that says so. A build that was killed is thus continued by the
 next start, and whether a cache is complete is known without reading a row.
 """
+import contextlib
 import os
 import pathlib
 from typing import NamedTuple
@@ -10,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lib import run
-from lib.files import fail, first_line, make_folder, notice, take_lock
+from lib.files import fail, first_line, make_folder, take_lock
 
 TODO, DONE = 0, 1  # status of a row; other values are up to the caller
 CHUNK = 128  # rows that are written at once: what a kill can cost a process
@@ -23,11 +24,9 @@ class CachedArray(NamedTuple):
     status: np.ndarray
 
     def rows(self, indices):
-        """Copy of some rows, for an array of indices. A map lives for 64 of them only: what it has
-        touched counts as memory, and the system reads far more than the rows."""
-        parts = [indices[i:i + 64] for i in range(0, max(1, len(indices)), 64)]
-        try:
-            return np.concatenate([np.lib.format.open_memmap(self.path, "r")[p] for p in parts])
+        """Copy of some rows, for an array of indices."""
+        try:  # a map that lives on would keep what was read in memory
+            return np.array(np.lib.format.open_memmap(self.path, "r")[indices])
         except (OSError, ValueError) as e:
             fail(f"cache {self.path} was removed or damaged ({first_line(e)}): type the same "
                  "command again")
@@ -44,24 +43,30 @@ def cached_array(ctx, folder, name, shape, dtype, make, label, needed=True):
     def begin():
         nonlocal lock  # on rank 0 until all ranks are done; other runs wait for it
         status = _read_status(path, shape, dtype)
-        if status is None or ((status == TODO) & needed).any():
-            lock = take_lock(make_folder(folder) / f"{name}.lock", path, True)
-            status = _read_status(path, shape, dtype)  # perhaps made meanwhile
-        return _create(path, shape, dtype) if status is None else status
+        if status is not None and not ((status == TODO) & needed).any():
+            return status
+        lock = take_lock(make_folder(folder) / f"{name}.lock", path, True)
+        status = _read_status(path, shape, dtype)  # perhaps made meanwhile
+        if status is None:
+            status = np.zeros(shape[0], np.uint8)
+            with _writing(path):
+                for old in (status_path, path):  # a run that reads the old rows keeps them
+                    old.unlink(missing_ok=True)
+                np.lib.format.open_memmap(path, "w+", dtype, shape)
+                status_path.write_bytes(status)
+        return status
 
     status = ctx.on_main(begin)
     todo = np.flatnonzero((status == TODO) & needed)
     if len(todo):
-        chunks = np.split(todo, np.flatnonzero(np.diff(todo // CHUNK)) + 1)
-        chunks = chunks[ctx.rank::ctx.world_size]
-        progress, done = run.Progress(ctx, label, sum(map(len, chunks))), 0
         header = np.lib.format.open_memmap(path, "r").offset
-        for indices in chunks:
+        progress, stride = run.Progress(ctx, label, len(todo)), CHUNK * ctx.world_size
+        for start in range(CHUNK * ctx.rank, len(todo), stride):
+            indices = todo[start:start + CHUNK]
             rows, status[indices] = make(indices)
             _write(path, header, indices, np.asarray(rows, dtype))
             _write(status_path, 0, indices, status[indices])
-            done += len(indices)
-            progress.update(done)
+            progress.update(min(start + stride, len(todo)))
         progress.clear()
         # Not from the file: a network disk may show what other machines wrote late.
         status = np.maximum.reduce(ctx.gather_objects(status))
@@ -82,35 +87,22 @@ def _read_status(path, shape, dtype):
         return None
 
 
-def _create(path, shape, dtype):
-    """Make the files for rows that are all still to do; returns their status."""
-    status_path = path.with_suffix(".status")
-    if path.exists() and status_path.exists():
-        notice(f"cache {path} is damaged: building it again")
+@contextlib.contextmanager
+def _writing(path):
+    """One line if the disk is full."""
     try:
-        for old in (status_path, path):  # a run that reads the old rows keeps them
-            old.unlink(missing_ok=True)
-        np.lib.format.open_memmap(path, "w+", dtype, shape)
-        status_path.write_bytes(bytes(shape[0]))
+        yield
     except OSError as e:
-        _fail(path, e)
-    return np.zeros(shape[0], np.uint8)
+        fail(f"cannot write {path}: {e.strerror}; free some space or choose another --output_root. "
+             "What is done stays")
 
 
 def _write(path, offset, indices, rows):
     """Put rows of an array that begins at `offset` into a file, and the file on the disk."""
-    try:
-        # Not through a writable map: there a full disk is a SIGBUS, not an error.
-        with open(path, "r+b") as f:
-            for index, row in zip(indices.tolist(), rows, strict=True):
-                f.seek(offset + index * row.nbytes)
-                f.write(row.tobytes())
-            f.flush()
-            os.fsync(f.fileno())
-    except OSError as e:
-        _fail(path, e)
-
-
-def _fail(path, error):
-    fail(f"cannot write {path}: {error.strerror}; free some space or choose another --output_root. "
-         "What is done stays")
+    # Not through a writable map: there a full disk is a SIGBUS, not an error.
+    with _writing(path), open(path, "r+b") as f:
+        for index, row in zip(indices.tolist(), rows, strict=True):
+            f.seek(offset + index * row.nbytes)
+            f.write(row.tobytes())
+        f.flush()
+        os.fsync(f.fileno())

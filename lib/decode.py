@@ -1,5 +1,4 @@
 """Image files as grey squares: what Pillow reads, and DICOM."""
-import errno
 import functools
 import logging
 import os
@@ -24,11 +23,8 @@ def may_be_image(path):
 
 
 def read_square(path, img_size):
-    """Centre square of an image file, resized (box filter down, bicubic up), which keeps the aspect
-    ratio: uint16 [img_size, img_size], 0 black to 65535 white.
-
-    Raises ValueError or OSError if it cannot be decoded, decompression bombs included.
-    """
+    """Centre square of an image file, resized (box filter down, bicubic up): uint16 [img_size,
+    img_size], 0 black to 65535 white. Raises ValueError or OSError if it cannot be decoded."""
     grey = read_grey(path)
     height, width = grey.shape
     side = min(height, width)
@@ -43,12 +39,9 @@ def read_square(path, img_size):
 
 
 def read_grey(path):
-    """A whole image file as float32 [H, W], 0 black to 1 white. Raises ValueError or OSError if it
-    cannot be decoded.
-
-    EXIF and TIFF orientation, WhiteIsZero and BitsPerSample are followed. 8-bit and 16-bit grey
-    keep their full range, colour becomes luma, transparency becomes black.
-    """
+    """A whole image file as float32 [H, W], 0 black to 1 white. Orientation, WhiteIsZero and
+    BitsPerSample are followed; colour becomes luma, transparency black. Raises ValueError or
+    OSError if it cannot be decoded."""
     try:
         if os.path.splitext(path)[1].lower() not in EXTENSIONS - DICOM:
             return read_dicom(path)
@@ -69,8 +62,6 @@ def read_grey(path):
             return np.asarray(turned, dtype=np.float32) / 255
     except (OSError, ValueError):
         raise
-    except MemoryError as e:
-        raise OSError(errno.ENOMEM, "not enough memory") from e
     except Exception as e:  # parsers on damaged files, decompression bombs
         raise ValueError(f"{type(e).__name__}: {e}") from e
 
@@ -109,11 +100,9 @@ def import_pydicom():
 
 
 def read_dicom(path):
-    """The same for a DICOM file with one frame of one sample per pixel.
-
-    Modality LUT or rescaling, VOI LUT or window, PresentationLUTShape, MONOCHROME1 and padding are
-    followed (DICOM PS3.3, C.7.6.3.1 and C.11). Nothing else of the file is kept, and no message
-    quotes its tags, as pydicom's own may.
+    """The same for a DICOM file with one frame of one sample per pixel: modality LUT or rescaling,
+    VOI LUT or window, PresentationLUTShape and MONOCHROME1 (PS3.3, C.7.6.3.1 and C.11), black
+    padding. Nothing else of the file is kept, and no message quotes its tags, as pydicom's own may.
     """
     with open(path, "rb") as file:
         if file.read(132)[128:] != b"DICM":
@@ -122,47 +111,43 @@ def read_dicom(path):
     try:
         dataset = pydicom.dcmread(path)
         _refuse(dataset)
-        return _display(pydicom.pixels, dataset, _stored_values(dataset)).astype(np.float32)
-    except (OSError, MemoryError):
-        raise
+        return _display(pydicom.pixels, dataset)
     except Exception as e:
-        if str(e).startswith("DICOM"):  # a message of ours
+        if isinstance(e, OSError) or str(e).startswith("DICOM"):  # a message of ours
             raise
         raise ValueError(f"damaged DICOM ({type(e).__name__})") from e
 
 
 def _refuse(dataset):
     """ValueError if a dataset is not one grey image that pydicom displays as it says."""
-    if "PixelData" not in dataset:
-        raise ValueError("DICOM without an image: a report, a plan or an index")
-    if int(dataset.get("NumberOfFrames") or 1) > 1:
-        raise ValueError("DICOM of several frames: export the one you want")
-    if dataset.Rows * dataset.Columns > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"DICOM of {dataset.Columns}x{dataset.Rows}: too many pixels")
-    if dataset.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2"):
-        raise ValueError("DICOM in colour: export it as grey")
     voi = dataset.get("VOILUTSequence")
     # In tables of 8-bit entries pydicom lets the index overflow.
     narrow = voi and voi[0].LUTDescriptor[2] == 8 and dataset.BitsStored > 8
-    if narrow or dataset.get("PresentationLUTSequence"):
-        raise ValueError("DICOM with a PresentationLUTSequence or an 8-bit table: export it as PNG")
+    pixels = dataset.get("Rows", 0) * dataset.get("Columns", 0)
+    for refused, reason in (
+            ("PixelData" not in dataset, "without an image: a report, a plan or an index"),
+            (int(dataset.get("NumberOfFrames") or 1) > 1, "of several frames: export one"),
+            (pixels > Image.MAX_IMAGE_PIXELS, f"of {pixels} pixels: too many"),
+            (dataset.get("PhotometricInterpretation") not in ("MONOCHROME1", "MONOCHROME2"),
+             "in colour: export it as grey"),
+            (dataset.get("ViewPosition") in ("LL", "RL", "LATERAL"), "of a lateral view"),
+            (narrow or dataset.get("PresentationLUTSequence"),
+             "with a PresentationLUTSequence or an 8-bit table: export it as PNG")):
+        if refused:
+            raise ValueError(f"DICOM {reason}")
 
 
-def _stored_values(dataset):
-    """Stored values [H, W]. Raises ValueError if nothing installed can decompress them."""
+def _display(pixels, dataset):
+    """Grey float32 [H, W] in [0, 1], without a VOI over the range of the stored bits. pixels: the
+    module pydicom.pixels."""
     try:
-        return dataset.pixel_array
+        stored = dataset.pixel_array
     except Exception as e:
         syntax = dataset.file_meta.TransferSyntaxUID
         if not syntax.is_compressed:
             raise
         raise ValueError(f"DICOM compressed as {syntax.name} cannot be read: pip install pylibjpeg "
                          "pylibjpeg-libjpeg pylibjpeg-openjpeg; if it stays, it is damaged") from e
-
-
-def _display(pixels, dataset, stored):
-    """Stored values as grey in [0, 1], without a VOI over the range of the stored bits. pixels: the
-    module pydicom.pixels."""
     low = -(2 ** (dataset.BitsStored - 1)) if dataset.PixelRepresentation == 1 else 0
     ends = np.array([low, low + 2**dataset.BitsStored - 1])
     table = dataset.get("VOILUTSequence") or dataset.get("ModalityLUTSequence")
@@ -172,15 +157,14 @@ def _display(pixels, dataset, stored):
         ends = pixels.apply_modality_lut(ends, dataset)  # RescaleSlope, RescaleIntercept
         if dataset.get("WindowWidth") is None:  # else black is ends[0], even if it is higher
             ends = sorted(ends)  # a negative slope turns them round
-    values = pixels.apply_modality_lut(stored, dataset)
     with np.errstate(over="ignore"):  # in the sigmoid
-        values = pixels.apply_voi_lut(values, dataset)
+        values = pixels.apply_voi_lut(pixels.apply_modality_lut(stored, dataset), dataset)
     grey = (values - float(ends[0])) / (float(ends[1]) - float(ends[0]))
     if (dataset.PhotometricInterpretation == "MONOCHROME1"
             or dataset.get("PresentationLUTShape") == "INVERSE"):
         grey = 1 - grey
-    padding = dataset.get("PixelPaddingValue")
-    if padding is not None:
+    if "PixelPaddingValue" in dataset:
+        padding = dataset.PixelPaddingValue
         first, last = sorted((padding, dataset.get("PixelPaddingRangeLimit", padding)))
         grey[(stored >= first) & (stored <= last)] = 0
-    return grey
+    return grey.astype(np.float32)

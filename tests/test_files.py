@@ -19,6 +19,7 @@ from PIL import Image
 from test_data import ALONE, message, settings
 
 import data
+import sample
 from lib import cache, decode
 
 RAMP = np.add.outer(np.arange(24) * 4, np.arange(16) * 9)  # no symmetry, 0 to 227
@@ -53,7 +54,7 @@ def test_a_link_without_a_target_is_an_image_that_cannot_be_read(image_tree, tmp
     skipping = settings(root, tmp_path, skip_bad_images=True)
     images = data.open_images(skipping, ALONE, "train")
     assert images.labels.tolist() == [0, 0, 1, 1] and "p1/7.png" not in " ".join(images.names)
-    assert "2 images that cannot be decoded are left out" in notes(capsys)[0]
+    assert "2 of 6 images" in (note := notes(capsys)[0]) and "are left out" in note
 
 
 def test_images_are_found_at_any_depth_in_order(image_tree, capsys):
@@ -93,27 +94,85 @@ def test_a_link_back_to_a_folder_above_it_is_an_error(image_tree):
 
 
 @pytest.mark.parametrize("path", ["TB/train/covid", "TB/val", "OTHER"])
-def test_a_folder_that_is_a_link_without_a_target_is_an_error(image_tree, path):
+def test_a_folder_that_is_a_link_without_a_target_is_an_error(image_tree, tmp_path, path):
     root = image_tree({"TB/train/normal": 1, "TB/train/tb": 1})
     link("/not/mounted/folder", root / path)
-    split = "val" if path == "TB/val" else "train"
-    text = message(data.scan, root, "ALL_CXR", split)
-    assert f"{root / path} is a link without a target, /not/mounted/folder" in text
+    args = settings(root, tmp_path, task="ALL_CXR")
+    text = message(data.open_images, args, ALONE, "val" if path == "TB/val" else "train")
+    assert path in text and "No such file or directory" in text
 
 
-def flat_tree(root, names):
-    folder = root / "TB/train"
-    for i, name in enumerate(names):
-        write_png(folder / name, np.full((16, 16), 10 * i, np.uint8))
-    return folder
+PATIENTS = {f"T/train/patient{i:05d}/study1": 2 for i in range(3)}
 
 
-def test_flat_layout_knows_montgomery_and_shenzhen(tmp_path, capsys):
-    names = {"TB.1.png": "tb", "tb.2.png": "normal", "MCUCXR_0001_0.png": "normal",
-             "MCUCXR_0104_1.png": "tb", "CHNCXR_0001_0.png": "normal", "CHNCXR_0330_1.png": "tb",
-             "CHNCXR_0330_1_mask.png": "normal", "other_0001_1.png": "normal"}
-    flat_tree(tmp_path, names)
-    listing = data.scan(tmp_path, "TB", "train")
+@pytest.mark.parametrize("tree, csv, says", [
+    (PATIENTS, "T/train.csv", "3 folders"), (PATIENTS, None, "--class_pattern="),
+    ({f"T/train/images_00{i}/images": 3 for i in (1, 2)}, "T/train/Data_Entry.csv", "images_001 3"),
+    ({f"T/train/p1{i}/p1000{i}/s5000{i}": 3 for i in range(3)}, "chexpert.csv.gz", "p10 3"),
+    ({"T/train/normal": 9, "T/train/00001234": 1}, None, "00001234 1"),
+    ({f"T/train/class {i}": 2 for i in range(21)}, None, "21 folders"),
+    ({f"T/train/{name}": 1 for name in "abcde"}, None, "5 folders"),
+    ({"T/train/normal": 2, "T/train/tb": 2, "T/train/readings": 0}, None, "readings 0"),
+    ({"T/train/CXR_png": 2, "T/train/ManualMask/leftMask": 2}, None, "CXR_png 2"),
+    ({"T/train": 2}, "T/stage_2.csv", "normal 2")])
+def test_folders_that_are_no_classes_are_refused(image_tree, tmp_path, monkeypatch, tree, csv, says):
+    root = image_tree(tree)
+    if csv:
+        (root / csv).touch()
+    monkeypatch.setattr(decode, "read_square", None)  # before anything is decoded
+    text = message(data.open_images, settings(root, tmp_path, task="T"), ALONE, "train")
+    assert says in text and len(text.splitlines()) == 1
+    assert f"type: python prepare.py --images={root}/T/train " in text
+    assert not csv or f"--csv={root / csv} --file_column=" in text
+
+
+def test_a_class_or_a_number_in_its_name_is_no_patient(image_tree):
+    tree = {f"T/train/{name}": 1 for name in ("covid19", "0", "1", "stage 2")}
+    assert len(data.scan(image_tree(tree), "T", "train").class_names) == 4
+    many = image_tree({f"M/train/grade {i}/p10": 2 for i in range(20)})
+    assert len(data.scan(many, "M", "train").class_names) == 20
+
+
+def test_masks_beside_classes_are_no_class(image_tree, capsys):
+    root = image_tree({"T/train/normal": 2, "T/train/tb/lung masks": 2, "T/train/tb": 2,
+                       "T/train/ManualMask/leftMask": 2})
+    write_png(root / "T/train/tb/0_mask.png", RAMP.astype(np.uint8))
+    assert data.scan(root, "T", "train").class_names == ["normal", "tb"]
+    assert "not read: 3 hidden or masks" in notes(capsys)[0]
+
+
+def test_lateral_views_are_left_out_and_counted(image_tree, capsys):
+    root = image_tree({"T/train/normal/lateral": 3, "T/train/normal/p1": 1, "T/train/bilateral": 1})
+    for name in ("view1_frontal.png", "view2_lateral.png", "a-LAT.png", "flat_unilateral.png"):
+        write_png(root / "T/train/bilateral/p2" / name, RAMP.astype(np.uint8))
+    names = [os.path.basename(f.path) for f in data.scan(root, "T", "train").files]
+    assert names == ["0.png", "flat_unilateral.png", "view1_frontal.png", "0.png"]
+    assert notes(capsys)[0].strip().endswith("not read: 5 lateral views")
+
+
+@pytest.mark.parametrize("name", ["valid", "validation"])
+def test_val_may_be_called_otherwise(image_tree, tmp_path, name):
+    root = image_tree({"T/train/a": 1, "T/train/b": 1, f"T/{name}/b": 1, "U/train/a": 1,
+                       "U/train/b": 1, "U/val/a": 2})
+    assert data.scan(root, "T", "val", ["a", "b"]).files[0].path == f"T/{name}/b/0.png"
+    assert len(data.scan(root, "ALL_CXR", "val", ["a", "b"]).files) == 3
+
+
+@pytest.mark.parametrize("below, says", [
+    ("", "give one, such as {root}/tb/train"), ("tb", "give one, such as {root}/tb/train"),
+    ("tb/val/tb", "give {root}/tb/val")])
+def test_a_folder_above_or_below_a_split_is_refused(image_tree, below, says):
+    root = image_tree({"tb/train/normal": 1, "tb/train/tb/p1": 1, "tb/val/tb": 1})
+    text = message(sample.real_rows, root / below, ["normal", "tb"], 16)
+    assert text.endswith(says.format(root=root))
+
+
+def test_in_a_flat_layout_names_with_TB_are_tb(image_tree, capsys):
+    root = image_tree({"TB/train": 0})
+    names = {"TB.1.png": "tb", "TB.png": "tb", "tb.2.png": "normal", "TB_3.png": "normal"}
+    for name in names:
+        write_png(root / "TB/train" / name, RAMP.astype(np.uint8))
+    listing = data.scan(root, "TB", "train")
     assert classes_of(listing) == names
     assert listing.class_names == ["normal", "tb"] and notes(capsys) == []
 
@@ -151,7 +210,7 @@ def test_a_class_that_training_does_not_know_is_an_error(image_tree, tmp_path, n
     root = image_tree({"TB/train/normal": 1, "TB/train/tb": 1, "TB/val/normal": 1,
                        f"TB/val/{name}": 1})
     text = message(open_both, root, tmp_path)
-    assert f"'{name}'" in text and "normal, tb" in text and str(root / "TB/val") in text
+    assert f"'{name}'" in text and "0 = normal, 1 = tb" in text and str(root / "TB/val") in text
 
 
 def test_class_folders_that_are_no_utf8_stay_classes(image_tree, tmp_path):
@@ -173,7 +232,7 @@ def test_an_empty_class_folder_stops_training_and_not_validation(image_tree, tmp
     _, val = open_both(root, tmp_path)
     assert val.labels.tolist() == [0]
     (root / "TB/train/tb/0.png").rename(root / "TB/train/tb/0.txt")
-    assert f"no images of class tb in {root}/TB/train" in message(data.scan, root, "TB", "train")
+    assert f"in {root}/TB/train (normal 1, tb 0" in message(data.scan, root, "TB", "train")
 
 
 # --- what a file says about itself --------------------------------------------------------------
@@ -288,7 +347,7 @@ def test_one_notice_counts_dark_or_flat_images(tmp_path, capsys, low, high, expe
         found = notes(capsys)
         assert len(found) == bool(expected)
         assert not found or expected in found[0] and (
-            "2 of 4 images, such as TB/train/tb/0.png" in found[0])
+            "2 of 4 images in" in found[0] and "such as TB/train/tb/0.png" in found[0])
 
 
 # --- DICOM --------------------------------------------------------------------------------------
@@ -435,8 +494,11 @@ def test_dicom_that_cannot_be_displayed_is_refused_by_name(pydicom, tmp_path, mo
         with pytest.raises(ValueError, match="PresentationLUTSequence or an 8-bit table"):
             decode.read_grey(tmp_path / "x.dcm")
     write_dicom(tmp_path / "x.dcm", values_of(12))
+    write_dicom(tmp_path / "lateral.dcm", values_of(12), ViewPosition="LL")
+    with pytest.raises(ValueError, match="DICOM of a lateral view"):
+        decode.read_grey(tmp_path / "lateral.dcm")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
-    with pytest.raises(ValueError, match="DICOM of 16x16: too many pixels"):
+    with pytest.raises(ValueError, match="DICOM of 256 pixels: too many"):
         decode.read_grey(tmp_path / "x.dcm")
 
 
@@ -668,12 +730,11 @@ def test_copies_are_looked_for_once(leaky_tree, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("change, expected", [
     (lambda train: None, None),
     (lambda train: (train / "covid").rename(train / "effusion"),
-     "class covid has 0 images, it had 2; class effusion has 2 images, it had 0"),
-    (lambda train: (train / "tb/p1/0.png").unlink(), "class tb has 3 images, it had 4"),
-    (lambda train: os.utime(train / "tb/p1/2.png", ns=(0, 0)),
-     "class tb has 4 images, it had 4 others"),
+     "effusion 2, normal 3, tb 4"),
+    (lambda train: (train / "tb/p1/0.png").unlink(), "covid 2, normal 3, tb 3"),
+    (lambda train: os.utime(train / "tb/p1/2.png", ns=(0, 0)), "covid 2, normal 3, tb 4"),
     (lambda train: (train / "tb/p1/2.png").rename(train / "tb/p1/20.png"),
-     "class tb has 4 images, it had 4 others")])
+     "covid 2, normal 3, tb 4")])
 @pytest.mark.parametrize("split", ["training", "validation"])
 def test_changes_of_the_data_are_described(image_tree, capsys, change, expected, split):
     root = image_tree({"TB/train/covid": 2, "TB/train/normal": 3, "TB/train/tb/p1": 4})
@@ -684,5 +745,7 @@ def test_changes_of_the_data_are_described(image_tree, capsys, change, expected,
     now = SimpleNamespace(summary=data.class_summary(data.scan(moved, "TB", "train")))
     data.notice_changes(before, now, "X", split)
     data.notice_changes(None, now, "X", split)  # not known
-    assert notes(capsys) == (
-        [f"the {split} data have changed since X: {expected}\n"] if expected else [])
+    found = notes(capsys)
+    assert len(found) == bool(expected)
+    assert not expected or found[0].startswith(
+        f"the {split} data have changed since X: then covid 2, normal 3, tb 4, now {expected};")
