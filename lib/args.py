@@ -12,7 +12,7 @@ import runpy
 import sys
 import types
 
-from lib.files import MADE_BY, fail, first_line, holds_run, named_folder, notice, read_meta
+from lib.files import MADE_BY, fail, first_line, named_folder, notice, read_meta
 
 # --- types --------------------------------------------------------------------------------------
 
@@ -287,7 +287,8 @@ def stored_settings(parser, folder, kind):
 def run_to_continue(args):
     """Folder of the run that --resume_dir or --run_name names, None if there is none yet."""
     folder = named_folder(args)
-    if folder and holds_run(folder):
+    signs = ("ckpts/last.pt", "ckpts/best.pt", "metrics.jsonl")
+    if folder and any(os.path.exists(os.path.join(folder, sign)) for sign in signs):
         return folder
     if getattr(args, "resume_dir", None):
         fail(f"--resume_dir={folder} is not a run folder: it holds neither checkpoints nor metrics")

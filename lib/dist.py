@@ -61,21 +61,20 @@ class DistContext(NamedTuple):
         self.gather_objects(None)
 
     def on_main(self, function):
-        """function() on rank 0 alone; its picklable result on every rank. If it ends the program
-        there, all ranks end, and only rank 0 says why."""
+        """function() on rank 0 alone; its picklable result on every rank. If it ends the program,
+        all ranks end."""
         if self.world_size == 1:
             return function()
-        box = [None, None]  # result, exit code
+        result = code = None
         if self.is_main:
             try:
-                box[0] = function()
+                result = function()
             except SystemExit as e:
-                box[1] = e.code
-        torch.distributed.broadcast_object_list(box, group=self.cpu_group,
-                                                device=torch.device("cpu"))
-        if box[1] is not None:
-            raise SystemExit(box[1])
-        return box[0]
+                code = e.code
+        result, code = self.gather_objects((result, code))[0]
+        if code is not None:
+            raise SystemExit(code)
+        return result
 
     def average(self, tensor):
         """Mean of a tensor over the ranks (in place)."""
@@ -271,8 +270,8 @@ def shuffled(num_items, seed, epoch):
 
 class StopSignal:
     """SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGHUP (a closed terminal; not under nohup) ask
-    training to finish its step, save and leave; a second Ctrl-C ends it at once. `name`: of the
-    signal, None so far."""
+    training to finish its step, save and leave; a second Ctrl-C ends the process on the spot.
+    `name`: of the signal, None so far."""
 
     def __init__(self):
         self.name = None  # and no ctx: handlers live on after leave_group, which it must not
@@ -281,9 +280,9 @@ class StopSignal:
                 signal.signal(number, self._handle)
 
     def _handle(self, number, frame):
-        if self.name == "SIGINT" and number == signal.SIGINT:
-            raise KeyboardInterrupt
         self.name = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 
     def poll(self, ctx, save_due):
         """(stop, save), the same on all ranks: did any get a signal, does rank 0 want to save?"""
