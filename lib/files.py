@@ -31,8 +31,10 @@ def fail(message, code=EXIT_FAILED):
 
 
 def say(text, end="\n"):
-    """print in place of a progress line. The reader may be gone: training does not end because
-    Ctrl-C ended `tee`."""
+    """print on rank 0, in place of a progress line. The reader may be gone: training does not end
+    because Ctrl-C ended `tee`."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     try:
         print("\r\x1b[K" * sys.stdout.isatty() + text, end=end, flush=True)  # erase the line
     except BrokenPipeError:
@@ -41,8 +43,7 @@ def say(text, end="\n"):
 
 def notice(message):
     """One line from rank 0 that the reader should not miss."""
-    if os.environ.get("RANK", "0") == "0":
-        say(f"note: {message}")
+    say(f"note: {message}")
 
 
 def first_line(error):

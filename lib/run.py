@@ -26,7 +26,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from lib import verdicts
-from lib.args import changed_settings, print_settings
+from lib.args import print_settings
 from lib.dist import StopSignal, load_optimizer
 from lib.files import (EXIT_FAILED, EXIT_STOPPED, MADE_BY, command_line, data_flags, fail, finite,
                        first_line, make_folder, named_folder, notice, read_json, read_meta,
@@ -42,32 +42,27 @@ CONTENTS = {  # what a checkpoint of each kind must hold
             "vae_sha256": str, "ae_ckpt_path": str, "train_stats": dict}}
 
 
-def load_checkpoint(path, kind, weights=True):
+def load_checkpoint(path, kind):
     """The dict that Run.save wrote, on the CPU, with `sha256` of the very bytes that were read.
 
     kind: "vae" or "ldm". Code in the file is never run, and the archive's checksums are verified,
-    which torch.load does not do. weights=False: the tensors stay in the file, and there is no hash.
-    Ends the program if the file is missing, damaged, or of another kind or version.
+    which torch.load does not do. Ends the program if the file is missing, damaged, or of another
+    kind or version.
     """
     if not os.path.isfile(path):
         fail(f"no checkpoint at {path}: give RUN/ckpts/best.pt or RUN/ckpts/last.pt")
     try:
-        if weights:
-            content = pathlib.Path(path).read_bytes()
-            with zipfile.ZipFile(io.BytesIO(content)) as archive:
-                if broken := archive.testzip():
-                    raise ValueError(f"checksum of {broken} does not match")
-            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-            state["sha256"] = hashlib.sha256(content).hexdigest()
-        else:
-            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        content = pathlib.Path(path).read_bytes()
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            if broken := archive.testzip():
+                raise ValueError(f"checksum of {broken} does not match")
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if (made_by := MADE_BY[state["kind"]]) != MADE_BY[kind]:
             raise ValueError(f"it was made by {made_by}")
-        lacking = [name for name, of_type in CONTENTS[kind].items()
-                   if not isinstance(state.get(name, ...), of_type)]
-        if lacking:
-            raise ValueError(f"it lacks {', '.join(lacking)}")
-        return state
+        for name, of_type in CONTENTS[kind].items():
+            if not isinstance(state[name], of_type):
+                raise TypeError(f"{name} is a {type(state[name]).__name__}")
+        return state | {"sha256": hashlib.sha256(content).hexdigest()}
     except Exception as e:  # a hostile or damaged file raises anything
         fail(f"{path} is damaged or no checkpoint of this version of {MADE_BY[kind]} "
              f"({type(e).__name__}: {first_line(e)})")
@@ -190,7 +185,7 @@ class Run:
         folder = named_folder(args) or ""
         path = os.path.join(folder, "ckpts", "last.pt")
         found = folder and os.path.exists(path)
-        print(folder, load_checkpoint(path, kind, weights=False)["step"] if found else -1, sep="\n")
+        print(folder, load_checkpoint(path, kind)["step"] if found else -1, sep="\n")
 
     def load(self):
         """Checkpoint of the run that is continued, else None."""
@@ -202,7 +197,7 @@ class Run:
 
     def restore(self, modules, optimizers=()):
         """Load {module: its stored weights} and {optimizer: its stored state}; ends the program if
-        a network has another shape. The command line's settings of optimisers win."""
+        a network has another shape."""
         source = self.last_path if self.args.resume_dir else self.args.init_from
         for module, state in modules.items():
             try:
@@ -212,8 +207,6 @@ class Run:
                      f"{str(e).splitlines()[1].strip()[:200]}")
         for optimizer, state in dict(optimizers).items():
             load_optimizer(optimizer, state)
-            for group in optimizer.param_groups:
-                group["weight_decay"] = self.args.weight_decay
 
     def start(self, state, total_steps, parser, facts):
         """Print the settings with facts {name: text}, and write the first files or cut
@@ -228,11 +221,10 @@ class Run:
         self.restart_clock(step)
         if not self.ctx.is_main:
             return
-        self.meta["changed"] = changed_settings(self.args, parser)
-        print_settings(self.args, parser, {
+        self.meta["changed"] = [*print_settings(self.args, parser, {
             "run folder": self.folder, "continues at step": step, **facts,
             "device": f"{self.ctx.device} x {self.ctx.world_size}, {self.ctx.dtype}, "
-                      f"compile {'on' if self.ctx.compile else 'off'}"})
+                      f"compile {'on' if self.ctx.compile else 'off'}"})]
         for folder in (self.folder, self.last_path.parent, self.folder / "samples"):
             make_folder(folder)
             remove_temporaries(folder)
@@ -241,22 +233,23 @@ class Run:
         # Before the first checkpoint: a folder with a checkpoint always has a description.
         write_json(self.folder / "run_meta.json", self.meta)
         if self.args.resume_dir:
-            self._trim_log(step)
+            # Cut back to the checkpoint's step, whose evaluation is done again.
+            text = "".join(json.dumps(record) + "\n" for record in read_records(self.metrics_path)
+                           if (record["step"], "train/loss" not in record) <= (step, False))
+            write_atomic(self.metrics_path, lambda f: f.write(text.encode()))
         else:
             self.save(state)
-
-    def _trim_log(self, step):
-        """Cut metrics.jsonl back to the checkpoint's step, whose evaluation is done again."""
-        text = "".join(json.dumps(record) + "\n" for record in read_records(self.metrics_path)
-                       if (record["step"], "train/loss" not in record) <= (step, False))
-        write_atomic(self.metrics_path, lambda f: f.write(text.encode()))
 
     # --- the training loop ---
 
     def poll(self):
-        """(stopping, saving), alike on all ranks: did a signal ask to stop; is a checkpoint due?"""
+        """(stopping, saving), alike on all ranks: did a signal ask any to stop; is a checkpoint
+        due on rank 0?"""
         due = time.perf_counter() - self.save_time > 60 * self.args.save_minutes
-        return self.stop_signal.poll(self.ctx, due)
+        flags = torch.tensor([self.stop_signal.name is not None, due and self.ctx.is_main]).float()
+        if self.ctx.world_size > 1:  # on the CPU: this must not wait for the GPU
+            torch.distributed.all_reduce(flags, group=self.ctx.cpu_group)
+        return flags[0].item() > 0, flags[1].item() > 0
 
     def stop_if_asked(self, state):
         """Within an evaluation: save state() and leave, if a signal asked rank 0 to."""
@@ -303,11 +296,6 @@ class Run:
         """Measure images per second from here: an evaluation does not count."""
         self.log_step, self.log_time = step, time.perf_counter()
 
-    def print(self, text):
-        """Lines on the console of rank 0."""
-        if self.ctx.is_main:
-            say(text)
-
     def log(self, step, epoch, metrics, pictures=()):
         """Append a line to metrics.jsonl and hand it to W&B with pictures {name: path}. Non-finite
         numbers become null."""
@@ -346,7 +334,7 @@ class Run:
         self.restart_clock(step)
         self.log(step, epoch, metrics)
         self.status = verdicts.format_training(metrics)
-        self.print(f"step {step} epoch {epoch} {self.status}")
+        say(f"step {step} epoch {epoch} {self.status}")
         return metrics
 
     def log_evaluation(self, step, epoch, metrics, pictures, found=()):
@@ -355,9 +343,9 @@ class Run:
         numbers = "".join(f"  {name} {value:.4f}" for name, value in metrics.items()
                           if name.startswith("val/"))
         paths = ", ".join(str(path) for path in pictures.values())
-        self.print(f"epoch {epoch}, step {step}:{numbers}  {paths}")
+        say(f"epoch {epoch}, step {step}:{numbers}  {paths}")
         if found:
-            self.print(verdicts.format_verdicts(found))
+            say(verdicts.format_verdicts(found))
         self.track(lambda: self.wandb.summary.update(verdicts.levels(found)))
 
     def save_grid(self, name, rows, labels):
@@ -396,12 +384,12 @@ class Run:
         follows: program with flags. diverged: end the program, saying how to go on."""
         if self.ctx.is_main:
             if diverged or self.kind == "vae":  # those of an LDM's evaluation are printed already
-                self.print(verdicts.format_verdicts(found))
+                say(verdicts.format_verdicts(found))
             if checkpoint == self.best_path:
-                self.print(f"the one to use: {checkpoint}, of epoch {summary['best']['epoch']}, "
+                say(f"the one to use: {checkpoint}, of epoch {summary['best']['epoch']}, "
                            f"with the lowest val/loss ({summary['best']['loss']:.4g})")
             if "overfit/passed" in summary and not diverged:
-                self.print(verdicts.format_overfit(summary))
+                say(verdicts.format_overfit(summary))
             self._check_lock()
             write_json(self.folder / "summary.json", {
                 "step": step, "diverged": diverged, "wall_seconds": self.saved_seconds, **summary,
@@ -411,8 +399,8 @@ class Run:
         self.track(lambda: self.wandb.finish(int(diverged)))
         self.ctx.barrier()  # the first rank to leave takes the others along: all is written now
         if not diverged:
-            self.print("report: " + command_line("report.py", self.folder))
-            self.print("next: " + command_line(program, **flags))
+            say("report: " + command_line("report.py", self.folder))
+            say("next: " + command_line(program, **flags))
         elif self.ctx.is_main:
             lower = self.resume_command(lr=f"{self.args.lr / 3:.1e}")
             fail("too many steps in a row had a non-finite loss or gradient (--max_bad_steps) and "
