@@ -273,12 +273,11 @@ def convert_settings(parser, settings, source):
 
 def run_to_continue(parser, args, kind):
     """(folder, settings) of the run that --resume_dir or --run_name names, without settings that
-    this version no longer has; (None, {}) if there is none yet. Ends the program if it is of
-    another trainer, where the same flags mean other things."""
+    this version no longer has; (None, {}) if there is none yet. kind: of the trainer."""
     folder = named_folder(args)
     signs = ("ckpts/last.pt", "ckpts/best.pt", "metrics.jsonl")
     if not folder or not any(os.path.exists(os.path.join(folder, sign)) for sign in signs):
-        if getattr(args, "resume_dir", None):
+        if args.resume_dir:
             fail(f"--resume_dir={folder} holds no run: give a folder such as runs/ldm_...")
         return None, {}
     meta = read_meta(folder)
@@ -294,12 +293,14 @@ def run_to_continue(parser, args, kind):
 def parse_settings(parser, argv=None, preset=None, kind=None):
     """Settings: defaults < preset < the run being continued < --config < command line. Ends the
     program if they are bad. preset: function from the settings without it to {name: new default};
-    ValueError if they contradict each other. kind: of the runs that are continued, vae or ldm."""
+    ValueError if they contradict each other. kind: of a trainer's runs, vae or ldm."""
     if hasattr(sys.stdout, "reconfigure"):  # a file name may not fit the terminal's encoding
         sys.stdout.reconfigure(errors="backslashreplace")
     path = getattr(parser.parse(argv), "config", None)
     config = convert_settings(parser, read_config(path), path) if path else {}
-    folder, stored = run_to_continue(parser, parser.parse(argv, config), kind)
+    folder, stored = None, {}
+    if kind:
+        folder, stored = run_to_continue(parser, parser.parse(argv, config), kind)
     settings = stored | config | ({"resume_dir": folder} if folder else {})
     if preset:
         before = parser.parse(argv, settings)

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import pathlib
-import secrets
 import shlex
 import socket
 import sys
@@ -76,18 +75,13 @@ def write_atomic(path, write):
     the program ends with one line.
     """
     path = pathlib.Path(path)
-    # A random name, since process numbers repeat on other machines.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # the next write takes it over after a kill
     try:
-        with open(temporary, "xb") as f:
+        with open(temporary, "wb") as f:
             write(f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        with contextlib.suppress(OSError):  # the new name, too; some network disks cannot
-            os.fsync(folder)
-        os.close(folder)
     except BaseException as e:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -96,13 +90,6 @@ def write_atomic(path, write):
         reason = getattr(e, "strerror", None) or getattr(e.__context__, "strerror", None)
         fail(f"cannot write {path}: {reason or first_line(e)}; free some space or choose another "
              "folder")
-
-
-def remove_temporaries(folder):
-    """Remove what a killed write_atomic left in a folder."""
-    for stale in pathlib.Path(folder).glob(".*.*.tmp"):
-        with contextlib.suppress(OSError):
-            stale.unlink()
 
 
 def make_folder(path):
@@ -189,12 +176,9 @@ MADE_BY = {"vae": "train_vae.py", "ldm": "train_ldm.py"}  # by the kind of a run
 
 
 def named_folder(args):
-    """Run folder that --resume_dir or --run_name names; None if neither does or the stage has no
-    such flags."""
-    if getattr(args, "resume_dir", None):
-        return args.resume_dir
-    name = getattr(args, "run_name", None)
-    return os.path.join(args.output_root, name) if name else None
+    """Run folder that --resume_dir or --run_name names; None if neither is given."""
+    named = args.run_name and os.path.join(args.output_root, args.run_name)
+    return args.resume_dir or named
 
 
 def read_meta(folder):

@@ -30,7 +30,7 @@ from lib.args import print_settings
 from lib.dist import StopSignal, load_optimizer
 from lib.files import (EXIT_FAILED, EXIT_STOPPED, MADE_BY, command_line, data_flags, fail, finite,
                        first_line, make_folder, named_folder, notice, read_json, read_meta,
-                       remove_temporaries, say, take_lock, write_atomic, write_json)
+                       say, take_lock, write_atomic, write_json)
 
 # --- checkpoints --------------------------------------------------------------------------------
 
@@ -216,7 +216,7 @@ class Run:
             fail(f"{self.folder} has done {step} steps, but with these settings it ends after "
                  f"{total_steps}: give more --epochs or --max_steps, or fewer images per step")
         self.stop_signal = StopSignal()
-        self.progress = Progress(self.ctx, "step", total_steps, step)
+        self.progress = Progress(self.ctx, "step", total_steps)
         self.status = ""  # the last log line, beside the progress
         self.restart_clock(step)
         if not self.ctx.is_main:
@@ -225,9 +225,8 @@ class Run:
             "run folder": self.folder, "continues at step": step, **facts,
             "device": f"{self.ctx.device} x {self.ctx.world_size}, {self.ctx.dtype}, "
                       f"compile {'on' if self.ctx.compile else 'off'}"})]
-        for folder in (self.folder, self.last_path.parent, self.folder / "samples"):
-            make_folder(folder)
-            remove_temporaries(folder)
+        for name in ("ckpts", "samples"):
+            make_folder(self.folder / name)
         if self.args.wandb:
             self.wandb = start_wandb(self.args, self.folder, self.meta)
         # Before the first checkpoint: a folder with a checkpoint always has a description.
@@ -269,8 +268,7 @@ class Run:
 
     def _write(self, path, state):
         self._check_lock()
-        state = {"kind": self.kind, **state, "world_size": self.ctx.world_size,
-                 "seconds": self.saved_seconds}
+        state = {"kind": self.kind, **state, "seconds": self.saved_seconds}
         write_atomic(path, lambda f: torch.save(state, f))
 
     def save_best(self, state):
@@ -346,7 +344,6 @@ class Run:
         say(f"epoch {epoch}, step {step}:{numbers}  {paths}")
         if found:
             say(verdicts.format_verdicts(found))
-        self.track(lambda: self.wandb.summary.update(verdicts.levels(found)))
 
     def save_grid(self, name, rows, labels):
         """Path of samples/NAME.png with a row of images for each tensor; see save_grid."""
@@ -510,21 +507,22 @@ def save_grid(path, rows, labels):
 class Progress:
     """One status line: rewritten in place on a terminal, a new line every 30 s in a log file."""
 
-    def __init__(self, ctx, label, total, done=0):
-        self.ctx, self.label, self.total, self.done_before = ctx, label, total, done
-        self.start = time.perf_counter()
+    def __init__(self, ctx, label, total):
+        self.ctx, self.label, self.total = ctx, label, total
+        self.first = None  # (done, time) at the first update: what came before may have compiled
         self.tty = sys.stdout.isatty()
-        self.shown = 0.0 if self.tty else self.start
+        self.shown = 0.0 if self.tty else time.perf_counter()
 
     def update(self, done, text=""):
         """done of total are finished; text: what else to show."""
         now = time.perf_counter()
+        self.first = self.first or (done, now)
         if not self.ctx.is_main or now - self.shown < (0.2 if self.tty else 30.0):
             return
         self.shown = now
-        seconds = (now - self.start) / max(done - self.done_before, 1) * (self.total - done)
-        percent = 100 * done // max(self.total, 1)
-        line = f"{self.label} {done}/{self.total} ({percent}%) {text} {time_text(seconds)} left"
+        line = f"{self.label} {done}/{self.total} ({100 * done // max(self.total, 1)}%) {text}"
+        if new := done - self.first[0]:
+            line += f" {time_text((now - self.first[1]) / new * (self.total - done))} left"
         if self.tty:
             say(line[:shutil.get_terminal_size().columns - 1], end="")
         else:
