@@ -321,7 +321,6 @@ def print_settings(args, parser, facts):
     as {name: value}."""
     changed = {a.dest: getattr(args, a.dest) for a in parser._actions
                if a.dest not in NOT_STORED and getattr(args, a.dest) != a.default}
-    print(parser.description.split("\n")[0])
     for title, values in (("settings that differ from --help", changed), ("this run", facts)):
         print(f"-- {title}")
         for name, value in values.items():

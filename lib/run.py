@@ -28,9 +28,9 @@ from PIL import Image, ImageDraw
 from lib import verdicts
 from lib.args import print_settings
 from lib.dist import StopSignal, load_optimizer
-from lib.files import (EXIT_FAILED, EXIT_STOPPED, MADE_BY, command_line, data_flags, fail, finite,
-                       first_line, make_folder, named_folder, notice, read_json, read_meta,
-                       say, take_lock, write_atomic, write_json)
+from lib.files import (EXIT_STOPPED, MADE_BY, command_line, data_flags, fail, finite, first_line,
+                       make_folder, named_folder, notice, read_json, read_meta, say, take_lock,
+                       write_atomic, write_json)
 
 # --- checkpoints --------------------------------------------------------------------------------
 
@@ -326,9 +326,8 @@ class Run:
 
     def log_training(self, step, epoch, metrics, images_per_step):
         """Log metrics of training steps with images per second, on the console too; returns all."""
-        seconds = time.perf_counter() - self.log_time
-        images = (step - self.log_step) * images_per_step
-        metrics = metrics | {"train/images_per_second": images / seconds}
+        per_second = (step - self.log_step) / (time.perf_counter() - self.log_time)
+        metrics = metrics | {"train/images_per_second": per_second * images_per_step}
         self.restart_clock(step)
         self.log(step, epoch, metrics)
         self.status = verdicts.format_training(metrics)
@@ -384,7 +383,7 @@ class Run:
                 say(verdicts.format_verdicts(found))
             if checkpoint == self.best_path:
                 say(f"the one to use: {checkpoint}, of epoch {summary['best']['epoch']}, "
-                           f"with the lowest val/loss ({summary['best']['loss']:.4g})")
+                    f"with the lowest val/loss ({summary['best']['loss']:.4g})")
             if "overfit/passed" in summary and not diverged:
                 say(verdicts.format_overfit(summary))
             self._check_lock()
@@ -394,16 +393,14 @@ class Run:
         numbers = {k: v for k, v in summary.items() if isinstance(v, (int, float))}
         self.track(lambda: self.wandb.summary.update(numbers | verdicts.levels(found)))
         self.track(lambda: self.wandb.finish(int(diverged)))
-        self.ctx.barrier()  # the first rank to leave takes the others along: all is written now
-        if not diverged:
-            say("report: " + command_line("report.py", self.folder))
-            say("next: " + command_line(program, **flags))
-        elif self.ctx.is_main:
+        if diverged:
             lower = self.resume_command(lr=f"{self.args.lr / 3:.1e}")
-            fail("too many steps in a row had a non-finite loss or gradient (--max_bad_steps) and "
-                 f"were skipped; {self.last_path} is good, go on with: {lower}")
-        else:
-            raise SystemExit(EXIT_FAILED)
+            self.ctx.on_main(lambda: fail(
+                "too many steps in a row had a non-finite loss or gradient (--max_bad_steps) and "
+                f"were skipped; {self.last_path} is good, go on with: {lower}"))
+        self.ctx.barrier()  # the first rank to leave takes the others along: all is written now
+        say("report: " + command_line("report.py", self.folder))
+        say("next: " + command_line(program, **flags))
 
 
 def new_folder(output_root, name):

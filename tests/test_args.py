@@ -287,7 +287,7 @@ def test_trainers_print_and_store_what_was_changed(capsys):
     changed = command_line.print_settings(args, parser, {"device": "abacus"})
     assert changed == {"wandb": True, "lr": 1e-3}
     assert capsys.readouterr().out.split() == [
-        "First", "line.", "--", "settings", "that", "differ", "from", "--help", "wandb", "True",
+        "--", "settings", "that", "differ", "from", "--help", "wandb", "True",
         "lr", "0.001", "--", "this", "run", "device", "abacus"]
 
 
