@@ -37,7 +37,7 @@ def build_parser():
     add("--z_channels", type=at_least(1), default=4, help="channels of the latent")
     add("--base_ch", type=at_least(1), default=64, help="channels at full resolution")
     add("--ch_mults", type=int_list, default=(1, 2, 4, 4), help="by level, each half the size")
-    add("--num_res_blocks", type=at_least(1, int, 100), default=2, help="residual blocks per level")
+    add("--num_res_blocks", type=at_least(1, high=100), default=2, help="residual blocks per level")
     add("--attn_res", type=int_list, default=(), help="sizes with attention beside the middle")
     # Above 1, or with a linear path, it is no longer the AutoencoderKL of LDM and diffusers.
     add("--patch_size", type=at_least(1), default=1, help="side of pixel squares taken as channels")
@@ -72,7 +72,7 @@ def preset(args):
         return {}
     if folder := diffusers_io.vae_folder(args.init_from):
         return diffusers_io.vae_settings(folder, args.img_size)
-    stored = load_checkpoint(args.init_from, "vae", weights=False)["args"]
+    stored = load_checkpoint(args.init_from, "vae")["args"]
     return {name: stored[name] for name in model.VAE_SHAPE if name in stored}
 
 

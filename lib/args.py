@@ -12,7 +12,7 @@ import runpy
 import sys
 import types
 
-from lib.files import MADE_BY, fail, first_line, holds_run, named_folder, notice, read_meta
+from lib.files import MADE_BY, fail, first_line, named_folder, notice, read_meta
 
 # --- types --------------------------------------------------------------------------------------
 
@@ -36,15 +36,15 @@ def integer(text):
         return int(float(text))
 
 
-def at_least(low, kind=int, high=math.inf):
+def at_least(low, kind=integer, high=math.inf):
     """argparse type: a finite number of `kind` from low to high."""
     def convert(text):
-        value = integer(text) if kind is int else kind(text)
+        value = kind(text)
         if not low <= value <= high or value == math.inf:
             most = "" if high == math.inf else f" and at most {high}"
             raise argparse.ArgumentTypeError(f"{text} is not a number of at least {low}{most}")
         return value
-    convert.__name__ = kind.__name__  # as argparse names it in "invalid int value"
+    convert.__name__ = kind.__name__  # as argparse names it in "invalid float value"
     return convert
 
 
@@ -137,7 +137,7 @@ def make_parser(doc):
     parser = Parser(doc)
     add = parser.add_argument_group("run").add_argument
     add("--config", type=file_path, help="Python file of `name = value`; the command line wins")
-    add("--seed", type=at_least(0, int, 2**63 - 1), default=0, help="of weights, order and noise")
+    add("--seed", type=at_least(0, high=2**63 - 1), default=0, help="of weights, order and noise")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     return parser
 
@@ -267,13 +267,19 @@ def convert_settings(parser, settings, source):
             if not unset:
                 parser._check_value(action, converted[name])
         except (argparse.ArgumentError, ValueError) as e:  # ValueError: too many digits to print
-            fail(f"{source}: {name}: {first_line(getattr(e, 'message', e))}")
+            fail(f"{source}: {name}: {first_line(e)}")
     return converted
 
 
-def stored_settings(parser, folder, kind):
-    """Settings of the run in `folder`, without those that this version no longer has. Ends the
-    program if the run is of another trainer, where the same flags mean other things."""
+def run_to_continue(parser, args, kind):
+    """(folder, settings) of the run that --resume_dir or --run_name names, without settings that
+    this version no longer has; (None, {}) if there is none yet. kind: of the trainer."""
+    folder = named_folder(args)
+    signs = ("ckpts/last.pt", "ckpts/best.pt", "metrics.jsonl")
+    if not folder or not any(os.path.exists(os.path.join(folder, sign)) for sign in signs):
+        if args.resume_dir:
+            fail(f"--resume_dir={folder} holds no run: give a folder such as runs/ldm_...")
+        return None, {}
     meta = read_meta(folder)
     if meta.get("kind", kind) != kind:
         fail(f"{folder} was not made by {MADE_BY[kind]} but by {MADE_BY.get(meta['kind'])}")
@@ -281,31 +287,20 @@ def stored_settings(parser, folder, kind):
     settings = {name: value for name, value in meta["args"].items() if name in known}
     if settings.get("sampler") in RENAMED_SAMPLERS:
         settings["sampler"] = RENAMED_SAMPLERS[settings["sampler"]]
-    return convert_settings(parser, settings, os.path.join(folder, "run_meta.json"))
-
-
-def run_to_continue(args):
-    """Folder of the run that --resume_dir or --run_name names, None if there is none yet."""
-    folder = named_folder(args)
-    if folder and holds_run(folder):
-        return folder
-    if getattr(args, "resume_dir", None):
-        fail(f"--resume_dir={folder} is not a run folder: it holds neither checkpoints nor metrics")
-    return None
+    return folder, convert_settings(parser, settings, os.path.join(folder, "run_meta.json"))
 
 
 def parse_settings(parser, argv=None, preset=None, kind=None):
     """Settings: defaults < preset < the run being continued < --config < command line. Ends the
     program if they are bad. preset: function from the settings without it to {name: new default};
-    ValueError if they contradict each other. kind: of the runs that are continued, vae or ldm."""
-    for stream in (sys.stdout, sys.stderr):  # a file name may not fit the terminal's encoding
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    argv = sys.argv[1:] if argv is None else argv
+    ValueError if they contradict each other. kind: of a trainer's runs, vae or ldm."""
+    if hasattr(sys.stdout, "reconfigure"):  # a file name may not fit the terminal's encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     path = getattr(parser.parse(argv), "config", None)
     config = convert_settings(parser, read_config(path), path) if path else {}
-    folder = run_to_continue(parser.parse(argv, config))
-    stored = stored_settings(parser, folder, kind) if folder else {}
+    folder, stored = None, {}
+    if kind:
+        folder, stored = run_to_continue(parser, parser.parse(argv, config), kind)
     settings = stored | config | ({"resume_dir": folder} if folder else {})
     if preset:
         before = parser.parse(argv, settings)
@@ -321,17 +316,13 @@ def parse_settings(parser, argv=None, preset=None, kind=None):
     return args
 
 
-def changed_settings(args, parser):
-    """Names of the settings that differ from the defaults, in the parser's order."""
-    return [action.dest for action in parser._actions if action.dest not in NOT_STORED
-            and getattr(args, action.dest) != action.default]
-
-
 def print_settings(args, parser, facts):
-    """Print the settings that differ from the defaults, then facts {name: text}."""
-    print(parser.description.split("\n")[0])
-    changed = {name: getattr(args, name) for name in changed_settings(args, parser)}
+    """Print the settings that differ from the defaults, then facts {name: text}; returns the former
+    as {name: value}."""
+    changed = {a.dest: getattr(args, a.dest) for a in parser._actions
+               if a.dest not in NOT_STORED and getattr(args, a.dest) != a.default}
     for title, values in (("settings that differ from --help", changed), ("this run", facts)):
         print(f"-- {title}")
         for name, value in values.items():
             print(f" {name:<21} {value}", flush=True)
+    return changed

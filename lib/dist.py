@@ -61,21 +61,20 @@ class DistContext(NamedTuple):
         self.gather_objects(None)
 
     def on_main(self, function):
-        """function() on rank 0 alone; its picklable result on every rank. If it ends the program
-        there, all ranks end, and only rank 0 says why."""
+        """function() on rank 0 alone; its picklable result on every rank. If it ends the program,
+        all ranks end."""
         if self.world_size == 1:
             return function()
-        box = [None, None]  # result, exit code
+        result = code = None
         if self.is_main:
             try:
-                box[0] = function()
+                result = function()
             except SystemExit as e:
-                box[1] = e.code
-        torch.distributed.broadcast_object_list(box, group=self.cpu_group,
-                                                device=torch.device("cpu"))
-        if box[1] is not None:
-            raise SystemExit(box[1])
-        return box[0]
+                code = e.code
+        result, code = self.gather_objects((result, code))[0]
+        if code is not None:
+            raise SystemExit(code)
+        return result
 
     def average(self, tensor):
         """Mean of a tensor over the ranks (in place)."""
@@ -120,8 +119,7 @@ class DistContext(NamedTuple):
     # --- networks, tensors and random numbers of this rank ---
 
     def place(self, module):
-        """The module on the device, in the faster memory layout, with its faster forward passes
-        for bf16 on a CPU."""
+        """The module on the device, in its faster memory layout, with its faster forward passes."""
         module = module.to(self.device, memory_format=self.memory_format)
         if self.device.type == "cpu" and self.dtype == torch.bfloat16 and not self.compile:
             cpu_ops.install(module)
@@ -143,9 +141,8 @@ class DistContext(NamedTuple):
         return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
     def global_noise(self, batch, shape, *key):
-        """(standard normal noise [batch, *shape] of this rank on the device, generator). Every rank
-        draws that of all and takes its slice: an image's noise depends on its place in the global
-        batch alone."""
+        """(standard normal noise [batch, *shape] of this rank on the device, generator). It depends
+        on an image's place in the global batch alone: every rank draws that of all."""
         rng = self.generator(*key, device=self.device)
         noise = torch.randn(self.world_size * batch, *shape, device=self.device, generator=rng)
         return noise[self.local_slice(batch)], rng
@@ -271,8 +268,8 @@ def shuffled(num_items, seed, epoch):
 
 class StopSignal:
     """SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGHUP (a closed terminal; not under nohup) ask
-    training to finish its step, save and leave; a second Ctrl-C ends it at once. `name`: of the
-    signal, None so far."""
+    training to finish its step, save and leave; a second Ctrl-C ends the process on the spot.
+    `name`: of the signal, None so far."""
 
     def __init__(self):
         self.name = None  # and no ctx: handlers live on after leave_group, which it must not
@@ -281,16 +278,9 @@ class StopSignal:
                 signal.signal(number, self._handle)
 
     def _handle(self, number, frame):
-        if self.name == "SIGINT" and number == signal.SIGINT:
-            raise KeyboardInterrupt
         self.name = signal.Signals(number).name
-
-    def poll(self, ctx, save_due):
-        """(stop, save), the same on all ranks: did any get a signal, does rank 0 want to save?"""
-        flags = torch.tensor([float(self.name is not None), float(save_due and ctx.is_main)])
-        if ctx.world_size > 1:  # on the CPU: this must not wait for the GPU
-            torch.distributed.all_reduce(flags, group=ctx.cpu_group)
-        return flags[0].item() > 0, flags[1].item() > 0
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 
 
 class RunningMeans:
@@ -342,9 +332,9 @@ def clip_and_step(module, optimizer, grad_clip):
 
 
 def load_optimizer(optimizer, state):
-    """load_state_dict, with moments in the memory layout of their weights: a fused step on a CPU
-    goes through the memory of both in order, and a GPU's checkpoint may have another layout."""
-    optimizer.load_state_dict(state)
+    """load_state_dict with the settings of now, and moments in the memory layout of their weights:
+    a fused step on a CPU goes through both in order, and a GPU's may have another layout."""
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state["state"]})
     for parameter, moments in optimizer.state.items():
         for name, moment in moments.items():
             if moment.shape == parameter.shape:

@@ -4,16 +4,13 @@
 """
 import contextlib
 import fcntl
-import itertools
 import json
 import math
 import os
 import pathlib
-import secrets
 import shlex
 import socket
 import sys
-import time
 
 # Exit codes that the job scripts know; any other is one that the program did not choose.
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request, saved; the same command goes on from there
@@ -33,17 +30,19 @@ def fail(message, code=EXIT_FAILED):
 
 
 def say(text, end="\n"):
-    """print whose reader may be gone: training does not end because Ctrl-C ended `tee`."""
+    """print on rank 0, in place of a progress line. The reader may be gone: training does not end
+    because Ctrl-C ended `tee`."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     try:
-        print(text, end=end, flush=True)
+        print("\r\x1b[K" * sys.stdout.isatty() + text, end=end, flush=True)  # erase the line
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def notice(message):
     """One line from rank 0 that the reader should not miss."""
-    if os.environ.get("RANK", "0") == "0":
-        say(f"note: {message}")
+    say(f"note: {message}")
 
 
 def first_line(error):
@@ -76,35 +75,21 @@ def write_atomic(path, write):
     the program ends with one line.
     """
     path = pathlib.Path(path)
-    # A random name, since process numbers repeat on other machines.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # the next write takes it over after a kill
     try:
-        with open(temporary, "xb") as f:
+        with open(temporary, "wb") as f:
             write(f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        with contextlib.suppress(OSError):  # the new name, too; some network disks cannot
-            os.fsync(folder)
-        os.close(folder)
     except BaseException as e:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if isinstance(e.__context__, KeyboardInterrupt):  # torch.save was in the middle of writing
-            raise KeyboardInterrupt from None
         if not isinstance(e, (OSError, RuntimeError)):  # the latter: torch.save on a full disk
             raise
         reason = getattr(e, "strerror", None) or getattr(e.__context__, "strerror", None)
         fail(f"cannot write {path}: {reason or first_line(e)}; free some space or choose another "
              "folder")
-
-
-def remove_temporaries(folder):
-    """Remove what a killed write_atomic left in a folder."""
-    for stale in pathlib.Path(folder).glob(".*.*.tmp"):
-        with contextlib.suppress(OSError):
-            stale.unlink()
 
 
 def make_folder(path):
@@ -136,25 +121,17 @@ def write_json(path, value):
     write_atomic(path, lambda f: f.write(text.encode()))
 
 
-def parse_json(text):
-    """The object in a JSON text (str or bytes); ValueError if it is damaged or no object."""
-    try:
-        value = json.loads(text)
-    except RecursionError as e:
-        raise ValueError("nested too deeply") from e
-    if not isinstance(value, dict):
-        raise ValueError("no JSON object")
-    return value
-
-
 def read_json(path, what=None):
     """The object in a JSON file. If it is missing or damaged, ends the program with what it should
     have been; without `what`, returns {}."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):  # a pipe would never end
             raise ValueError("no regular file")
-        return parse_json(pathlib.Path(path).read_bytes())
-    except (OSError, ValueError) as e:
+        value = json.loads(pathlib.Path(path).read_bytes())
+        if not isinstance(value, dict):
+            raise ValueError("no JSON object")
+        return value
+    except (OSError, ValueError, RecursionError) as e:
         if what is None:
             return {}
         fail(f"{path} is not a readable {what}: {getattr(e, 'strerror', None) or first_line(e)}")
@@ -166,9 +143,8 @@ def read_json(path, what=None):
 def take_lock(path, what, wait=False):
     """Open file at `path` whose lock says that `what` is in use; keep it open for as long as it is.
 
-    The system releases the lock when its process ends, however it ends; on NFS that may take a
-    minute after a node died, so an owner on another machine is given two. wait: wait for any owner
-    as long as it takes. Otherwise ends the program if `what` is in use.
+    The system releases the lock when its process ends, however it ends. If `what` is in use, waits
+    for it, or ends the program.
     """
     try:
         # Another user's may be read alone, which is enough for flock, and not for lockf.
@@ -176,27 +152,21 @@ def take_lock(path, what, wait=False):
         lock = open(path, mode, buffering=0)  # noqa: SIM115
     except OSError as e:
         fail(f"cannot write {path}: {e.strerror}; choose another --output_root")
-    here = socket.gethostname()
-    for second in itertools.count():
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            lock.seek(0)
-            owner = lock.read(200).decode("utf-8", "replace").strip() or "another process"
-            patience = math.inf if wait else 0 if owner.endswith(f" on {here}") else 120
-            if second >= patience:
-                fail(f"{what} is in use by {owner}: wait until it ends, stop it, or give another "
-                     "--run_name", EXIT_STOPPED)
-            if second == 0:
-                notice(f"{what} is in use by {owner}: waiting")
-            time.sleep(1)
-        except OSError as e:  # a disk without locks
-            notice(f"{what} cannot be locked ({e.strerror}): start no second run in it")
-            break
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        owner = lock.read(200).decode("utf-8", "replace").strip()
+        if not wait:
+            fail(f"{what} is in use by {owner}: wait until it ends, stop it, or give another "
+                 "--run_name", EXIT_STOPPED)
+        notice(f"{what} is in use by {owner}: waiting")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as e:  # a disk without locks
+        notice(f"{what} cannot be locked ({e.strerror}): start no second run in it")
     with contextlib.suppress(OSError):  # the name is for the message only: a full disk may be
         lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {here}\n".encode())
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return lock
 
 
@@ -206,18 +176,9 @@ MADE_BY = {"vae": "train_vae.py", "ldm": "train_ldm.py"}  # by the kind of a run
 
 
 def named_folder(args):
-    """Run folder that --resume_dir or --run_name names; None if neither does or the stage has no
-    such flags."""
-    if getattr(args, "resume_dir", None):
-        return args.resume_dir
-    name = getattr(args, "run_name", None)
-    return os.path.join(args.output_root, name) if name else None
-
-
-def holds_run(folder):
-    """Whether a folder holds anything of a run that must not be overwritten."""
-    signs = ("ckpts/last.pt", "ckpts/best.pt", "metrics.jsonl")
-    return any(os.path.exists(os.path.join(folder, sign)) for sign in signs)
+    """Run folder that --resume_dir or --run_name names; None if neither is given."""
+    named = args.run_name and os.path.join(args.output_root, args.run_name)
+    return args.resume_dir or named
 
 
 def read_meta(folder):

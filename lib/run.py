@@ -10,7 +10,6 @@ import contextlib
 import datetime
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -27,11 +26,11 @@ import torch
 from PIL import Image, ImageDraw
 
 from lib import verdicts
-from lib.args import changed_settings, print_settings
+from lib.args import print_settings
 from lib.dist import StopSignal, load_optimizer
-from lib.files import (EXIT_FAILED, EXIT_STOPPED, MADE_BY, command_line, data_flags, fail, finite,
-                       first_line, make_folder, named_folder, notice, parse_json, read_json,
-                       read_meta, remove_temporaries, say, take_lock, write_atomic, write_json)
+from lib.files import (EXIT_STOPPED, MADE_BY, command_line, data_flags, fail, finite, first_line,
+                       make_folder, named_folder, notice, read_json, read_meta, say, take_lock,
+                       write_atomic, write_json)
 
 # --- checkpoints --------------------------------------------------------------------------------
 
@@ -43,55 +42,43 @@ CONTENTS = {  # what a checkpoint of each kind must hold
             "vae_sha256": str, "ae_ckpt_path": str, "train_stats": dict}}
 
 
-def load_checkpoint(path, kind, weights=True):
+def load_checkpoint(path, kind):
     """The dict that Run.save wrote, on the CPU, with `sha256` of the very bytes that were read.
 
     kind: "vae" or "ldm". Code in the file is never run, and the archive's checksums are verified,
-    which torch.load does not do. weights=False: the tensors stay in the file, and there is no hash.
-    Ends the program if the file is missing, damaged, or of another kind or version.
+    which torch.load does not do. Ends the program if the file is missing, damaged, or of another
+    kind or version.
     """
     if not os.path.isfile(path):
-        best = "best" if os.path.exists(os.path.join(path, "ckpts", "best.pt")) else "last"
-        hint = f", which is a folder: give {path}/ckpts/{best}.pt" if os.path.isdir(path) else ""
-        fail(f"no checkpoint at {path}{hint}")
+        fail(f"no checkpoint at {path}: give RUN/ckpts/best.pt or RUN/ckpts/last.pt")
     try:
-        if weights:
-            content = pathlib.Path(path).read_bytes()
-            with zipfile.ZipFile(io.BytesIO(content)) as archive:
-                if broken := archive.testzip():
-                    raise ValueError(f"checksum of {broken} does not match")
-            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-            state["sha256"] = hashlib.sha256(content).hexdigest()
-        else:
-            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        made_by = MADE_BY[state["kind"]]
+        content = pathlib.Path(path).read_bytes()
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            if broken := archive.testzip():
+                raise ValueError(f"checksum of {broken} does not match")
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if (made_by := MADE_BY[state["kind"]]) != MADE_BY[kind]:
+            raise ValueError(f"it was made by {made_by}")
+        for name, of_type in CONTENTS[kind].items():
+            if not isinstance(state[name], of_type):
+                raise TypeError(f"{name} is a {type(state[name]).__name__}")
+        return state | {"sha256": hashlib.sha256(content).hexdigest()}
     except Exception as e:  # a hostile or damaged file raises anything
-        fail(f"{path} is damaged or no checkpoint of this program ({type(e).__name__}: "
-             f"{first_line(e)})")
-    if made_by != MADE_BY[kind]:
-        fail(f"{path} was not made by {MADE_BY[kind]} but by {made_by}")
-    lacking = [name for name, of_type in CONTENTS[kind].items()
-               if name not in state or not isinstance(state[name], of_type)]
-    if lacking:
-        fail(f"{path} is of another version of this program: it lacks {', '.join(lacking)}")
-    return state
+        fail(f"{path} is damaged or no checkpoint of this version of {MADE_BY[kind]} "
+             f"({type(e).__name__}: {first_line(e)})")
 
 
 def load_network(build, settings, weights, path):
     """The module that build(settings) makes, with stored weights; ends the program if they do not
     fit, before anything is allocated."""
     try:
-        depth = max(n for name, n in settings.items() if name.endswith("num_res_blocks"))
-        if depth > len(weights):
-            raise ValueError(f"{depth} blocks, but {len(weights)} weights")
         with torch.device("meta"):
             module = build(settings)
         module.load_state_dict(weights, assign=True)
         return module
     except Exception as e:  # settings of a stranger raise anything
-        reason = " ".join(str(e).split())[:200]
         fail(f"{path} does not fit its own settings, or is of another version of this program "
-             f"({type(e).__name__}: {reason})")
+             f"({type(e).__name__}: {' '.join(str(e).split())[:200]})")
 
 
 # --- finding runs -------------------------------------------------------------------------------
@@ -99,17 +86,14 @@ def load_network(build, settings, weights, path):
 
 def run_folder(ckpt_path):
     """Folder of the run that RUN/ckpts/*.pt belongs to, also if a bare file name was given."""
-    path = pathlib.Path(ckpt_path)
-    if len(path.parts) < 3 or ".." in path.parts:
-        path = pathlib.Path(os.path.abspath(path))
-    return path.parent.parent
+    return pathlib.Path(os.path.normpath(os.path.join(ckpt_path, "..", "..")))
 
 
 def find_moved(ckpt_path, beside):
     """ckpt_path or, if it is gone, the same run beside the run folder `beside`: a folder of runs
     can be moved, or used from another working directory."""
     path = pathlib.Path(ckpt_path)
-    moved = pathlib.Path(beside).parent / run_folder(path).name / "ckpts" / path.name
+    moved = pathlib.Path(beside, "..", *path.parts[-3:])
     return moved if moved.exists() and not path.exists() else path
 
 
@@ -130,12 +114,11 @@ def find_autoencoder(args):
                 finished = (path.parent / "summary.json").exists()
                 found.append((finished, created, path.parent))
     if not found:
-        command = command_line("train_vae.py", **data_flags(args))
-        fail(f"no autoencoder of task {args.task} in {args.output_root}: train one with "
-             f"`{command}`, or name one with --ae_ckpt_path")
+        fail(f"no autoencoder of task {args.task} in {args.output_root}: name one with "
+             f"--ae_ckpt_path, or train one: {command_line('train_vae.py', **data_flags(args))}")
     finished, _, folder = max(found)
-    which = "newest finished" if finished else "newest (none has finished)"
-    notice(f"autoencoder: {folder}, the {which} of {len(found)} runs of task {args.task}")
+    notice(f"autoencoder: {folder}, the newest {'finished' if finished else '(unfinished)'} of "
+           f"{len(found)} runs of task {args.task}")
     return folder / "ckpts" / "last.pt"
 
 
@@ -146,21 +129,20 @@ def read_latent_scale(args, ckpt_path, vae_sha256):
     another autoencoder."""
     path = run_folder(ckpt_path) / "latent_scale.json"
     stored = read_json(path)
-    if stored.get("vae_sha256") != vae_sha256:
-        stored = {}
     measured, std = stored.get("latent_scale_factor"), stored.get("std")
-    whole = isinstance(std, float) and std > 0 and measured == 1 / std
+    whole = (stored.get("vae_sha256") == vae_sha256
+             and isinstance(std, float) and std > 0 and measured == 1 / std)
     given = args.latent_scale_factor
     if given is None and args.resume_dir:
         given = read_meta(args.resume_dir).get("latent_scale_factor")
     if given is None and not whole:
-        reason = "damaged or measured on another autoencoder" if path.exists() else "missing"
         command = command_line("find_latent_scale.py", ae_ckpt_path=ckpt_path, **data_flags(args))
-        fail(f"{path} is {reason}; measure the scale with: {command}")
+        fail(f"{path} is missing, damaged or of another autoencoder; measure the scale with: "
+             f"{command}")
     if args.latent_scale_factor and whole and abs(given / measured - 1) > 0.01:
         notice(f"--latent_scale_factor={given} is {100 * (given / measured - 1):+.0f} % off the "
                f"measured {measured:.6g} in {path}")
-    same = (stored.get("task"), stored.get("split")) == (args.task, args.split)
+    same = whole and (stored.get("task"), stored.get("split")) == (args.task, args.split)
     return given or measured, stored.get("data") if same else None
 
 
@@ -186,31 +168,24 @@ class Run:
         self.best_path = self.folder / "ckpts" / "best.pt"
         self.metrics_path = self.folder / "metrics.jsonl"
         self.saved_step, self.save_time, self.saved_seconds = -1, time.perf_counter(), 0.0
-        self.tracker = Tracker(None)
-        is_copy = self.before.get("folder") != self.folder.name  # of another run's folder
+        self.wandb = None  # W&B's object for this run
         self.meta = {
-            "kind": kind, "folder": self.folder.name, "args": vars(args), **facts,
+            "kind": kind, "args": vars(args), **facts,
             "command": sys.argv, "git_commit": git_commit(), "world_size": ctx.world_size,
             "device": str(ctx.device), "dtype": str(ctx.dtype).split(".")[-1],
             "created": self.before.get("created", time.strftime("%Y-%m-%dT%H:%M:%S%z")),
-            "wandb_id": args.wandb_id or (None if is_copy else self.before.get("wandb_id")),
+            "wandb_id": args.wandb_id or self.before.get("wandb_id"),
             "packages": {"python": sys.version.split()[0], "torch": torch.__version__,
                          "numpy": np.__version__, "pillow": PIL.__version__}}
-        before = self.before.get("world_size", ctx.world_size)
-        if before != ctx.world_size:
-            notice(f"continuing on {ctx.world_size} processes instead of {before}: harmless at the "
-                   "same global batch size (processes x --batch_per_device); otherwise epochs "
-                   "change their length")
 
     @staticmethod
     def report(args, kind):
         """Print for --check the folder that a run of this kind would write to (empty: named by its
         date), and the step of the checkpoint in it (-1: none)."""
-        folder, step = named_folder(args) or "", -1
+        folder = named_folder(args) or ""
         path = os.path.join(folder, "ckpts", "last.pt")
-        if folder and os.path.exists(path):
-            step = load_checkpoint(path, kind, weights=False)["step"]
-        print(folder, step, sep="\n")
+        found = folder and os.path.exists(path)
+        print(folder, load_checkpoint(path, kind)["step"] if found else -1, sep="\n")
 
     def load(self):
         """Checkpoint of the run that is continued, else None."""
@@ -222,7 +197,7 @@ class Run:
 
     def restore(self, modules, optimizers=()):
         """Load {module: its stored weights} and {optimizer: its stored state}; ends the program if
-        a network has another shape. The command line's settings of optimisers win."""
+        a network has another shape."""
         source = self.last_path if self.args.resume_dir else self.args.init_from
         for module, state in modules.items():
             try:
@@ -232,8 +207,6 @@ class Run:
                      f"{str(e).splitlines()[1].strip()[:200]}")
         for optimizer, state in dict(optimizers).items():
             load_optimizer(optimizer, state)
-            for group in optimizer.param_groups:
-                group["weight_decay"] = self.args.weight_decay
 
     def start(self, state, total_steps, parser, facts):
         """Print the settings with facts {name: text}, and write the first files or cut
@@ -241,60 +214,50 @@ class Run:
         step = state["step"]
         if step > total_steps:
             fail(f"{self.folder} has done {step} steps, but with these settings it ends after "
-                 f"{total_steps}: give more --epochs or --max_steps, or fewer images per step. "
-                 "Nothing was changed")
+                 f"{total_steps}: give more --epochs or --max_steps, or fewer images per step")
         self.stop_signal = StopSignal()
-        self.progress = Progress(self.ctx, "step", total_steps, step)
+        self.progress = Progress(self.ctx, "step", total_steps)
         self.status = ""  # the last log line, beside the progress
         self.restart_clock(step)
         if not self.ctx.is_main:
             return
-        self.meta["changed"] = changed_settings(self.args, parser)
-        print_settings(self.args, parser, {
+        self.meta["changed"] = [*print_settings(self.args, parser, {
             "run folder": self.folder, "continues at step": step, **facts,
             "device": f"{self.ctx.device} x {self.ctx.world_size}, {self.ctx.dtype}, "
-                      f"compile {'on' if self.ctx.compile else 'off'}"})
-        for folder in (self.folder, self.last_path.parent, self.folder / "samples"):
-            make_folder(folder)
-            remove_temporaries(folder)
+                      f"compile {'on' if self.ctx.compile else 'off'}"})]
+        for name in ("ckpts", "samples"):
+            make_folder(self.folder / name)
+        if self.args.wandb:
+            self.wandb = start_wandb(self.args, self.folder, self.meta)
         # Before the first checkpoint: a folder with a checkpoint always has a description.
         write_json(self.folder / "run_meta.json", self.meta)
         if self.args.resume_dir:
-            self._trim_log(step)
+            # Cut back to the checkpoint's step, whose evaluation is done again.
+            text = "".join(json.dumps(record) + "\n" for record in read_records(self.metrics_path)
+                           if (record["step"], "train/loss" not in record) <= (step, False))
+            write_atomic(self.metrics_path, lambda f: f.write(text.encode()))
         else:
             self.save(state)
-        if self.args.wandb:
-            self.tracker = Tracker(start_wandb(self.args, self.folder, self.meta))
-        if self.tracker.session is not None:
-            self.meta["wandb_id"] = self.tracker.session.id
-            write_json(self.folder / "run_meta.json", self.meta)
-
-    def _trim_log(self, step):
-        """Cut metrics.jsonl back to its last line up to the checkpoint's step. The evaluation at
-        that step is done again."""
-        records = read_records(self.metrics_path)
-        while records and (records[-1]["step"], "train/loss" not in records[-1]) > (step, False):
-            records.pop()
-        text = "".join(json.dumps(record) + "\n" for record in records)
-        write_atomic(self.metrics_path, lambda f: f.write(text.encode()))
 
     # --- the training loop ---
 
     def poll(self):
-        """(stopping, saving), alike on all ranks: did a signal ask to stop; is a checkpoint due?"""
+        """(stopping, saving), alike on all ranks: did a signal ask any to stop; is a checkpoint
+        due on rank 0?"""
         due = time.perf_counter() - self.save_time > 60 * self.args.save_minutes
-        return self.stop_signal.poll(self.ctx, due)
+        flags = torch.tensor([self.stop_signal.name is not None, due and self.ctx.is_main]).float()
+        if self.ctx.world_size > 1:  # on the CPU: this must not wait for the GPU
+            torch.distributed.all_reduce(flags, group=self.ctx.cpu_group)
+        return flags[0].item() > 0, flags[1].item() > 0
 
     def stop_if_asked(self, state):
-        """Within an evaluation: save state() and leave, if a signal asked rank 0 to. Another rank
-        goes on to the next poll."""
+        """Within an evaluation: save state() and leave, if a signal asked rank 0 to."""
         if self.stop_signal.name and self.ctx.is_main:
             self.save(state())
             self._leave()
 
     def save(self, state):
-        """Write ckpts/last.pt, once per step: a finished run that is started again keeps its hash.
-        """
+        """Write ckpts/last.pt, once per step: a finished run started again keeps its hash."""
         if state["step"] == self.saved_step:
             return
         now = time.perf_counter()
@@ -305,41 +268,31 @@ class Run:
 
     def _write(self, path, state):
         self._check_lock()
-        state = {"kind": self.kind, **state, "world_size": self.ctx.world_size,
-                 "seconds": self.saved_seconds}
+        state = {"kind": self.kind, **state, "seconds": self.saved_seconds}
         write_atomic(path, lambda f: torch.save(state, f))
 
     def save_best(self, state):
-        """Write ckpts/best.pt, to sample from and not to go on from: the averaged weights alone. A
-        run that was started again and has just found the same keeps its hash."""
+        """Write ckpts/best.pt, the averaged weights alone. A run that was started again and has
+        just found the same keeps its hash."""
         if not self.ctx.is_main:
             return
         with contextlib.suppress(Exception):  # missing or damaged: it is written anew
             stored = torch.load(self.best_path, mmap=True, weights_only=True)
             if stored["best"] == state["best"]:
                 return
-        left_out = {"optimizer": None, "recent": None}
-        if state["ema"] is not None:
-            left_out["model"] = None
-        self._write(self.best_path, state | left_out)
+        model = state["model"] if state["ema"] is None else None
+        self._write(self.best_path, state | {"model": model, "optimizer": None, "recent": None})
 
     def _check_lock(self):
         """End the program if the folder is no longer ours: moved, removed, perhaps made anew."""
         with contextlib.suppress(OSError):
             if os.path.samestat(os.fstat(self.lock.fileno()), os.stat(self.folder / "lock")):
                 return
-        fail(f"{self.folder} was moved or removed while this run wrote to it: go on from where it "
-             "is now, with --resume_dir")
+        fail(f"{self.folder} was moved or removed during this run: go on with --resume_dir")
 
     def restart_clock(self, step):
         """Measure images per second from here: an evaluation does not count."""
         self.log_step, self.log_time = step, time.perf_counter()
-
-    def print(self, text):
-        """Lines on the console of rank 0."""
-        if self.ctx.is_main:
-            self.progress.clear()
-            say(text)
 
     def log(self, step, epoch, metrics, pictures=()):
         """Append a line to metrics.jsonl and hand it to W&B with pictures {name: path}. Non-finite
@@ -352,19 +305,33 @@ class Run:
             with open(self.metrics_path, "a") as f:
                 f.write(line)
         except OSError as e:
-            fail(f"cannot write {self.metrics_path}: {e.strerror}; free some space, then go on "
-                 f"with: {self.resume_command()}")
-        self.tracker.log({**metrics, "step": step, "epoch": epoch}, dict(pictures))
+            fail(f"cannot write {self.metrics_path}: {e.strerror}; then go on with: "
+                 f"{self.resume_command()}")
+
+        def send():
+            import wandb
+            self.wandb.log({**metrics, "step": step, "epoch": epoch} | {
+                f"samples/{name}": wandb.Image(str(path), caption=f"{name}, epoch {epoch}")
+                for name, path in dict(pictures).items()})
+        self.track(send)
+
+    def track(self, action):
+        """action() on W&B, if it is in use; if it fails, say so once and go on without."""
+        try:
+            if self.wandb:
+                action()
+        except Exception as e:  # whatever a lost server raises
+            notice(f"W&B stopped ({first_line(e)}); training goes on, and metrics.jsonl has all")
+            self.wandb = None
 
     def log_training(self, step, epoch, metrics, images_per_step):
         """Log metrics of training steps with images per second, on the console too; returns all."""
-        seconds = time.perf_counter() - self.log_time
-        images = (step - self.log_step) * images_per_step
-        metrics = metrics | {"train/images_per_second": images / seconds}
+        per_second = (step - self.log_step) / (time.perf_counter() - self.log_time)
+        metrics = metrics | {"train/images_per_second": per_second * images_per_step}
         self.restart_clock(step)
         self.log(step, epoch, metrics)
         self.status = verdicts.format_training(metrics)
-        self.print(f"step {step} epoch {epoch} {self.status}")
+        say(f"step {step} epoch {epoch} {self.status}")
         return metrics
 
     def log_evaluation(self, step, epoch, metrics, pictures, found=()):
@@ -373,10 +340,9 @@ class Run:
         numbers = "".join(f"  {name} {value:.4f}" for name, value in metrics.items()
                           if name.startswith("val/"))
         paths = ", ".join(str(path) for path in pictures.values())
-        self.print(f"epoch {epoch}, step {step}:{numbers}  {paths}")
+        say(f"epoch {epoch}, step {step}:{numbers}  {paths}")
         if found:
-            self.print(verdicts.format_verdicts(found))
-        self.tracker.attempt(lambda w: w.summary.update(verdicts.levels(found)))
+            say(verdicts.format_verdicts(found))
 
     def save_grid(self, name, rows, labels):
         """Path of samples/NAME.png with a row of images for each tensor; see save_grid."""
@@ -403,9 +369,8 @@ class Run:
 
     def _leave(self):
         """Exit with code 75 and the command to go on with."""
-        self.tracker.finish(EXIT_STOPPED)
+        self.track(lambda: self.wandb.finish(EXIT_STOPPED))
         by = self.stop_signal.name or "on another rank"
-        self.progress.clear()
         notice(f"stopped ({by}) at step {self.saved_step}, which is saved; go on with: "
                f"{self.resume_command()}")
         raise SystemExit(EXIT_STOPPED)
@@ -415,53 +380,47 @@ class Run:
         follows: program with flags. diverged: end the program, saying how to go on."""
         if self.ctx.is_main:
             if diverged or self.kind == "vae":  # those of an LDM's evaluation are printed already
-                self.print(verdicts.format_verdicts(found))
+                say(verdicts.format_verdicts(found))
             if checkpoint == self.best_path:
-                self.print(f"the one to use: {checkpoint}, of epoch {summary['best']['epoch']}, "
-                           f"with the lowest val/loss ({summary['best']['loss']:.4g})")
+                say(f"the one to use: {checkpoint}, of epoch {summary['best']['epoch']}, "
+                    f"with the lowest val/loss ({summary['best']['loss']:.4g})")
             if "overfit/passed" in summary and not diverged:
-                self.print(verdicts.format_overfit(summary))
+                say(verdicts.format_overfit(summary))
             self._check_lock()
             write_json(self.folder / "summary.json", {
                 "step": step, "diverged": diverged, "wall_seconds": self.saved_seconds, **summary,
                 "verdicts": [v._asdict() for v in found]})
         numbers = {k: v for k, v in summary.items() if isinstance(v, (int, float))}
-        self.tracker.attempt(lambda w: w.summary.update(numbers | verdicts.levels(found)))
-        self.tracker.finish(int(diverged))
+        self.track(lambda: self.wandb.summary.update(numbers | verdicts.levels(found)))
+        self.track(lambda: self.wandb.finish(int(diverged)))
+        if diverged:
+            lower = self.resume_command(lr=f"{self.args.lr / 3:.1e}")
+            self.ctx.on_main(lambda: fail(
+                "too many steps in a row had a non-finite loss or gradient (--max_bad_steps) and "
+                f"were skipped; {self.last_path} is good, go on with: {lower}"))
         self.ctx.barrier()  # the first rank to leave takes the others along: all is written now
-        if not diverged:
-            self.print("report: " + command_line("report.py", self.folder))
-            self.print("next: " + command_line(program, **flags))
-        elif self.ctx.is_main:
-            lower = f"{self.args.lr / 3:.1e}"
-            fail("too many steps in a row had a non-finite loss or gradient (--max_bad_steps); "
-                 f"they were skipped, and {self.last_path} is good. Go on with: "
-                 f"{self.resume_command(lr=lower)}")
-        else:
-            raise SystemExit(EXIT_FAILED)
+        say("report: " + command_line("report.py", self.folder))
+        say("next: " + command_line(program, **flags))
 
 
 def new_folder(output_root, name):
     """Folder OUTPUT_ROOT/NAME_DATE, made exclusively: two runs of the same second get two."""
-    name = f"{name}_{time.strftime('%Y%m%d-%H%M%S')}"
-    for number in itertools.count(1):
-        folder = os.path.join(output_root, name if number == 1 else f"{name}_{number}")
+    while True:
+        folder = make_folder(output_root) / f"{name}_{time.strftime('%Y%m%d-%H%M%S')}"
         try:
-            os.makedirs(folder)
-            return folder
+            folder.mkdir()
+            return str(folder)
         except FileExistsError:
-            continue
-        except OSError as e:
-            fail(f"cannot write to {output_root}: {e.strerror}; choose another --output_root")
+            time.sleep(1)
 
 
 def git_commit():
     """Commit of this code, with -dirty if it was changed; None outside a repository."""
-    here = pathlib.Path(__file__).resolve().parent
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(command, cwd=here, capture_output=True, text=True,
-                              check=True).stdout.strip()
+    with contextlib.suppress(OSError):  # no git
+        found = subprocess.run(command, cwd=pathlib.Path(__file__).parent, capture_output=True,
+                               text=True, check=False)
+        return found.stdout.strip() or None
 
 
 def read_records(path):
@@ -469,47 +428,19 @@ def read_records(path):
     records = []
     if os.path.isfile(path):
         for line in pathlib.Path(path).read_bytes().splitlines():
-            with contextlib.suppress(ValueError):
-                records.append(parse_json(line))
-    return [r for r in records if isinstance(r.get("step"), int) and r["step"] >= 0]
+            with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError):
+                record = json.loads(line)
+                if isinstance(record["step"], int) and record["step"] >= 0:
+                    records.append(record)
+    return records
 
 
 # --- W&B ----------------------------------------------------------------------------------------
 
 
-class Tracker:
-    """A W&B run that may be missing, and that never ends the training that it logs."""
-
-    def __init__(self, session):
-        self.session = session
-
-    def attempt(self, action):
-        """action(wandb run), if there is one; if it fails, say so once and go on without."""
-        if self.session is None:
-            return
-        try:
-            action(self.session)
-        except Exception as e:  # whatever a lost server raises
-            notice(f"W&B stopped ({first_line(e)}); training goes on, and metrics.jsonl has all")
-            self.session = None
-
-    def log(self, values, pictures):
-        """Hand over values {name: number} and picture files {name: path}, as samples/NAME."""
-        def log(session):
-            import wandb
-            session.log(values | {f"samples/{name}": wandb.Image(
-                str(path), caption=f"{name}, epoch {values['epoch']}")
-                for name, path in pictures.items()})
-        self.attempt(log)
-
-    def finish(self, exit_code=0):
-        """Close the W&B run."""
-        self.attempt(lambda w: w.finish(exit_code=exit_code))
-
-
 def start_wandb(args, folder, meta):
-    """A W&B run for a run folder and its run_meta.json, offline if there is no account or network;
-    None if it fails. Never a prompt."""
+    """A W&B run for a run folder, offline if there is no account; None if it fails. Never a prompt.
+    meta: what becomes run_meta.json, and gets the run's id."""
     try:
         import wandb
         mode = os.environ.get("WANDB_MODE", "online")
@@ -518,24 +449,19 @@ def start_wandb(args, folder, meta):
             notice("no W&B account on this machine: logging offline (`wandb login` once, then "
                    "`wandb sync` the folder)")
             mode = "offline"
-        tags = [tag.strip(" '\"") for tag in args.wandb_tags.strip("[]()").split(",")]
-        options = dict(
-            project=args.wandb_project, entity=args.wandb_entity, name=folder.name,
-            dir=str(folder), tags=[tag for tag in tags if tag], id=meta["wandb_id"],
-            resume="allow", config=meta["args"] | {"world_size": meta["world_size"]},
+        session = wandb.init(
+            mode=mode, project=args.wandb_project, entity=args.wandb_entity, name=folder.name,
+            dir=str(folder), id=meta["wandb_id"], resume="allow",
+            tags=[tag.strip() for tag in args.wandb_tags.split(",") if tag.strip()],
+            config=meta["args"] | {"world_size": meta["world_size"]},
             settings=wandb.Settings(init_timeout=30, silent=True))
-        try:
-            session = wandb.init(mode=mode, **options)
-        except Exception as e:
-            if mode != "online":
-                raise
-            notice(f"W&B is not reachable ({first_line(e)}): logging offline")
-            session = wandb.init(mode="offline", **options)
+        meta["wandb_id"] = session.id
         session.define_metric("step")
         session.define_metric("*", step_metric="step")  # a resumed run counts its own from 0
         return session
     except Exception as e:
-        notice(f"W&B could not start ({type(e).__name__}: {first_line(e)}); going on without it")
+        notice(f"W&B could not start ({first_line(e)}): going on without it; WANDB_MODE=offline "
+               "logs without a network")
         return None
 
 
@@ -578,31 +504,31 @@ def save_grid(path, rows, labels):
 class Progress:
     """One status line: rewritten in place on a terminal, a new line every 30 s in a log file."""
 
-    def __init__(self, ctx, label, total, done=0):
-        self.label, self.total, self.done_before = label, total, done
-        self.enabled, self.tty = ctx.is_main, sys.stdout.isatty()
-        self.start = time.perf_counter()
-        self.shown = 0.0 if self.tty else self.start
+    def __init__(self, ctx, label, total):
+        self.ctx, self.label, self.total = ctx, label, total
+        self.first = None  # (done, time) at the first update: what came before may have compiled
+        self.tty = sys.stdout.isatty()
+        self.shown = 0.0 if self.tty else time.perf_counter()
 
     def update(self, done, text=""):
         """done of total are finished; text: what else to show."""
         now = time.perf_counter()
-        if not self.enabled or now - self.shown < (0.2 if self.tty else 30.0):
+        self.first = self.first or (done, now)
+        if not self.ctx.is_main or now - self.shown < (0.2 if self.tty else 30.0):
             return
         self.shown = now
-        seconds = (now - self.start) / max(done - self.done_before, 1) * (self.total - done)
-        percent = 100 * done // max(self.total, 1)
-        line = f"{self.label} {done}/{self.total} ({percent}%) {text} {time_text(seconds)} left"
+        line = f"{self.label} {done}/{self.total} ({100 * done // max(self.total, 1)}%) {text}"
+        if new := done - self.first[0]:
+            line += f" {time_text((now - self.first[1]) / new * (self.total - done))} left"
         if self.tty:
-            self.clear()
             say(line[:shutil.get_terminal_size().columns - 1], end="")
         else:
             say(line)
 
     def clear(self):
-        """Wipe the line, so that normal output can follow."""
-        if self.enabled and self.tty:
-            say("\r\x1b[K", end="")  # erase to the end of the line
+        """Wipe the line, so that `print` can follow."""
+        if self.ctx.is_main:
+            say("", end="")
 
 
 def time_text(seconds):

@@ -196,7 +196,7 @@ def test_the_card_says_what_the_model_was_made_of(evaluated):
                            "overfit_k": 8}
     checkpoint |= {"class_names": ["normal", nasty], "trained_classes": [1]}
     meta = {"data": [["normal", 5, ""], [nasty, 8, ""]], "world_size": 3, "git_commit": "abc"}
-    vae_settings = load_checkpoint(evaluated.vae_ckpt, "vae", weights=False)["args"]
+    vae_settings = load_checkpoint(evaluated.vae_ckpt, "vae")["args"]
     card = export.model_card(checkpoint, vae_settings, meta, None)
     for text in (": tb # Approved | for diagnosis (8)", "started from another model",
                  "2 augmented copies", "- autoencoder: phantom/TB, split train", "steps of 24",

