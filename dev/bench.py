@@ -105,8 +105,8 @@ def ldm_step(args, ctx):
     loss_fn = train_ldm.wrap(models[0], shape, settings, ctx)
     mean = torch.randn(args.batch, *shape, device=ctx.device)
     y = torch.arange(args.batch, device=ctx.device) % len(CLASSES)
-    batches = [train_ldm.MicroBatch((mean, torch.full_like(mean, -6.0)), y, None)]
-    return lambda: train_ldm.train_step(*models, loss_fn, batches, 1.0, 0, settings, ctx)
+    batch = (mean, torch.full_like(mean, -6.0)), y, None
+    return lambda: train_ldm.train_step(*models, loss_fn, batch, 1.0, 0, settings, ctx)
 
 
 def vae_step(args, ctx):
