@@ -34,7 +34,6 @@ def measure(latents, seed, ctx):
     """{name: number} about posterior samples of all latents. Not about their means: the diffusion
     model is trained on samples. Sums are float64."""
     num_images = len(latents.images)
-    progress = run.Progress(ctx, "measuring latents", num_images)
     total = squares = noise_variance = 0.0
     for start in range(0, num_images, 64):
         mean, logvar = latents.posterior(np.arange(start, min(start + 64, num_images)))
@@ -43,8 +42,6 @@ def measure(latents, seed, ctx):
         total = total + z.mean((2, 3)).sum(0)  # [C]
         squares = squares + z.square().mean((2, 3)).sum(0)
         noise_variance = noise_variance + logvar.double().exp().mean((1, 2, 3)).sum()
-        progress.update(start + len(z))
-    progress.clear()
     means, powers = total / num_images, squares / num_images
     mean = means.mean().item()
     std = math.sqrt(max(0.0, powers.mean().item() - mean**2))  # of all values of all channels
