@@ -164,8 +164,8 @@ class AutoencoderKL(nn.Module):
         factor = patch_size * 2 ** (len(ch_mults) - 1)
         if img_size % factor:
             nearest = max(1, round(img_size / factor)) * factor
-            raise ValueError(f"img_size {img_size} is not a multiple of {factor} (of patch_size and "
-                             f"ch_mults); the nearest that fits is {nearest}")
+            raise ValueError(f"img_size {img_size} is not a multiple of {factor} (by patch_size "
+                             f"and ch_mults); the nearest that fits is {nearest}")
         self.latent_shape = (z_channels, img_size // factor, img_size // factor)
         self.patch_size = patch_size
         widths = [base_ch * m for m in ch_mults]

@@ -109,7 +109,7 @@ def cast_weights(module, ctx):
     return module
 
 
-def sample_latents(denoiser, latent_shape, requests, class_names, args, ctx, tick=None):
+def sample_latents(denoiser, latent_shape, requests, class_names, args, ctx, tick=lambda: None):
     """Normalised latents [B, C, h, w] on the device for requests, [(class index, number)]. A
     sample's noise comes from (args.seed, class name, number) on the CPU: the same on every device
     and in every batch. tick() is called before each network evaluation."""
