@@ -249,6 +249,5 @@ def sample(denoiser, y, noise, sampler, steps, guidance_scale, guidance_interval
         with autocast():
             return denoiser.denoise(x, t_batch, y, guidance_scale if low <= t <= high else 1.0)
 
-    start = noise()
-    start = start * denoiser.schedule.sigma(torch.ones(1)).item()
+    start = noise() * denoiser.schedule.sigma(torch.ones(1)).item()
     return SAMPLERS[sampler](denoise, denoiser.schedule, start, steps, noise)

@@ -182,8 +182,8 @@ def initial_weights(denoiser, args, class_names):
     name; a new one starts from the null class, which stands for all."""
     checkpoint = load_checkpoint(args.init_from, "ldm")
     known = checkpoint["class_names"]
-    if new := [name for name in class_names if name not in known]:
-        notice(f"{args.init_from} does not know class {', '.join(new)}: it starts as the null class")
+    if new := ", ".join(name for name in class_names if name not in known):
+        notice(f"{args.init_from} does not know class {new}: it starts from the null class")
     rows = [known.index(name) if name in known else len(known) for name in class_names]
     state = sample.build_denoiser(checkpoint, args.init_from).state_dict()
     state["unet.class_emb.weight"] = state["unet.class_emb.weight"][[*rows, len(known)]]
@@ -210,15 +210,12 @@ def load_weights(run, denoiser, ema, optimizer, args, class_names):
     return checkpoint
 
 
-def wrap(denoiser, latent_shape, args, ctx):
-    """The loss as the step calls it, compiled and under DDP. The wrappers are only called: weights
-    are read from the plain module, so no checkpoint knows of them."""
-    y = torch.zeros(args.batch_per_device * args.grad_accum, dtype=torch.long, device=ctx.device)
-    mean = torch.zeros(len(y), *latent_shape, device=ctx.device)
-    aug = torch.zeros(len(y), data.AUG_DIM, device=ctx.device) if args.augment else None
-    example = network_inputs(((mean, mean), y, aug), 1.0, "example", denoiser, args, ctx)[0]
-    loss_fn = torch.compile(denoiser) if ctx.compile else denoiser
-    return ctx.wrap_ddp(loss_fn, *example)
+def wrap(denoiser, batch, args, ctx):
+    """The loss as the step calls it, compiled and under DDP; batch: any that read_batch returned.
+    The wrappers are only called: weights are read from the plain module, so no checkpoint knows of
+    them."""
+    example = network_inputs(batch, 1.0, "example", denoiser, args, ctx)[0]
+    return ctx.wrap_ddp(torch.compile(denoiser) if ctx.compile else denoiser, *example)
 
 
 def draw_inputs(latent_shape, step, args, ctx):
@@ -343,10 +340,9 @@ def save_pictures(run, epoch, x, labels, images, args):
     eight training images."""
     paths = {}
     for c in sorted(set(labels)):
-        name = images.class_names[c]
-        label = f"{name}, epoch {epoch}, guidance {args.guidance_scale:g}"
-        paths[name] = run.save_grid(f"sample_ep{epoch:04d}_{name}",
-                                    [x[torch.tensor(labels) == c]], [label])
+        name, own = images.class_names[c], x[torch.tensor(labels) == c]
+        paths[name] = run.save_grid(f"sample_ep{epoch:04d}_{name}", [own],
+                                    [f"{name}, epoch {epoch}, guidance {args.guidance_scale:g}"])
         if not (run.folder / "samples" / f"real_{name}.png").exists():
             members = np.flatnonzero(images.labels == c)
             chosen = members[::max(1, len(members) // 8)][:8]
@@ -415,7 +411,8 @@ def main(argv=None):
         "parameters": f"{sum(p.numel() for p in denoiser.parameters()) / 1e6:.1f} M",
         "steps": f"{total_steps} ({order.epoch_steps} per epoch)"})
     # Only now, with the settings on the screen: compiling takes minutes.
-    loss_fn = wrap(denoiser, latent_shape, args, ctx)
+    example = read_batch(latents, order.indices(0)[0] % len(images), 0, args, ctx)
+    loss_fn = wrap(denoiser, example, args, ctx)
 
     while True:
         # --- checkpoint, at most every --save_minutes ---

@@ -366,8 +366,7 @@ def main(argv=None):
 
     # --- end ---
     # Not of train/loss: its adversarial part has no trend, since its judge learns too.
-    history = run.history("train/rec") if ctx.is_main else ()
-    verdicts = health(train_metrics, history, diverged=diverged)
+    verdicts = health(train_metrics, run.history("train/rec"), diverged=diverged)
     run.finish(step, {**train_metrics, **val_metrics}, verdicts, run.last_path, diverged,
                "find_latent_scale.py", ae_ckpt_path=run.last_path, **data_flags(args))
 

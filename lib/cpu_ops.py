@@ -46,11 +46,9 @@ def can_compile():
 def fused(function):
     """The function as one loop over memory, which takes the time, in place of one per operation.
     Compiled for all shapes when it is first called, a second or two each; kept on disk."""
-    @functools.cache
-    def compiled():  # only when it is needed: PyTorch's compiler takes a second to import
-        return torch.compile(function, dynamic=True, recompile_limit=64)
+    # Only when it is needed: PyTorch's compiler takes a second to import.
+    compiled = functools.cache(lambda: torch.compile(function, dynamic=True, recompile_limit=64))
 
-    @functools.wraps(function)
     def run(*args):
         # Tensors with and without a gradient would be compiled apart.
         args = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]

@@ -87,10 +87,10 @@ def small_ldm():
     ctx = dist.DistContext(0, 1, torch.device("cuda:0"), torch.bfloat16, True)
     shape = (4, 16, 16)
     models = train_ldm.build_models(args, ctx, shape, 2)
-    loss_fn = train_ldm.wrap(models[0], shape, args, ctx)
     mean = torch.randn(16, *shape, device=ctx.device)
     y = torch.arange(16, device=ctx.device) % 2
-    return args, ctx, models, loss_fn, ((mean, mean - 6), y, None)
+    batch = ((mean, mean - 6), y, None)
+    return args, ctx, models, train_ldm.wrap(models[0], batch, args, ctx), batch
 
 
 def test_a_step_waits_for_nothing_and_is_compiled_once(small_ldm):
