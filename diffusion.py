@@ -206,32 +206,21 @@ def ddim(denoise, schedule, x, steps, noise):
     return x
 
 
-def lambda_step(alpha_t, sigma_t, alpha_s, sigma_s):
-    """h = lambda_s - lambda_t, lambda = log(alpha / sigma); infinite if alpha_t or sigma_s is 0."""
-    if alpha_t == 0 or sigma_s == 0:
-        return math.inf
-    return math.log(alpha_s * sigma_t / (alpha_t * sigma_s))
-
-
-def second_order(x0, x0_before, h, h_before, dt, dt_before):
-    """x0-hat in the middle of the step, on the line through the last two over lambda; over t where
-    a step in lambda is infinite, as the first and the last are. x0 itself on the first step."""
-    if x0_before is None:
-        return x0
-    if math.isinf(h) or math.isinf(h_before):
-        h, h_before = dt, dt_before
-    return x0 + h / (2 * h_before) * (x0 - x0_before)
-
-
 def dpmpp_2m(denoise, schedule, x, steps, noise, sde=False):
     """DPM-Solver++ 2M (Lu et al. 2022, alg. 2), deterministic. sde: SDE-DPM-Solver++ 2M of the same
     paper, which is `ancestral` of second order."""
     grid = lambda_grid(schedule, steps)
     x0_before = h_before = dt_before = None
     for (t, alpha_t, sigma_t), (s, alpha_s, sigma_s) in zip(grid, grid[1:], strict=False):
-        x0 = denoise(x, t)
-        h, dt = lambda_step(alpha_t, sigma_t, alpha_s, sigma_s), t - s
-        direction = second_order(x0, x0_before, h, h_before, dt, dt_before)
+        x0, dt, h = denoise(x, t), t - s, math.inf  # h: the step in lambda
+        if alpha_t > 0 and sigma_s > 0:
+            h = math.log(alpha_s * sigma_t / (alpha_t * sigma_s))
+        direction = x0
+        if x0_before is not None:
+            # x0-hat in the middle of the step, on the line through the last two over lambda; over
+            # t where a step in lambda is infinite, as the first and the last are.
+            last, now = (dt_before, dt) if math.inf in (h, h_before) else (h_before, h)
+            direction = x0 + now / (2 * last) * (x0 - x0_before)
         decay = math.exp(-h)
         kept = decay if sde else 1.0  # fraction of x_t's noise that is kept; the rest is drawn anew
         x = sigma_s / sigma_t * kept * x + alpha_s * (1 - decay * kept) * direction
@@ -247,7 +236,7 @@ SAMPLERS = {"ancestral": ancestral, "ddim": ddim, "dpmpp_2m": dpmpp_2m,
 
 @torch.no_grad()
 def sample(denoiser, y, noise, sampler, steps, guidance_scale, guidance_interval,
-           autocast=contextlib.nullcontext, tick=None):
+           autocast=contextlib.nullcontext, tick=lambda: None):
     """Normalised latents [B, C, h, w] of classes y [B]. noise(): standard normal noise [B, C, h, w]
     on y's device, new at each call. guidance_interval (low, high): guidance is on for t between
     them only (Kynkaanniemi et al. 2024). autocast(): context of each network evaluation; tick():
@@ -255,12 +244,10 @@ def sample(denoiser, y, noise, sampler, steps, guidance_scale, guidance_interval
     low, high = guidance_interval
 
     def denoise(x, t):
-        if tick is not None:
-            tick()
+        tick()
         t_batch = torch.full((len(x),), t, device=x.device)
         with autocast():
             return denoiser.denoise(x, t_batch, y, guidance_scale if low <= t <= high else 1.0)
 
-    start = noise()
-    start = start * denoiser.schedule.sigma(torch.ones(1)).item()
+    start = noise() * denoiser.schedule.sigma(torch.ones(1)).item()
     return SAMPLERS[sampler](denoise, denoiser.schedule, start, steps, noise)

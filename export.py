@@ -201,8 +201,7 @@ def main(argv=None):
         fail(f"{folder} exists: give another folder, or remove it")
     ctx = dist.setup(argparse.Namespace(device="cpu"))
     denoiser, vae, checkpoint = sample.load_ldm(args.ckpt, ctx, args.ae_ckpt_path)
-    ae_path = args.ae_ckpt_path or sample.autoencoder_of(checkpoint, args.ckpt)
-    vae_settings = run.load_checkpoint(ae_path, "vae")["args"]
+    vae_settings = run.load_checkpoint(checkpoint["ae_ckpt_path"], "vae")["args"]
     try:
         report = read_evaluation(args, checkpoint)
         meta = read_meta(run.run_folder(args.ckpt))

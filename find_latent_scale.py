@@ -34,7 +34,6 @@ def measure(latents, seed, ctx):
     """{name: number} about posterior samples of all latents. Not about their means: the diffusion
     model is trained on samples. Sums are float64."""
     num_images = len(latents.images)
-    progress = run.Progress(ctx, "measuring latents", num_images)
     total = squares = noise_variance = 0.0
     for start in range(0, num_images, 64):
         mean, logvar = latents.posterior(np.arange(start, min(start + 64, num_images)))
@@ -43,12 +42,10 @@ def measure(latents, seed, ctx):
         total = total + z.mean((2, 3)).sum(0)  # [C]
         squares = squares + z.square().mean((2, 3)).sum(0)
         noise_variance = noise_variance + logvar.double().exp().mean((1, 2, 3)).sum()
-        progress.update(start + len(z))
-    progress.clear()
     means, powers = total / num_images, squares / num_images
     mean = means.mean().item()
     std = math.sqrt(max(0.0, powers.mean().item() - mean**2))  # of all values of all channels
-    if not (math.isfinite(std) and std > 0):
+    if not 0 < std < math.inf:
         fail(f"the latents have standard deviation {std}: this autoencoder is broken")
     stds = (powers - means**2).clamp(min=0).sqrt()
     return {"latent_scale_factor": 1 / std, "std": std, "mean": mean,
@@ -68,14 +65,13 @@ def main(argv=None):
 
     ctx = dist.setup(args)
     ckpt_path = run.find_autoencoder(args)
-    vae, settings, vae_sha256 = sample.load_autoencoder(ckpt_path, ctx, args.ae_config_path)
+    vae, settings, vae_sha256 = sample.load_autoencoder(ckpt_path, ctx)
     data.adopt_settings(args, settings, f"the autoencoder {ckpt_path}")
     images = data.open_images(args, ctx, args.split)
     cache = pathlib.Path(args.output_root, "cache")
     result = measure(data.LatentSet(images, vae, vae_sha256, cache, ctx), args.seed, ctx)
     if not ctx.is_main:
         return
-
     for name, value in result.items():
         print(f"{name:<28} {value}")
     print(verdicts.format_verdicts(verdicts.health(result)))

@@ -152,10 +152,9 @@ class AutoencoderKL(nn.Module):
     attn_res: feature-map sizes that get attention besides the middle block, which always has it.
     patch_size: the networks see squares of this many pixels a side as channels. linear_path: a
     linear map between a latent and its square of pixels runs parallel to each network, which starts
-    as zero: principal components are a good autoencoder already (8 of 8 x 8 pixels: 33.5 dB on
-    chest films of 128 px), which deep layers with norms take thousands of steps to find.
-    quant_conv: 1x1 convolutions around the latent, as in published autoencoders. ValueError if
-    img_size cannot be halved that often.
+    as zero: principal components are a good autoencoder already, which deep layers with norms take
+    thousands of steps to find. quant_conv: 1x1 convolutions around the latent, as in published
+    autoencoders. ValueError if img_size cannot be halved that often.
     """
 
     def __init__(self, img_size, z_channels, base_ch, ch_mults, num_res_blocks, attn_res=(),
@@ -165,38 +164,35 @@ class AutoencoderKL(nn.Module):
         factor = patch_size * 2 ** (len(ch_mults) - 1)
         if img_size % factor:
             nearest = max(1, round(img_size / factor)) * factor
-            raise ValueError(
-                f"img_size {img_size} is not a multiple of {factor}, by which patch_size and "
-                f"ch_mults down-sample; the nearest that fits is {nearest}")
+            raise ValueError(f"img_size {img_size} is not a multiple of {factor} (by patch_size "
+                             f"and ch_mults); the nearest that fits is {nearest}")
         self.latent_shape = (z_channels, img_size // factor, img_size // factor)
         self.patch_size = patch_size
         widths = [base_ch * m for m in ch_mults]
+
+        def block(in_ch, out_ch, attention):
+            layers = [ResBlock(in_ch, out_ch, groups)]
+            return layers + [Attention(out_ch, groups, heads=1)] if attention else layers
 
         ch, res = base_ch, img_size // patch_size
         encoder = [conv3x3(patch_size**2, ch)]
         for level, width in enumerate(widths):
             for _ in range(num_res_blocks):
-                encoder.append(ResBlock(ch, width, groups))
+                encoder += block(ch, width, res in attn_res)
                 ch = width
-                if res in attn_res:
-                    encoder.append(Attention(ch, groups, heads=1))
             if level < len(widths) - 1:
                 encoder.append(Downsample(ch, padding=0))
                 res //= 2
-        encoder += [ResBlock(ch, ch, groups), Attention(ch, groups, heads=1)]
-        encoder += [ResBlock(ch, ch, groups)]
+        encoder += block(ch, ch, True) + block(ch, ch, False)
         encoder += [GroupNorm(ch, groups), nn.SiLU(), conv3x3(ch, 2 * z_channels)]
         self.encoder = nn.Sequential(*encoder)
 
         decoder = [conv3x3(z_channels, ch)]
-        decoder += [ResBlock(ch, ch, groups), Attention(ch, groups, heads=1)]
-        decoder += [ResBlock(ch, ch, groups)]
+        decoder += block(ch, ch, True) + block(ch, ch, False)
         for level, width in reversed(list(enumerate(widths))):
             for _ in range(num_res_blocks + 1):
-                decoder.append(ResBlock(ch, width, groups))
+                decoder += block(ch, width, res in attn_res)
                 ch = width
-                if res in attn_res:
-                    decoder.append(Attention(ch, groups, heads=1))
             if level > 0:
                 decoder.append(Upsample(ch))
                 res *= 2
@@ -269,21 +265,19 @@ class PatchDiscriminator(nn.Module):
 def timestep_embedding(t, dim):
     """Sinusoidal features of t in [0, 1], scaled to [0, 1000]: [B] to [B, dim] (Vaswani et al.
     2017, section 3.5)."""
-    half = dim // 2
-    k = torch.arange(half, device=t.device, dtype=torch.float32)
-    freqs = torch.exp(-math.log(10000) * k / half)
+    k = torch.arange(dim // 2, device=t.device, dtype=torch.float32)
+    freqs = torch.exp(-math.log(10000) * k / (dim // 2))
     args = 1000.0 * t.float()[:, None] * freqs[None]  # [B, half]
     return torch.cat([args.cos(), args.sin()], dim=1)
 
 
 class UNet(nn.Module):
-    """Class-conditional UNet on latents (Ho et al. 2020; conditioned by scale and shift as in
-    Dhariwal & Nichol 2021).
+    """Class-conditional UNet on latents (Ho et al. 2020; scale and shift: Dhariwal & Nichol 2021).
 
     Class `num_classes` is the null class of classifier-free guidance. attn_res: latent sizes that
     get attention, in heads of up to 64 channels; the middle block always has it. aug_dim: length of
-    the augmentation labels that the network is conditioned on (Karras et al. 2022, appendix F.2).
-    ValueError if the latents cannot be halved len(ch_mults) - 1 times, or base_ch is odd.
+    the augmentation labels (Karras et al. 2022, appendix F.2). ValueError if the latents cannot be
+    halved len(ch_mults) - 1 times.
     """
 
     def __init__(self, latent_shape, num_classes, base_ch, ch_mults, num_res_blocks, attn_res,
@@ -292,29 +286,22 @@ class UNet(nn.Module):
         in_ch, res, _ = latent_shape
         halvings = len(ch_mults) - 1
         if res % 2**halvings:
-            raise ValueError(
-                f"latents of {res}x{res} cannot be halved {halvings} times: use fewer ldm_ch_mults "
-                f"or an image size whose latent is a multiple of {2**halvings}")
-        if base_ch % 2:
-            raise ValueError(f"ldm_base_ch {base_ch} is odd, but half of the time features are "
-                             "sines, half cosines")
+            raise ValueError(f"latents of {res}x{res} cannot be halved {halvings} times: use fewer "
+                             "ldm_ch_mults, or an autoencoder with latents of another size")
         self.null_class = num_classes
         self.base_ch = base_ch
-        emb_dim = 4 * base_ch
-        groups = num_groups(base_ch)
+        groups, emb_dim = num_groups(base_ch), 4 * base_ch
         self.time_mlp = nn.Sequential(
-            nn.Linear(base_ch, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+            nn.Linear(base_ch // 2 * 2, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
         self.class_emb = nn.Embedding(num_classes + 1, emb_dim)
         self.aug_emb = None
         if aug_dim:  # without a bias: all zeros, the image as it is, add nothing
             self.aug_emb = nn.Linear(aug_dim, emb_dim, bias=False)
             nn.init.zeros_(self.aug_emb.weight)
 
-        def res_block(in_ch, out_ch, attention):
-            layers = [ResBlock(in_ch, out_ch, groups, emb_dim)]
-            if attention:
-                layers.append(Attention(out_ch, groups, out_ch // head_dim(base_ch)))
-            return layers
+        def block(in_ch, out_ch, attention):
+            layers, heads = [ResBlock(in_ch, out_ch, groups, emb_dim)], out_ch // head_dim(base_ch)
+            return layers + [Attention(out_ch, groups, heads)] if attention else layers
 
         ch = base_ch
         self.conv_in = conv3x3(in_ch, ch)
@@ -322,24 +309,23 @@ class UNet(nn.Module):
         skips = [ch]
         for level, mult in enumerate(ch_mults):
             for _ in range(num_res_blocks):
-                block = res_block(ch, base_ch * mult, res in attn_res)
+                self.down.append(nn.ModuleList(block(ch, base_ch * mult, res in attn_res)))
                 ch = base_ch * mult
-                self.down.append(nn.ModuleList(block))
                 skips.append(ch)
             if level < len(ch_mults) - 1:
                 self.down.append(nn.ModuleList([Downsample(ch, padding=1)]))
                 skips.append(ch)
                 res //= 2
-        self.mid = nn.ModuleList(res_block(ch, ch, True) + res_block(ch, ch, False))
+        self.mid = nn.ModuleList(block(ch, ch, True) + block(ch, ch, False))
         self.up = nn.ModuleList()
         for level, mult in reversed(list(enumerate(ch_mults))):
             for i in range(num_res_blocks + 1):
-                block = res_block(ch + skips.pop(), base_ch * mult, res in attn_res)
+                layers = block(ch + skips.pop(), base_ch * mult, res in attn_res)
                 ch = base_ch * mult
                 if i == num_res_blocks and level > 0:
-                    block.append(Upsample(ch))
+                    layers.append(Upsample(ch))
                     res *= 2
-                self.up.append(nn.ModuleList(block))
+                self.up.append(nn.ModuleList(layers))
         self.norm_out = GroupNorm(ch, groups)
         self.conv_out = zero_init(conv3x3(ch, in_ch))  # first, it predicts zero
 
@@ -390,15 +376,13 @@ VAE_SHAPE = ("img_size", "z_channels", "base_ch", "ch_mults", "num_res_blocks", 
 
 
 def build_vae(settings):
-    """AutoencoderKL from a dict of train_vae.py's settings; ValueError if they contradict each
-    other, KeyError if one is missing."""
+    """AutoencoderKL from a dict of train_vae.py's settings; ValueError if they contradict."""
     return AutoencoderKL(*(settings[name] for name in VAE_SHAPE))
 
 
 def build_denoiser(settings, latent_shape, num_classes, aug_dim=0):
-    """diffusion.Denoiser with its UNet from a dict of train_ldm.py's settings; aug_dim: length of
-    the augmentation labels, if --augment is on. ValueError if settings contradict each other,
-    KeyError if one is missing."""
+    """diffusion.Denoiser with its UNet from a dict of train_ldm.py's settings; ValueError if they
+    contradict. aug_dim: length of the augmentation labels, if --augment is on."""
     unet = UNet(latent_shape, num_classes, settings["ldm_base_ch"], settings["ldm_ch_mults"],
                 settings["ldm_num_res_blocks"], settings["ldm_attn_res"],
                 aug_dim if settings["augment"] else 0)

@@ -10,7 +10,7 @@ Each mode is a set of defaults (PRESETS); an explicit flag wins. To resume a run
 import contextlib
 import pathlib
 import re
-from typing import NamedTuple
+import shlex
 
 import numpy as np
 import torch
@@ -41,13 +41,13 @@ PRESETS = {
 
 
 def resolve_mode(args):
-    """(mode, K) from --mode, --overfit_one and --overfit_k, K = 0 for all images; ValueError where
+    """(mode, K) from --mode, --overfit_one and --overfit_k, K = 0 for all images; ValueError if
     they disagree."""
-    if not re.fullmatch("full_train|overfit_one|overfit_[1-9][0-9]*", args.mode):
+    match = re.fullmatch("full_train|overfit_(one|[1-9][0-9]*)", args.mode)
+    if not match:
         raise ValueError(f"unknown --mode={args.mode}: full_train, overfit_one or overfit_K such "
                          "as overfit_16")
-    named = {"full_train": 0, "overfit_one": 1}
-    in_mode = named[args.mode] if args.mode in named else int(args.mode.removeprefix("overfit_"))
+    in_mode = 0 if match[1] is None else 1 if match[1] == "one" else int(match[1])
     asked = {in_mode, args.overfit_k, int(args.overfit_one)} - {0}
     if len(asked) > 1:
         raise ValueError(f"--mode={args.mode}, --overfit_one and --overfit_k ask for different "
@@ -62,11 +62,9 @@ def preset(args):
     mode, k = resolve_mode(args)
     nearest = "overfit_8" if k < 12 else "overfit_16" if k < 24 else "overfit_32"
     row = PRESETS.get(mode, PRESETS[nearest])
-    if not k:
-        return {**row, "batch_per_device": 16}
     # Memorising: no class dropout, hence no null class to guide from, nothing augmented.
-    return {**row, "batch_per_device": min(k, 16), "prob_uncond": 0.0, "guidance_scale": 1.0,
-            "warmup_steps": 0, "augment": 0}
+    return row if not k else {**row, "batch_per_device": min(k, 16), "prob_uncond": 0.0,
+                              "guidance_scale": 1.0, "warmup_steps": 0, "augment": 0}
 
 
 def build_parser():
@@ -91,17 +89,14 @@ def build_parser():
     add("--prediction", choices=("eps", "v", "x0", "flow"), default="flow", help="UNet's output")
     add("--noise_schedule", choices=("auto", "linear", "cosine", "flow"), default="auto",
         help="auto: flow for prediction flow, else cosine")
-    add("--zero_terminal_snr", action=BooleanFlag,
-        help="t = 1 is pure noise; None: yes, except for eps")
+    add("--zero_terminal_snr", action=BooleanFlag, help="t = 1 is pure noise; None: but for eps")
     add("--loss_weighting", choices=("uniform", "min_snr"), default="uniform", help="over t")
-    add("--prob_uncond", type=at_least(0, float, 0.999999), default=0.1,
-        help="fraction of labels replaced by the null class")
+    add("--prob_uncond", type=at_least(0, float, 0.999999), default=0.1, help="labels dropped")
     add("--use_ema", action=BooleanFlag, default=True, help="sample from averaged weights")
     add("--ema_decay", type=at_least(0, float, 1), default=0.999, help="of these, after a warm-up")
     add("--warmup_steps", type=at_least(0), default=500, help="steps over which lr rises")
     add("--grad_accum", type=at_least(1), default=1, help="micro-batches per step")
-    add("--patience", type=at_least(0), default=0,
-        help="stop after this many evaluations without a lower val/loss; 0: never")
+    add("--patience", type=at_least(0), default=0, help="evaluations without a lower val/loss")
     add = parser.add_argument_group("sampling in training").add_argument
     add("--sample_batch_size", type=at_least(2), default=8, help="images per class")
     add("--sampler", choices=tuple(diffusion.SAMPLERS), default="ancestral", help="see sample.py")
@@ -158,49 +153,53 @@ def build_models(args, ctx, latent_shape, num_classes):
     return denoiser, ema, optimizer
 
 
-# Weights mean nothing with another value of one of these.
-PROCESS_SETTINGS = ("prediction", "noise_schedule", "zero_terminal_snr", "latent_scale_factor")
+# Weights fit no other value of the first four, and mean nothing with one of the others.
+FIXED = ("ldm_base_ch", "ldm_ch_mults", "ldm_num_res_blocks", "ldm_attn_res", "prediction",
+         "noise_schedule", "zero_terminal_snr", "latent_scale_factor")
 
 
-def check_process(checkpoint, source, scale, vae_sha256, args):
-    """End the program if the weights of a checkpoint mean nothing with today's autoencoder, latent
-    scale or diffusion process. source: what to call the checkpoint."""
+def check_start(args, scale, vae_sha256):
+    """End the program if the weights of --resume_dir or --init_from are not for this network,
+    diffusion process, latent scale and autoencoder."""
+    source = f"{args.resume_dir}/ckpts/last.pt" if args.resume_dir else args.init_from
+    if not source:
+        return
+    checkpoint = load_checkpoint(source, "ldm", weights=False)
     if checkpoint["vae_sha256"] != vae_sha256:
         fail(f"{source} was trained with another autoencoder (its hash differs): give "
              f"--ae_ckpt_path={checkpoint['ae_ckpt_path']} as it was then, or start a new run")
-    stored = checkpoint["args"] | {"latent_scale_factor": checkpoint["latent_scale_factor"]}
-    for name, value in {**vars(args), "latent_scale_factor": scale}.items():
-        if name in PROCESS_SETTINGS and stored.get(name) != value:
-            fail(f"{source} was trained with {name}={stored.get(name)}; its weights mean nothing "
-                 f"with {value}: give --{name}={stored.get(name)}, or start a new run")
+    now = {**vars(args), "latent_scale_factor": scale}
+    for name in FIXED:
+        before = {**checkpoint["args"], **checkpoint}[name]
+        if before != now[name]:
+            flag = shlex.quote(f"--{name}={before}")
+            fail(f"{source} was trained with {name}={before}, and its weights mean nothing with "
+                 f"{now[name]}: give {flag}, or start a new run")
 
 
-def initial_weights(denoiser, args, scale, vae_sha256, class_names):
-    """State dict for `denoiser` from the averaged weights of --init_from, a model of the same shape
-    and autoencoder; None if the run starts from random weights or goes on. Classes are matched by
+def initial_weights(denoiser, args, class_names):
+    """State dict for `denoiser` from the averaged weights of --init_from. Classes are matched by
     name; a new one starts from the null class, which stands for all."""
-    if not args.init_from or args.resume_dir:
-        return None
-    path = args.init_from
-    checkpoint = load_checkpoint(path, "ldm")
-    check_process(checkpoint, f"--init_from={path}", scale, vae_sha256, args)
+    checkpoint = load_checkpoint(args.init_from, "ldm")
     known = checkpoint["class_names"]
-    if new := [name for name in class_names if name not in known]:
-        notice(f"{path} does not know class {', '.join(new)}: it starts from the null class")
+    if new := ", ".join(name for name in class_names if name not in known):
+        notice(f"{args.init_from} does not know class {new}: it starts from the null class")
     rows = [known.index(name) if name in known else len(known) for name in class_names]
-    state = sample.build_denoiser(checkpoint, path).state_dict()
+    state = sample.build_denoiser(checkpoint, args.init_from).state_dict()
     state["unet.class_emb.weight"] = state["unet.class_emb.weight"][[*rows, len(known)]]
-    aug, mine = "unet.aug_emb.weight", denoiser.state_dict()  # of --augment, on either side
-    if aug in mine:
-        state.setdefault(aug, mine[aug])
-    else:
-        state.pop(aug, None)
-    return state
+    # Either side may lack the weights of --augment.
+    return {name: state.get(name, value) for name, value in denoiser.state_dict().items()}
 
 
-def resume(run, checkpoint, denoiser, ema, optimizer, class_names):
-    """Load a run's checkpoint into its networks and optimiser; ends the program if it was trained
-    on other classes."""
+def load_weights(run, denoiser, ema, optimizer, args, class_names):
+    """Load the checkpoint of a run that goes on, and return it; a new run takes the weights of
+    --init_from, if any. Ends the program if the run was trained on other classes."""
+    checkpoint = run.load()
+    if checkpoint is None:
+        if args.init_from:
+            weights = initial_weights(denoiser, args, class_names)
+            run.restore(dict.fromkeys((denoiser, ema.module) if ema else (denoiser,), weights))
+        return None
     if checkpoint["class_names"] != class_names:
         fail(f"{run.folder} was trained on the classes {', '.join(checkpoint['class_names'])}, not "
              f"on {', '.join(class_names)}: give the --data_root and --task of its start")
@@ -208,24 +207,20 @@ def resume(run, checkpoint, denoiser, ema, optimizer, class_names):
     if ema:
         modules[ema.module] = checkpoint["ema"] or checkpoint["model"]
     run.restore(modules, {optimizer: checkpoint["optimizer"]})
+    return checkpoint
 
 
-def wrap(denoiser, latent_shape, args, ctx):
-    """The loss as the step calls it, compiled and under DDP. The wrappers are only called: weights
-    are read from the plain module, so no checkpoint knows of them."""
-    mean = torch.zeros(args.batch_per_device, *latent_shape, device=ctx.device)
-    y = torch.zeros(len(mean), dtype=torch.long, device=ctx.device)
-    draws = [d[:len(y)] for d in draw_inputs(latent_shape, "example", args, ctx)]
-    aug = torch.zeros(len(y), data.AUG_DIM, device=ctx.device) if args.augment else None
-    example = network_inputs(MicroBatch((mean, mean), y, aug), 1.0, draws, denoiser, ctx)
-    loss_fn = torch.compile(denoiser) if ctx.compile else denoiser
-    return ctx.wrap_ddp(loss_fn, *example)
+def wrap(denoiser, batch, args, ctx):
+    """The loss as the step calls it, compiled and under DDP; batch: any that read_batch returned.
+    The wrappers are only called: weights are read from the plain module, so no checkpoint knows of
+    them."""
+    example = network_inputs(batch, 1.0, "example", denoiser, args, ctx)[0]
+    return ctx.wrap_ddp(torch.compile(denoiser) if ctx.compile else denoiser, *example)
 
 
 def draw_inputs(latent_shape, step, args, ctx):
     """The random numbers of this rank's images in a step: noise of the posterior and noise of the
-    diffusion [B, C, h, w], t [B], and whether the label is dropped [B], B for all micro-batches.
-    A run that was stopped, or goes on with other processes, draws the same."""
+    diffusion [B, C, h, w], t [B], and whether the label is dropped [B], B for all micro-batches."""
     batch = args.batch_per_device * args.grad_accum
     noise, rng = ctx.global_noise(batch, (2, *latent_shape), args.seed, "ldm", step)
     total, local = ctx.world_size * batch, ctx.local_slice(batch)
@@ -236,65 +231,51 @@ def draw_inputs(latent_shape, step, args, ctx):
     return noise[:, 0].contiguous(), noise[:, 1].contiguous(), t, dropped
 
 
-class MicroBatch(NamedTuple):
-    """Images of one pass through the network."""
-
-    posterior: tuple  # (mean, logvar) of unscaled latents, each [B, C, h, w]
-    y: torch.Tensor  # [B] class indices
-    augment_labels: torch.Tensor  # [B, 6]: see data.augment; None without --augment
-
-
 def draw_copies(count, step, args, ctx):
     """Which augmented copy of each image this rank trains on in a step, int [B]: 0, the image
-    itself, half of the time. They depend on what draw_inputs depends on."""
+    itself, half of the time."""
     if not args.augment:
         return np.zeros(count, int)
-    rng = ctx.generator(args.seed, "versions", step)
-    total = ctx.world_size * count
+    rng, total = ctx.generator(args.seed, "versions", step), ctx.world_size * count
     copies = torch.randint(1, args.augment + 1, (total,), generator=rng)
     copies *= torch.rand(total, generator=rng) < 0.5
     return copies[ctx.local_slice(count)].numpy()
 
 
-def read_batches(latents, index, step, args, ctx):
-    """[MicroBatch] of the images `index` of this rank in a step."""
+def read_batch(latents, index, step, args, ctx):
+    """What this rank trains on in a step, of the images `index`: (mean, logvar) of unscaled
+    latents, each [B, C, h, w]; classes [B]; augmentation labels [B, 6], None without --augment."""
     copies = draw_copies(len(index), step, args, ctx)
-    batches = []
-    for i, c in zip(np.split(index, args.grad_accum), np.split(copies, args.grad_accum),
-                    strict=True):
-        aug = latents.augment_labels(i, c) if args.augment else None
-        y = ctx.to_device(torch.from_numpy(latents.images.labels[i]))
-        batches.append(MicroBatch(latents.posterior(i, c), y, aug))
-    return batches
+    y = ctx.to_device(torch.from_numpy(latents.images.labels[index]))
+    aug = latents.augment_labels(index, copies) if args.augment else None
+    return latents.posterior(index, copies), y, aug
 
 
-def network_inputs(batch, scale, draws, denoiser, ctx):
-    """(x0, t, noise, y) of a MicroBatch as Denoiser.forward takes them, and its augmentation labels
-    if the network is conditioned on them; draws: of draw_inputs."""
-    posterior_noise, noise, t, dropped = draws
-    x0 = model.Posterior(*batch.posterior).sample(posterior_noise) * scale
-    y = torch.where(dropped, denoiser.unet.null_class, batch.y)
-    inputs = x0.contiguous(memory_format=ctx.memory_format), t, noise, y
-    return inputs if batch.augment_labels is None else (*inputs, batch.augment_labels)
+def network_inputs(batch, scale, step, denoiser, args, ctx):
+    """[(x0, t, noise, y) as Denoiser.forward takes them, and augmentation labels if it is
+    conditioned on them] for each micro-batch of what read_batch returned."""
+    posterior, y, aug = batch
+    posterior_noise, noise, t, dropped = draw_inputs(posterior[0].shape[1:], step, args, ctx)
+    x0 = model.Posterior(*posterior).sample(posterior_noise) * scale
+    x0 = x0.contiguous(memory_format=ctx.memory_format)
+    y = torch.where(dropped, denoiser.unet.null_class, y)
+    inputs = (x0, t, noise, y) if aug is None else (x0, t, noise, y, aug)
+    return list(zip(*(part.chunk(args.grad_accum) for part in inputs), strict=True))
 
 
-def train_step(denoiser, ema, optimizer, loss_fn, micro_batches, scale, step, args, ctx):
-    """One optimiser step on a list of MicroBatch: (the numbers of LOSSES, 1.0 if it was skipped
+def train_step(denoiser, ema, optimizer, loss_fn, batch, scale, step, args, ctx):
+    """One optimiser step on what read_batch returned: (the numbers of LOSSES, 1.0 if it was skipped
     else 0.0), tensors on the device. dev/bench.py times this function."""
-    draws = draw_inputs(micro_batches[0].posterior[0].shape[1:], step, args, ctx)
     losses, times = [], []
-    for i, batch in enumerate(micro_batches):
-        part = [d[i * len(batch.y):(i + 1) * len(batch.y)] for d in draws]
-        inputs = network_inputs(batch, scale, part, denoiser, ctx)
-        last = i == len(micro_batches) - 1
+    for inputs in network_inputs(batch, scale, step, denoiser, args, ctx):
+        times.append(inputs[1])
         # DDP sums the gradients of the ranks once per step, in the last micro-batch.
-        alone = ctx.world_size == 1 or last
+        alone = ctx.world_size == 1 or len(times) == args.grad_accum
         with contextlib.nullcontext() if alone else loss_fn.no_sync():
             with ctx.autocast():
                 loss = loss_fn(*inputs)
-            (loss.mean() / len(micro_batches)).backward()
+            (loss.mean() / args.grad_accum).backward()
         losses.append(loss.detach())
-        times.append(inputs[1])
     grad_norm, skipped = clip_and_step(denoiser, optimizer, args.grad_clip)
     if ema:
         ema.update(denoiser, step + 1)
@@ -307,41 +288,37 @@ def train_step(denoiser, ema, optimizer, loss_fn, micro_batches, scale, step, ar
 # --- evaluation ---------------------------------------------------------------------------------
 
 
-class Reference(NamedTuple):
-    """What samples are compared with, from up to 64 training images per class."""
-
-    stats: dict  # mean, std, min, max of unscaled latents, real_pairwise_mse_mean of normalised
-    z: torch.Tensor = None  # overfit modes only: the normalised posterior means,
-    x: torch.Tensor = None  # what they decode to,
-    posterior_variance: float = 0.0  # and how far a perfect copy is from them
-
-
 @torch.no_grad()
 def training_reference(latents, args, scale, vae, ctx):
-    """Reference of the training set `latents`."""
+    """What samples are compared with, from up to 64 training images per class: {mean, std, min and
+    max of unscaled latents, real_pairwise_mse_mean of normalised ones}; in overfit modes arguments
+    of overfit_verdict, else None."""
     labels = latents.images.labels
     index = np.concatenate([np.flatnonzero(labels == c)[:64] for c in np.unique(labels)])
     mean, logvar = latents.posterior(index)
     noise = torch.randn(mean.shape, generator=ctx.generator(args.seed, "reference"))
     z = model.Posterior(mean, logvar).sample(noise.to(mean.device)) * scale
     values = sample.latent_metrics(z, labels[index], latents.images.class_names, scale, None)
-    stats = {name: values[f"final_latent_stats/{name}"]
-             for name in ("mean", "std", "min", "max", "target_std")}
+    stats = {name.partition("/")[2]: value for name, value in values.items()
+             if name.startswith("final_latent_stats/")}
     stats["real_pairwise_mse_mean"] = values.get("sample_diversity/pairwise_mse_mean")
     if not 0.9 < stats["std"] * scale < 1.1:
         notice("the training latents times the scale factor have a standard deviation of "
                f"{stats['std'] * scale:.2f}, not 1: was it measured on other images?")
     if not args.overfit_k:
-        return Reference(stats)
+        return stats, None
     z_train = mean.cpu() * scale
-    x_train = sample.decode_latents(vae, z_train, scale, ctx)
-    return Reference(stats, z_train, x_train, (logvar.exp().mean() * scale**2).item())
+    # A perfect copy is a draw from the posterior: its variance comes on top of the tolerance.
+    threshold = 0.1 + (logvar.exp().mean() * scale**2).item()
+    return stats, {"z_train": z_train, "mse_threshold": threshold,
+                   "x_train": sample.decode_latents(vae, z_train, scale, ctx)}
 
 
-def evaluate(denoiser, vae, scale, classes, class_names, reference, args, ctx, label, tick):
+def evaluate(denoiser, vae, scale, classes, class_names, train_stats, memorised, args, ctx, label,
+             tick):
     """(metrics, images [N, 1, S, S], class index of each) of args.sample_batch_size samples of each
-    class, drawn by all ranks together, alike on all ranks. label: of the progress line; tick() is
-    called before each network evaluation."""
+    class, drawn by all ranks together, alike on all ranks. train_stats, memorised: of
+    training_reference; label: of the progress line; tick(): called before each evaluation."""
     requests = [(c, i) for c in classes for i in range(args.sample_batch_size)]
     local = requests[ctx.rank::ctx.world_size]
     z, x = [torch.zeros(0, *vae.latent_shape)], [torch.zeros(0, 1, args.img_size, args.img_size)]
@@ -352,19 +329,10 @@ def evaluate(denoiser, vae, scale, classes, class_names, reference, args, ctx, l
     z, x = ctx.gather(torch.cat(z)), ctx.gather(torch.cat(x))
     labels = [c for c, _ in requests]
     values = sample.latent_metrics(z, labels, class_names, scale,
-                                   reference.stats["real_pairwise_mse_mean"])
-    if args.overfit_k:
-        # A perfect copy is a draw from the posterior: its variance comes on top of the tolerance.
-        threshold = 0.1 + reference.posterior_variance
-        values |= overfit_verdict(z, reference.z, x, reference.x, mse_threshold=threshold)
+                                   train_stats["real_pairwise_mse_mean"])
+    if memorised:
+        values |= overfit_verdict(z_samples=z, x_samples=x, **memorised)
     return values, x, labels
-
-
-def judge(run, values, reference, monitor, args):
-    """Verdicts on the metrics of an evaluation and on their course so far."""
-    return health(values, run.history("train/loss"), reference.stats, overfit=args.overfit_k > 0,
-                  val_history=(run.history("val/loss"), run.history("val/train_loss")),
-                  best_epoch=monitor.best.epoch)
 
 
 def save_pictures(run, epoch, x, labels, images, args):
@@ -372,14 +340,13 @@ def save_pictures(run, epoch, x, labels, images, args):
     eight training images."""
     paths = {}
     for c in sorted(set(labels)):
-        name = images.class_names[c]
-        label = f"{name}, epoch {epoch}, guidance {args.guidance_scale:g}"
-        paths[name] = run.save_grid(f"sample_ep{epoch:04d}_{name}",
-                                    [x[torch.tensor(labels) == c]], [label])
+        name, own = images.class_names[c], x[torch.tensor(labels) == c]
+        paths[name] = run.save_grid(f"sample_ep{epoch:04d}_{name}", [own],
+                                    [f"{name}, epoch {epoch}, guidance {args.guidance_scale:g}"])
         if not (run.folder / "samples" / f"real_{name}.png").exists():
             members = np.flatnonzero(images.labels == c)
-            chosen = np.linspace(0, len(members) - 1, min(8, len(members)), dtype=int)
-            run.save_grid(f"real_{name}", [images.images(members[chosen])], [f"{name}, real"])
+            chosen = members[::max(1, len(members) // 8)][:8]
+            run.save_grid(f"real_{name}", [images.images(chosen)], [f"{name}, real"])
     return paths
 
 
@@ -395,9 +362,10 @@ def main(argv=None):
     # --- processes, autoencoder, data ---
     ctx = setup(args)
     ae_path = find_autoencoder(args)
-    vae, ae_settings, vae_sha256 = sample.load_autoencoder(ae_path, ctx, args.ae_config_path)
+    vae, ae_settings, vae_sha256 = sample.load_autoencoder(ae_path, ctx)
     data.adopt_settings(args, ae_settings, f"the autoencoder {ae_path}")
-    scale, measured = read_latent_scale(args, ae_path, vae_sha256)  # before hours of decoding
+    scale, measured = read_latent_scale(args, ae_path, vae_sha256)
+    check_start(args, scale, vae_sha256)  # before hours of decoding
     images = data.open_images(args, ctx, args.split)
     data.notice_changes(measured, images, "the latent scale was measured")
     class_names, latent_shape = images.class_names, vae.latent_shape
@@ -407,31 +375,26 @@ def main(argv=None):
     cache = pathlib.Path(args.output_root, "cache")
     latents = data.LatentSet(images, vae, vae_sha256, cache, ctx, args.cache_latents,
                              num_augmented=args.augment)
-    reference = training_reference(latents, args, scale, vae, ctx)
+    train_stats, memorised = training_reference(latents, args, scale, vae, ctx)
     monitor = memorisation.MemorisationMonitor(latents, vae, vae_sha256, scale, cache, args, ctx)
     classes = sorted(set(images.labels.tolist()))
 
     # --- run folder: a new one, or the run to go on with ---
     facts = {"class_names": class_names, "latent_shape": latent_shape,
              "latent_scale_factor": scale, "vae_sha256": vae_sha256}
-    initial = initial_weights(denoiser, args, scale, vae_sha256, class_names)
     run = Run(args, ctx, "ldm", f"ldm_{args.task.lower()}_{args.mode}",
               {**facts, "img_size": args.img_size, "data": images.summary})
     data.notice_changes(run.before.get("data"), images, f"{run.folder} was last started")
     step, train_metrics, sample_metrics, verdicts = 0, {}, {}, []
     means, diverged = RunningMeans(ctx, LOSSES), False
-    if checkpoint := run.load():
-        check_process(checkpoint, run.folder, scale, vae_sha256, args)
-        resume(run, checkpoint, denoiser, ema, optimizer, class_names)
+    if checkpoint := load_weights(run, denoiser, ema, optimizer, args, class_names):
         step, train_metrics = checkpoint["step"], checkpoint["train_metrics"]
         means.in_a_row = checkpoint["bad_steps"].to(ctx.device)
         monitor.load(checkpoint)
-    elif initial:
-        run.restore(dict.fromkeys((denoiser, ema.module) if ema else (denoiser,), initial))
 
-    batch = args.batch_per_device * args.grad_accum  # images of this rank in a step
+    step_images = args.batch_per_device * args.grad_accum  # of this rank
     epoch_len = len(images) * (args.repeat_len if args.overfit_one else 1)
-    order = BatchOrder(epoch_len, batch, args.seed, ctx.rank, ctx.world_size)
+    order = BatchOrder(epoch_len, step_images, args.seed, ctx.rank, ctx.world_size)
     total_steps = order.total_steps(args.epochs, args.max_steps)
 
     def state():
@@ -439,16 +402,17 @@ def main(argv=None):
                 "optimizer": optimizer.state_dict(), "step": step, "bad_steps": means.in_a_row,
                 "train_metrics": train_metrics, **monitor.state(), **facts, "args": vars(args),
                 "trained_classes": classes, "ae_ckpt_path": str(ae_path.resolve()),
-                "train_stats": reference.stats}
+                "train_stats": train_stats}
 
     run.start(state(), total_steps, build_parser(), {
         "autoencoder": ae_path, "latent scale factor": f"{scale:.6g}", "latent": latent_shape,
         "images": len(images), "classes": data.count_classes(images),
-        "validation images": monitor.num_val, "global batch": batch * ctx.world_size,
+        "validation images": monitor.num_val, "global batch": step_images * ctx.world_size,
         "parameters": f"{sum(p.numel() for p in denoiser.parameters()) / 1e6:.1f} M",
         "steps": f"{total_steps} ({order.epoch_steps} per epoch)"})
     # Only now, with the settings on the screen: compiling takes minutes.
-    loss_fn = wrap(denoiser, latent_shape, args, ctx)
+    example = read_batch(latents, order.indices(0)[0] % len(images), 0, args, ctx)
+    loss_fn = wrap(denoiser, example, args, ctx)
 
     while True:
         # --- checkpoint, at most every --save_minutes ---
@@ -464,13 +428,16 @@ def main(argv=None):
         if evaluating:
             epoch, averaged = step // order.epoch_steps, ema.module if ema else denoiser
             sample_metrics, x, x_labels = evaluate(
-                averaged, vae, scale, classes, class_names, reference, args, ctx,
+                averaged, vae, scale, classes, class_names, train_stats, memorised, args, ctx,
                 f"epoch {epoch}: sampling", lambda: run.stop_if_asked(state))
             sample_metrics |= monitor.measure(averaged, x, step, epoch)
             if monitor.best.step == step:
                 run.save_best(state())
             if ctx.is_main:
-                verdicts = judge(run, train_metrics | sample_metrics, reference, monitor, args)
+                verdicts = health(
+                    train_metrics | sample_metrics, run.history("train/loss"), train_stats,
+                    overfit=args.overfit_k > 0, best_epoch=monitor.best.epoch,
+                    val_history=(run.history("val/loss"), run.history("val/train_loss")))
                 sample_metrics = sweep_objective(sample_metrics, verdicts)
                 pictures = save_pictures(run, epoch, x, x_labels, images, args)
                 run.log_evaluation(step, epoch, sample_metrics, pictures, verdicts)
@@ -482,12 +449,12 @@ def main(argv=None):
         # --- one step: read, set the learning rate, forward, backward, update ---
         index, epoch = order.indices(step)
         index = index % len(images)  # overfit_one repeats its image
-        micro_batches = read_batches(latents, index, step, args, ctx)
+        batch = read_batch(latents, index, step, args, ctx)
         warmup = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
         for group in optimizer.param_groups:
             group["lr"] = args.lr * warmup
-        losses, skipped = train_step(denoiser, ema, optimizer, loss_fn, micro_batches, scale, step,
-                                     args, ctx)
+        losses, skipped = train_step(denoiser, ema, optimizer, loss_fn, batch, scale, step, args,
+                                     ctx)
         means.add(losses, skipped)
         step += 1
 
@@ -495,7 +462,7 @@ def main(argv=None):
         if step % args.log_every == 0 or step == total_steps:
             train_metrics = run.log_training(
                 step, epoch, means.read() | {"train/learning_rate": args.lr * warmup},
-                images_per_step=batch * ctx.world_size)
+                images_per_step=step_images * ctx.world_size)
             diverged = means.in_a_row.item() >= args.max_bad_steps
             if diverged:
                 break
@@ -509,7 +476,7 @@ def main(argv=None):
         notice(f"stopped at step {step} of {total_steps}: no lower val/loss in {args.patience} "
                "evaluations (--patience)")
     checkpoint_path = run.best_path if monitor.best.step else run.last_path
-    summary = {**train_metrics, **sample_metrics, "train_stats": reference.stats,
+    summary = {**train_metrics, **sample_metrics, "train_stats": train_stats,
                "best": monitor.best._asdict()}
     run.finish(step, summary, verdicts, checkpoint_path, diverged, "sample.py",
                ckpt=checkpoint_path)

@@ -45,10 +45,8 @@ def build_parser():
         help="linear maps beside the networks, which then learn far faster")
     add("--quant_conv", action=BooleanFlag, default=False,
         help="1x1 convolutions around the latent, as in published autoencoders")
-    add("--ema_decay", type=at_least(0, float, 1), default=0.999,
-        help="of the averaged weights, which the later stages use")
-    add("--cooldown", type=at_least(0, float, 1), default=0.0,
-        help="last fraction of the run over which lr falls linearly to 0")
+    add("--ema_decay", type=at_least(0, float, 1), default=0.999, help="of the averaged weights")
+    add("--cooldown", type=at_least(0, float, 1), default=0.0, help="last part, with lr falling")
     add("--augment", action=BooleanFlag, default=False,
         help="augment half of the images (shift, zoom, rotation, exposure; no flips)")
     add = parser.add_argument_group("loss").add_argument
@@ -67,12 +65,13 @@ def build_parser():
 
 
 def preset(args):
-    """New defaults that follow from --init_from: the shape of that autoencoder."""
-    if not args.init_from or args.resume_dir:
+    """New defaults: the shape of the autoencoder of --resume_dir or --init_from."""
+    path = f"{args.resume_dir}/ckpts/last.pt" if args.resume_dir else args.init_from
+    if not path:
         return {}
-    if folder := diffusers_io.vae_folder(args.init_from):
+    if folder := diffusers_io.vae_folder(path):
         return diffusers_io.vae_settings(folder, args.img_size)
-    stored = load_checkpoint(args.init_from, "vae")["args"]
+    stored = load_checkpoint(path, "vae")["args"]
     return {name: stored[name] for name in model.VAE_SHAPE if name in stored}
 
 
@@ -81,7 +80,7 @@ def parse_args(argv=None):
     args = parse_settings(build_parser(), argv, preset, kind="vae")
     for name, value in preset(args).items():
         if name != "img_size" and getattr(args, name) != value:  # it is convolutional
-            fail(f"--init_from={args.init_from} has {name}={value}: leave --{name} out")
+            fail(f"the autoencoder to start from has {name}={value}: leave --{name} out")
     least = model.PatchDiscriminator.smallest(args.disc_layers)
     if args.disc_weight > 0 and args.img_size < least:
         fail(f"--img_size={args.img_size} is too small for the discriminator ({least} at least): "
@@ -94,8 +93,7 @@ def parse_args(argv=None):
 
 
 class Models(NamedTuple):
-    """What is trained. The compiled and DDP wrappers are only called: weights are read from the
-    plain modules, so that no checkpoint knows of wrappers."""
+    """What is trained: plain modules, so that no checkpoint knows of compiled and DDP wrappers."""
 
     vae: model.AutoencoderKL
     ema: model.EMA
@@ -122,13 +120,12 @@ def build_models(args, ctx):
 
 def initial_weights(args):
     """State dict of --init_from, the averaged weights of another run or a diffusers folder; None if
-    there is none, or the run goes on. Ends the program if it does not fit the settings."""
+    there is none, or the run goes on. Ends the program if they do not fit the settings."""
     if not args.init_from or args.resume_dir:
         return None
-    if folder := diffusers_io.vae_folder(args.init_from):
-        weights = diffusers_io.vae_weights(args, folder)
-    else:
-        weights = load_checkpoint(args.init_from, "vae")["ema"]
+    folder = diffusers_io.vae_folder(args.init_from)
+    weights = (diffusers_io.vae_weights(args, folder) if folder
+               else load_checkpoint(args.init_from, "vae")["ema"])
     return load_network(model.build_vae, vars(args), weights, args.init_from).state_dict()
 
 
@@ -154,12 +151,6 @@ def load_lpips(device):
     return lpips.LPIPS(net="vgg", verbose=False).to(device).eval().requires_grad_(False)
 
 
-def reconstruction_loss(rec, x, args):
-    """Weighted L1 and MS-SSIM loss of images [B, 1, H, W] in [-1, 1]: a scalar."""
-    l1 = (rec - x).abs().mean()
-    return args.pixel_weight * l1 + args.ssim_weight * (1 - ms_ssim(rec, x).mean())
-
-
 def generator_loss(kind, logits):
     """Loss of the autoencoder on patch logits of its reconstructions; see discriminator_loss."""
     return -logits.mean() if kind == "hinge" else F.softplus(-logits).mean()
@@ -183,8 +174,7 @@ def read_images(images, index, step, args, ctx):
     half of them augmented, depending on the seed, the step and the place in the global batch."""
     x = ctx.to_device(images.images(index))
     if args.augment:
-        rng = ctx.generator(args.seed, "augment", step)
-        total = ctx.world_size * len(x)
+        rng, total = ctx.generator(args.seed, "augment", step), ctx.world_size * len(x)
         labels = torch.rand(total, data.AUG_DIM, generator=rng) * 2 - 1
         labels *= torch.rand(total, 1, generator=rng) < 0.5
         x = data.augment(x, ctx.to_device(labels[ctx.local_slice(len(x))]))
@@ -202,7 +192,8 @@ def train_step(models, vae_fn, disc_fn, perceptual, x, step, args, ctx):
     # --- autoencoder ---
     with ctx.autocast():
         rec, posterior = vae_fn(x, noise)
-        rec_loss = reconstruction_loss(rec, x, args)
+        rec_loss = args.pixel_weight * (rec - x).abs().mean()
+        rec_loss = rec_loss + args.ssim_weight * (1 - ms_ssim(rec, x).mean())
         if perceptual is not None:
             rgb = (image.expand(-1, 3, -1, -1) for image in (rec, x))
             rec_loss = rec_loss + args.perceptual_weight * perceptual(*rgb).mean()
@@ -268,17 +259,6 @@ def save_reconstructions(run, vae, images, ctx, epoch):
 # --- the program --------------------------------------------------------------------------------
 
 
-def open_splits(args, ctx):
-    """(training ImageSet, validation ImageSet or None). Overfitting is judged by the images that
-    were memorised, so there is no validation then."""
-    train_set = data.open_images(args, ctx, args.split)
-    if args.overfit_one or args.overfit_k:
-        index = data.overfit_indices(train_set.labels, args.overfit_k or 1)
-        # One image is repeated, so that an epoch is more than one step.
-        return train_set.subset(np.repeat(index, args.repeat_len if len(index) == 1 else 1)), None
-    return train_set, data.open_images(args, ctx, "val", optional=True, train=train_set)
-
-
 def main(argv=None):
     args = parse_args(argv)
     if args.check:
@@ -291,13 +271,19 @@ def main(argv=None):
     initial = initial_weights(args)
     models = build_models(args, ctx)
     perceptual = load_lpips(ctx.device) if args.perceptual_weight > 0 else None
-    train_set, val_set = open_splits(args, ctx)
+    train_set, val_set = data.open_images(args, ctx, args.split), None
+    if args.overfit_one or args.overfit_k:  # judged by the images that were memorised
+        index = data.overfit_indices(train_set.labels, args.overfit_k or 1)
+        # One image is repeated, so that an epoch is more than one step.
+        train_set = train_set.subset(np.repeat(index, args.repeat_len if len(index) == 1 else 1))
+    else:
+        val_set = data.open_images(args, ctx, "val", optional=True, train=train_set)
     batch = args.batch_per_device
     order = BatchOrder(len(train_set), batch, args.seed, ctx.rank, ctx.world_size)
     total_steps = order.total_steps(args.epochs, args.max_steps)
     if args.disc_weight > 0 and 0 < total_steps <= args.disc_start and val_set:
-        notice(f"the discriminator would start at step {args.disc_start}, but the run ends after "
-               f"{total_steps}, and images stay blurred: give --disc_start={total_steps // 2}")
+        notice(f"the run ends before the discriminator starts at step {args.disc_start}, and "
+               f"images stay blurred: give --disc_start={total_steps // 2}")
 
     # --- run folder: a new one, or the run to go on with ---
     run = Run(args, ctx, "vae", f"ae_{args.task.lower()}_z{args.z_channels}", {
@@ -310,23 +296,20 @@ def main(argv=None):
         data.notice_changes(run.before.get("val_data"), val_set, since, "validation")
     step, train_metrics, val_metrics = 0, {}, {}
     means, diverged = RunningMeans(ctx, LOSSES), False
+    networks = {"model": models.vae, "ema": models.ema.module, "disc": models.disc}
+    optimizers = {"vae_optimizer": models.vae_optimizer, "disc_optimizer": models.disc_optimizer}
     if checkpoint := run.load():
-        run.restore({models.vae: checkpoint["model"], models.ema.module: checkpoint["ema"],
-                     models.disc: checkpoint["disc"]},
-                    {models.vae_optimizer: checkpoint["vae_optimizer"],
-                     models.disc_optimizer: checkpoint["disc_optimizer"]})
+        run.restore({network: checkpoint[name] for name, network in networks.items()},
+                    {optimizer: checkpoint[name] for name, optimizer in optimizers.items()})
         step, train_metrics = checkpoint["step"], checkpoint["train_metrics"]
         means.in_a_row = checkpoint["bad_steps"].to(ctx.device)
     elif initial:
         run.restore({models.vae: initial, models.ema.module: initial})
 
     def state():
-        return {"model": models.vae.state_dict(), "ema": models.ema.module.state_dict(),
-                "disc": models.disc.state_dict(),
-                "vae_optimizer": models.vae_optimizer.state_dict(),
-                "disc_optimizer": models.disc_optimizer.state_dict(),
-                "step": step, "bad_steps": means.in_a_row, "train_metrics": train_metrics,
-                "args": vars(args), "latent_shape": models.vae.latent_shape}
+        weights = {name: part.state_dict() for name, part in (networks | optimizers).items()}
+        return {**weights, "step": step, "bad_steps": means.in_a_row, "args": vars(args),
+                "train_metrics": train_metrics, "latent_shape": models.vae.latent_shape}
 
     run.start(state(), total_steps, build_parser(), {
         "images": len(train_set), "validation images": len(val_set) if val_set else 0,
@@ -363,8 +346,7 @@ def main(argv=None):
         # --- one step: read, set the learning rates, forward, backward, update ---
         index, epoch = order.indices(step)
         factor = cooldown(step, total_steps, args.cooldown)
-        for optimizer, lr in ((models.vae_optimizer, args.lr),
-                              (models.disc_optimizer, args.disc_lr)):
+        for optimizer, lr in zip(optimizers.values(), (args.lr, args.disc_lr), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = lr * factor
         x = read_images(train_set, index, step, args, ctx)
@@ -383,10 +365,8 @@ def main(argv=None):
         run.progress.update(step, run.status)
 
     # --- end ---
-    verdicts = []
-    if ctx.is_main:
-        # Not of train/loss: its adversarial part has no trend, since its judge learns too.
-        verdicts = health(train_metrics, run.history("train/rec"), diverged=diverged)
+    # Not of train/loss: its adversarial part has no trend, since its judge learns too.
+    verdicts = health(train_metrics, run.history("train/rec"), diverged=diverged)
     run.finish(step, {**train_metrics, **val_metrics}, verdicts, run.last_path, diverged,
                "find_latent_scale.py", ae_ckpt_path=run.last_path, **data_flags(args))
 

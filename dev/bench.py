@@ -102,11 +102,11 @@ def ldm_models(args, ctx):
 def ldm_step(args, ctx):
     """Function that takes one step of train_ldm.py."""
     models, settings, shape = ldm_models(args, ctx)
-    loss_fn = train_ldm.wrap(models[0], shape, settings, ctx)
     mean = torch.randn(args.batch, *shape, device=ctx.device)
     y = torch.arange(args.batch, device=ctx.device) % len(CLASSES)
-    batches = [train_ldm.MicroBatch((mean, torch.full_like(mean, -6.0)), y, None)]
-    return lambda: train_ldm.train_step(*models, loss_fn, batches, 1.0, 0, settings, ctx)
+    batch = (mean, torch.full_like(mean, -6.0)), y, None
+    loss_fn = train_ldm.wrap(models[0], batch, settings, ctx)
+    return lambda: train_ldm.train_step(*models, loss_fn, batch, 1.0, 0, settings, ctx)
 
 
 def vae_step(args, ctx):

@@ -1,9 +1,8 @@
 """What makes bf16 fast on CPUs with bf16 units (Intel AMX): forward passes for channels_last.
 
-There oneDNN's convolutions are faster in channels_last than in the plain layout, but the backward
-pass of PyTorch's group norm is up to forty times as slow, and convolutions of small maps with many
-channels spend their time rearranging weights. Both are written here on rows of channels, with a
-backward pass by hand. `install` swaps them in. What they gain: docs/benchmarks.md.
+There oneDNN's convolutions are faster in channels_last, but the backward pass of PyTorch's group
+norm is up to forty times as slow, and convolutions of small maps with many channels spend their
+time rearranging weights. Both are written here on rows of channels: docs/benchmarks.md.
 """
 import functools
 import math
@@ -45,14 +44,11 @@ def can_compile():
 
 
 def fused(function):
-    """The function as one loop over memory in place of one for each operation: memory is what takes
-    the time. Compiled for all shapes when it is first called, a second or two each; kept on disk.
-    """
-    @functools.cache
-    def compiled():  # only when it is needed: PyTorch's compiler takes a second to import
-        return torch.compile(function, dynamic=True, recompile_limit=64)
+    """The function as one loop over memory, which takes the time, in place of one per operation.
+    Compiled for all shapes when it is first called, a second or two each; kept on disk."""
+    # Only when it is needed: PyTorch's compiler takes a second to import.
+    compiled = functools.cache(lambda: torch.compile(function, dynamic=True, recompile_limit=64))
 
-    @functools.wraps(function)
     def run(*args):
         # Tensors with and without a gradient would be compiled apart.
         args = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
@@ -64,8 +60,7 @@ def fused(function):
 
 
 def group_norm_usable(x):
-    """Whether NormFunction is faster than PyTorch's group norm with a copy on each side: for large
-    maps, and larger ones if no backward pass follows, in which most of the time is saved."""
+    """Whether NormFunction is faster: on large maps, larger ones if no backward pass follows."""
     return usable(x) and x.numel() >= (2**18 if x.requires_grad else 2**20) and can_compile()
 
 
@@ -91,16 +86,10 @@ def affine(rows, gain, offset, silu):
     return (h * s).to(rows.dtype), (s * (1 + h * (1 - s))).to(rows.dtype)
 
 
-def before_silu(grad, derivative):
-    """The gradient of what SiLU was taken of; derivative None: there was no SiLU."""
-    return grad.float() if derivative is None else grad.float() * derivative.float()
-
-
 @fused
 def grad_normalisation(grad, derivative, rows, scale, mean, inv_std):
-    """Gradients [B, C] of scale and shift, and the factors [3, B, C] of that of x in grad_affine.
-    """
-    grad = before_silu(grad, derivative)
+    """Gradients [B, C] of scale and shift, and the factors [3, B, C] of x's in grad_affine."""
+    grad = grad.float() * (1.0 if derivative is None else derivative.float())
     by_group = (mean.shape[1], -1)
     scale = scale.unflatten(1, by_group)
     grad_shift = grad.sum(1).unflatten(1, by_group)
@@ -120,14 +109,13 @@ def grad_normalisation(grad, derivative, rows, scale, mean, inv_std):
 def grad_affine(grad, derivative, rows, factors):
     """gain * gradient + slope * x + constant, with (gain, slope, constant) = factors."""
     gain, slope, constant = factors[:, :, None]
-    return (before_silu(grad, derivative) * gain + rows.float() * slope + constant).to(rows.dtype)
+    grad = grad.float() * (1.0 if derivative is None else derivative.float())
+    return (grad * gain + rows.float() * slope + constant).to(rows.dtype)
 
 
 class NormFunction(torch.autograd.Function):
-    """scale * x_hat + shift, and SiLU behind it where told: x [B, C, H, W] to [B, C, H, W].
-
-    x_hat is x normalised by group (Wu & He 2018, equation 1); scale and shift are float32, [B, C].
-    """
+    """scale * x_hat + shift and perhaps SiLU; x_hat is x [B, C, H, W] normalised by group (Wu & He
+    2018, equation 1), scale and shift are float32 [B, C]."""
 
     @staticmethod
     def forward(ctx, x, scale, shift, groups, eps, silu):
@@ -152,7 +140,7 @@ class NormFunction(torch.autograd.Function):
 
 
 def conv3x3_usable(x, weight):
-    """Whether Conv3x3 is faster than oneDNN's convolution: a thousand weights for each pixel."""
+    """Whether ConvFunction is faster than oneDNN: a thousand weights for each pixel."""
     B, _, H, W = x.shape
     return usable(x) and weight.numel() > 1000 * B * H * W
 
@@ -211,43 +199,39 @@ class FastGroupNorm(model.GroupNorm):
         return super().forward(x, scale_shift, silu)
 
 
-class FastConv3x3(torch.nn.Conv2d):
-    """3x3 convolution by ConvFunction for small maps with many channels."""
+class FastConv2d(torch.nn.Conv2d):
+    """3x3 convolutions by ConvFunction for small maps with many channels."""
 
     def forward(self, x):
-        if conv3x3_usable(x, self.weight):
+        same_size = self.kernel_size == (3, 3) and self.stride == self.padding == (1, 1)
+        if same_size and conv3x3_usable(x, self.weight):
             return ConvFunction.apply(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
         return super().forward(x)
 
 
 class FastAttention(model.Attention):
-    """model.Attention by plain products in training: PyTorch's backward pass is slow here, and both
-    passes together take twice as long."""
+    """Plain products in training: PyTorch's backward pass is so slow here that both passes together
+    take twice as long."""
 
     def attend(self, q, k, v):
         if q.requires_grad and q.dtype == torch.bfloat16 and q.shape[2] <= 256:
-            scores = (q / math.sqrt(q.shape[3])) @ k.transpose(2, 3)
-            return scores.softmax(3) @ v
+            return ((q / math.sqrt(q.shape[3])) @ k.transpose(2, 3)).softmax(3) @ v
         return super().attend(q, k, v)
 
 
 class FastUpsample(model.Upsample):
-    """model.Upsample as the two operations it stands for: transposed convolutions are slow here."""
+    """The two operations it stands for: transposed convolutions are slow here."""
 
     def forward(self, x):
-        if usable(x):
-            return self.conv(F.interpolate(x, scale_factor=2.0))
-        return super().forward(x)
+        return self.conv(F.interpolate(x, scale_factor=2.0)) if usable(x) else super().forward(x)
+
+
+FAST = {model.GroupNorm: FastGroupNorm, model.Attention: FastAttention,
+        model.Upsample: FastUpsample, torch.nn.Conv2d: FastConv2d}
 
 
 def install(network):
-    """Give the layers of a network of model.py the forward passes above. Weights and their names
+    """Give the layers of a network of model.py the forward passes above; weights and their names
     stay. For uncompiled networks on CPUs: a compiler makes kernels of its own."""
-    fast = {model.GroupNorm: FastGroupNorm, model.Attention: FastAttention,
-            model.Upsample: FastUpsample}
     for layer in network.modules():
-        if type(layer) in fast:
-            layer.__class__ = fast[type(layer)]
-        elif (type(layer) is torch.nn.Conv2d and layer.kernel_size == (3, 3)
-              and layer.stride == layer.padding == (1, 1)):
-            layer.__class__ = FastConv3x3
+        layer.__class__ = FAST.get(type(layer), type(layer))

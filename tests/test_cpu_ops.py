@@ -160,7 +160,7 @@ def test_weights_keep_their_names_and_copies_stay_fast():
     cpu_ops.install(unet)
     for net in (unet, model.EMA(unet, 0.9).module):
         types = {type(layer) for layer in net.modules()}
-        assert {cpu_ops.FastGroupNorm, cpu_ops.FastConv3x3, cpu_ops.FastAttention,
+        assert {cpu_ops.FastGroupNorm, cpu_ops.FastConv2d, cpu_ops.FastAttention,
                 cpu_ops.FastUpsample} <= types
         assert not {model.GroupNorm, model.Attention, model.Upsample} & types
         assert net.state_dict().keys() == names

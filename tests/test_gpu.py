@@ -81,28 +81,28 @@ def test_several_gpus_train_together(gpu):
 
 @pytest.fixture
 def small_ldm():
-    """(args, DistContext, models, loss_fn, MicroBatch) of a small compiled UNet on the GPU."""
+    """(args, DistContext, models, loss_fn, batch) of a small compiled UNet on the GPU."""
     args = train_ldm.parse_args(["--ldm_base_ch=32", "--ldm_num_res_blocks=1",
                                  "--sampler=dpmpp_2m_sde", "--num_sampling_steps=3"])
     ctx = dist.DistContext(0, 1, torch.device("cuda:0"), torch.bfloat16, True)
     shape = (4, 16, 16)
     models = train_ldm.build_models(args, ctx, shape, 2)
-    loss_fn = train_ldm.wrap(models[0], shape, args, ctx)
     mean = torch.randn(16, *shape, device=ctx.device)
     y = torch.arange(16, device=ctx.device) % 2
-    return args, ctx, models, loss_fn, train_ldm.MicroBatch((mean, mean - 6), y, None)
+    batch = ((mean, mean - 6), y, None)
+    return args, ctx, models, train_ldm.wrap(models[0], batch, args, ctx), batch
 
 
 def test_a_step_waits_for_nothing_and_is_compiled_once(small_ldm):
     args, ctx, models, loss_fn, batch = small_ldm
-    means = train_ldm.LossMeans(ctx)
+    means = dist.RunningMeans(ctx, train_ldm.LOSSES)
     counters.clear()
     for step in range(10):
         warm = step >= 2
         torch.cuda.set_sync_debug_mode("error" if warm else "default")
         try:
             with torch._dynamo.config.patch(error_on_recompile=warm):
-                means.add(*train_ldm.train_step(*models, loss_fn, [batch], 1.0, step, args, ctx))
+                means.add(*train_ldm.train_step(*models, loss_fn, batch, 1.0, step, args, ctx))
                 ctx.to_device(torch.arange(16))
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -116,9 +116,9 @@ def test_a_compiled_step_equals_an_eager_one_within_rounding(small_ldm):
     other = train_ldm.build_models(args, eager, (4, 16, 16), 2)
     losses = []
     for step in range(30):
-        rolled = batch._replace(y=batch.y.roll(step))
-        compiled = train_ldm.train_step(*models, loss_fn, [rolled], 1.0, step, args, ctx)[0]
-        plain = train_ldm.train_step(*other, other[0], [rolled], 1.0, step, args, eager)[0]
+        rolled = (batch[0], batch[1].roll(step), None)
+        compiled = train_ldm.train_step(*models, loss_fn, rolled, 1.0, step, args, ctx)[0]
+        plain = train_ldm.train_step(*other, other[0], rolled, 1.0, step, args, eager)[0]
         losses.append((compiled.mean().item(), plain.mean().item()))
     torch.testing.assert_close(*torch.tensor(losses).T, rtol=0.02, atol=0.02)
 

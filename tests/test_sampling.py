@@ -26,7 +26,7 @@ def denoiser():
 
 
 def latents(denoiser, samples, sampler="ancestral", seed=0, class_names=CLASSES, steps=4, scale=3.0,
-            progress=None, interval=(0.0, 1.0), ctx=PROCS):
+            progress=lambda: None, interval=(0.0, 1.0), ctx=PROCS):
     args = SimpleNamespace(
         seed=seed, sampler=sampler, num_sampling_steps=steps, guidance_scale=scale,
         guidance_interval=interval)

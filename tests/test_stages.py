@@ -154,8 +154,9 @@ FOLLOWED = {"config", "check", "resume_dir", "wandb_project", "wandb_entity", "w
             "cache_latents", "num_workers", "skip_bad_images"}
 ONLY_WITH = {
     "train_vae": {"perceptual_weight", "repeat_len", "disc_loss"},
-    "train_ldm": {"repeat_len", "ldm_base_ch", "ldm_num_res_blocks", "loss_weighting"},
-    "find_latent_scale": set(), "sample": set(), "evaluate": {"samples_dir"}}
+    "train_ldm": {"ae_config_path", "repeat_len", "ldm_base_ch", "ldm_num_res_blocks",
+                  "loss_weighting"},
+    "find_latent_scale": {"ae_config_path"}, "sample": set(), "evaluate": {"samples_dir"}}
 
 
 @pytest.mark.parametrize("name", ONLY_WITH)
