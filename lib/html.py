@@ -59,9 +59,10 @@ def table(rows, head=()):
 
 
 def leaves(tree, path=()):
-    """Yield (names joined by commas, value) of a nested dict; an innermost dict is a value."""
+    """Yield (names joined by commas, value) of a nested dict; a dict of single values is one."""
     for name, value in tree.items():
-        if isinstance(value, dict) and any(isinstance(v, dict) for v in value.values()):
+        if isinstance(value, dict) and any(isinstance(v, (dict, list, tuple))
+                                           for v in value.values()):
             yield from leaves(value, (*path, name))
         else:
             yield ", ".join((*path, name)), value
