@@ -25,11 +25,9 @@ class Verdict(NamedTuple):
 
 
 def loss_trend(losses):
-    """Trend of a loss: 'not finite', 'short' (under 20 entries), 'rising', 'flat' or 'falling'.
-
-    Rising: the last tenth exceeds the tenth before by over 5 % and over 3 standard errors, as at
-    most 0.6 % of noisy plateaus do. Flat: the last tenth is at least 98 % of the first.
-    """
+    """Trend of a loss: 'not finite', 'short' (under 20 entries), 'rising' (the last tenth exceeds
+    the tenth before by over 5 % and over 3 standard errors, as at most 0.6 % of noisy plateaus do),
+    'flat' (the last tenth is at least 98 % of the first) or 'falling'."""
     history = torch.as_tensor(losses, dtype=torch.float64)
     if not history.isfinite().all():
         return "not finite"
@@ -145,21 +143,20 @@ def health(metrics, losses=(), train_stats=None, overfit=False, diverged=False,
     """
     val, val_train = ([*past, metrics.get(name, math.nan)]
                       for past, name in zip(val_history, (VAL, VAL_TRAIN), strict=True))
-    train = dict.fromkeys(("mean", "min", "max"), math.nan) | (train_stats or {})
+    train = {"mean": math.nan, "min": math.nan, "max": math.nan, **(train_stats or {})}
     half_range = (train["max"] - train["min"]) / 2
     context = SimpleNamespace(  # unknown numbers are NaN
         loss_trend=loss_trend(losses), val_trend=val_trend(val, val_train), best_epoch=best_epoch,
         copies_probability=metrics.get(COPIES_PROBABILITY, math.nan), diverged=diverged,
         target_std=metrics.get(TARGET_STD, math.nan), train_mean=train["mean"],
         lowest=train["min"] - half_range, highest=train["max"] + half_range)
-    left_out = [name for name in OK if overfit and name.startswith("sample_diversity/")]
-    if metrics.get("sample_diversity/num_pairs") == 1:
-        left_out.append(MSE_STD)  # of a single pair it is 0 and says nothing
     verdicts = []
-    for name in (name for name in OK if name in metrics and name not in left_out):
+    for name in (name for name in OK if name in metrics):
+        one_pair = name == MSE_STD and metrics.get("sample_diversity/num_pairs") == 1
+        if one_pair or overfit and name.startswith("sample_diversity/"):
+            continue  # the std of a single pair is 0 and says nothing
         value = float(metrics[name])
-        found = [(level, meaning, advice)
-                 for metric, level, applies, meaning, advice in rules(value, context)
+        found = [(level, *words) for metric, level, applies, *words in rules(value, context)
                  if applies and metric in ("*", name)]
         level, meaning, advice = [*found, ("ok", OK[name], "")][0]
         verdicts.append(Verdict(name, level, f"{value:.4g}", meaning, advice))
