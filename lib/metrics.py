@@ -280,8 +280,7 @@ class CopyTest:
         self.index = distinct_rows(train)
         self.others = train[self.index]
         if len(self.others) < 6:
-            raise ValueError(f"only {len(self.others)} distinct training images: too few to search "
-                             "for copies")
+            raise ValueError(f"{len(self.others)} distinct training images: too few to find copies")
         reference, _ = closeness(self.others, self.others, within=True)
         self.rank = max(1, int(alpha * (len(self.others) + 1)))
         self.threshold = reference.kthvalue(self.rank).values
@@ -310,8 +309,7 @@ def auroc(scores, labels):
         own = scores[:, c].double()
         score = own - (scores.sum(1).double() - own) / (scores.shape[1] - 1)
         gap = score[labels == c][:, None] - score[labels != c][None]
-        wins = (gap > 0).double() + 0.5 * (gap == 0).double()
-        areas.append(wins.mean().item() if gap.numel() else math.nan)
+        areas.append(((gap.sign() + 1) / 2).mean().item())
     return sum(areas) / len(areas)
 
 
