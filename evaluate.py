@@ -4,9 +4,8 @@
     python evaluate.py --samples_dir=FOLDER --data_root=DATA --task=TB
 
 Compares samples of a model, or a folder of images, with held-out images (--split=val). Each part is
-a function that takes the sets of images and returns its share of evaluation.json. Beside every
-distance stands the real-data baseline, which as many training images score, and how far chance
-moves the difference; it means something only together with its feature space and its N.
+a function that returns its share of evaluation.json. Beside every distance stands the real-data
+baseline, which as many training images score, and how far chance moves the difference.
 """
 import dataclasses
 import functools
@@ -28,6 +27,7 @@ from lib import decode, dist, metrics, run, verdicts
 from lib.args import (add_data_arguments, add_precision_arguments, add_sampling_arguments, at_least,
                       file_path, make_parser, parse_settings)
 from lib.files import fail, make_folder, notice, read_json, write_json
+from lib.html import leaves, show
 
 CLASSIFIER_SIZE = 64  # side in pixels of what the classifier sees
 BASELINE_DRAWS = 8  # random choices of training images that the baseline averages over
@@ -37,7 +37,6 @@ FEWEST_FOR_MANIFOLDS = 100  # images; with 18 held-out ones uniform noise has a 
 MOST_FOR_C2ST = 500  # images of each kind in each half
 TRAININGS = 3  # of each classifier for AUROC; how much they differ is part of its interval
 DISTANCES = {"fid": metrics.frechet_distance, "kid": metrics.kernel_distance}
-STATISTICS = ("black_fraction", "percentile_1", "detail")
 FILES = ("evaluation.json", "evaluation_pairs.png")
 ON_SAMPLES = "real images, tested on samples"
 ON_HELD_OUT = "real images, tested on held-out images"
@@ -59,8 +58,7 @@ def build_parser():
         "CLASS_*.png; the report goes into a new folder in --output_root")
     add("--features", choices=("classifier,vae", "classifier", "vae"), default="classifier,vae",
         help="feature spaces of the distances; classifier needs two classes, vae an autoencoder")
-    add("--classifier_steps", type=at_least(1), default=600,
-        help="training steps of each classifier, 32 images per step")
+    add("--classifier_steps", type=at_least(1), default=600, help="of each, 32 images per step")
     return parser
 
 
@@ -92,25 +90,17 @@ class Labelled:
 
 
 class Sets(NamedTuple):
-    """What is compared, and how."""
+    """What is compared."""
 
     samples: Labelled
     train: data.ImageSet
     held_out: data.ImageSet
     vae: model.AutoencoderKL  # or None
-    groups: dict  # {name: class indices}: `all`, and the classes with rows of their own
-
-    def by_group(self, rows):
-        """{group: {row: Labelled}} of {row: Labelled}."""
-        return {group: {row: images.subset(np.isin(images.labels, classes))
-                        for row, images in rows.items()}
-                for group, classes in self.groups.items()}
 
 
 @torch.no_grad()
 def measured(function, images, ctx, vae=None):
-    """Labelled values of function(x [B, 1, S, S]) over images; with vae, over its reconstructions
-    of them."""
+    """Labelled values of function(x [B, 1, S, S]) over images, or over their reconstructions."""
     parts = []
     for x in data.batches(images):
         x = x.to(ctx.device)
@@ -138,6 +128,7 @@ def read_samples(folder, class_names, img_size):
     """Labelled pixels of a folder: of its manifest.json, else of CLASS/* and CLASS_*. img_size
     None: that of the first. Exits if there are none, or one is missing or cannot be decoded."""
     folder = pathlib.Path(folder)
+    manifest = folder / "manifest.json"
 
     def class_of(path):
         if path.parent != folder:
@@ -145,9 +136,6 @@ def read_samples(folder, class_names, img_size):
         fits = [c for c in class_names if data.class_name(path.name).startswith(f"{c}_")]
         return max(fits, key=len, default=None)  # one class name may begin another
 
-    if not folder.is_dir():
-        fail(f"--samples_dir={folder} does not exist")
-    manifest = folder / "manifest.json"
     if manifest.is_file():
         try:
             # The bare name: a stranger's manifest must not lead out of the folder.
@@ -155,11 +143,8 @@ def read_samples(folder, class_names, img_size):
                      for image in read_json(manifest, "manifest of samples")["images"]}
         except (KeyError, TypeError):
             fail(f"{manifest} was not written by sample.py: move it away to measure all images")
-        if missing := [path.name for path in found if not path.is_file()]:
-            fail(f"{len(missing)} of the {len(found)} images in {manifest} are missing "
-                 f"({missing[0]}): sampling was interrupted, run the sample.py command again")
     else:  # regular files: opening a pipe would wait for ever
-        found = {path: class_of(path) for path in [*folder.iterdir(), *folder.glob("*/*")]
+        found = {path: class_of(path) for pattern in ("*", "*/*") for path in folder.glob(pattern)
                  if path.suffix.lower() in decode.EXTENSIONS and path.is_file()}
     members = sorted((class_names.index(name), path) for path, name in found.items()
                      if name in class_names)
@@ -174,7 +159,8 @@ def read_samples(folder, class_names, img_size):
             img_size = img_size or min(decode.read_grey(path).shape)
             rows.append(decode.read_square(path, img_size))
         except (OSError, ValueError) as e:
-            fail(f"{path} cannot be decoded: {e}")
+            fail(f"{path} cannot be read ({e}): if sampling was interrupted, run the sample.py "
+                 "command again")
     return Labelled(np.array([c for c, _ in members]), data.to_float(np.stack(rows)))
 
 
@@ -190,26 +176,14 @@ def as_many(labels, like, rng, replace=False):
 # --- classifiers --------------------------------------------------------------------------------
 
 
-class Classifier(nn.Module):
-    """Small CNN: images [B, 1, S, S] in [-1, 1] to logits [B, num_classes], via 64 features."""
-
-    def __init__(self, num_classes, prepare, in_channels=1):
-        """prepare(x): what the network sees of images."""
-        super().__init__()
-        self.prepare, layers, ch = prepare, [], in_channels
-        for width in (16, 32, 64, 64):
-            layers += [nn.Conv2d(ch, width, 4, stride=2, padding=1),
-                       nn.GroupNorm(8, width) if layers else nn.Identity(), nn.LeakyReLU(0.2)]
-            ch = width
-        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.head = nn.Linear(ch, num_classes)
-
-    def features(self, x):
-        """[B, 64]."""
-        return self.body(self.prepare(x))
-
-    def forward(self, x):
-        return self.head(self.features(x))
+def build_classifier(num_classes, in_channels=1):
+    """Small CNN: images [B, in_channels, S, S] to logits [B, num_classes]; [:-1]: to features."""
+    layers, ch = [], in_channels
+    for width in (16, 32, 64, 64):
+        layers += [nn.Conv2d(ch, width, 4, stride=2, padding=1),
+                   nn.GroupNorm(8, width) if layers else nn.Identity(), nn.LeakyReLU(0.2)]
+        ch = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(ch, num_classes))
 
 
 def shrunk(x):
@@ -238,11 +212,11 @@ def random_crop(x, rng):
     return x[:, :, row:row + size, column:column + size]
 
 
-def train_classifier(build, vary, images, seed, args, ctx, label):
-    """Train the network that build() makes on Labelled pixels, with classes balanced in each batch
-    and images varied by vary(x, rng). label: what the images are, for the progress line."""
+def train_classifier(images, vary, shape, seed, args, ctx, label):
+    """Train build_classifier(*shape) on Labelled pixels, with classes balanced in each batch and
+    images varied by vary(x, rng). label: what the images are, for the progress line."""
     torch.manual_seed(seed)
-    net = build().to(ctx.device).train().requires_grad_(True)
+    net = build_classifier(*shape).to(ctx.device)
     rng = torch.Generator().manual_seed(seed)
     steps, labels = args.classifier_steps, torch.from_numpy(images.labels)
     members = [(labels == c).nonzero()[:, 0] for c in labels.unique()]
@@ -295,47 +269,32 @@ def distance_rows(samples, pool, held_out, seed):
             "bootstrap_std": {name: float(np.std(gap, ddof=1)) for name, gap in gaps.items()}}
 
 
-def measure_distances(sets, networks, args, ctx):
-    """{"groups": {space: {group: distance_rows}}}; networks: {space: images to features [B, D]}."""
+def measure_distances(sets, groups, networks, args, ctx):
+    """{"groups": {space: {group: distance_rows}}}. groups: {group: class indices}; networks:
+    {space: images to features [B, D]}."""
     like = np.repeat(sets.samples.labels, BASELINE_DRAWS)
     pool = sets.train.subset(as_many(sets.train.labels, like, np.random.default_rng(args.seed)))
-    images = {"samples": sets.samples, "pool": pool, "held_out": sets.held_out}
     found = {}
     for space, network in networks.items():
-        features = {row: measured(network, of, ctx) for row, of in images.items()}
-        found[space] = {group: distance_rows(**rows, seed=args.seed)
-                        for group, rows in sets.by_group(features).items()}
+        rows = [measured(network, of, ctx) for of in (sets.samples, pool, sets.held_out)]
+        found[space] = {}
+        for group, classes in groups.items():
+            members = (of.subset(np.isin(of.labels, classes)) for of in rows)
+            found[space][group] = distance_rows(*members, args.seed)
     return {"groups": found}
 
 
-def image_statistics(x):
-    """Statistics of images [B, 1, S, S], [B, 3 + octaves]: fraction of pixels under 5 % grey, 1st
-    percentile of grey, metrics.detail, metrics.octave_power."""
-    grey = (x.flatten(1) + 1) / 2
-    black = (grey < 0.05).float().mean(1)
-    percentile = grey.kthvalue(max(1, grey.shape[1] // 100), dim=1).values
-    columns = torch.stack([black, percentile, metrics.detail(x)], 1)
-    return torch.cat([columns.double().cpu(), metrics.octave_power(x)], 1)
-
-
-def measure_statistics(sets, ctx):
-    """{"image_stats" and "power": {group: {row: {"num": N, name: mean}}}}, power relative to that
-    of held-out images. `decoded`, their reconstructions, have about as much as samples can."""
+def measure_power(sets, ctx):
+    """{"power": {row: {"num": N, octave: mean power relative to held-out images}}}. `decoded`,
+    their reconstructions, have about as much as samples can."""
     images = {"samples": sets.samples, "baseline": sets.train, "held_out": sets.held_out}
-    found = {row: measured(image_statistics, of, ctx) for row, of in images.items()}
+    found = {row: measured(metrics.octave_power, of, ctx) for row, of in images.items()}
     if sets.vae is not None:
-        found["decoded"] = measured(image_statistics, sets.held_out, ctx, sets.vae)
+        found["decoded"] = measured(metrics.octave_power, sets.held_out, ctx, sets.vae)
     octaves = [f"{low:g}-{high:g}" for low, high in metrics.octaves(sets.samples.values.shape[-1])]
-    stats, power = {}, {}
-    for group, rows in sets.by_group(found).items():
-        stats[group], power[group] = {}, {}
-        unit = rows["held_out"].values[:, 3:].mean(0).clamp_min(1e-12)
-        for row, of in rows.items():
-            means, ratios = of.values[:, :3].mean(0), of.values[:, 3:].mean(0) / unit
-            num = {"num": len(of)}
-            stats[group][row] = num | dict(zip(STATISTICS, means.tolist(), strict=True))
-            power[group][row] = num | dict(zip(octaves, ratios.tolist(), strict=True))
-    return {"image_stats": stats, "power": power}
+    unit = found["held_out"].values.mean(0).clamp_min(1e-12)
+    return {"power": {row: {"num": len(of), **dict(zip(
+        octaves, (of.values.mean(0) / unit).tolist(), strict=True))} for row, of in found.items()}}
 
 
 def halves(images, seed):
@@ -355,10 +314,11 @@ def c2st(sets, args, ctx):
     def trial(row, real, to_train, to_test):
         both, tested = real.joined(to_train), unseen.joined(to_test)
         both.labels = (np.arange(len(both)) >= len(real)).astype(np.int64)
-        net = train_classifier(lambda: Classifier(2, with_fine_part, 2), random_crop, both,
+        net = train_classifier(both, lambda x, rng: with_fine_part(random_crop(x, rng)), (2, 2),
                                args.seed, args, ctx, f"real images and {row}")
         truth = torch.arange(len(tested)) >= len(unseen)
-        area = metrics.auroc(measured(net, tested, ctx).values, truth)
+        logits = measured(lambda x: net(with_fine_part(x)), tested, ctx).values
+        area = metrics.auroc(logits, truth)
         return area, *metrics.auroc_interval(area, len(to_test), len(unseen))
 
     first, second = pixels(sets.train)
@@ -371,45 +331,46 @@ def c2st(sets, args, ctx):
     return {"c2st": found}
 
 
-def find_copies(sets, args, ctx):
-    """({"copies": result of metrics.CopyTest}, [the ten closest samples, their training images]);
-    two empty ones if there are too few training images, with a notice."""
+def find_copies(sets, pairs_path, args, ctx):
+    """{"copies": result of metrics.CopyTest}, and a picture of the ten samples that are closest to
+    a training image; {} if there are too few of these, with a notice."""
     cached = data.cached_thumbnails(sets.train, pathlib.Path(args.output_root, "cache"), ctx)
     try:
         test = metrics.CopyTest(torch.from_numpy(cached.rows(sets.train.rows)))
     except ValueError as e:
         notice(e)
-        return {}, []
+        return {}
     found = test.search(measured(data.thumbnails, sets.samples, ctx).values)
     closest = found.pop("ratio").argsort()[:10].numpy()
     originals = found.pop("nearest").numpy()[closest]
-    pairs = [sets.samples.images(closest), sets.train.images(originals)]
-    return {"copies": {**found, "pixels": data.THUMBNAIL_SIZE}}, pairs
+    run.save_grid(pairs_path, [sets.samples.images(closest), sets.train.images(originals)],
+                  ["the ten samples closest to a training image", "that training image"])
+    return {"copies": found}
 
 
-def tstr(sets, real_classifier, build, args, ctx):
+def tstr(sets, real_classifier, args, ctx):
     """TSTR, train on synthetic and test on real (Esteban et al. 2017), at 95 % confidence:
     {"auroc": {trained on, tested on: (AUROC, low, high)}, "gain": {BOTH: (gain, low, high)}}.
 
-    real_classifier(seed) is trained on real images, build() untrained. The gain is what samples
-    beside real images add to AGAIN, as many repeats of these: more training alone does not count.
+    real_classifier(seed) is trained on real images. The gain is what samples beside these add to
+    AGAIN, as many repeats of them: more training alone does not count.
     """
     samples, train, held_out = (measured(shrunk, images, ctx) for images in sets[:3])
     repeats = np.concatenate([
         np.resize(np.flatnonzero(train.labels == c), (samples.labels == c).sum())
         for c in np.unique(samples.labels)])
+    shape = (len(sets.train.class_names),)
     trained_on = {TSTR: samples, BOTH: train.joined(samples),
                   AGAIN: train.joined(train.subset(repeats))}
-    logits = {name: [] for name in (ON_SAMPLES, ON_HELD_OUT, *trained_on)}
+    tested = {ON_SAMPLES: samples, ON_HELD_OUT: held_out, **dict.fromkeys(trained_on, held_out)}
+    logits = {name: [] for name in tested}
     for seed in range(args.seed, args.seed + TRAININGS):
-        nets = {name: train_classifier(build, augment, images, seed, args, ctx, name.split(",")[0])
-                for name, images in trained_on.items()}
+        nets = {name: train_classifier(of, augment, shape, seed, args, ctx, name.split(",")[0])
+                for name, of in trained_on.items()}
         nets |= dict.fromkeys((ON_SAMPLES, ON_HELD_OUT), real_classifier(seed))
         for name, net in nets.items():
-            tested = samples if name == ON_SAMPLES else held_out
-            logits[name].append(measured(net, tested, ctx).values)
-    truth = dict.fromkeys(logits, torch.from_numpy(held_out.labels))
-    truth[ON_SAMPLES] = torch.from_numpy(samples.labels)
+            logits[name].append(measured(net, tested[name], ctx).values)
+    truth = {name: torch.from_numpy(of.labels) for name, of in tested.items()}
     aurocs = {name: metrics.mean_auroc(of, truth[name]) for name, of in logits.items()}
     gain = metrics.auroc_gain(logits[BOTH], logits[AGAIN], truth[BOTH], args.seed)
     return {"auroc": aurocs, "gain": {BOTH: gain}}
@@ -426,23 +387,22 @@ def verdict(metric, value, bad, watch, meaning, advice):
 
 def judge(report):
     """Yield verdicts.Verdicts on what nobody should overlook in a report."""
-    if "copies" in report:
-        share, expected, probability = (
-            report["copies"][name] for name in ("share", "expected", "probability"))
+    if copies := report.get("copies"):
+        likely = copies["probability"] >= metrics.BY_CHANCE
         yield verdict(
-            "copies/share", share, probability < metrics.BY_CHANCE and share > 0.2,
-            probability < metrics.BY_CHANCE, "Share of samples closer to a training image than "
-            f"these are to one another; {expected:.3f} by chance, this with {probability:.2g}.",
+            "copies/share", copies["share"], not likely and copies["share"] > 0.2, not likely,
+            "Share of samples closer to a training image than these are to one another; "
+            f"{copies['expected']:.3f} by chance, this with {copies['probability']:.2g}.",
             "Look at the pairs. Train less or on more images; do not publish copies of patients.")
     for space, groups in report.get("groups", {}).items():
         yield from distance_verdicts(space, **groups["all"])
     if "power" in report:
-        yield power_verdict(**report["power"]["all"])
-    if "c2st" in report:
-        value, low, _ = report["c2st"]["samples"]
-        rows = "; ".join(f"{row} {area:.2f}" for row, (area, _, _) in report["c2st"].items())
+        yield power_verdict(**report["power"])
+    if areas := report.get("c2st"):
+        rows = "; ".join(f"{row} {area:.2f}" for row, (area, _, _) in areas.items())
         yield verdict(
-            "two-sample", value, False, low > max(0.6, report["c2st"]["baseline"][2]),
+            "two-sample", areas["samples"][0], False,
+            areas["samples"][1] > max(0.6, areas["baseline"][2]),
             "AUROC of a network that tells samples (or real images, or their reconstructions) from "
             f"held-out images by their pixels: {rows}.",
             "Look at power and at the grid. If decoded is as high, improve the autoencoder first.")
@@ -471,8 +431,8 @@ def power_verdict(samples, baseline, held_out, decoded=None):
     and training images count as real."""
     def deviation(octave):
         low, high = sorted((held_out[octave], baseline[octave]))
-        nearest_real = min(max(samples[octave], low), high)
-        return abs(math.log(max(samples[octave], 1e-6) / max(nearest_real, 1e-6)))
+        value = max(samples[octave], 1e-6)
+        return max(low / value, value / high)
 
     octave = max((name for name in samples if name != "num"), key=deviation)
     meaning = f"Power at {octave} cycles per image relative to held-out images, the worst octave."
@@ -481,8 +441,8 @@ def power_verdict(samples, baseline, held_out, decoded=None):
     advice = "Noise or ringing: train longer, raise --num_sampling_steps, lower --guidance_scale."
     if samples[octave] < 1:
         advice = "Blurred: train longer; if the autoencoder leaves as little, train that longer."
-    return verdict("power", samples[octave], deviation(octave) > math.log(4),
-                   deviation(octave) > math.log(1.7), meaning, advice)
+    return verdict("power", samples[octave], deviation(octave) > 4, deviation(octave) > 1.7,
+                   meaning, advice)
 
 
 def distance_verdicts(space, samples, baseline, bootstrap_std):
@@ -493,52 +453,18 @@ def distance_verdicts(space, samples, baseline, bootstrap_std):
             f"{name} ({space})", samples[name], not excess < 10, not excess < 3,
             f"{name.upper()} to held-out images, {excess:.1f} standard deviations above the "
             f"baseline's {baseline[name]:.3f}.",
-            "Compare the image statistics, look at the grid; lower --guidance_scale, train longer.")
-    for name, meaning in (("precision", "samples among the held-out images"),
-                          ("recall", "held-out images among the samples"),
-                          ("coverage", "held-out images with a sample nearby")):
+            "Look at power and at the grid; lower --guidance_scale, train longer.")
+    left_out = "Samples leave much out: lower --guidance_scale, then train longer."
+    for name, meaning, advice in (
+            ("precision", "samples among the held-out images",
+             "Samples do not look real: train longer; check the reconstructions."),
+            ("recall", "held-out images among the samples", left_out),
+            ("coverage", "held-out images with a sample nearby", left_out)):
         if name in samples and name in baseline:
             value, real = samples[name], baseline[name]
-            advice = "Samples leave much out: lower --guidance_scale, then train longer."
-            if name == "precision":
-                advice = "Samples do not look real: train longer; check the reconstructions."
             yield verdict(
                 f"{name} ({space})", value, not value >= 0.2 * real, not value >= 0.6 * real,
                 f"Fraction of {meaning}; {real:.2f} for the baseline.", advice)
-
-
-# --- report -------------------------------------------------------------------------------------
-
-
-def print_numbers(part, name):
-    """Print a line for each innermost dict, and for each interval, in a part of a report."""
-    if isinstance(part, tuple):
-        value, low, high = part
-        print(f"{name:<60} {value:.3f} ({low:.3f} to {high:.3f})")
-    elif any(isinstance(inside, (dict, tuple)) for inside in part.values()):
-        for key, inside in part.items():
-            print_numbers(inside, f"{name}, {key}")
-    else:
-        print(f"{name:<38}", *(f" {key} {value:<9.4g}" for key, value in part.items()))
-
-
-def find_folder(args):
-    """Folder of the report, None for a new one in --output_root. Exits if it is in the measured
-    folder, or holds files of the same names that are not of a report on the same samples."""
-    if args.ckpt and not args.out_dir:
-        return run.run_folder(args.ckpt)
-    for path in (args.out_dir or args.output_root, args.output_root):
-        if args.samples_dir and pathlib.Path(path).resolve().is_relative_to(args.samples_dir):
-            fail(f"{path} is inside --samples_dir, where nothing is written: give --out_dir and "
-                 "--output_root outside it")
-    if not args.out_dir:
-        return None
-    report, pairs = (pathlib.Path(args.out_dir, name) for name in FILES)
-    before = read_json(report) if report.is_file() else {}
-    ours = "num_samples" in before and before.get("samples_dir") == args.samples_dir
-    if not ours and (os.path.lexists(report) or os.path.lexists(pairs)):
-        fail(f"{args.out_dir} holds {' or '.join(FILES)} of something else: give another --out_dir")
-    return args.out_dir
 
 
 # --- the stage ----------------------------------------------------------------------------------
@@ -558,7 +484,11 @@ def main(argv=None):
     vae, report = None, {"split": args.split, "seed": args.seed}
     if args.samples_dir:
         args.samples_dir = report["samples_dir"] = os.path.realpath(args.samples_dir)
-    folder = find_folder(args)
+    if args.out_dir:  # not into what is measured, nor over a report on something else
+        path = pathlib.Path(args.out_dir).resolve() / FILES[0]
+        inside = args.samples_dir and path.is_relative_to(args.samples_dir)
+        if inside or path.exists() and read_json(path).get("samples_dir") != args.samples_dir:
+            fail(f"{args.out_dir} holds the samples, or a report on others: give another --out_dir")
     if args.ckpt:
         denoiser, vae, checkpoint, requests = sample.prepare_sampling(args, ctx)
         data.adopt_settings(args, checkpoint["args"], f"the model {args.ckpt}")
@@ -575,9 +505,8 @@ def main(argv=None):
 
     # --- real images of that size: before sampling, so that mistakes show at once ---
     train = data.open_images(args, ctx, "train", class_names=class_names)
-    held_out = train  # --split=train
-    if args.split != "train":
-        held_out = data.open_images(args, ctx, args.split, train=train)
+    held_out = train if args.split == "train" else data.open_images(
+        args, ctx, args.split, train=train)
     of_classes = np.isin(train.labels, labels).sum()
     if min(len(labels), of_classes, len(held_out)) < FEWEST:
         fail(f"{len(labels)} samples, {of_classes} training images of their classes, "
@@ -589,47 +518,42 @@ def main(argv=None):
                "no rows of its own, and no AUROC")
     groups = {"all": range(len(class_names))}
     groups |= {name: [c] for c, name in enumerate(class_names) if name not in few}
-    build = functools.partial(Classifier, len(class_names), shrunk)
 
     @functools.cache
     def real_classifier(seed):
-        return train_classifier(build, augment, measured(shrunk, train, ctx), seed, args, ctx,
-                                "real images")
+        return train_classifier(measured(shrunk, train, ctx), augment, (len(class_names),), seed,
+                                args, ctx, "real images")
 
     networks = {}
     if "classifier" in args.features and len(np.unique(train.labels)) > 1:
-        networks["classifier"] = real_classifier(args.seed).features
+        to_features = real_classifier(args.seed)[:-1]
+        networks["classifier"] = lambda x: to_features(shrunk(x))
     if "vae" in args.features and vae is not None:
         networks["vae"] = lambda x: F.adaptive_avg_pool2d(vae.encode(x).mean, 4).flatten(1)
     if not networks:
         fail("no features to compare by: classifier needs two classes, vae needs --ae_ckpt_path")
-    if folder is None:
-        folder = run.new_folder(args.output_root, f"evaluation_{args.task.lower()}")
+    folder = args.out_dir or (run.run_folder(args.ckpt) if args.ckpt else run.new_folder(
+        args.output_root, f"evaluation_{args.task.lower()}"))
     path, pairs_path = (make_folder(folder) / name for name in FILES)
 
     # --- the parts of the report ---
     if args.ckpt:
         samples = draw_samples(denoiser, vae, checkpoint, requests, args, ctx)
-    sets = Sets(samples, train, held_out, vae, groups)
+    sets = Sets(samples, train, held_out, vae)
     report["num_samples"] = {class_names[c]: int((labels == c).sum()) for c in np.unique(labels)}
-    report |= measure_distances(sets, networks, args, ctx)
-    report |= measure_statistics(sets, ctx)
+    report |= measure_distances(sets, groups, networks, args, ctx)
+    report |= measure_power(sets, ctx)
     report |= c2st(sets, args, ctx)
-    copies, pairs = find_copies(sets, args, ctx)
-    report |= copies
+    report |= find_copies(sets, pairs_path, args, ctx)
     if len(class_names) > 1 and not few:
-        report |= tstr(sets, real_classifier, build, args, ctx)
+        report |= tstr(sets, real_classifier, args, ctx)
 
     found = [*judge(report)]
-    for name, part in report.items():
-        if isinstance(part, dict):
-            print_numbers(part, name)
+    for name, value in leaves(report):
+        print(f"{name:<56} {show(value)}")
     print(verdicts.format_verdicts(found))
-    if pairs:
-        run.save_grid(pairs_path, pairs, ["the ten samples closest to a training image",
-                                          "that training image"])
     write_json(path, {**report, "verdicts": [v._asdict() for v in found]})
-    print(f"written: {path}" + (f", {pairs_path}" if pairs else ""))
+    print(f"written: {path}")
 
 
 if __name__ == "__main__":

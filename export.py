@@ -105,34 +105,39 @@ def make_scheduler(denoiser):
     if schedule.name == "flow" or prediction not in kinds:
         fail(f"diffusers has no scheduler for prediction {prediction} on the noise schedule "
              f"{schedule.name}, zero terminal SNR {schedule.zero_terminal_snr}")
-    # Its step k is our time k / 1000, so there is a step 0, which is clean.
+    # Its step k is our time (k + 1) / 1000: trailing steps begin at pure noise, and none is clean.
     alphas_cumprod = schedule.alpha(torch.linspace(0, 1, 1001, dtype=torch.float64)) ** 2
     betas = 1 - alphas_cumprod[1:] / alphas_cumprod[:-1]
     return DDIMScheduler(
-        num_train_timesteps=1001, trained_betas=[0.0, *betas.tolist()],
+        trained_betas=betas.tolist(), timestep_spacing="trailing",
         prediction_type=kinds[prediction], clip_sample=prediction == "eps",
         clip_sample_range=diffusion.EPS_BOUND)
 
 
 def write_parts(folder, denoiser, vae, vae_settings, checkpoint):
-    """Write unet/, vae/, scheduler/, classes.json and pipeline.py into a folder."""
-    from diffusers import AutoencoderKL, UNet2DModel
+    """Write unet/, vae/, scheduler/, model_index.json and pipeline.py into a folder."""
+    import diffusers
 
     from lib.exported_pipeline import CXRAutoencoder
     settings, num_classes = checkpoint["args"], len(checkpoint["class_names"])
-    unet = UNet2DModel(**unet_config(settings, checkpoint["latent_shape"], num_classes))
+    unet = diffusers.UNet2DModel(
+        **unet_config(settings, checkpoint["latent_shape"], num_classes))
     unet.load_state_dict(to_diffusers(denoiser.unet, unet_names(denoiser.unet)))
     config = vae_config(vae_settings, checkpoint["latent_scale_factor"])
-    kind = CXRAutoencoder if "patch_size" in config else AutoencoderKL
+    kind = CXRAutoencoder if "patch_size" in config else diffusers.AutoencoderKL
     autoencoder = kind(**config)
     autoencoder.load_state_dict(to_diffusers(vae, vae_names(vae)))
-    unet.save_pretrained(folder / "unet")
-    autoencoder.save_pretrained(folder / "vae")
-    make_scheduler(denoiser).save_pretrained(folder / "scheduler")
-    sampling = {"classes": trained_classes(checkpoint),
-                **{name: settings[name] for name in ("guidance_scale", "guidance_interval")}}
-    (folder / "classes.json").write_text(json.dumps(sampling, indent=2) + "\n")
+    parts = {"unet": unet, "vae": autoencoder, "scheduler": make_scheduler(denoiser)}
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    index = {name: ["diffusers", type(part).__name__] for name, part in parts.items()}
     shutil.copyfile(HERE / "lib" / "exported_pipeline.py", folder / "pipeline.py")
+    if kind is CXRAutoencoder:  # diffusers looks for a part's class beside the part
+        index["vae"][0] = "pipeline"
+        shutil.copyfile(folder / "pipeline.py", folder / "vae" / "pipeline.py")
+    index |= {"_class_name": ["pipeline", "CXRPipeline"], "classes": trained_classes(checkpoint),
+              **{name: settings[name] for name in ("guidance_scale", "guidance_interval")}}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 # --- the model card -----------------------------------------------------------------------------

@@ -6,6 +6,7 @@
 The page embeds its pictures and needs neither a network nor a script, so it can be sent as it is.
 It can be made during a run, and of a run with missing or damaged files: what is left is shown.
 """
+import itertools
 import math
 import pathlib
 import re
@@ -17,7 +18,6 @@ from lib.files import fail, first_line, read_json, write_atomic
 from lib.html import draw, image, leaves, page, show, table, tag, verdict_list
 from lib.run import read_records, time_text
 
-MSE_MEASURED = f"{metrics.MSE_MEAN}_raw"  # without it, samples that are noise count as -1
 REAL = "sample_diversity/real_pairwise_mse_mean"
 REFERENCES = (REAL, metrics.TARGET_STD, verdicts.COPIES_EXPECTED)  # what another curve should be at
 CHARTS = {  # {title: metrics}
@@ -28,10 +28,11 @@ CHARTS = {  # {title: metrics}
     "PSNR of reconstructions, dB": ("val/psnr",),
     "SSIM and sharpness": ("val/ssim", "val/detail", "val/power_fine", "val/power_finest"),
     "log10 of the gradient norm": (verdicts.GRAD,),
-    "Diversity of samples and of real images": (MSE_MEASURED, REAL),
+    "Diversity of samples and of real images": (f"{metrics.MSE_MEAN}_raw", REAL),
     "Standard deviation of the latents": (metrics.Z_STD, metrics.TARGET_STD),
     "Copies, measured and by chance": (verdicts.COPIES, verdicts.COPIES_EXPECTED),
     "Speed": ("train/images_per_second",)}
+CHARTED = [name for names in CHARTS.values() for name in names]
 
 # --- a run folder -------------------------------------------------------------------------------
 
@@ -68,17 +69,16 @@ class LoggedRun:
         return points
 
     def grids(self):
-        """{kind: {epoch: name}} of the grids in samples/: for each class, or for reconstructions,
-        the first, the last, the one at the lowest val/loss, and three in between."""
+        """{kind: {epoch: name}} of samples/: up to six grids of each class, or reconstructions."""
         grids = {}
         for path in (self.folder / "samples").glob("*_ep*.png"):
             if match := re.fullmatch(r"(?:recon|sample)_ep(\d+)_?(.*)\.png", path.name, re.DOTALL):
                 names = grids.setdefault(match[2] or "reconstructions", {})
                 names[int(match[1])] = f"samples/{path.name}"
         for kind, names in grids.items():
-            epochs, chosen = sorted(names), {self.best.get("epoch")}
-            chosen |= {epochs[i * (len(epochs) - 1) // 4] for i in range(5)}
-            grids[kind] = {epoch: names[epoch] for epoch in epochs if epoch in chosen}
+            epochs = sorted(names)
+            chosen = {epochs[i * (len(epochs) - 1) // 4] for i in range(5)}
+            grids[kind] = {e: names[e] for e in epochs if e in chosen | {self.best.get("epoch")}}
         return dict(sorted(grids.items()))
 
     def picture(self, name, text):
@@ -93,47 +93,27 @@ class LoggedRun:
 
 
 def judge(run):
-    """[verdicts.Verdict] of a run: those stored at its end, until then of the latest numbers."""
-    values, found = dict(run.latest), []
-    if "overfit/passed" in values:
-        level = "ok" if values["overfit/passed"] == 1 else "bad"
-        text = verdicts.format_overfit(values)
-        found = [verdicts.Verdict("memorising", level, "", text, "")]
-    if run.summary:
-        return found + [verdicts.Verdict(**v) for v in run.summary.get("verdicts", ())]
-    val, val_train, rec, loss = ([y for _, y in run.points(name)] for name in (
-        verdicts.VAL, verdicts.VAL_TRAIN, "train/rec", verdicts.LOSS))
-    if MSE_MEASURED in values:
-        values[metrics.MSE_MEAN] = values[MSE_MEASURED]
-    memorising = any(run.settings.get(name) for name in ("overfit_k", "overfit_one"))
-    return found + verdicts.health(values, rec or loss, overfit=memorising,
-                                   val_history=(val[:-1], val_train[:-1]),
-                                   best_epoch=run.best.get("epoch"))
+    """[verdicts.Verdict] of a run at its end."""
+    found = [verdicts.Verdict(**v) for v in run.summary.get("verdicts", ())]
+    if "overfit/passed" in run.latest:
+        level = "ok" if run.latest["overfit/passed"] == 1 else "bad"
+        text = verdicts.format_overfit(run.latest)
+        found.append(verdicts.Verdict("memorising", level, "", text, ""))
+    return found
 
 
 def facts(run):
-    """{name: value} of what a reader asks first, without what is unknown."""
+    """{name: value} of what a reader asks first, then all else that the run says of itself."""
     meta, best, summary, seconds = run.meta, run.best, run.summary, run.summary.get("wall_seconds")
-    state = f"not finished; last logged: step {show(run.latest.get('step'))}"
-    if summary:
-        state = f"{'diverged' if summary.get('diverged') else 'finished'} at step {summary['step']}"
+    state = "diverged" if summary.get("diverged") else "finished" if summary else "not finished"
     found = {
-        "state": state, "wall time": seconds and time_text(seconds),
+        "state": f"{state}, step {show(run.latest.get('step'))}",
+        "wall time": seconds and time_text(seconds),
         "lowest val/loss": best and f"{show(best[verdicts.VAL])}, epoch {best.get('epoch')}",
-        "images": [f"{name} {count}" for name, count, *_ in meta.get("data") or ()],
-        "packages": meta.get("packages"),
-        "command": meta.get("command") and shlex.join(["python", *meta["command"]]),
+        "images": [f"{name} {count}" for name, count, *_ in meta.get("data", ())],
+        "command": shlex.join(["python", *meta.get("command", ())]),
         "not the defaults": {name: run.settings.get(name) for name in meta.get("changed", ())}}
-    found |= {name: value for name, value in meta.items() if not isinstance(value, (dict, list))}
-    return {name: value for name, value in found.items() if value not in (None, [], {})}
-
-
-def curves(run):
-    """All charts of a run."""
-    mark = run.best and (run.best["step"], f"lowest val/loss: epoch {run.best.get('epoch')}")
-    return tag("div", *(draw(title, {name: run.points(name) for name in names},
-                             mark if verdicts.VAL in names else None, REFERENCES)
-                        for title, names in CHARTS.items()), class_="grid")
+    return found | {n: v for n, v in meta.items() if n not in ("args", "data", "changed", *found)}
 
 
 def samples(run):
@@ -160,8 +140,11 @@ def report(run):
     """The page of one run."""
     return build(run.folder.resolve().name, {
         "Verdicts": lambda: verdict_list(judge(run)), "Run": lambda: table(facts(run).items()),
-        "Curves": lambda: curves(run), "Samples": lambda: samples(run),
-        "Evaluation": lambda: evaluation(run), "Settings": lambda: table(run.settings.items())})
+        "Curves": lambda: tag("div", *(
+            draw(title, {name: run.points(name) for name in names}, REFERENCES)
+            for title, names in CHARTS.items()), class_="grid"),
+        "Samples": lambda: samples(run), "Evaluation": lambda: evaluation(run),
+        "Settings": lambda: table(run.settings.items())})
 
 
 def build(title, sections):
@@ -180,31 +163,24 @@ def build(title, sections):
 # --- several runs -------------------------------------------------------------------------------
 
 
-def numbers(run):
-    """{name: value} of the metrics and verdicts that runs are compared by."""
-    latest = {name: run.latest.get(name) for names in CHARTS.values() for name in names}
-    return latest | {f"verdict on {v.metric}": f"{v.value} {v.level}" for v in judge(run)}
-
-
-def differences(runs, describe):
-    """Table of describe(run), {name: value}: a column for each of {path: run}, a row for each name
-    whose value differs."""
-    columns = [describe(run) for run in runs.values()]
-    names = dict.fromkeys(name for column in columns for name in column)
-    rows = [[name, *(show(column.get(name)) for column in columns)] for name in names]
+def differences(runs):
+    """Table of facts, settings, verdicts and last numbers: a column for each of {path: run}, a row
+    for each name whose value differs."""
+    columns = [facts(run) | run.settings | {name: run.latest.get(name) for name in CHARTED}
+               | {f"verdict on {v.metric}": f"{v.value} {v.level}" for v in judge(run)}
+               for run in runs.values()]
+    rows = [[name, *(show(column.get(name)) for column in columns)]
+            for name in dict.fromkeys(itertools.chain(*columns))]
     return table([row for row in rows if len(set(row[1:])) > 1], ["", *runs])
 
 
 def comparison(runs):
     """The page of several runs, {path: LoggedRun}."""
-    charts = [name for names in CHARTS.values() for name in names if name not in REFERENCES]
     return build(f"{len(runs)} runs", {
-        "Runs": lambda: differences(runs, facts),
-        "Settings": lambda: differences(runs, lambda run: run.settings),
-        "Numbers at the end": lambda: differences(runs, numbers),
+        "Differences": lambda: differences(runs),
         "Curves": lambda: tag("div", *(
-            draw(name, {path: run.points(name) for path, run in runs.items()}) for name in charts),
-            class_="grid"),
+            draw(name, {path: run.points(name) for path, run in runs.items()})
+            for name in CHARTED if name not in REFERENCES), class_="grid"),
         "Last samples": lambda: tag("div", *(
             run.picture(names[max(names)], f"{path}: {kind} epoch {max(names)}")
             for path, run in runs.items() for kind, names in run.grids().items()))})
@@ -213,14 +189,12 @@ def comparison(runs):
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=file_path, help="run folder")
-    parser.add_argument("--out", type=file_path, help="HTML file; None: in the first run's folder")
     args = parse_settings(parser, argv)
     runs = {path: LoggedRun(path) for path in args.runs}
-    first = runs[args.runs[0]]
-    name, html = "report.html", report(first)
-    if len(runs) > 1:
-        name, html = "comparison.html", comparison(runs)
-    path = pathlib.Path(args.out or first.folder / name)
+    name, html = "comparison.html", comparison(runs)
+    if len(runs) == 1:
+        name, html = "report.html", report(*runs.values())
+    path = pathlib.Path(args.runs[0], name)
     write_atomic(path, lambda f: f.write(html))
     print(f"report: {path}")
 

@@ -127,6 +127,8 @@ def vae_config(settings, latent_scale_factor):
               "use_post_quant_conv": settings["quant_conv"]}
     if patch > 1 or settings["linear_path"]:
         config |= {"patch_size": patch, "linear_path": settings["linear_path"]}
+        for name in ("down_block_types", "up_block_types"):
+            config[name] = [f"CXRAutoencoder.{kind}" for kind in config[name]]
     return config
 
 

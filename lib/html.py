@@ -8,11 +8,9 @@ import math
 from html import escape
 
 STYLE = """
-:root { color-scheme: light dark }
-body { margin: auto; padding: 16px; max-width: 1200px; font: 15px/1.45 system-ui, sans-serif;
-  background: Canvas; color: CanvasText; overflow-wrap: anywhere }
+body { margin: auto; padding: 16px; max-width: 1200px; font: 15px system-ui, sans-serif;
+  overflow-wrap: anywhere }
 p { margin: 4px 0 } img { display: block; max-width: 100% } div { overflow-x: auto }
-ul { list-style: none; padding: 0 } li { margin: 10px 0 }
 td, th { padding: 3px 14px 3px 0; min-width: 64px; font-size: 13px; text-align: left }
 .ok { color: #1f8a40 } .watch { color: #b86e00 } .bad { color: #d9363e }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)) }
@@ -24,9 +22,14 @@ path { fill: none; stroke: currentColor; stroke-width: 1.6; stroke-linecap: roun
 .c4 { color: #8b7a1e } .c5 { color: #d6336c } .c6 { color: #14a3b8 } .c7 { color: #7a6ff0 }
 """
 
-VOID = ("img", "meta", "br")  # elements without an end tag
 # No network and no script, even if a name were not escaped.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+HEAD = """<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+"""
+VOID = ("img", "meta", "br")  # elements without an end tag
+WIDTH, HEIGHT = 400, 220  # of a figure with curves
+LEFT, RIGHT, TOP, BOTTOM = 46, 22, 8, 22  # its margins, for the numbers at the axes
 
 
 class Html(str):
@@ -59,20 +62,20 @@ def table(rows, head=()):
 
 
 def leaves(tree, path=()):
-    """Yield (names joined by commas, value) of a nested dict; an innermost dict is a value."""
+    """Yield (names joined by commas, value) of a nested dict; a dict of single values is one."""
     for name, value in tree.items():
-        if isinstance(value, dict) and any(isinstance(v, dict) for v in value.values()):
+        inside = value.values() if isinstance(value, dict) else ()
+        if any(isinstance(v, (dict, list, tuple)) for v in inside):
             yield from leaves(value, (*path, name))
         else:
             yield ", ".join((*path, name)), value
 
 
 def verdict_list(verdicts):
-    """verdicts.Verdicts: bad ones first, then those to watch, each with what to do."""
-    return tag("ul", *(
-        tag("li", tag("b", v.level.upper(), class_=v.level), f" {v.metric} {v.value}",
-            tag("p", v.meaning), tag("p", v.advice if v.level != "ok" else ""))
-        for v in sorted(verdicts, key=lambda v: ("bad", "watch", "ok").index(v.level))))
+    """Table of verdicts.Verdicts: bad ones first, then those to watch, each with what to do."""
+    return table([tag("b", v.level.upper(), class_=v.level), v.metric, v.value,
+                  v.meaning if v.level == "ok" else f"{v.meaning} {v.advice}"]
+                 for v in sorted(verdicts, key=lambda v: ("bad", "watch", "ok").index(v.level)))
 
 
 def image(png, text):
@@ -83,26 +86,14 @@ def image(png, text):
 
 def page(title, *sections):
     """Bytes of a whole page."""
-    head = tag("head", tag("meta", charset="utf-8"),
-               tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-               tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
-               tag("title", title), tag("style", Html(STYLE)))
+    head = tag("head", Html(HEAD), tag("title", title), tag("style", Html(STYLE)))
     text = "<!DOCTYPE html>\n" + tag("html", head, tag("body", *sections), lang="en")
     return text.encode("utf-8", "backslashreplace")  # a folder's name may not be UTF-8
 
 
-# --- curves -------------------------------------------------------------------------------------
-
-WIDTH, HEIGHT = 400, 220
-LEFT, RIGHT, TOP, BOTTOM = 46, 22, 8, 22  # margins for the numbers at the axes
-
-
-def draw(title, curves, mark=None, dashed=()):
-    """Figure of {label: [(x, y)]} with x >= 0; empty Html if no y is finite.
-
-    mark: (x, text) of a vertical line. dashed: labels of dashed curves. A y that is not finite is a
-    gap.
-    """
+def draw(title, curves, dashed=()):
+    """Figure of {label: [(x, y)]} with x >= 0, where a y that is not finite is a gap; empty Html if
+    none is finite. dashed: labels of dashed curves."""
     finite = [point for points in curves.values() for point in points if math.isfinite(point[1])]
     if not finite:
         return Html("")
@@ -120,13 +111,9 @@ def draw(title, curves, mark=None, dashed=()):
     parts, legend = [], [tag("b", title), tag("br")]
     for part in (0, 0.25, 0.5, 0.75, 1):
         x, y = part * last, min(ys) + part * (max(ys) - min(ys))
-        parts.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=down(y), y2=down(y)))
-        parts.append(tag("text", f"{y:.3g}", x=LEFT - 4, y=down(y) + 4, text_anchor="end"))
-        parts.append(tag("text", f"{x:.0f}", x=across(x), y=HEIGHT - 6, text_anchor="middle"))
-    if mark:
-        at = across(mark[0])
-        parts.append(tag("line", x1=at, x2=at, y1=TOP, y2=HEIGHT - BOTTOM, class_="dashed"))
-        legend.append(tag("span", f"┆ {mark[1]}"))
+        parts += [tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=down(y), y2=down(y)),
+                  tag("text", f"{y:.3g}", x=LEFT - 4, y=down(y) + 4, text_anchor="end"),
+                  tag("text", f"{x:.0f}", x=across(x), y=HEIGHT - 6, text_anchor="middle")]
     for i, (label, points) in enumerate(curves.items()):
         path = ""
         for is_curve, part in itertools.groupby(points, lambda point: math.isfinite(point[1])):

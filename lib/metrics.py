@@ -22,11 +22,9 @@ def psnr(x, y):
 
 
 def blur(x):
-    """Separable Gaussian filter of x [B, 1, H, W], unpadded; the window shrinks on small images.
-
-    A sum of shifted views rather than a convolution, which GPUs round to TF32 and autocast to bf16:
-    that ruins the difference E[x^2] - E[x]^2 that SSIM is made of.
-    """
+    """Separable Gaussian filter of x [B, 1, H, W], unpadded; the window shrinks on small images. No
+    convolution: GPUs round those to TF32 and autocast to bf16, which ruins the difference
+    E[x^2] - E[x]^2 that SSIM is made of."""
     size = min(WINDOW, *x.shape[2:])
     centre = (size - 1) / 2
     weights = [math.exp(-((k - centre) / WINDOW_SIGMA) ** 2 / 2) for k in range(size)]
@@ -138,12 +136,12 @@ def sample_diversity(z, labels, class_names, real_pairwise_mse_mean):
     labels = torch.as_tensor(labels, device=z.device)
     members = {name: z[labels == index] for index, name in enumerate(class_names)}
     stats = {name: pairwise_mse(x) for name, x in members.items() if len(x) > 1}
-    result = {f"{name}/pairwise_mse_{key}": value
-              for name, of_class in stats.items() for key, value in of_class.items()}
     largest = max(map(len, members.values()))
-    result["num_pairs"] = largest * (largest - 1) // 2
+    result = {"num_pairs": largest * (largest - 1) // 2}
     for key in ("mean", "std", "min", "max") if stats else ():
-        result[f"pairwise_mse_{key}"] = sum(of[key] for of in stats.values()) / len(stats)
+        of_classes = {name: of[key] for name, of in stats.items()}
+        result |= {f"{name}/pairwise_mse_{key}": value for name, value in of_classes.items()}
+        result[f"pairwise_mse_{key}"] = sum(of_classes.values()) / len(stats)
     if real_pairwise_mse_mean:
         result["real_pairwise_mse_mean"] = float(real_pairwise_mse_mean)
         if stats:
@@ -173,12 +171,9 @@ def frechet_distance(a, b):
     a, b = rows64(a), rows64(b)
     if not (a.isfinite().all() and b.isfinite().all()):
         return math.nan
-
-    def covariance_factor(x):
-        # R of the QR decomposition: R^T R is the covariance, and R has at most D rows.
-        return torch.linalg.qr((x - x.mean(0)) / math.sqrt(len(x) - 1), mode="r").R
-
-    factor_a, factor_b = covariance_factor(a), covariance_factor(b)
+    # R of the QR decomposition: R^T R is the covariance, and R has at most D rows.
+    factor_a, factor_b = (torch.linalg.qr((x - x.mean(0)) / math.sqrt(len(x) - 1), mode="r").R
+                          for x in (a, b))
     root = torch.linalg.svdvals(factor_a @ factor_b.T).sum()
     distance = ((a.mean(0) - b.mean(0)).square().sum() + factor_a.square().sum()
                 + factor_b.square().sum() - 2 * root)
@@ -212,14 +207,10 @@ def manifold_metrics(samples, real, k=5):
     if not (samples.isfinite().all() and real.isfinite().all()):
         return dict.fromkeys(("precision", "recall", "density", "coverage"), math.nan)
     k = min(k, len(samples) - 1, len(real) - 1)
-
-    def radii(x):
-        # The nearest of all is the point itself.
-        return torch.cdist(x, x).kthvalue(k + 1, dim=1).values
-
+    # The nearest of all is the point itself.
+    own, radii = (torch.cdist(x, x).kthvalue(k + 1, dim=1).values for x in (samples, real))
     distance = torch.cdist(samples, real)  # [N, M]
-    in_real = distance <= radii(real)
-    in_samples = distance <= radii(samples)[:, None]
+    in_real, in_samples = distance <= radii, distance <= own[:, None]
     return {"precision": in_real.any(1).double().mean().item(),
             "recall": in_samples.any(0).double().mean().item(),
             "density": in_real.double().sum(1).mean().item() / k,
@@ -289,15 +280,14 @@ class CopyTest:
         self.index = distinct_rows(train)
         self.others = train[self.index]
         if len(self.others) < 6:
-            raise ValueError(f"only {len(self.others)} distinct training images: too few to search "
-                             "for copies")
+            raise ValueError(f"{len(self.others)} distinct training images: too few to find copies")
         reference, _ = closeness(self.others, self.others, within=True)
         self.rank = max(1, int(alpha * (len(self.others) + 1)))
         self.threshold = reference.kthvalue(self.rank).values
 
     def search(self, samples):
-        """dict for samples [N, D]: share of copies, expected share, probability of as many or more
-        by chance, distinct (M), and per sample its ratio and nearest (training image index)."""
+        """dict for samples [N, D]: share of copies and that expected, probability of as many by
+        chance, distinct (M), and per sample its ratio and nearest (training image index)."""
         ratio, nearest = closeness(samples, self.others)
         count = int((ratio < self.threshold).sum())
         rank, total = self.rank, len(self.others) + 1
@@ -319,8 +309,7 @@ def auroc(scores, labels):
         own = scores[:, c].double()
         score = own - (scores.sum(1).double() - own) / (scores.shape[1] - 1)
         gap = score[labels == c][:, None] - score[labels != c][None]
-        wins = (gap > 0).double() + 0.5 * (gap == 0).double()
-        areas.append(wins.mean().item() if gap.numel() else math.nan)
+        areas.append(((gap.sign() + 1) / 2).mean().item())
     return sum(areas) / len(areas)
 
 
@@ -328,33 +317,21 @@ def auroc_interval(area, positives, negatives, z=1.96):
     """95 % confidence interval (low, high) of an AUROC, valid down to ten images per class: all
     areas within z standard errors of the measured one, with the variance of Hanley & McNeil 1982
     and both class sizes replaced by their mean (Newcombe 2006, method 5)."""
+    true = torch.linspace(0, 1, 1_000_001, dtype=torch.float64)
+    q = (1 - true) / (2 - true) + true / (1 + true)
     size = (positives + negatives) / 2
-
-    def too_far(true):
-        q = (1 - true) / (2 - true) + true / (1 + true)
-        variance = true * (1 - true) * (1 + (size - 1) * q) / (positives * negatives)
-        return abs(area - true) > z * math.sqrt(variance)
-
-    ends = []
-    for outside in (0.0, 1.0):
-        inside = area
-        for _ in range(40):
-            middle = (outside + inside) / 2
-            inside, outside = (inside, middle) if too_far(middle) else (middle, outside)
-        ends.append(inside)
-    return tuple(ends)
+    variance = true * (1 - true) * (1 + (size - 1) * q) / (positives * negatives)
+    inside = true[~((area - true).abs() > z * variance.sqrt())]  # all of them if area is NaN
+    return min(area, inside[0].item()), max(area, inside[-1].item())
 
 
 def mean_auroc(of_trainings, labels):
-    """(mean AUROC, low, high) of 2 to 5 trainings of a classifier, at 95 % confidence, given the
+    """(mean AUROC, low, high) of three trainings of a classifier, at 95 % confidence, given the
     scores [N, K] of each on the same images with labels [N]. Covers the choice of images
     (auroc_interval) and the training seed (Student's t)."""
     areas = torch.tensor([auroc(scores, labels) for scores in of_trainings], dtype=torch.float64)
     mean = areas.mean().item()
-    if math.isnan(mean):
-        return math.nan, math.nan, math.nan
-    t_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}[len(areas)]
-    training = t_95 * areas.std().item() / math.sqrt(len(areas))
+    training = 4.30 * areas.std().item() / math.sqrt(len(areas))
     positives = min(int((labels == c).sum()) for c in labels.unique())
     low, high = auroc_interval(mean, positives, len(labels) - positives)
     return (mean, max(0.0, mean - math.hypot(mean - low, training)),
@@ -371,14 +348,12 @@ def auroc_gain(with_samples, without, labels, seed=0, resamples=1000):
     def mean_area(trainings, index=slice(None)):
         return sum(auroc(scores[index], labels[index]) for scores in trainings) / len(trainings)
 
-    def redrawn(trainings):
-        chosen = torch.randint(len(trainings), (len(trainings),), generator=rng).tolist()
-        return [trainings[i] for i in chosen]
-
     gains = []
     for _ in range(resamples):
         index = torch.cat([m[torch.randint(len(m), (len(m),), generator=rng)] for m in members])
-        gains.append(mean_area(redrawn(with_samples), index) - mean_area(redrawn(without), index))
+        one, other = ([of[i] for i in torch.randint(len(of), (len(of),), generator=rng).tolist()]
+                      for of in (with_samples, without))
+        gains.append(mean_area(one, index) - mean_area(other, index))
     ends = torch.tensor([0.025, 0.975]).double()
     low, high = torch.tensor(gains, dtype=torch.float64).quantile(ends).tolist()
     return mean_area(with_samples) - mean_area(without), low, high

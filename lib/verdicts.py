@@ -25,14 +25,12 @@ class Verdict(NamedTuple):
 
 
 def loss_trend(losses):
-    """Trend of a loss: 'not finite', 'short' (under 20 entries), 'rising', 'flat' or 'falling'.
-
-    Rising: the last tenth exceeds the tenth before by over 5 % and over 3 standard errors, as at
-    most 0.6 % of noisy plateaus do. Flat: the last tenth is at least 98 % of the first.
-    """
+    """Trend of a loss: 'short' (under 20 entries), 'rising' (not finite, or the last tenth exceeds
+    the tenth before by over 5 % and over 3 standard errors, as at most 0.6 % of noisy plateaus do),
+    'flat' (the last tenth is at least 98 % of the first) or 'falling'."""
     history = torch.as_tensor(losses, dtype=torch.float64)
     if not history.isfinite().all():
-        return "not finite"
+        return "rising"
     tenth = len(history) // 10
     if tenth < 2:
         return "short"
@@ -66,9 +64,7 @@ def rules(v, c):
         ("*", "bad", not math.isfinite(v), "NaN or infinite: training or sampling has blown up.",
          "Resume from the last checkpoint with a lower --lr and --grad_clip; try --dtype fp32."),
 
-        (LOSS, "bad", c.loss_trend == "not finite", "Every step of a log line was skipped.",
-         "The weights are fine: resume with a lower --lr and --grad_clip; try --dtype fp32."),
-        (LOSS, "bad", c.loss_trend == "rising", "Diverging: it rose over the last tenth.",
+        (LOSS, "bad", c.loss_trend == "rising", "Diverging: rising at the end, or not finite.",
          "Lower --lr (by 3 to 10 times), raise --warmup_steps, or lower --grad_clip."),
         (LOSS, "watch", c.loss_trend == "flat", "No lower than at the start: little was learned.",
          "Raise --lr if train/grad_norm is small and steady; check the images and scale factor."),
@@ -137,29 +133,26 @@ OK = {  # in the order in which verdicts are printed
 
 def health(metrics, losses=(), train_stats=None, overfit=False, diverged=False,
            val_history=((), ()), best_epoch=0):
-    """One Verdict for each metric of OK in `metrics` (name -> number).
-
-    losses: history of train/loss; val_history: those of val/loss, lowest in best_epoch, and
-    val/train_loss before now; train_stats: mean, min and max of the unscaled training latents.
-    overfit skips the diversity metrics. diverged: --max_bad_steps stopped the run.
-    """
+    """One Verdict for each metric of OK in `metrics` (name -> number). losses: history of
+    train/loss; val_history: those of val/loss, lowest in best_epoch, and val/train_loss before now;
+    train_stats: mean, min and max of the unscaled training latents. overfit skips the diversity
+    metrics. diverged: --max_bad_steps stopped the run."""
     val, val_train = ([*past, metrics.get(name, math.nan)]
                       for past, name in zip(val_history, (VAL, VAL_TRAIN), strict=True))
-    train = dict.fromkeys(("mean", "min", "max"), math.nan) | (train_stats or {})
+    train = {"mean": math.nan, "min": math.nan, "max": math.nan, **(train_stats or {})}
     half_range = (train["max"] - train["min"]) / 2
     context = SimpleNamespace(  # unknown numbers are NaN
         loss_trend=loss_trend(losses), val_trend=val_trend(val, val_train), best_epoch=best_epoch,
         copies_probability=metrics.get(COPIES_PROBABILITY, math.nan), diverged=diverged,
         target_std=metrics.get(TARGET_STD, math.nan), train_mean=train["mean"],
         lowest=train["min"] - half_range, highest=train["max"] + half_range)
-    left_out = [name for name in OK if overfit and name.startswith("sample_diversity/")]
-    if metrics.get("sample_diversity/num_pairs") == 1:
-        left_out.append(MSE_STD)  # of a single pair it is 0 and says nothing
     verdicts = []
-    for name in (name for name in OK if name in metrics and name not in left_out):
+    for name in (name for name in OK if name in metrics):
+        one_pair = name == MSE_STD and metrics.get("sample_diversity/num_pairs") == 1
+        if one_pair or overfit and name.startswith("sample_diversity/"):
+            continue  # the std of a single pair is 0 and says nothing
         value = float(metrics[name])
-        found = [(level, meaning, advice)
-                 for metric, level, applies, meaning, advice in rules(value, context)
+        found = [(level, *words) for metric, level, applies, *words in rules(value, context)
                  if applies and metric in ("*", name)]
         level, meaning, advice = [*found, ("ok", OK[name], "")][0]
         verdicts.append(Verdict(name, level, f"{value:.4g}", meaning, advice))
@@ -184,11 +177,11 @@ def sweep_objective(values, verdicts):
 def overfit_verdict(z_samples, z_train, x_samples, x_train, mse_threshold=0.1, psnr_threshold=25.0):
     """Did the model memorise its K training items? dict of `overfit/*`, with the bool `passed`.
 
-    z_samples [S, ...] and z_train [K, ...] are normalised latents, x_* [., 1, H, W] their decoded
-    images in [-1, 1]. The medians over samples of MSE and PSNR to the nearest training latent must
-    reach the thresholds (unrelated latents have MSE 2, different patients at most 19.5 dB).
-    Coverage, the fraction of min(K, S) items that are nearest to some sample within mse_threshold,
-    must be one half, and two items if S and K allow: one repeated image fails for K > 1.
+    z_samples [S, ...] and z_train [K, ...] are normalised latents, x_* [., 1, H, W] their images in
+    [-1, 1]. The samples' median MSE and PSNR to the nearest training latent must reach the
+    thresholds (unrelated latents have MSE 2, different patients at most 19.5 dB). Coverage, the
+    fraction of min(K, S) items nearest to some sample within mse_threshold, must be one half, and
+    two items if S and K allow: one repeated image fails for K > 1.
     """
     z_samples, z_train = rows64(z_samples), rows64(z_train)
     # The faster way to compute distances is inexact near 0.

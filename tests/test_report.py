@@ -126,7 +126,7 @@ def test_ldm_page_shows_curves_samples_and_verdicts(stages, workspace, quick):
     for v in summary["verdicts"]:
         assert f"{v['level'].upper()} {v['metric']} {v['value']} {v['meaning']}" in seen.words
         assert v["level"] == "ok" or v["advice"] in seen.words
-    for text in (read_meta(folder)["git_commit"], "finished at step 20", "normal 8, tb 8",
+    for text in (read_meta(folder)["git_commit"], "finished, step 20", "normal 8, tb 8",
                  f"wall time {run.time_text(summary['wall_seconds'])}", "Not measured"):
         assert text in seen.words
     changed = seen.words.split("not the defaults")[1].split("Curves")[0]
@@ -168,7 +168,6 @@ def test_gaps_and_single_points_are_drawn(make_run, capsys):
     seen = made(capsys, make_run("r", records))
     path = seen.curves["Loss"]["train/loss"]
     assert re.findall("[ML]", path) == ["M", "M", "L"] and path.count("h0") == 2
-    assert "BAD train/loss nan" in seen.words
     one = made(capsys, make_run("one", logged(1)))
     assert 'class="c0 solid"' in seen.text and 'class="c0 dots"' in one.text
     # Nothing to draw in a figure with nothing but NaN.
@@ -183,14 +182,13 @@ def test_gradient_norms_are_drawn_as_logarithms(make_run, capsys):
     assert a - b == pytest.approx(b - c, abs=0.2)
 
 
-def test_lowest_val_loss_is_marked_and_its_samples_shown(make_run, capsys):
+def test_samples_at_the_lowest_val_loss_are_shown(make_run, capsys):
     losses = [5, 4, 3, 2, 2.5, 3, 3.5, 4, 4.5, 5.0]
     records = [{"step": 10 * e, "epoch": e, verdicts.VAL: float(losses[e - 1]),
                 verdicts.VAL_TRAIN: 5.0 - 0.1 * e} for e in range(1, 11)]
     folder = make_run("r", records, classes=["tb"], epochs=range(1, 11))
     seen = made(capsys, folder)
-    assert "lowest val/loss: epoch 4" in seen.words
-    assert "BAD val/loss 5 Memorising: val/loss was lowest in epoch 4" in seen.words
+    assert "lowest val/loss 2, epoch 4" in seen.words
     shown = [int(text.rsplit(" ", 1)[1]) for text, _ in seen.pictures if "epoch" in text]
     assert 5 <= len(shown) <= 6 and shown == sorted(shown)
     assert {1, 4, 10} <= set(shown)
@@ -227,7 +225,7 @@ def test_strange_lines_of_the_log_are_gaps_at_most(make_run, capsys):
 
 
 @pytest.mark.parametrize("name, content, shown", [
-    ("metrics.jsonl", "", "last logged: step –"), ("summary.json", '{"step": 9', "step 20"),
+    ("metrics.jsonl", "", "not finished, step –"), ("summary.json", '{"step": 9', "step 20"),
     ("summary.json", None, "step 20"), ("evaluation.json", None, "Not measured"),
     ("run_meta.json", "[" * 100_000, "step 20"), ("run_meta.json", '{"args": 3}', "damaged"),
     ("run_meta.json", '{"data": 7}', "damaged"), ("run_meta.json", '{"command": [1]}', "damaged"),
@@ -261,7 +259,7 @@ def test_only_regular_files_of_the_run_are_embedded(make_run, capsys, tmp_path):
 
 def test_a_run_that_went_on_is_not_finished(make_run, capsys):
     folder = make_run("r", logged(3), {"step": 20, "verdicts": []})
-    assert "not finished; last logged: step 30" in made(capsys, folder).words
+    assert "not finished, step 30" in made(capsys, folder).words
 
 
 @pytest.mark.parametrize("passed", [True, False])
@@ -277,11 +275,9 @@ def test_an_overfit_run_shows_its_verdict(make_run, capsys, passed):
 
 def test_what_is_no_run_is_one_line(make_run, tmp_path, capsys):
     folder = make_run("r", logged(2))
-    for argv, expected in (
-            (["nowhere"], "not a run folder: give one such as runs/ldm_tb"),
-            ([tmp_path], "not a run folder"), ([folder / "metrics.jsonl"], "not a run folder"),
-            ([folder, f"--out={tmp_path}/no/x.html"], "cannot write")):
-        assert expected in error_of(capsys, report.main, [*map(str, argv)])
+    for path in ("nowhere", tmp_path, folder / "metrics.jsonl"):
+        message = error_of(capsys, report.main, [str(path)])
+        assert "not a run folder: give one such as runs/ldm_tb" in message
     assert not list(tmp_path.rglob("*.html"))
 
 
@@ -300,8 +296,7 @@ def test_a_comparison_shows_what_differs(make_run, capsys, tmp_path):
     assert set(seen.curves["val/psnr"]) == {str(runs[2])}
     last = [(run / "samples/sample_ep0002_tb.png").read_bytes() for run in runs[:2]]
     assert [png for _, png in seen.pictures] == last
-    made(capsys, *runs[:2], f"--out={tmp_path}/c.html")
-    assert "same" not in Seen(tmp_path / "c.html").words  # the same in both
+    assert "same" not in made(capsys, *runs[:2]).words  # the same in both
 
 
 # --- what training writes for it ---
