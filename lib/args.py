@@ -80,6 +80,14 @@ def folder_name(text):
     return text
 
 
+def pattern(text):
+    """argparse type: a regular expression that ignores case."""
+    try:
+        return re.compile(text, re.IGNORECASE)
+    except re.error as e:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {e}") from e
+
+
 class BooleanFlag(argparse.Action):
     """--flag, --flag=True, --flag=false and --no-flag."""
 

@@ -184,3 +184,15 @@ def _display(pixels, dataset, stored):
         first, last = sorted((padding, dataset.get("PixelPaddingRangeLimit", padding)))
         grey[(stored >= first) & (stored <= last)] = 0
     return grey
+
+
+def view_position(path):
+    """ViewPosition of a DICOM file, "" if it has none or the file is another image. Raises
+    ValueError if it cannot be read."""
+    if os.path.splitext(path)[1].lower() in EXTENSIONS - DICOM:
+        return ""
+    pydicom = import_pydicom()
+    try:
+        return str(pydicom.dcmread(path, stop_before_pixels=True).get("ViewPosition") or "")
+    except Exception as e:  # it has many for damaged files
+        raise ValueError("damaged DICOM") from e
