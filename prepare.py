@@ -14,19 +14,14 @@ import shutil
 import signal
 import tempfile
 
-from lib.args import BooleanFlag, Parser, at_least, file_path, folder_name, parse_settings, pattern
-from lib.decode import view_position
+from lib.args import (BooleanFlag, Parser, at_least, class_labels, file_path, parse_settings,
+                      pattern)
+from lib.decode import find_view
 from lib.files import command_line, fail
 from lib.tables import find_images, match_rows, read_tables
 
 VIEW_COLUMNS = ("ViewPosition", "View Position", "Frontal/Lateral", "Projection")
 FRONTAL = re.compile("(?i)(ap|pa|frontal)(?![a-z])")
-
-
-def class_names(text):
-    """argparse type: 'name=Label,...' as {label: name}; a class may have several labels."""
-    pairs = [item.split("=", 1) for item in text.split(",")]
-    return {label.strip(): folder_name(name.strip()) for name, label in pairs}
 
 
 def build_parser():
@@ -41,7 +36,7 @@ def build_parser():
     add("--label_column", help="of labels, | between several; None: a column per label, 1 for yes")
     add("--view_column", help=f"None: the first there of {', '.join(VIEW_COLUMNS)}")
     add("--class_pattern", type=pattern, help="instead of --csv: of the label in a path, as a group")
-    add("--classes", type=class_names, required=True, help="name=Label,name=Label,...")
+    add("--classes", type=class_labels, required=True, help="name=Label,name=Label,...")
     add("--out", type=file_path, required=True, help="DATA_ROOT/TASK, the folder to make")
     add("--val", type=at_least(0, float, 0.4), default=0.1, help="share of the images; 0: none")
     add("--test", type=at_least(0, float, 0.4), default=0.1, help="share of the images; 0: none")
@@ -73,9 +68,7 @@ def judge(path, rows, args):
     readers, more than half must agree. Raises ValueError with the reason if it is left out."""
     if not rows:
         raise ValueError("without a row, or a match of --class_pattern")
-    view = rows[0].get(args.view_column) or view_position(os.path.join(args.images, path))
-    if not view and re.search("(?i)(?<![a-z])lateral", path):
-        view = "lateral"
+    view = rows[0].get(args.view_column) or find_view(os.path.join(args.images, path))
     if args.view_column and not view or view and not FRONTAL.match(view):
         raise ValueError(f"not frontal: view {view or 'not given'}")
     votes, others = collections.Counter(), set()
@@ -128,7 +121,7 @@ def write(images, splits, args, root, task):
             for path, name, patient in images:
                 target = os.path.join(folder, task, splits[patient], name, path)
                 os.makedirs(os.path.dirname(target), exist_ok=True)
-                put(os.path.abspath(os.path.join(args.images, path)), target)
+                put(os.path.join(os.path.abspath(args.images), path), target)
             os.rename(os.path.join(folder, task), args.out)
     except OSError as e:
         fail(f"cannot write {args.out}: {e.strerror}; choose another --out")
@@ -148,9 +141,12 @@ def main(argv=None):
             images.append((path, *judge(path, of_path, args)))
         except ValueError as e:
             left_out[f"images: {e}"] += 1
-    print(f"{len(files)} images and {len(rows)} rows; {len(images)} images are used; left out are")
+    print(f"{len(files)} images, {len(rows)} rows; {len(images)} images are used. Left out are:")
     for reason, count in sorted(left_out.items()):
         print(f"{count:>8} {reason}")
+    classes_of = collections.Counter(who for who, _ in {(who, name) for _, name, who in images})
+    several = sum(count > 1 for count in classes_of.values())
+    print(f"{several} patients have images of several classes, and keep to one split")
     shares = {"train": 1 - args.val - args.test, "val": args.val, "test": args.test}
     shares = {split: share for split, share in shares.items() if share}
     splits = split_patients(images, shares, args.seed)

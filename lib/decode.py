@@ -3,6 +3,7 @@ import errno
 import functools
 import logging
 import os
+import re
 import warnings
 
 import numpy as np
@@ -186,13 +187,15 @@ def _display(pixels, dataset, stored):
     return grey
 
 
-def view_position(path):
-    """ViewPosition of a DICOM file, "" if it has none or the file is another image. Raises
-    ValueError if it cannot be read."""
-    if os.path.splitext(path)[1].lower() in EXTENSIONS - DICOM:
-        return ""
-    pydicom = import_pydicom()
-    try:
-        return str(pydicom.dcmread(path, stop_before_pixels=True).get("ViewPosition") or "")
-    except Exception as e:  # it has many for damaged files
-        raise ValueError("damaged DICOM") from e
+def find_view(path):
+    """View of an image: ViewPosition of DICOM, else `lateral` if its path says so, else "". Raises
+    ValueError if DICOM cannot be read."""
+    suffix = os.path.splitext(path)[1].lower()
+    view = None
+    if suffix in DICOM or suffix not in EXTENSIONS:
+        pydicom = import_pydicom()
+        try:
+            view = pydicom.dcmread(path, stop_before_pixels=True).get("ViewPosition")
+        except Exception as e:  # it has many for damaged files
+            raise ValueError("damaged DICOM") from e
+    return view or "".join(re.findall("(?i)(?<![a-z])lateral", path)[:1])
