@@ -164,7 +164,7 @@ def check_start(args, scale, vae_sha256):
     source = f"{args.resume_dir}/ckpts/last.pt" if args.resume_dir else args.init_from
     if not source:
         return
-    checkpoint = load_checkpoint(source, "ldm", weights=False)
+    checkpoint = load_checkpoint(source, "ldm")
     if checkpoint["vae_sha256"] != vae_sha256:
         fail(f"{source} was trained with another autoencoder (its hash differs): give "
              f"--ae_ckpt_path={checkpoint['ae_ckpt_path']} as it was then, or start a new run")

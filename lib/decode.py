@@ -2,6 +2,7 @@
 import functools
 import logging
 import os
+import re
 import warnings
 
 import numpy as np
@@ -168,3 +169,17 @@ def _display(pixels, dataset):
         first, last = sorted((padding, dataset.get("PixelPaddingRangeLimit", padding)))
         grey[(stored >= first) & (stored <= last)] = 0
     return grey.astype(np.float32)
+
+
+def find_view(path):
+    """View of an image: ViewPosition of DICOM, else `lateral` if its path says so, else "". Raises
+    ValueError if DICOM cannot be read."""
+    suffix = os.path.splitext(path)[1].lower()
+    view = None
+    if suffix in DICOM or suffix not in EXTENSIONS:
+        pydicom = import_pydicom()
+        try:
+            view = pydicom.dcmread(path, stop_before_pixels=True).get("ViewPosition")
+        except Exception as e:  # it has many for damaged files
+            raise ValueError("damaged DICOM") from e
+    return view or "".join(re.findall("(?i)(?<![a-z])lateral", path)[:1])

@@ -1,0 +1,83 @@
+"""What a data set ships: image files, CSV files, and which row names which image."""
+import collections
+import csv
+import glob
+import gzip
+import os
+import re
+
+from lib.decode import EXTENSIONS, may_be_image
+from lib.files import fail
+
+
+def find_images(folder, left_out):
+    """Paths below `folder` of its images, each file once; left_out counts the others by reason."""
+    found = {}
+    for path in sorted(glob.iglob("**", root_dir=folder, recursive=True)):
+        target = os.path.realpath(os.path.join(folder, path))
+        if os.path.isdir(target):
+            continue
+        if re.search("(?i)masks?[/.]|segmentations?/", path):
+            left_out["masks"] += 1
+        elif not os.path.exists(target):
+            left_out["links without a target"] += 1
+        elif not may_be_image(path):
+            left_out["files that are no images by their suffix"] += 1
+        elif found.setdefault(target, path) != path:
+            left_out["links to an image that is there itself"] += 1
+    return list(found.values())
+
+
+def read_tables(paths):
+    """Rows {column: text} of CSV files, gzipped or not, with commas, semicolons or tabs, joined on
+    the columns that they share. A row without a partner stays, the other file's columns blank."""
+    rows, blank = [], {}
+    for path in paths:
+        try:
+            with (gzip.open if path.endswith(".gz") else open)(
+                    path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+                lines = file.readlines() or [""]
+            reader = csv.DictReader(lines, restval="", delimiter=max(",;\t", key=lines[0].count))
+            table = [{name.strip(): row[name].strip() for name in row if name} for row in reader]
+        except (OSError, EOFError, csv.Error) as e:
+            fail(f"cannot read {path}: {getattr(e, 'strerror', None) or e}")
+        shared = [name for name in (table or [{}])[0] if name in blank or not rows]
+        if not shared:
+            fail(f"{path} has no rows, or no column of the CSV file before it")
+        partners = collections.defaultdict(lambda: ([], []))
+        for side, part in enumerate((rows, table)):
+            for row in part:
+                partners[tuple(row[name] for name in shared)][side].append(row)
+        blank |= dict.fromkeys(table[0], "")
+        rows = [blank | old | new for olds, news in partners.values()
+                for old in olds or [{}] for new in news or [{}]]
+    return rows
+
+
+def match_rows(rows, column, files, left_out):
+    """{path: rows whose `column` names it}; left_out counts by reason what has no such partner.
+
+    Names and paths are compared without suffixes, in as many last parts as lets any name meet a
+    path: train.csv of CheXpert begins its names with a folder that may have another name here.
+    """
+    def end(path):
+        stem, suffix = os.path.splitext(path)
+        return "/".join((stem if suffix.lower() in EXTENSIONS else path).split("/")[-depth:])
+
+    depth = 1 + max(row[column].count("/") for row in rows)
+    while depth > 1 and {end(row[column]) for row in rows}.isdisjoint(map(end, files)):
+        depth -= 1
+    paths_of = collections.defaultdict(list)
+    for path in files:
+        paths_of[end(path)].append(path)
+    rows_of = {paths[0]: [] for paths in paths_of.values() if len(paths) == 1}
+    for paths in paths_of.values():
+        if len(paths) > 1:
+            left_out["images: other images have the same name"] += len(paths)
+    for row in rows:
+        paths = paths_of.get(end(row[column]), [])
+        if len(paths) == 1:
+            rows_of[paths[0]].append(row)
+        else:
+            left_out["rows that name several images" if paths else "rows without an image"] += 1
+    return rows_of
