@@ -167,7 +167,7 @@ class AutoencoderKL(nn.Module):
             raise ValueError(f"img_size {img_size} is not a multiple of {factor} (by patch_size "
                              f"and ch_mults); the nearest that fits is {nearest}")
         self.latent_shape = (z_channels, img_size // factor, img_size // factor)
-        self.patch_size = patch_size
+        self.patch_size, self.factor = patch_size, factor  # factor: pixels per latent, a side
         widths = [base_ch * m for m in ch_mults]
 
         def block(in_ch, out_ch, attention):

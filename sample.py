@@ -162,6 +162,25 @@ def latent_metrics(z, labels, class_names, latent_scale_factor, real_pairwise_ms
             | metrics.sample_diversity(z, labels, class_names, real_pairwise_mse))
 
 
+@torch.no_grad()
+def appearance(z, latent_scale_factor, x, vae, ctx):
+    """For metrics.sample_quality, of normalised latents z [N, C, h, w] and images x [N, 1, H, W] in
+    [-1, 1]: mean power by octave of x, and mean squared change of z when it is decoded and encoded
+    again. Real latents come back; those that no image has, as in mottle, do not."""
+    decoded = decode_latents(vae, z, latent_scale_factor, ctx).split(16)
+    again = torch.cat([vae.encode(part.to(ctx.device)).mean.cpu() for part in decoded])
+    moved = (again * latent_scale_factor - z.cpu()).square().mean().item()
+    return {"octave_power": metrics.octave_power(x).mean(0).tolist(), "round_trip": moved}
+
+
+def image_metrics(z, latent_scale_factor, x, vae, ctx, train_stats):
+    """Metrics sample_quality/* of samples, as for `appearance`; none if train_stats, which holds the
+    same of training images, is that of an earlier version."""
+    if "round_trip" not in train_stats:
+        return {}
+    return metrics.sample_quality(appearance(z, latent_scale_factor, x, vae, ctx), train_stats)
+
+
 # --- the stage ----------------------------------------------------------------------------------
 
 
@@ -199,15 +218,20 @@ def prepare_folder(folder, checkpoint, requests, args):
     return paths
 
 
-def write_report(folder, checkpoint, paths, z, args):
+def write_report(folder, checkpoint, paths, z, vae, args, ctx):
     """metrics.json and grid.png beside the images, and the verdicts on the console. paths: of
     prepare_folder; z: the normalised latents of these images."""
     class_names, stats = checkpoint["class_names"], checkpoint["train_stats"]
+    scale, overfit = checkpoint["latent_scale_factor"], checkpoint["args"]["overfit_k"] > 0
     # Of the first thousand per class, since pairs grow with the square.
     labels = [c for c, i in paths if i < 1000]
     values = latent_metrics(z[[i < 1000 for _, i in paths]], labels, class_names,
-                            checkpoint["latent_scale_factor"], stats.get("real_pairwise_mse_mean"))
-    found = verdicts.health(values, train_stats=stats, overfit=checkpoint["args"]["overfit_k"] > 0)
+                            scale, stats.get("real_pairwise_mse_mean"))
+    if not overfit:
+        first = [i < 16 for _, i in paths]
+        x = torch.stack([run.load_image(path) for (_, i), path in paths.items() if i < 16])
+        values |= image_metrics(z[first], scale, x, vae, ctx, stats)
+    found = verdicts.health(values, train_stats=stats, overfit=overfit)
     write_json(folder / "metrics.json", values | {"verdicts": [v._asdict() for v in found]})
     classes, shown = dict.fromkeys(labels), range(min(8, args.num_samples))
     settings = f"{args.sampler} {args.num_sampling_steps} steps, guidance {args.guidance_scale:g}"
@@ -238,7 +262,7 @@ def main(argv=None):
 
     z = ctx.gather(torch.cat(latents))  # and now all images are written
     if ctx.is_main:
-        write_report(folder, checkpoint, paths, z, args)
+        write_report(folder, checkpoint, paths, z, vae, args, ctx)
 
 
 if __name__ == "__main__":

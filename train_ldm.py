@@ -291,8 +291,8 @@ def train_step(denoiser, ema, optimizer, loss_fn, batch, scale, step, args, ctx)
 @torch.no_grad()
 def training_reference(latents, args, scale, vae, ctx):
     """What samples are compared with, from up to 64 training images per class: {mean, std, min and
-    max of unscaled latents, real_pairwise_mse_mean of normalised ones}; in overfit modes arguments
-    of overfit_verdict, else None."""
+    max of unscaled latents, real_pairwise_mse_mean of normalised ones, and of about 32 images what
+    sample.appearance returns}; in overfit modes arguments of overfit_verdict, else None."""
     labels = latents.images.labels
     index = np.concatenate([np.flatnonzero(labels == c)[:64] for c in np.unique(labels)])
     mean, logvar = latents.posterior(index)
@@ -306,7 +306,9 @@ def training_reference(latents, args, scale, vae, ctx):
         notice("the training latents times the scale factor have a standard deviation of "
                f"{stats['std'] * scale:.2f}, not 1: was it measured on other images?")
     if not args.overfit_k:
-        return stats, None
+        few = slice(None, None, max(1, len(index) // 32))
+        x = latents.images.images(index[few])
+        return stats | sample.appearance(z[few], scale, x, vae, ctx), None
     z_train = mean.cpu() * scale
     # A perfect copy is a draw from the posterior: its variance comes on top of the tolerance.
     threshold = 0.1 + (logvar.exp().mean() * scale**2).item()
@@ -332,6 +334,8 @@ def evaluate(denoiser, vae, scale, classes, class_names, train_stats, memorised,
                                    train_stats["real_pairwise_mse_mean"])
     if memorised:
         values |= overfit_verdict(z_samples=z, x_samples=x, **memorised)
+    else:
+        values |= sample.image_metrics(z, scale, x, vae, ctx, train_stats)
     return values, x, labels
 
 

@@ -18,7 +18,7 @@ from lib import diffusers_io
 from lib.args import BooleanFlag, at_least, int_list, parse_settings, trainer_parser
 from lib.dist import BatchOrder, RunningMeans, clip_and_step, setup
 from lib.files import data_flags, fail, notice
-from lib.metrics import detail, ms_ssim, octave_power, psnr, ssim
+from lib.metrics import (detail, linear_psnr, ms_ssim, octave_power, patch_moments, psnr, ssim)
 from lib.run import Run, load_checkpoint, load_network
 from lib.verdicts import health
 
@@ -226,8 +226,10 @@ def train_step(models, vae_fn, disc_fn, perceptual, x, step, args, ctx):
 def evaluate(vae, images, ctx, batch_size, tick):
     """Quality of what the posterior means decode to, over all images of all ranks: PSNR, SSIM, L1;
     detail and the power of the two finest octaves, where blur and noise show, as fractions of the
-    images' own. tick() is called before each batch."""
+    images' own; psnr_linear, the PSNR of as many principal components per patch as there are latent
+    channels. tick() is called before each batch."""
     sums = torch.zeros(10, dtype=torch.float64)
+    moments = torch.zeros(vae.factor**2 + 1, vae.factor**2 + 1, dtype=torch.float64)
     local = range(ctx.rank, len(images), ctx.world_size)
     for start in range(0, len(local), batch_size):
         tick()
@@ -239,10 +241,13 @@ def evaluate(vae, images, ctx, batch_size, tick):
         for of in (rec, x):
             columns += [detail(of), *octave_power(of)[:, -2:].unbind(1)]
         sums += torch.stack([column.double().cpu() for column in columns], 1).sum(0)
+        moments += patch_moments(x, vae.factor)
     ctx.average(sums)
+    ctx.average(moments)
     values = [*(sums[:3] / sums[3]), *(sums[4:7] / sums[7:].clamp_min(1e-12))]
     return {f"val/{name}": value.item() for name, value in zip(
-        ("psnr", "ssim", "l1", "detail", "power_fine", "power_finest"), values, strict=True)}
+        ("psnr", "ssim", "l1", "detail", "power_fine", "power_finest"), values, strict=True)} | {
+            "val/psnr_linear": linear_psnr(moments, vae.latent_shape[0])}
 
 
 @torch.no_grad()
@@ -338,7 +343,7 @@ def main(argv=None):
                                        lambda: run.stop_if_asked(state))
             if ctx.is_main:
                 path = save_reconstructions(run, averaged, val_set or train_set, ctx, epoch)
-                run.log_evaluation(step, epoch, val_metrics, {"recon": path})
+                run.log_evaluation(step, epoch, val_metrics, {"recon": path}, health(val_metrics))
             run.restart_clock(step)
         if step >= total_steps:
             break
@@ -366,7 +371,7 @@ def main(argv=None):
 
     # --- end ---
     # Not of train/loss: its adversarial part has no trend, since its judge learns too.
-    verdicts = health(train_metrics, run.history("train/rec"), diverged=diverged)
+    verdicts = health(train_metrics | val_metrics, run.history("train/rec"), diverged=diverged)
     run.finish(step, {**train_metrics, **val_metrics}, verdicts, run.last_path, diverged,
                "find_latent_scale.py", ae_ckpt_path=run.last_path, **data_flags(args))
 

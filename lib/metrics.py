@@ -104,6 +104,24 @@ def octave_power(x):
                         for low, high in octaves(side)], 1)
 
 
+def patch_moments(x, side):
+    """Second moments of the patches of images x [B, 1, S, S], each with a 1 appended: float64
+    [side^2 + 1, side^2 + 1], summed over patches."""
+    patches = F.unfold(x.cpu().double(), side, stride=side).transpose(1, 2).flatten(0, 1)
+    rows = F.pad(patches, (0, 1), value=1.0)
+    return rows.T @ rows
+
+
+def linear_psnr(moments, components):
+    """PSNR in dB of what the best linear code makes of patches with these patch_moments: so many
+    principal components for each. An autoencoder of as many channels should be above it."""
+    moments = moments / moments[-1, -1]
+    mean = moments[-1, :-1]
+    variances = torch.linalg.eigvalsh(moments[:-1, :-1] - mean[:, None] * mean)  # ascending
+    mse = variances[:-components].sum() / len(mean)
+    return 10 * math.log10(4 / max(mse.item(), 1e-10))
+
+
 # --- diversity and latent statistics ------------------------------------------------------------
 
 MSE_MEAN, MSE_STD = "sample_diversity/pairwise_mse_mean", "sample_diversity/pairwise_mse_std"
@@ -112,6 +130,8 @@ RATIO = "sample_diversity/ratio_to_real"
 Z_MEAN, Z_STD = "final_latent_stats/mean", "final_latent_stats/std"
 Z_MIN, Z_MAX = "final_latent_stats/min", "final_latent_stats/max"
 TARGET_STD = "final_latent_stats/target_std"
+POWER, ROUND_TRIP = "sample_quality/power", "sample_quality/round_trip"
+REAL_ROUND_TRIP = "sample_quality/real_round_trip"
 
 
 def rows64(x):
@@ -156,6 +176,15 @@ def latent_stats(z_unscaled, latent_scale_factor):
     return {Z_MEAN: z.mean().item(), Z_STD: z.std(correction=0).item(),
             Z_MIN: z.min().item(), Z_MAX: z.max().item(),
             TARGET_STD: 1 / float(latent_scale_factor)}
+
+
+def sample_quality(own, real):
+    """What shows in single images, given sample.appearance of samples and of training images: the
+    power of the octave that is furthest from the real one, as a fraction of it, and how far encoding
+    a decoded latent moves it, for both."""
+    ratios = torch.tensor(own["octave_power"]) / torch.tensor(real["octave_power"])
+    furthest = ratios[ratios.log().abs().argmax()].item()
+    return {POWER: furthest, ROUND_TRIP: own["round_trip"], REAL_ROUND_TRIP: real["round_trip"]}
 
 
 # --- distributions ------------------------------------------------------------------------------

@@ -5,13 +5,15 @@ from typing import NamedTuple
 
 import torch
 
-from lib.metrics import (MSE_MAX, MSE_MEAN, MSE_MIN, MSE_STD, RATIO, TARGET_STD, Z_MAX, Z_MEAN,
-                         Z_MIN, Z_STD, psnr, rows64)
+from lib.metrics import (MSE_MAX, MSE_MEAN, MSE_MIN, MSE_STD, POWER, RATIO, REAL_ROUND_TRIP,
+                         ROUND_TRIP, TARGET_STD, Z_MAX, Z_MEAN, Z_MIN, Z_STD, psnr, rows64)
 
 LOSS, GRAD, BAD_STEPS = "train/loss", "train/grad_norm", "train/bad_steps"
 VAL, VAL_TRAIN = "val/loss", "val/train_loss"
 COPIES, COPIES_EXPECTED = "copies/share", "copies/expected"
 COPIES_PROBABILITY, NOISE = "copies/probability", "posterior_noise_share"
+PSNR, PSNR_LINEAR = "val/psnr", "val/psnr_linear"
+DETAIL, FINEST = "val/detail", "val/power_finest"
 
 
 class Verdict(NamedTuple):
@@ -85,6 +87,16 @@ def rules(v, c):
         (COPIES, "bad", c.copies_probability < 0.001, "More copies than chance allows.",
          "Stop: it reproduces patients. Use an earlier ckpts/best.pt; check it with evaluate.py."),
 
+        *[rule for level, factor in (("bad", 3), ("watch", 1.6)) for rule in (
+            (POWER, level, v < 1 / factor, "Blurred: less power in an octave than real images.",
+             "Train longer. If reconstructions are as soft, train the autoencoder longer."),
+            (POWER, level, v > factor, "Mottle or a lattice: more power in an octave than real.",
+             "Train longer, or raise --num_sampling_steps. In a short run, lower --ema_decay."))],
+        (ROUND_TRIP, "bad", v > c.real_round_trip + 0.012, "Not latents of any X-ray yet.",
+         "Train longer, or raise --lr and --num_sampling_steps. In a short run, lower --ema_decay."),
+        (ROUND_TRIP, "watch", v > c.real_round_trip + 0.004, "Not quite latents of X-rays.",
+         "Train longer. Look at outlines, ribs and corners in the sample grid."),
+
         (MSE_MEAN, "bad", v < 0.01, "Collapse: the samples of a class are nearly identical.",
          "Lower --guidance_scale and --lr; check that --prob_uncond is near 0.1 and not near 1."),
         (MSE_MEAN, "watch", v < 0.1, "The samples of a class are very similar.",
@@ -97,6 +109,17 @@ def rules(v, c):
            "Check that samples start from different noise; lower --guidance_scale and --lr.")
           for name in (MSE_STD, MSE_MIN, MSE_MAX)],
 
+        (PSNR, "bad", v < c.psnr_linear, "Worse than as many principal components.",
+         "Train longer (--max_steps, --epochs) or raise --lr; keep --kl_weight small."),
+        (PSNR, "watch", v < c.psnr_linear + 1, "Hardly better than as many principal components.",
+         "Train longer (--max_steps, --epochs), or raise --base_ch or --lr."),
+        *[rule for name, level, factor in (
+            (DETAIL, "bad", 2), (DETAIL, "watch", 1.25),
+            (FINEST, "bad", 4), (FINEST, "watch", 1.6)) for rule in (
+                (name, level, v < 1 / factor, "Blurred: less fine detail than the images.",
+                 "Train longer, with the discriminator from half of the run on (--disc_start)."),
+                (name, level, v > factor, "Noise or a lattice: more fine detail than the images.",
+                 "Train longer, or lower --disc_weight."))],
         (NOISE, "bad", v > 0.5, "Mostly noise: the posterior makes up over half of the variance.",
          "Retrain the autoencoder with a lower --kl_weight."),
         (NOISE, "watch", v > 0.2, "Posterior noise makes up a good part of the variance.",
@@ -121,9 +144,13 @@ OK = {  # in the order in which verdicts are printed
     BAD_STEPS: "No step was skipped since the last log line.",
     VAL: "Falling, or too early to judge (under 4 evaluations).",
     COPIES: "No more samples copy a training image than chance allows.",
+    POWER: "As much power in every octave as real images.",
+    ROUND_TRIP: "Decoded and encoded again, they move as little as real latents.",
     MSE_MEAN: "The samples of a class differ from one another.",
     RATIO: "Samples are about as diverse as training images.",
     **dict.fromkeys((MSE_STD, MSE_MIN, MSE_MAX), "No image is repeated within a class."),
+    PSNR: "Better than as many principal components.",
+    **dict.fromkeys((DETAIL, FINEST), "As much fine detail as the images."),
     NOISE: "The latents carry image content and hardly any noise.",
     Z_MEAN: "Near the mean of the training latents, if that is known.",
     Z_STD: "Near 1/latent_scale_factor.",
@@ -144,6 +171,8 @@ def health(metrics, losses=(), train_stats=None, overfit=False, diverged=False,
     context = SimpleNamespace(  # unknown numbers are NaN
         loss_trend=loss_trend(losses), val_trend=val_trend(val, val_train), best_epoch=best_epoch,
         copies_probability=metrics.get(COPIES_PROBABILITY, math.nan), diverged=diverged,
+        psnr_linear=metrics.get(PSNR_LINEAR, math.nan),
+        real_round_trip=metrics.get(REAL_ROUND_TRIP, math.nan),
         target_std=metrics.get(TARGET_STD, math.nan), train_mean=train["mean"],
         lowest=train["min"] - half_range, highest=train["max"] + half_range)
     verdicts = []
@@ -167,9 +196,9 @@ def levels(verdicts):
 def sweep_objective(values, verdicts):
     """`values` with `sample_diversity/pairwise_mse_mean`, which a sweep maximises, set to -1 if the
     samples are noise or copies, which are diverse too: ratio_to_real over 1.5 or not finite, or a
-    bad verdict on the latents' std or on copies. The measured value is kept as `..._raw`."""
+    bad verdict on their round trip, the latents' std or copies. The measured value is kept as `..._raw`."""
     too_far_apart = not values.get(RATIO, 1.0) <= 1.5
-    bad = any(v.metric in (Z_STD, COPIES) and v.level == "bad" for v in verdicts)
+    bad = any(v.metric in (ROUND_TRIP, Z_STD, COPIES) and v.level == "bad" for v in verdicts)
     objective = -1.0 if too_far_apart or bad else values[MSE_MEAN]
     return values | {f"{MSE_MEAN}_raw": values[MSE_MEAN], MSE_MEAN: objective}
 
