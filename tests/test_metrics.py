@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from lib.metrics import (CopyTest, auroc, auroc_gain, auroc_interval, beta_binomial_tail, detail,
-                         distinct_rows, frechet_distance, latent_stats, mean_auroc, ms_ssim,
-                         octave_power, octaves, pairwise_mse, psnr, sample_diversity, ssim)
+                         distinct_rows, frechet_distance, latent_stats, linear_psnr, mean_auroc,
+                         ms_ssim, octave_power, octaves, pairwise_mse, patch_moments, psnr,
+                         sample_diversity, sample_quality, ssim)
 from lib.verdicts import (OK, format_training, format_verdicts, health, loss_trend,
                           overfit_verdict, sweep_objective)
 
@@ -251,6 +252,29 @@ def test_power_against_the_transfer_function_of_a_filter():
     assert ratio.tolist() == pytest.approx([e.mean() for e in expected], rel=0.03)
 
 
+def test_linear_psnr_is_that_of_projecting_on_components():
+    x = images(6, 16, 16)
+    x[:, :, ::4] = 0.3  # so that components differ in what they are worth
+    patches = x.double().unfold(2, 4, 4).unfold(3, 4, 4).reshape(-1, 16)
+    centred = patches - patches.mean(0)
+    axes = torch.linalg.svd(centred, full_matrices=False).Vh
+    for components in (1, 5, 11):
+        kept = axes[:components]
+        mse = (centred - centred @ kept.T @ kept).square().mean().item()
+        moments = patch_moments(x[:2], 4) + patch_moments(x[2:], 4)
+        assert linear_psnr(moments, components) == pytest.approx(10 * math.log10(4 / mse))
+    assert linear_psnr(moments, 16) == pytest.approx(106)  # nothing is left out: the most
+
+
+@pytest.mark.parametrize("powers, furthest", [((1, 3, 2), 2.0), ((0.1, 3, 1), 0.1),
+                                              ((1, 0, 9), 0.0)])
+def test_quality_is_the_octave_furthest_from_real(powers, furthest):
+    real = {"octave_power": [1.0, 2.0, 1.0], "round_trip": 0.1}
+    values = sample_quality({"octave_power": list(powers), "round_trip": 0.2}, real)
+    assert values["sample_quality/power"] == pytest.approx(furthest)
+    assert values["sample_quality/round_trip"] == 0.2
+
+
 # --- verdicts ---
 
 FALLING = [1 / (1 + i) for i in range(40)]
@@ -287,6 +311,18 @@ CASES = [
     ("train/grad_norm", 9e-7, "bad", {}), ("train/grad_norm", 1e-6, "ok", {}),
     ("train/bad_steps", 0.0, "ok", {}), ("train/bad_steps", 1.0, "watch", {}),
     ("train/bad_steps", 1.0, "bad", {"diverged": True}),
+    *[("sample_quality/power", value, level, {})
+      for value, level in ((0.0, "bad"), (0.33, "bad"), (0.34, "watch"), (0.6, "watch"),
+                           (0.63, "ok"), (1.59, "ok"), (1.61, "watch"), (3.1, "bad"))],
+    *[("sample_quality/round_trip", value, level,
+       {"beside": {"sample_quality/real_round_trip": 0.01}})
+      for value, level in ((0.0, "ok"), (0.0139, "ok"), (0.0141, "watch"), (0.0221, "bad"))],
+    *[("val/psnr", value, level, {"beside": {"val/psnr_linear": 29.0}})
+      for value, level in ((28.9, "bad"), (29.1, "watch"), (30.1, "ok"))],
+    *[("val/detail", value, level, {}) for value, level in (
+        (0.49, "bad"), (0.51, "watch"), (0.81, "ok"), (1.26, "watch"), (2.1, "bad"))],
+    *[("val/power_finest", value, level, {}) for value, level in (
+        (0.24, "bad"), (0.26, "watch"), (0.63, "ok"), (1.61, "watch"), (4.1, "bad"))],
     ("posterior_noise_share", 0.51, "bad", {}), ("posterior_noise_share", 0.5, "watch", {}),
     ("posterior_noise_share", 0.21, "watch", {}), ("posterior_noise_share", 0.2, "ok", {}),
     (D + "pairwise_mse_mean", 0.0099, "bad", {}), (D + "pairwise_mse_mean", 0.01, "watch", {}),
@@ -373,9 +409,11 @@ def test_a_sweep_gets_minus_one_for_noise_and_for_copies():
     name = D + "pairwise_mse_mean"
     off_scale = health({L + "std": 9.0, **TARGET})
     copied = health({"copies/share": 0.5, "copies/probability": 1e-9})
+    mottle = judge("sample_quality/round_trip", 0.1,
+                   {"beside": {"sample_quality/real_round_trip": 0.01}})
     for values, verdicts, objective in (
             ({}, [], 2.0), ({D + "ratio_to_real": 1.5}, [], 2.0), ({}, off_scale, -1.0),
-            ({}, copied, -1.0), ({}, health({"copies/share": 0.1}), 2.0),
+            ({}, copied, -1.0), ({}, mottle, -1.0), ({}, health({"copies/share": 0.1}), 2.0),
             ({D + "ratio_to_real": 1.51}, [], -1.0), ({D + "ratio_to_real": math.nan}, [], -1.0)):
         result = sweep_objective({name: 2.0, **values}, verdicts)
         assert result == {name: objective, f"{name}_raw": 2.0, **values}
