@@ -263,7 +263,7 @@ def test_linear_psnr_is_that_of_projecting_on_components():
         mse = (centred - centred @ kept.T @ kept).square().mean().item()
         moments = patch_moments(x[:2], 4) + patch_moments(x[2:], 4)
         assert linear_psnr(moments, components) == pytest.approx(10 * math.log10(4 / mse))
-    assert linear_psnr(moments, 16) == pytest.approx(106)  # nothing is left out: the most
+    assert linear_psnr(moments, 16) == pytest.approx(106, abs=0.1)  # nothing is left out: the most
 
 
 @pytest.mark.parametrize("powers, furthest", [((1, 3, 2), 2.0), ((0.1, 3, 1), 0.1),
