@@ -215,7 +215,7 @@ class Run:
         if step > total_steps:
             fail(f"{self.folder} has done {step} steps, but with these settings it ends after "
                  f"{total_steps}: give more --epochs or --max_steps, or fewer images per step")
-        self.stop_signal = StopSignal()
+        self.stop_signal = StopSignal(self.saved_step)
         self.progress = Progress(self.ctx, "step", total_steps)
         self.status = ""  # the last log line, beside the progress
         self.restart_clock(step)
@@ -238,6 +238,8 @@ class Run:
             write_atomic(self.metrics_path, lambda f: f.write(text.encode()))
         else:
             self.save(state)
+        if self.ctx.compile:
+            say(f"step {step}/{total_steps}: compiling, which takes up to a few minutes")
 
     # --- the training loop ---
 
@@ -265,6 +267,7 @@ class Run:
         self.saved_step, self.save_time = state["step"], now
         if self.ctx.is_main:
             self._write(self.last_path, state)
+        self.stop_signal.saved_step = self.saved_step
 
     def _write(self, path, state):
         self._check_lock()
