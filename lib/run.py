@@ -455,7 +455,7 @@ def start_wandb(args, folder, meta):
         session = wandb.init(
             mode=mode, project=args.wandb_project, entity=args.wandb_entity, name=folder.name,
             dir=str(folder), id=meta["wandb_id"], resume="allow",
-            tags=[tag.strip() for tag in args.wandb_tags.split(",") if tag.strip()],
+            tags=[t for tag in args.wandb_tags.split(",") if (t := tag.strip(" []()'\""))],
             config=meta["args"] | {"world_size": meta["world_size"]},
             settings=wandb.Settings(init_timeout=30, silent=True))
         meta["wandb_id"] = session.id
@@ -509,20 +509,22 @@ class Progress:
 
     def __init__(self, ctx, label, total):
         self.ctx, self.label, self.total = ctx, label, total
-        self.first = None  # (done, time) at the first update: what came before may have compiled
+        self.since = []  # (done, time) of the first two updates: before them something may compile
         self.tty = sys.stdout.isatty()
         self.shown = 0.0 if self.tty else time.perf_counter()
 
     def update(self, done, text=""):
         """done of total are finished; text: what else to show."""
         now = time.perf_counter()
-        self.first = self.first or (done, now)
+        if len(self.since) < 2:
+            self.since.append((done, now))
         if not self.ctx.is_main or now - self.shown < (0.2 if self.tty else 30.0):
             return
         self.shown = now
         line = f"{self.label} {done}/{self.total} ({100 * done // max(self.total, 1)}%) {text}"
-        if new := done - self.first[0]:
-            line += f" {time_text((now - self.first[1]) / new * (self.total - done))} left"
+        before, since = self.since[-1]
+        if done > before:
+            line += f" {time_text((now - since) / (done - before) * (self.total - done))} left"
         if self.tty:
             say(line[:shutil.get_terminal_size().columns - 1], end="")
         else:

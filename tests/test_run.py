@@ -328,7 +328,7 @@ def test_a_first_step_is_no_estimate(capsys, monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(run.time, "perf_counter", lambda: clock[0])
     progress = run.Progress(ALONE, "step", 1000)
-    for seconds, done in ((90.0, 101), (31.0, 111)):  # it went on at 100, and compiled
+    for seconds, done in ((1.0, 100), (90.0, 101), (31.0, 111)):  # the second compiles
         clock[0] += seconds
         progress.update(done)
     assert [line.split("%) ")[1] for line in capsys.readouterr().out.splitlines()] == [
@@ -352,4 +352,5 @@ def test_progress_writes_whole_lines_to_a_file(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "\r" not in out and out.endswith("\n")
     lines = out.splitlines()
-    assert len(lines) == 5 and lines[0] == "step 2/10 (20%) loss 1 0:02:08 left"
+    assert len(lines) == 5 and lines[0] == "step 2/10 (20%) loss 1"
+    assert lines[1] == "step 4/10 (40%) loss 1 0:01:36 left"
