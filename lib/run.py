@@ -161,6 +161,8 @@ class Run:
         def claim():
             folder = named_folder(args) or new_folder(args.output_root, args.exp_name or default)
             self.lock = take_lock(make_folder(folder) / "lock", folder)
+            if not args.resume_dir and os.path.exists(os.path.join(folder, "metrics.jsonl")):
+                fail(f"{folder} was made meanwhile: type the same command again", EXIT_STOPPED)
             return folder, read_meta(folder) if args.resume_dir else {}
         folder, self.before = ctx.on_main(claim)  # description of the run that is continued
         self.folder = pathlib.Path(folder)

@@ -19,7 +19,7 @@ from PIL import Image
 
 import train_ldm
 from lib import cpu_ops, dist, run
-from lib.files import command_line, write_atomic
+from lib.files import EXIT_STOPPED, command_line, write_atomic
 
 ALONE = dist.DistContext(0, 1, torch.device("cpu"), torch.float32, False)
 
@@ -242,6 +242,14 @@ def a_run(tmp_path):
     made = run.Run(args, ALONE, "ldm", "x", {})
     made.start({"step": 0, "args": {}}, 10, train_ldm.build_parser(), {})
     return made
+
+
+def test_a_run_that_was_made_meanwhile_is_not_overwritten(tmp_path, capsys):
+    args = train_ldm.parse_args([f"--output_root={tmp_path}", "--run_name=a"])
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/metrics.jsonl").touch()  # by another process, since the flags were read
+    says = error_of(capsys, run.Run, args, ALONE, "ldm", "x", {}, code=EXIT_STOPPED)
+    assert "type the same command again" in says
 
 
 def test_non_finite_numbers_are_null_in_json_files(a_run):
