@@ -128,24 +128,20 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
-MEANINGS = {  # flag: what DiT, diffusers and nanoGPT call it; the first that a stage has is named
+MEANINGS = {  # flag: what DiT, diffusers and nanoGPT call it, if that does not look similar
     "lr": "learning_rate base_learning_rate",
     "batch_per_device": "batch_size train_batch_size global_batch_size",
-    "grad_accum": "gradient_accumulation_steps accum_iter",
-    "grad_clip": "max_grad_norm clip_grad",
-    "warmup_steps": "lr_warmup_steps warmup_iters warmup",
-    "epochs": "num_epochs num_train_epochs max_epochs",
-    "max_steps": "max_train_steps max_iters num_steps train_steps",
-    "resume_dir": "resume resume_from resume_from_checkpoint",
-    "out_dir": "output_dir sample_dir save_dir outdir output",
-    "output_root": "output_dir results_dir save_dir outdir output logdir",
-    "data_root": "data_dir data_path data dataset dataset_path train_data_dir",
-    "img_size": "resolution image_size size",
-    "ckpt": "ckpt_path checkpoint checkpoint_path model model_path resume",
-    "ae_ckpt_path": "ckpt_path vae vae_path vae_ckpt ae_ckpt ae_path",
-    "num_samples": "num_images num_fid_samples n_samples",
-    "num_sampling_steps": "num_inference_steps ddim_steps steps sampling_steps",
-    "guidance_scale": "cfg_scale cfg guidance"}
+    "grad_clip": "max_grad_norm",
+    "epochs": "num_train_epochs",
+    "max_steps": "max_train_steps",
+    "out_dir": "output sample_dir save_dir",  # the first flag that the stage has is named
+    "output_root": "output outdir results_dir save_dir logdir",
+    "data_root": "dataset_path",
+    "img_size": "resolution",
+    "ckpt": "ckpt_path checkpoint_path model model_path resume",
+    "ae_ckpt_path": "vae vae_ckpt ae_ckpt",
+    "num_sampling_steps": "ddim_steps steps",
+    "guidance_scale": "cfg"}
 
 
 def closest(name, known):

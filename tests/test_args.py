@@ -114,6 +114,9 @@ def test_bad_arguments_are_refused_by_name(capsys, argv, says):
 
 @pytest.mark.parametrize("stage, typed, meant", [
     (train_ldm, "--learning_rate=1", "--lr"), (train_ldm, "--batch-size", "--batch_per_device"),
+    (train_vae, "--num_train_epochs", "--epochs"), (train_ldm, "--resolution=64", "--img_size"),
+    (train_ldm, "--image_size=64", "--img_size"), (train_ldm, "--data_dir=x", "--data_root"),
+    (train_ldm, "--num_epochs=3", "--epochs"), (sample, "--n_samples=3", "--num_samples"),
     (train_vae, "--resume", "--resume_dir"), (train_vae, "--output_dir=x", "--output_root"),
     (train_vae, "--data-root", "--data_root"), (sample, "--output_dir=x", "--out_dir"),
     (sample, "--ckpt_path=x", "--ckpt"), (sample, "--cfg_scale=2", "--guidance_scale"),
