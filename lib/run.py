@@ -410,13 +410,11 @@ class Run:
 
 def new_folder(output_root, name):
     """Folder OUTPUT_ROOT/NAME_DATE, made exclusively: two runs of the same second get two."""
-    while True:
-        folder = make_folder(output_root) / f"{name}_{time.strftime('%Y%m%d-%H%M%S')}"
-        try:
-            folder.mkdir()
-            return str(folder)
-        except FileExistsError:
-            time.sleep(1)
+    folder = make_folder(output_root) / f"{name}_{time.strftime('%Y%m%d-%H%M%S')}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir()
+        return str(folder)
+    return new_folder(output_root, f"{name}_2")
 
 
 def git_commit():
