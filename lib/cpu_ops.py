@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 import model
+from lib.files import notice
 
 
 def usable(x):
@@ -33,6 +34,7 @@ def as_images(rows, height, width):
 @functools.cache
 def can_compile():
     """Whether torch.compile works, for which it needs a C++ compiler and a place for its files."""
+    notice("compiling for bf16, once per start: up to two minutes")
     try:
         with torch.compiler.set_stance("default"):  # the caller may have forced eager mode
             torch.compile(torch.neg)(torch.zeros(8))

@@ -161,6 +161,8 @@ class Run:
         def claim():
             folder = named_folder(args) or new_folder(args.output_root, args.exp_name or default)
             self.lock = take_lock(make_folder(folder) / "lock", folder)
+            if not args.resume_dir and os.path.exists(os.path.join(folder, "metrics.jsonl")):
+                fail(f"{folder} was made meanwhile: type the same command again", EXIT_STOPPED)
             return folder, read_meta(folder) if args.resume_dir else {}
         folder, self.before = ctx.on_main(claim)  # description of the run that is continued
         self.folder = pathlib.Path(folder)
@@ -215,7 +217,7 @@ class Run:
         if step > total_steps:
             fail(f"{self.folder} has done {step} steps, but with these settings it ends after "
                  f"{total_steps}: give more --epochs or --max_steps, or fewer images per step")
-        self.stop_signal = StopSignal()
+        self.stop_signal = StopSignal(self.saved_step)
         self.progress = Progress(self.ctx, "step", total_steps)
         self.status = ""  # the last log line, beside the progress
         self.restart_clock(step)
@@ -238,6 +240,8 @@ class Run:
             write_atomic(self.metrics_path, lambda f: f.write(text.encode()))
         else:
             self.save(state)
+        if self.ctx.compile:
+            say(f"step {step}/{total_steps}: compiling, which takes up to a few minutes")
 
     # --- the training loop ---
 
@@ -265,6 +269,7 @@ class Run:
         self.saved_step, self.save_time = state["step"], now
         if self.ctx.is_main:
             self._write(self.last_path, state)
+        self.stop_signal.saved_step = self.saved_step
 
     def _write(self, path, state):
         self._check_lock()
@@ -405,13 +410,11 @@ class Run:
 
 def new_folder(output_root, name):
     """Folder OUTPUT_ROOT/NAME_DATE, made exclusively: two runs of the same second get two."""
-    while True:
-        folder = make_folder(output_root) / f"{name}_{time.strftime('%Y%m%d-%H%M%S')}"
-        try:
-            folder.mkdir()
-            return str(folder)
-        except FileExistsError:
-            time.sleep(1)
+    folder = make_folder(output_root) / f"{name}_{time.strftime('%Y%m%d-%H%M%S')}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir()
+        return str(folder)
+    return new_folder(output_root, f"{name}_2")
 
 
 def git_commit():
@@ -452,7 +455,7 @@ def start_wandb(args, folder, meta):
         session = wandb.init(
             mode=mode, project=args.wandb_project, entity=args.wandb_entity, name=folder.name,
             dir=str(folder), id=meta["wandb_id"], resume="allow",
-            tags=[tag.strip() for tag in args.wandb_tags.split(",") if tag.strip()],
+            tags=[t for tag in args.wandb_tags.split(",") if (t := tag.strip(" []()'\""))],
             config=meta["args"] | {"world_size": meta["world_size"]},
             settings=wandb.Settings(init_timeout=30, silent=True))
         meta["wandb_id"] = session.id
@@ -506,20 +509,22 @@ class Progress:
 
     def __init__(self, ctx, label, total):
         self.ctx, self.label, self.total = ctx, label, total
-        self.first = None  # (done, time) at the first update: what came before may have compiled
+        self.since = []  # (done, time) of the first two updates: before them something may compile
         self.tty = sys.stdout.isatty()
         self.shown = 0.0 if self.tty else time.perf_counter()
 
     def update(self, done, text=""):
         """done of total are finished; text: what else to show."""
         now = time.perf_counter()
-        self.first = self.first or (done, now)
+        if len(self.since) < 2:
+            self.since.append((done, now))
         if not self.ctx.is_main or now - self.shown < (0.2 if self.tty else 30.0):
             return
         self.shown = now
         line = f"{self.label} {done}/{self.total} ({100 * done // max(self.total, 1)}%) {text}"
-        if new := done - self.first[0]:
-            line += f" {time_text((now - self.first[1]) / new * (self.total - done))} left"
+        before, since = self.since[-1]
+        if done > before:
+            line += f" {time_text((now - since) / (done - before) * (self.total - done))} left"
         if self.tty:
             say(line[:shutil.get_terminal_size().columns - 1], end="")
         else:

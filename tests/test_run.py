@@ -18,8 +18,8 @@ from conftest import ROOT, error_of, strict
 from PIL import Image
 
 import train_ldm
-from lib import dist, run
-from lib.files import command_line, write_atomic
+from lib import cpu_ops, dist, run
+from lib.files import EXIT_STOPPED, command_line, write_atomic
 
 ALONE = dist.DistContext(0, 1, torch.device("cpu"), torch.float32, False)
 
@@ -244,6 +244,14 @@ def a_run(tmp_path):
     return made
 
 
+def test_a_run_that_was_made_meanwhile_is_not_overwritten(tmp_path, capsys):
+    args = train_ldm.parse_args([f"--output_root={tmp_path}", "--run_name=a"])
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/metrics.jsonl").touch()  # by another process, since the flags were read
+    says = error_of(capsys, run.Run, args, ALONE, "ldm", "x", {}, code=EXIT_STOPPED)
+    assert "type the same command again" in says
+
+
 def test_non_finite_numbers_are_null_in_json_files(a_run):
     a_run.log(1, 0, {"train/loss": math.nan, "train/lr": 1.0})
     assert math.isnan(a_run.history("train/loss")[0]) and a_run.history("train/lr") == [1.0]
@@ -303,8 +311,9 @@ SIGNALLED = """
 import os, signal
 from lib import dist
 for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
-    stop = dist.StopSignal()
+    stop = dist.StopSignal(7)
     assert stop.name is None
+    stop.saved_step = 8
     os.kill(os.getpid(), getattr(signal, name))
     assert stop.name == name
 print("it goes on", flush=True)
@@ -313,11 +322,31 @@ print("never")
 """
 
 
-def test_signals_ask_to_stop_and_a_second_interrupt_ends():
+@pytest.mark.parametrize("rank", [0, 1])
+def test_signals_ask_to_stop_and_a_second_interrupt_ends(monkeypatch, rank):
+    monkeypatch.setenv("RANK", str(rank))
     out = subprocess.run([sys.executable, "-c", SIGNALLED], cwd=ROOT, capture_output=True,
                          text=True, check=False)
-    assert (out.returncode, out.stderr) == (-signal.SIGINT, "")
-    assert out.stdout.splitlines() == ["it goes on"]
+    assert (out.returncode, out.stdout) == (-signal.SIGINT, "it goes on\n"), out.stderr
+    assert out.stderr.split("\n")[1:] == ([] if rank else [
+        "saving after this step; Ctrl-C again ends at once and loses the steps since step 8", ""])
+
+
+def test_a_first_step_is_no_estimate(capsys, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(run.time, "perf_counter", lambda: clock[0])
+    progress = run.Progress(ALONE, "step", 1000)
+    for seconds, done in ((1.0, 100), (90.0, 101), (31.0, 111)):  # the second compiles
+        clock[0] += seconds
+        progress.update(done)
+    assert [line.split("%) ")[1] for line in capsys.readouterr().out.splitlines()] == [
+        "", " 0:45:55 left"]
+
+
+def test_compiling_is_said(capsys, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    assert cpu_ops.can_compile.__wrapped__()
+    assert "note: compiling" in capsys.readouterr().out
 
 
 def test_progress_writes_whole_lines_to_a_file(capsys, monkeypatch):
@@ -331,4 +360,5 @@ def test_progress_writes_whole_lines_to_a_file(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "\r" not in out and out.endswith("\n")
     lines = out.splitlines()
-    assert len(lines) == 5 and lines[0] == "step 2/10 (20%) loss 1 0:02:08 left"
+    assert len(lines) == 5 and lines[0] == "step 2/10 (20%) loss 1"
+    assert lines[1] == "step 4/10 (40%) loss 1 0:01:36 left"
