@@ -91,7 +91,7 @@ def split_folders(root, task, split, optional=False):
         message = f"no split {split!r} for task {task} in {root}; there: {there}"
         if not optional:
             fail(f"{message}. To make it: {_prepare_line(root, task)}")
-        notice(f"{message}. Validation is skipped")
+        notice(f"{message}. Validation is skipped: for it, make or rename one to val")
     elif len(found) < len(members):
         notice(f"ALL_CXR: split {split!r} is in {', '.join(found)} alone")
     return found
@@ -149,8 +149,8 @@ def scan(root, task, split, class_names=None, optional=False, class_filter=0):
         if (not several or len(counts) > MOST_CLASSES or not all(counts.values())
                 or len(counts) > 4 and median < 2 or any(map(NO_CLASS.fullmatch, counts))):
             some = ", ".join(f"{name} {counts[name]}" for name in class_names[:5])
-            fail(f"the {len(counts)} folders in {where} ({some}, ...) are not two to "
-                 f"{MOST_CLASSES} classes with images (one: --class_filter=0). Mend them, or type: "
+            fail(f"{len(counts)} folders in {where} ({some} images) do not look like classes; 2 to "
+                 f"{MOST_CLASSES} are needed, or --class_filter=0 for one. Mend them, or type: "
                  f"{_prepare_line(root, task, split)}")
     elif class_name(split) in class_names:
         fail(f"{where} is the folder of a class: give {os.path.dirname(where)}")
@@ -260,8 +260,9 @@ def open_images(args, ctx, split, optional=False, class_names=None, train=None):
     images = ctx.on_main(lambda: _image_set(listing, pixels, args, key))
     if train is not None and len(images):
         images = _without_copies(images, train, folder, ctx, listing.folder)
-    lost = [name for c, name in enumerate(listing.class_names) if c not in images.labels]
-    if len(images) and (class_names or args.class_filter >= 0 or not lost):
+    lost = [name for c, name in enumerate(listing.class_names)
+            if c not in images.labels and args.class_filter in (-1, c)]
+    if len(images) and (class_names or not lost):
         return images
     message = f"no images of class {', '.join(lost)} are left in {listing.folder}"
     if not optional:

@@ -106,7 +106,7 @@ PATIENTS = {f"T/train/patient{i:05d}/study1": 2 for i in range(3)}
 
 
 @pytest.mark.parametrize("tree, csv, says", [
-    (PATIENTS, "T/train.csv", "3 folders"), (PATIENTS, None, "--class_pattern="),
+    (PATIENTS, "T/train.csv", "3 folders in"), (PATIENTS, None, "--class_pattern="),
     ({f"T/train/images_00{i}/images": 3 for i in (1, 2)}, "T/train/Data_Entry.csv", "images_001 3"),
     ({f"T/train/p1{i}/p1000{i}/s5000{i}": 3 for i in range(3)}, "chexpert.csv.gz", "p10 3"),
     ({"T/train/normal": 9, "T/train/00001234": 1}, None, "00001234 1"),
