@@ -6,14 +6,13 @@ time rearranging weights. Both are written here on rows of channels: docs/benchm
 """
 import functools
 import math
-import warnings
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 import model
-from lib.files import notice
+from lib.files import first_line, notice
 
 
 def usable(x):
@@ -40,8 +39,7 @@ def can_compile():
             torch.compile(torch.neg)(torch.zeros(8))
         return True
     except torch._dynamo.exc.TorchDynamoException as e:
-        reason = str(e).partition("\n")[0]
-        warnings.warn(f"torch.compile does not work, so bf16 is slower: {reason}", stacklevel=2)
+        notice(f"torch.compile does not work, so bf16 is slower: {first_line(e)}")
         return False
 
 
