@@ -14,14 +14,12 @@ import shutil
 import signal
 import tempfile
 
-from lib.args import (BooleanFlag, Parser, at_least, class_labels, file_path, parse_settings,
-                      pattern)
+from lib.args import BooleanFlag, Parser, at_least, class_labels, file_path, parse_settings, pattern
 from lib.decode import find_view
 from lib.files import command_line, fail
 from lib.tables import find_images, match_rows, read_tables
 
 VIEW_COLUMNS = ("ViewPosition", "View Position", "Frontal/Lateral", "Projection")
-FRONTAL = re.compile("(?i)(ap|pa|frontal)(?![a-z])")
 
 
 def build_parser():
@@ -35,7 +33,7 @@ def build_parser():
     add("--patient_pattern", type=pattern, help="regular expression of the patient in a path")
     add("--label_column", help="of labels, | between several; None: a column per label, 1 for yes")
     add("--view_column", help=f"None: the first there of {', '.join(VIEW_COLUMNS)}")
-    add("--class_pattern", type=pattern, help="instead of --csv: of the label in a path, as a group")
+    add("--class_pattern", type=pattern, help="instead of --csv: that of the label in a path")
     add("--classes", type=class_labels, required=True, help="name=Label,name=Label,...")
     add("--out", type=file_path, required=True, help="DATA_ROOT/TASK, the folder to make")
     add("--val", type=at_least(0, float, 0.4), default=0.1, help="share of the images; 0: none")
@@ -46,20 +44,23 @@ def build_parser():
 
 
 def read_rows(args, files):
-    """Rows of --csv, which must have the columns of the settings, or one per path that
-    --class_pattern matches."""
-    if args.class_pattern:
-        args.file_column, args.label_column = "file", "label"
-        found = ((path, args.class_pattern.search(path)) for path in files)
-        return [{"file": path, "label": m[m.lastindex or 0]} for path, m in found if m]
-    rows = read_tables(args.csv.split(",")) if args.csv else fail("give --csv or --class_pattern")
+    """Rows of --csv, or one per path that --class_pattern matches, with all columns of args."""
+    if bool(args.csv) == bool(args.class_pattern):
+        fail("give either --csv or --class_pattern")
+    if args.csv:
+        rows = read_tables(args.csv.split(","))
+    else:
+        found = [(path, args.class_pattern.search(path)) for path in files]
+        rows = [{"path": path, "label": m[m.lastindex or 0] if m else ""} for path, m in found]
+        args.file_column, args.label_column = "path", "label"
+        args.patient_column = args.patient_column or "path"  # each image is a patient of its own
     if args.view_column is None:
         args.view_column = next((name for name in VIEW_COLUMNS if name in rows[0]), None)
     asked = [args.file_column or "--file_column", args.view_column,
              args.patient_column or not args.patient_pattern and "--patient_column",
              *([args.label_column] if args.label_column else args.classes)]
     if missing := [name for name in asked if name and name not in rows[0]]:
-        fail(f"no column {', '.join(missing)} in {args.csv}; there: {', '.join(rows[0])}")
+        fail(f"no column {', '.join(missing)}; there: {', '.join(rows[0])}")
     return rows
 
 
@@ -67,15 +68,15 @@ def judge(path, rows, args):
     """(class, patient) of an image by the rows that name it. Of several rows, as of several
     readers, more than half must agree. Raises ValueError with the reason if it is left out."""
     if not rows:
-        raise ValueError("without a row, or a match of --class_pattern")
-    view = rows[0].get(args.view_column) or find_view(os.path.join(args.images, path))
-    if args.view_column and not view or view and not FRONTAL.match(view):
-        raise ValueError(f"not frontal: view {view or 'not given'}")
+        raise ValueError("without a row")
+    view = rows[0].get(args.view_column) or find_view(args.images, path) or (
+        "not given" if args.view_column else "frontal")
+    if not re.match("(?i)(ap|pa|frontal)(?![a-z])", view):
+        raise ValueError(f"not frontal: view {view}")
     votes, others = collections.Counter(), set()
     for row in rows:
-        labels = ({label.strip() for label in row[args.label_column].split("|")}
-                  if args.label_column else
-                  {label if row[label] in ("1", "1.0") else row[label] for label in args.classes})
+        labels = set(re.split(r" *\| *", row[args.label_column])) if args.label_column else {
+            label if row[label] in ("1", "1.0") else row[label] for label in args.classes}
         votes.update({args.classes[label] for label in labels if label in args.classes})
         others |= labels - args.classes.keys()
     agreed = sorted(name for name in votes if votes[name] > len(rows) / 2)
@@ -84,28 +85,27 @@ def judge(path, rows, args):
     if others & {"-1", "-1.0"}:
         raise ValueError("uncertain: label -1")
     if not agreed:
-        raise ValueError("rows disagree" if votes else "blank label" if "" in others else
-                         "a label that no class names")
-    patients = ({row[args.patient_column] for row in rows} if args.patient_column else
-                set(args.patient_pattern.findall(path)) if args.patient_pattern else {path})
+        raise ValueError("rows disagree" if votes else "blank" if "" in others else "other label")
+    patients = (set(args.patient_pattern.findall(path)) if args.patient_pattern else
+                {row[args.patient_column] for row in rows})
     if len(patients) != 1 or not all(patients):
         raise ValueError("no patient, or several")
     return agreed[0], patients.pop()
 
 
 def split_patients(images, shares, seed):
-    """{patient: split}. The patients of most classes and images choose first, others as the seed
-    draws; each goes where its classes are filled least (Sainte-Lague)."""
+    """{patient: split}. Large patients come first, each to where its classes are filled least."""
     counts = collections.defaultdict(collections.Counter)
     for _, name, patient in images:
         counts[patient][name] += 1
+    several = sum(len(own) > 1 for own in counts.values())
+    print(f"{several} patients have images of several classes, each of them in one split")
     totals = collections.Counter(name for _, name, _ in images)
     filled, splits = collections.Counter(), {}
-    patients = sorted(counts)
-    random.Random(seed).shuffle(patients)
+    patients = random.Random(seed).sample(sorted(counts), len(counts))
     for patient in sorted(patients, key=lambda p: (-len(counts[p]), -counts[p].total())):
         own = counts[patient].items()
-        splits[patient] = min(shares, key=lambda split: sum(
+        splits[patient] = min(filter(shares.get, shares), key=lambda split: sum(
             n * (filled[split, name] + n / 2) / max(1, shares[split] * totals[name])
             for name, n in own))
         filled.update({(splits[patient], name): n for name, n in own})
@@ -113,7 +113,7 @@ def split_patients(images, shares, seed):
 
 
 def write(images, splits, args, root, task):
-    """Make the folder of links or copies: whole, or not at all."""
+    """Make --out, root/task, of links or copies: whole, or not at all."""
     put = shutil.copyfile if args.copy else os.symlink
     try:
         os.makedirs(root, exist_ok=True)
@@ -130,7 +130,6 @@ def write(images, splits, args, root, task):
 def main(argv=None):
     args = parse_settings(build_parser(), argv)
     signal.signal(signal.SIGINT, lambda *_: fail("interrupted: nothing was made"))
-    root, task = os.path.split(os.path.normpath(args.out))
     if os.path.isdir(args.out) and os.listdir(args.out):
         fail(f"--out={args.out} is not empty: choose another, or remove it first")
     left_out, images = collections.Counter(), []
@@ -141,21 +140,18 @@ def main(argv=None):
             images.append((path, *judge(path, of_path, args)))
         except ValueError as e:
             left_out[f"images: {e}"] += 1
-    print(f"{len(files)} images, {len(rows)} rows; {len(images)} images are used. Left out are:")
+    print(f"{len(files)} images, {len(rows)} rows; {len(images)} images are used. Left out:")
     for reason, count in sorted(left_out.items()):
         print(f"{count:>8} {reason}")
-    classes_of = collections.Counter(who for who, _ in {(who, name) for _, name, who in images})
-    several = sum(count > 1 for count in classes_of.values())
-    print(f"{several} patients have images of several classes, and keep to one split")
     shares = {"train": 1 - args.val - args.test, "val": args.val, "test": args.test}
-    shares = {split: share for split, share in shares.items() if share}
     splits = split_patients(images, shares, args.seed)
     for name in dict.fromkeys(args.classes.values()):
         for split in shares:
             members = [who for _, of, who in images if (of, splits[who]) == (name, split)]
             print(f"{name:<15} {split:<5} {len(members):>7} images, {len(set(members))} patients")
-            if not members:
+            if shares[split] and not members:
                 fail(f"no image of class {name} for {split}: see what is left out, or --{split}=0")
+    root, task = os.path.split(os.path.normpath(args.out))
     write(images, splits, args, root or ".", task)
     print("next: " + command_line("train_vae.py", data_root=root or ".", task=task))
 

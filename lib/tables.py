@@ -17,7 +17,7 @@ def find_images(folder, left_out):
         target = os.path.realpath(os.path.join(folder, path))
         if os.path.isdir(target):
             continue
-        if re.search("(?i)masks?[/.]|segmentations?/", path):
+        if re.search("(?i)masks?[/.]|(^|/)(segmentations?|@eadir)/", path):
             left_out["masks"] += 1
         elif not os.path.exists(target):
             left_out["links without a target"] += 1
@@ -32,7 +32,7 @@ def read_tables(paths):
     """Rows {column: text} of CSV files, gzipped or not, with commas, semicolons or tabs, joined on
     the columns that they share. A row without a partner stays, the other file's columns blank."""
     rows, blank = [], {}
-    for path in paths:
+    for path in map(os.path.expanduser, paths):
         try:
             with (gzip.open if path.endswith(".gz") else open)(
                     path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:

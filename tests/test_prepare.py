@@ -4,14 +4,14 @@ import csv
 import gzip
 import importlib
 import os
-import pathlib
 import re
+import shlex
 import signal
 import time
 
 import numpy as np
 import pytest
-from conftest import only_error, start
+from conftest import ROOT, only_error, start
 from PIL import Image
 
 import data
@@ -27,7 +27,8 @@ def film(path):
     """A small PNG, JPEG or DICOM file, each with other pixels; (path, view) with ViewPosition."""
     path, view = path if isinstance(path, tuple) else (path, None)
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(list(path.name.encode())).integers(0, 256, (16, 16), dtype=np.uint8)
+    rng = np.random.default_rng(list(path.name.encode()))
+    pixels = rng.integers(0, 256, (16, 16), dtype=np.uint8)
     if path.suffix in (".dcm", ".dicom"):
         import pydicom
         dataset = pydicom.Dataset()
@@ -77,11 +78,8 @@ def nih(root):
     table(root / "Data_Entry_2017.csv",
           "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,"
           "View Position,OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y],", rows)
-    flags = ["--images=.", "--csv=Data_Entry_2017.csv", "--file_column=Image Index",
-             "--patient_column=Patient ID", "--label_column=Finding Labels",
-             "--classes=normal=No Finding,effusion=Effusion"]
-    return flags, patients, {
-        "a label that no class names": 2, "several classes: effusion and normal": 1,
+    return patients, {
+        "other label": 2, "several classes: effusion and normal": 1,
         "rows without an image": 1, "without a row": 1, "no images by their suffix": 2}
 
 
@@ -112,7 +110,7 @@ def chexpert(root):
             cells = (findings(No_Finding="1.0", Support_Devices="1.0") if (patient + study) % 2
                      else findings(Pleural_Effusion="1.0", Edema="-1.0", No_Finding=""))
             path = put(patient, study, "view1_frontal", cells)
-            patients[path.removeprefix("train/")] = f"patient{patient:05d}"
+            patients[path] = f"patient{patient:05d}"
             if study == 1:
                 put(patient, study, "view2_lateral", cells)
     put(91, 1, "view1_frontal", findings(Pleural_Effusion="-1.0"))
@@ -123,12 +121,10 @@ def chexpert(root):
                  "Frontal", "AP", *findings(No_Finding="1.0")])
     film(root / "valid/patient64541/study1/view1_frontal.jpg")
     table(root / "train.csv", f"Path,Sex,Age,Frontal/Lateral,AP/PA,{FINDINGS}", rows)
-    flags = ["--images=train", "--csv=train.csv", "--file_column=Path",
-             "--patient_pattern=patient[0-9]+",
-             "--classes=normal=No Finding,effusion=Pleural Effusion"]
-    return flags, patients, {
-        "not frontal: view Lateral": 50, "uncertain": 1, "blank": 1, "no class names": 1,
-        "several classes": 1, "rows without an image": 1, "no images by their suffix": 0}
+    return patients, {
+        "not frontal: view Lateral": 50, "uncertain": 1, "blank": 1, "other label": 1,
+        "several classes": 1, "rows without an image": 1, "without a row": 1,
+        "no images by their suffix": 1}
 
 
 def mimic(root):
@@ -153,35 +149,30 @@ def mimic(root):
     labels.append([subject, study - 1, *findings(Pneumonia="1.0")])
     labels.append([subject, 1, *findings(Pneumonia="1.0")])  # a study without a film
     table(root / "mimic-cxr-2.0.0-metadata.csv.gz",
-          "dicom_id,subject_id,study_id,PerformedProcedureStepDescription,ViewPosition,Rows,Columns",
-          images, compress=True)
+          "dicom_id,subject_id,study_id,PerformedProcedureStepDescription,ViewPosition,Rows,"
+          "Columns", images, compress=True)
     table(root / "mimic-cxr-2.0.0-chexpert.csv.gz", f"subject_id,study_id,{FINDINGS}", labels,
           compress=True)
-    flags = ["--images=files", "--file_column=dicom_id", "--patient_column=subject_id",
-             "--csv=mimic-cxr-2.0.0-metadata.csv.gz,mimic-cxr-2.0.0-chexpert.csv.gz",
-             "--classes=normal=No Finding,pneumonia=Pneumonia"]
-    return flags, patients, {
+    return patients, {
         "not frontal: view LATERAL": 40, "not frontal: view not given": 1, "blank": 1,
         "rows without an image": 1}
 
 
 def rsna(root):
-    """RSNA Pneumonia: DICOM files, a row for each box."""
+    """RSNA Pneumonia: DICOM files, a row for each box, of one patient each."""
     rows, patients = [], {}
     for i in range(40):
         name = f"0004cfab-14fd-4e49-80ba-{i:012x}"
         film((root / f"stage_2_train_images/{name}.dcm", "AP" if i % 2 else "PA"))
-        boxes = 1 + i % 4 if i % 3 == 0 else 1
-        rows += [[name, *((10, 20, 30, 40, 1) if i % 3 == 0 else ("", "", "", "", 0))]] * boxes
+        rows += [[name, "Lung Opacity"]] * (1 + i % 4) if i % 3 == 0 else [[name, "Normal"]]
         patients[f"{name}.dcm"] = name
     film((root / "stage_2_train_images/lateral-one.dcm", "LL"))
     (root / "stage_2_train_images/broken.dcm").write_bytes(b"no DICOM")
-    rows += [["lateral-one", "", "", "", "", 0], ["broken", "", "", "", "", 0]]
-    table(root / "stage_2_train_labels.csv", "patientId,x,y,width,height,Target", rows)
-    flags = ["--images=stage_2_train_images", "--csv=stage_2_train_labels.csv",
-             "--file_column=patientId", "--patient_column=patientId", "--label_column=Target",
-             "--classes=normal=0,pneumonia=1"]
-    return flags, patients, {"not frontal: view LL": 1, "damaged DICOM": 1}
+    rows += [["lateral-one", "Normal"], ["broken", "Normal"]]
+    film((root / "stage_2_train_images/other.dcm", "PA"))
+    rows.append(["other", "No Lung Opacity / Not Normal"])
+    table(root / "stage_2_detailed_class_info.csv", "patientId,class", rows)
+    return patients, {"not frontal: view LL": 1, "damaged DICOM": 1, "other label": 1}
 
 
 def vindr(root):
@@ -199,10 +190,7 @@ def vindr(root):
     rows += [["split", "R1", 1, 0, 0], ["split", "R2", 0, 1, 0], ["split", "R3", 0, 0, 1]]
     table(root / "annotations/image_labels_train.csv",
           "image_id,rad_id,Aortic enlargement,Pleural effusion,No finding", rows)
-    flags = ["--images=train", "--csv=annotations/image_labels_train.csv",
-             "--file_column=image_id", "--patient_column=image_id",
-             "--classes=normal=No finding,effusion=Pleural effusion"]
-    return flags, patients, {"rows disagree": 1}
+    return patients, {"rows disagree": 1}
 
 
 def montgomery(root, prefix="MCUCXR", masks=True):
@@ -216,13 +204,18 @@ def montgomery(root, prefix="MCUCXR", masks=True):
         for side in ("leftMask", "rightMask") if masks else ():
             film(root / "ManualMask" / side / name)
         patients[f"CXR_png/{name}"] = name
-    flags = ["--images=.", "--class_pattern=_([01]).png", "--classes=normal=0,tb=1"]
-    return flags, patients, {"masks": 80 * masks, "no images by their suffix": 40}
+    return patients, {"masks": 80 * masks, "no images by their suffix": 40}
 
 
 def shenzhen(root):
     """Shenzhen: as Montgomery, without masks."""
     return montgomery(root, "CHNCXR", masks=False)
+
+
+def documented(name):
+    """Flags of the command in docs/data.md under a comment that begins or ends with a name."""
+    text = (ROOT / "docs/data.md").read_text().replace("\\\n", "")
+    return shlex.split(re.search(rf"    #.*\b{name}\b.*\n(.*)\n", text, re.IGNORECASE)[1])
 
 
 SETS = [pytest.param(of, id=of.__name__, marks=[pytest.mark.skipif(
@@ -246,8 +239,8 @@ def listed(out):
 
 @pytest.mark.parametrize("build", SETS)
 def test_a_set_as_downloaded_becomes_class_folders(build, tmp_path, quick):
-    flags, patients, left_out = build(tmp_path)
-    result = quick("prepare.py", *flags, "--out=data/SET", "--val=0.2", cwd=tmp_path)
+    patients, left_out = build(tmp_path)
+    result = quick("prepare.py", *documented(build.__name__), "--out=data/SET", "--val=0.2", cwd=tmp_path)
     assert result.code == 0, result.err
     paths = listed(tmp_path / "data/SET")
     assert len(paths) == 6
@@ -274,7 +267,8 @@ def test_a_set_as_downloaded_becomes_class_folders(build, tmp_path, quick):
     # What it prints is what is there, and what is left out adds up to all files and rows.
     for (split, name), group in paths.items():
         assert re.search(rf"{name} +{split} +{len(group)} images, ", result.out)
-    counted = {reason: int(n) for n, reason in re.findall(r"^ +(\d+) (\D.*)$", result.out, re.M)}
+    lines = re.findall(r"^ +(\d+) (\D.*)$", result.out, re.MULTILINE)
+    counted = {reason: int(count) for count, reason in lines}
     for reason, count in left_out.items():
         assert sum(n for text, n in counted.items() if reason in text) == count, reason
     images = int(re.search(r"(\d+) images, ", result.out)[1])
@@ -332,8 +326,8 @@ VARIATIONS = {
     "CRLF": edited(lambda text: text.replace(b"\n", b"\r\n")),
     "semicolons": edited(lambda text: text.replace(b",", b";")),
     "tabs": edited(lambda text: text.replace(b",", b"\t")),
-    "quotes": edited(lambda text: re.sub(rb"(\w+)$", rb'"\1"', text, flags=re.M)),
-    "comma in quotes": edited(lambda text: re.sub(rb"$", rb',"a, b"', text.strip(), flags=re.M)),
+    "quotes": edited(lambda text: re.sub(rb"(\w+)$", rb'"\1"', text, flags=re.MULTILINE)),
+    "comma in quotes": edited(lambda text: text.strip().replace(b"\r\n", b',"a, b"\r\n')),
     "blanks": edited(lambda text: text.replace(b",", b" , ")),
     "no suffix": edited(lambda text: text.replace(b".png", b"")),
     "no UTF-8": edited(lambda text: text.replace(b"finding", b"finding,gr\xf6\xdfe")),
@@ -416,11 +410,16 @@ def test_no_row_is_taken_for_another_patients_file(tmp_path, quick):
 
 
 ERRORS = {
-    "column": (["--label_column=Finding"], "no column Finding in set.csv; there: file, patient"),
+    "column": (["--label_column=Finding"], "no column Finding; there: file, patient"),
     "labels as columns": (["--label_column=None"], "no column clear, sick"),
-    "no patient": (["--patient_column=None"], "--patient_column in set.csv; there: file, patient"),
+    "no patient": (["--patient_column=None"], "--patient_column; there: file, patient"),
     "no file": (["--file_column=None"], "no column --file_column"),
-    "no CSV": (["--csv=None"], "--csv or --class_pattern"),
+    "no CSV": (["--csv=None"], "either --csv or --class_pattern"),
+    "two sources": (["--class_pattern=x"], "either --csv or --class_pattern"),
+    "column without CSV": (["--csv=None", "--class_pattern=.", "--patient_column=patient"],
+                           "no column patient"),
+    "match": (["--csv=None", "--patient_column=None", "--class_pattern=([a-z]+)_"],
+              "no image of class normal"),
     "CSV": (["--csv=nowhere.csv"], "nowhere.csv: No such file"),
     "empty CSV": (["--csv=empty.csv"], "empty.csv has no rows"),
     "other CSV": (["--csv=set.csv,other.csv"], "other.csv has no rows, or no column of"),
