@@ -170,7 +170,7 @@ class Run:
         self.best_path = self.folder / "ckpts" / "best.pt"
         self.metrics_path = self.folder / "metrics.jsonl"
         self.saved_step, self.save_time, self.saved_seconds = -1, time.perf_counter(), 0.0
-        self.wandb = None  # W&B's object for this run
+        self.wandb = args.wandb and ctx.is_main  # later W&B's object for this run
         self.meta = {
             "kind": kind, "args": vars(args), **facts,
             "command": sys.argv, "git_commit": git_commit(), "world_size": ctx.world_size,
@@ -229,8 +229,7 @@ class Run:
                       f"compile {'on' if self.ctx.compile else 'off'}"})]
         for name in ("ckpts", "samples"):
             make_folder(self.folder / name)
-        if self.args.wandb:
-            self.wandb = start_wandb(self.args, self.folder, self.meta)
+        self.track(self._start_wandb)
         # Before the first checkpoint: a folder with a checkpoint always has a description.
         write_json(self.folder / "run_meta.json", self.meta)
         if self.args.resume_dir:
@@ -320,13 +319,33 @@ class Run:
                 for name, path in dict(pictures).items()})
         self.track(send)
 
+    def _start_wandb(self):
+        """Start or resume a W&B run: offline if there is no account, and never with a prompt."""
+        import wandb
+        args, mode = self.args, os.environ.get("WANDB_MODE", "online")
+        has_key = os.environ.get("WANDB_API_KEY")
+        if mode == "online" and not has_key and not wandb.login(prompt=False):
+            notice("no W&B account on this machine: logging offline (`wandb login` once, then "
+                   "`wandb sync` the folder)")
+            mode = "offline"
+        self.wandb = wandb.init(
+            mode=mode, project=args.wandb_project, entity=args.wandb_entity,
+            name=self.folder.name, dir=str(self.folder), id=self.meta["wandb_id"], resume="allow",
+            tags=[t for tag in args.wandb_tags.split(",") if (t := tag.strip(" []()'\""))],
+            config=vars(args) | {"world_size": self.ctx.world_size},
+            settings=wandb.Settings(init_timeout=30, silent=True))
+        self.meta["wandb_id"] = self.wandb.id
+        self.wandb.define_metric("step")
+        self.wandb.define_metric("*", step_metric="step")  # a resumed run counts its own from 0
+
     def track(self, action):
         """action() on W&B, if it is in use; if it fails, say so once and go on without."""
         try:
             if self.wandb:
                 action()
         except Exception as e:  # whatever a lost server raises
-            notice(f"W&B stopped ({first_line(e)}); training goes on, and metrics.jsonl has all")
+            notice(f"W&B failed ({first_line(e)}): going on without; metrics.jsonl has all, and "
+                   "WANDB_MODE=offline needs no network")
             self.wandb = None
 
     def log_training(self, step, epoch, metrics, images_per_step):
@@ -436,36 +455,6 @@ def read_records(path):
                 if isinstance(record["step"], int) and record["step"] >= 0:
                     records.append(record)
     return records
-
-
-# --- W&B ----------------------------------------------------------------------------------------
-
-
-def start_wandb(args, folder, meta):
-    """A W&B run for a run folder, offline if there is no account; None if it fails. Never a prompt.
-    meta: what becomes run_meta.json, and gets the run's id."""
-    try:
-        import wandb
-        mode = os.environ.get("WANDB_MODE", "online")
-        has_key = os.environ.get("WANDB_API_KEY")
-        if mode == "online" and not has_key and not wandb.login(prompt=False):
-            notice("no W&B account on this machine: logging offline (`wandb login` once, then "
-                   "`wandb sync` the folder)")
-            mode = "offline"
-        session = wandb.init(
-            mode=mode, project=args.wandb_project, entity=args.wandb_entity, name=folder.name,
-            dir=str(folder), id=meta["wandb_id"], resume="allow",
-            tags=[t for tag in args.wandb_tags.split(",") if (t := tag.strip(" []()'\""))],
-            config=meta["args"] | {"world_size": meta["world_size"]},
-            settings=wandb.Settings(init_timeout=30, silent=True))
-        meta["wandb_id"] = session.id
-        session.define_metric("step")
-        session.define_metric("*", step_metric="step")  # a resumed run counts its own from 0
-        return session
-    except Exception as e:
-        notice(f"W&B could not start ({first_line(e)}): going on without it; WANDB_MODE=offline "
-               "logs without a network")
-        return None
 
 
 # --- pictures and progress ----------------------------------------------------------------------
