@@ -148,8 +148,8 @@ def scan(root, task, split, class_names=None, optional=False, class_filter=0):
         if (not several or len(counts) > MOST_CLASSES or not all(counts.values())
                 or len(counts) > 4 and median < 2 or any(map(NO_CLASS.fullmatch, counts))):
             some = ", ".join(f"{name} {counts[name]}" for name in class_names[:5])
-            fail(f"{len(counts)} folders in {where} ({some} images) do not look like classes; 2 to "
-                 f"{MOST_CLASSES} are needed, or --class_filter=0 for one. Mend them, or type: "
+            fail(f"{len(counts)} folders in {where} (images: {some}) do not look like classes; 2 "
+                 f"to {MOST_CLASSES} are needed, or --class_filter=0 for one. Mend them, or type: "
                  f"{_prepare_line(root, *folders[0].split('/'))}")
     elif class_name(split) in class_names:
         fail(f"{where} is the folder of a class: give {os.path.dirname(where)}")
