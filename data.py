@@ -26,7 +26,7 @@ from lib.files import command_line, fail, notice
 IGNORED = re.compile(r"\.|@eadir$|__macosx$|.*(mask|segmentation)s?(\.\w+)?$", re.IGNORECASE)
 LATERAL = re.compile(r"(?<![a-z])lat(eral)?(?![a-z])", re.IGNORECASE)  # view2_lateral.jpg
 # Folders of patients, studies and archives, as CheXpert, MIMIC and NIH have them.
-NO_CLASS = re.compile(r"(patient|study|images|p|s)[_-]?\d+|\d{2,}", re.IGNORECASE)
+NO_CLASS = re.compile(r"(patient|subject|case|study|images)[ _-]?\d+|[ps]?\d{2,}", re.IGNORECASE)
 MOST_CLASSES = 20
 
 
@@ -109,9 +109,8 @@ def _prepare_line(root, *folders):
 
 def scan(root, task, split, class_names=None, optional=False, class_filter=0):
     """Listing of DATA_ROOT/TASK/SPLIT, by name; None if it is `optional` and missing. One stat per
-    file; one notice counts by reason what is not read. class_names: those of the training split,
-    which every other split is read against by name; None: this is the training split. class_filter:
-    -1 if several classes are needed."""
+    file; one notice counts what is not read. class_names: those of the training split, which other
+    splits are read against; None: this is it. class_filter: -1 if several classes are needed."""
     folders = split_folders(root, task, split, optional)
     if not folders:
         return None
@@ -149,9 +148,9 @@ def scan(root, task, split, class_names=None, optional=False, class_filter=0):
         if (not several or len(counts) > MOST_CLASSES or not all(counts.values())
                 or len(counts) > 4 and median < 2 or any(map(NO_CLASS.fullmatch, counts))):
             some = ", ".join(f"{name} {counts[name]}" for name in class_names[:5])
-            fail(f"{len(counts)} folders in {where} ({some} images) do not look like classes; 2 to "
-                 f"{MOST_CLASSES} are needed, or --class_filter=0 for one. Mend them, or type: "
-                 f"{_prepare_line(root, task, split)}")
+            fail(f"{len(counts)} folders in {where} (images: {some}) do not look like classes; 2 "
+                 f"to {MOST_CLASSES} are needed, or --class_filter=0 for one. Mend them, or type: "
+                 f"{_prepare_line(root, *folders[0].split('/'))}")
     elif class_name(split) in class_names:
         fail(f"{where} is the folder of a class: give {os.path.dirname(where)}")
     there = ", ".join(f"{i} = {name}" for i, name in enumerate(class_names))
@@ -205,12 +204,6 @@ class ImageSet:
 def to_float(rows):
     """Decoded uint16 [B, S, S] as float32 [B, 1, S, S] in [-1, 1]."""
     return (torch.from_numpy(rows.astype(np.float32)) / 32767.5 - 1)[:, None]
-
-
-def batches(images):
-    """All of an ImageSet, or of what is read like one, in order: float32 [B, 1, S, S]."""
-    for start in range(0, len(images), 64):
-        yield images.images(np.arange(start, min(start + 64, len(images))))
 
 
 def image_root(args):

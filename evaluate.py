@@ -102,8 +102,8 @@ class Sets(NamedTuple):
 def measured(function, images, ctx, vae=None):
     """Labelled values of function(x [B, 1, S, S]) over images, or over their reconstructions."""
     parts = []
-    for x in data.batches(images):
-        x = x.to(ctx.device)
+    for index in torch.arange(len(images)).split(64):
+        x = images.images(index.numpy()).to(ctx.device)
         if vae is not None:
             x = vae.decode(vae.encode(x).mean).clamp(-1, 1)
         parts.append(function(x).float().cpu())
