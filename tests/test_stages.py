@@ -565,7 +565,7 @@ def test_a_missing_or_wrong_scale_names_the_command(workspace, quick, change):
 
 
 @pytest.mark.parametrize("command, says", [
-    ("train_vae.py --data_root={data} --resume_dir={out}/v --z_channels=3", "leave --z_channels out"),
+    ("train_vae.py --resume_dir={out}/v --z_channels=3", "leave --z_channels out"),
     ("train_vae.py --data_root={data} --init_from={out}/v/ckpts/last.pt --base_ch=16",
      "leave --base_ch out"),
     ("train_ldm.py --resume_dir={out}/l --ldm_ch_mults=1,1", "give '--ldm_ch_mults=(1, 2)'"),
