@@ -50,8 +50,7 @@ def build_parser():
     parser = make_parser(__doc__)
     add_data_arguments(parser, split="val", img_size=None)
     add_precision_arguments(parser)
-    add_sampling_arguments(parser, tuple(diffusion.SAMPLERS), sampler="dpmpp_2m_sde",
-                           num_sampling_steps=8, num_samples=64)
+    add_sampling_arguments(parser, tuple(diffusion.SAMPLERS), num_samples=64)
     add = parser.add_argument_group("evaluation").add_argument
     add("--samples_dir", type=file_path,
         help="measure this folder: the images in its manifest.json, else CLASS/*.png and "

@@ -18,7 +18,8 @@ import data
 import diffusion
 import model
 from lib import dist, metrics, run, verdicts
-from lib.args import add_precision_arguments, add_sampling_arguments, make_parser, parse_settings
+from lib.args import (RENAMED_SAMPLERS, add_precision_arguments, add_sampling_arguments,
+                      make_parser, parse_settings)
 from lib.files import fail, finite, make_folder, read_json, write_json
 
 # What a set of samples depends on besides the checkpoint, in manifests and reports.
@@ -85,6 +86,7 @@ def prepare_sampling(args, ctx):
     for name in SAMPLING_SETTINGS:
         if getattr(args, name) is None:
             setattr(args, name, settings[name])
+    args.sampler = RENAMED_SAMPLERS.get(args.sampler, args.sampler)  # of a run of earlier versions
     if args.guidance_scale != 1 and settings["prob_uncond"] == 0:
         fail(f"{args.ckpt} never trained a null class to guide from: give --guidance_scale=1")
     if ctx.compile:
@@ -188,8 +190,7 @@ def build_parser():
     """Parser of this stage."""
     parser = make_parser(__doc__)
     add_precision_arguments(parser)
-    add_sampling_arguments(parser, tuple(diffusion.SAMPLERS), sampler="ancestral",
-                           num_sampling_steps=500, num_samples=8)
+    add_sampling_arguments(parser, tuple(diffusion.SAMPLERS), num_samples=8)
     return parser
 
 
@@ -246,7 +247,8 @@ def main(argv=None):
     args = parse_settings(build_parser(), argv)
     ctx = dist.setup(args)
     denoiser, vae, checkpoint, requests = prepare_sampling(args, ctx)
-    name = f"samples_{args.sampler}_{args.seed}"
+    name = (f"samples_{args.sampler}_{args.num_sampling_steps}_guidance{args.guidance_scale:g}"
+            f"_seed{args.seed}")
     folder = pathlib.Path(args.out_dir or run.run_folder(args.ckpt) / name)
     paths = ctx.on_main(lambda: prepare_folder(folder, checkpoint, requests, args))
 

@@ -101,7 +101,7 @@ def build_parser():
     add("--sample_batch_size", type=at_least(2), default=8, help="images per class")
     add("--sampler", choices=tuple(diffusion.SAMPLERS), default="ancestral", help="see sample.py")
     add("--num_sampling_steps", type=at_least(1), default=500, help="of the sampler")
-    add("--guidance_scale", type=at_least(0, float), default=1.0, help="1: no guidance")
+    add("--guidance_scale", type=at_least(1, float), default=1.0, help="1: no guidance")
     add("--guidance_interval", type=interval, default=(0.3, 0.7), help="LOW,HIGH of guided t")
     return parser
 
@@ -159,11 +159,11 @@ FIXED = ("ldm_base_ch", "ldm_ch_mults", "ldm_num_res_blocks", "ldm_attn_res", "p
 
 
 def check_start(args, scale, vae_sha256):
-    """End the program if the weights of --resume_dir or --init_from are not for this network,
-    diffusion process, latent scale and autoencoder."""
+    """Class names of a run that goes on, else None. Ends the program if the weights of --resume_dir
+    or --init_from are not for this network, diffusion process, latent scale and autoencoder."""
     source = f"{args.resume_dir}/ckpts/last.pt" if args.resume_dir else args.init_from
     if not source:
-        return
+        return None
     checkpoint = load_checkpoint(source, "ldm")
     if checkpoint["vae_sha256"] != vae_sha256:
         fail(f"{source} was trained with another autoencoder (its hash differs): give "
@@ -175,6 +175,7 @@ def check_start(args, scale, vae_sha256):
             flag = shlex.quote(f"--{name}={before}")
             fail(f"{source} was trained with {name}={before}, and its weights mean nothing with "
                  f"{now[name]}: give {flag}, or start a new run")
+    return checkpoint["class_names"] if args.resume_dir else None
 
 
 def initial_weights(denoiser, args, class_names):
@@ -191,18 +192,19 @@ def initial_weights(denoiser, args, class_names):
     return {name: state.get(name, value) for name, value in denoiser.state_dict().items()}
 
 
-def load_weights(run, denoiser, ema, optimizer, args, class_names):
+def load_weights(run, denoiser, ema, optimizer, classes, args, class_names):
     """Load the checkpoint of a run that goes on, and return it; a new run takes the weights of
-    --init_from, if any. Ends the program if the run was trained on other classes."""
+    --init_from, if any. Ends the program if the images of a class are gone."""
     checkpoint = run.load()
     if checkpoint is None:
         if args.init_from:
             weights = initial_weights(denoiser, args, class_names)
             run.restore(dict.fromkeys((denoiser, ema.module) if ema else (denoiser,), weights))
         return None
-    if checkpoint["class_names"] != class_names:
-        fail(f"{run.folder} was trained on the classes {', '.join(checkpoint['class_names'])}, not "
-             f"on {', '.join(class_names)}: give the --data_root and --task of its start")
+    gone = [class_names[c] for c in checkpoint["trained_classes"] if c not in classes]
+    if gone and args.class_filter < 0:
+        fail(f"there are no images of class {', '.join(gone)}, on which {run.folder} was trained: "
+             "give the --data_root and --task of its start")
     modules = {denoiser: checkpoint["model"]}
     if ema:
         modules[ema.module] = checkpoint["ema"] or checkpoint["model"]
@@ -369,16 +371,15 @@ def main(argv=None):
     vae, ae_settings, vae_sha256 = sample.load_autoencoder(ae_path, ctx)
     data.adopt_settings(args, ae_settings, f"the autoencoder {ae_path}")
     scale, measured = read_latent_scale(args, ae_path, vae_sha256)
-    check_start(args, scale, vae_sha256)  # before hours of decoding
-    images = data.open_images(args, ctx, args.split)
+    known = check_start(args, scale, vae_sha256)  # before hours of decoding
+    images = data.open_images(args, ctx, args.split, class_names=known)
     data.notice_changes(measured, images, "the latent scale was measured")
     class_names, latent_shape = images.class_names, vae.latent_shape
-    denoiser, ema, optimizer = build_models(args, ctx, latent_shape, len(class_names))
+    denoiser, ema, optimizer = models = build_models(args, ctx, latent_shape, len(class_names))
     if args.overfit_k:
         images = images.subset(data.overfit_indices(images.labels, args.overfit_k))
     cache = pathlib.Path(args.output_root, "cache")
-    latents = data.LatentSet(images, vae, vae_sha256, cache, ctx, args.cache_latents,
-                             num_augmented=args.augment)
+    latents = data.LatentSet(images, vae, vae_sha256, cache, ctx, args.cache_latents, args.augment)
     train_stats, memorised = training_reference(latents, args, scale, vae, ctx)
     monitor = memorisation.MemorisationMonitor(latents, vae, vae_sha256, scale, cache, args, ctx)
     classes = sorted(set(images.labels.tolist()))
@@ -391,15 +392,20 @@ def main(argv=None):
     data.notice_changes(run.before.get("data"), images, f"{run.folder} was last started")
     step, train_metrics, sample_metrics, verdicts = 0, {}, {}, []
     means, diverged = RunningMeans(ctx, LOSSES), False
-    if checkpoint := load_weights(run, denoiser, ema, optimizer, args, class_names):
+    if checkpoint := load_weights(run, *models, classes, args, class_names):
         step, train_metrics = checkpoint["step"], checkpoint["train_metrics"]
         means.in_a_row = checkpoint["bad_steps"].to(ctx.device)
         monitor.load(checkpoint)
 
     step_images = args.batch_per_device * args.grad_accum  # of this rank
-    epoch_len = len(images) * (args.repeat_len if args.overfit_one else 1)
-    order = BatchOrder(epoch_len, step_images, args.seed, ctx.rank, ctx.world_size)
+    order = BatchOrder(len(images) * (args.repeat_len if args.overfit_one else 1), step_images,
+                       args.seed, ctx.rank, ctx.world_size)
     total_steps = order.total_steps(args.epochs, args.max_steps)
+    if 0 < total_steps < args.warmup_steps:
+        notice(f"the learning rate still rises when the run ends: give --warmup_steps="
+               f"{total_steps // 10}, or more --max_steps than {args.warmup_steps}")
+    if args.patience and not (monitor.num_val or args.overfit_k):
+        notice("no validation images, by which --patience would stop: give --max_steps")
 
     def state():
         return {"model": denoiser.state_dict(), "ema": ema.module.state_dict() if ema else None,
@@ -457,8 +463,7 @@ def main(argv=None):
         warmup = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
         for group in optimizer.param_groups:
             group["lr"] = args.lr * warmup
-        losses, skipped = train_step(denoiser, ema, optimizer, loss_fn, batch, scale, step, args,
-                                     ctx)
+        losses, skipped = train_step(*models, loss_fn, batch, scale, step, args, ctx)
         means.add(losses, skipped)
         step += 1
 

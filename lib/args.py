@@ -61,9 +61,9 @@ def int_list(text):
 
 
 def interval(text):
-    """argparse type: 'LOW,HIGH' as two floats with 0 <= LOW <= HIGH <= 1."""
+    """argparse type: 'LOW,HIGH' as two floats with 0 <= LOW < HIGH <= 1."""
     low, high = (float(item) for item in list_items(text))
-    if not 0 <= low <= high <= 1:
+    if not 0 <= low < high <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not an interval within 0,1")
     return low, high
 
@@ -252,17 +252,17 @@ def add_autoencoder_arguments(parser):
     add("--ae_config_path", type=file_path, help="its run_meta.json, in place of --ae_ckpt_path")
 
 
-def add_sampling_arguments(parser, samplers, sampler, num_sampling_steps, num_samples):
-    """What to draw from a trained model; samplers: all names; the others are defaults."""
+def add_sampling_arguments(parser, samplers, num_samples):
+    """What to draw from a trained model; samplers: all names; num_samples: the default."""
     add = parser.add_argument_group("sampling").add_argument
     add("--ckpt", type=file_path, help="ckpts/best.pt, or last.pt, of a train_ldm.py run")
     add("--ae_ckpt_path", type=file_path, help="the autoencoder's checkpoint, if it was moved")
     add("--classes", help="comma list of class names; None: all")
     add("--num_samples", type=at_least(1), default=num_samples, help="images per class")
-    add("--sampler", choices=samplers, default=sampler,
-        help="ancestral: DDPM; dpmpp_2m: DPM-Solver++(2M); dpmpp_2m_sde: the same with fresh noise")
-    add("--num_sampling_steps", type=at_least(1), default=num_sampling_steps, help="of the sampler")
-    add("--guidance_scale", type=at_least(0, float), help="1: no guidance; None: as in training")
+    add("--sampler", choices=samplers, help="ancestral: DDPM; dpmpp_2m: DPM-Solver++(2M); "
+        "dpmpp_2m_sde: the same with fresh noise; None: as in training")
+    add("--num_sampling_steps", type=at_least(1), help="of the sampler; None: as in training")
+    add("--guidance_scale", type=at_least(1, float), help="1: no guidance; None: as in training")
     add("--guidance_interval", type=interval, help="LOW,HIGH of guided t; None: as in training")
     add("--use_ema", action=BooleanFlag, help="averaged weights; None: if there are any")
     add("--batch_size", type=at_least(1), default=16, help="images sampled at once")

@@ -252,9 +252,18 @@ def format_training(values):
 
 
 def format_overfit(values):
-    """One line, PASS or FAIL, about the result of overfit_verdict."""
+    """One line, PASS or FAIL, about the result of overfit_verdict; FAIL says what to do."""
     v = {k.removeprefix("overfit/"): x for k, x in values.items()}
+    advice = ""
+    if not v["nearest_mse"] <= v["mse_threshold"]:
+        advice = ("; train longer (--max_steps), with a lower --lr if train/loss jumps; if that "
+                  "does not help, run find_latent_scale.py again")
+    elif not v["nearest_psnr"] >= v["psnr_threshold"]:
+        advice = "; the latents are right, their images are not: train the autoencoder longer"
+    elif not v["passed"]:
+        advice = "; few images come back: train longer, or draw more (--sample_batch_size)"
     return (f"{'PASS' if v['passed'] else 'FAIL'}: nearest training latent at MSE "
             f"{v['nearest_mse']:.4f} (at most {v['mse_threshold']:.4f}), decoded PSNR "
             f"{v['nearest_psnr']:.1f} dB (at least {v['psnr_threshold']:g}), "
-            f"{v['coverage']:.0%} of the images found (at least {v['coverage_threshold']:.0%})")
+            f"{v['coverage']:.0%} of the images found (at least {v['coverage_threshold']:.0%})"
+            + advice)

@@ -37,7 +37,7 @@ def folder(workspace):
     (["--guidance_interval=0.1,0.2"], "guidance_interval [0.3, 0.7], now [0.1, 0.2]"),
     (["--seed=1"], "seed 0, now 1"), (["--num_sampling_steps=3"], "num_sampling_steps 2, now 3"),
     (["--sampler=ddim"], "sampler ancestral, now ddim"), (["--no-use_ema"], "use_ema"),
-    (["--num_samples=5", "--guidance_scale=0"], "guidance_scale 7.0, now 0.0"),
+    (["--num_samples=5", "--guidance_scale=1"], "guidance_scale 7.0, now 1.0"),
     ({"step": 21}, "step 20, now 21"), ({"extra": 1}, "ckpt_sha256 ")])
 def test_a_folder_never_mixes_two_settings(workspace, folder, capsys, change, says):
     if isinstance(change, dict):  # another state of the checkpoint is another setting
@@ -95,6 +95,21 @@ def test_a_run_that_was_broken_off_is_told_and_goes_on(workspace, monkeypatch, c
     sample.main(argv(workspace, "--num_samples=4"))
     assert sorted(drawn(folder)) == listed(folder) and len(listed(folder)) == 8
     evaluate.main(measure)  # no error
+
+
+def test_what_is_not_given_is_as_in_training(workspace, capsys):
+    """And two settings have two folders."""
+    state = torch.load(workspace.ldm_ckpt, weights_only=True)
+    change_checkpoint(workspace, {"args": state["args"] | {  # a sampler's name of earlier versions
+        "sampler": "dpmpp_sde", "num_sampling_steps": 3, "guidance_scale": 2.0}})
+    common = [f"--ckpt={workspace.ldm_ckpt}", "--num_samples=1", "--device=cpu"]
+    for flags, name in (([], "dpmpp_2m_sde_3_guidance2"), (["--sampler=ddim"], "ddim_3_guidance2"),
+                        (["--num_sampling_steps=2"], "dpmpp_2m_sde_2_guidance2"),
+                        (["--guidance_scale=1.5"], "dpmpp_2m_sde_3_guidance1.5")):
+        sample.main([*common, *flags])
+        made = manifest(workspace.out / f"l/samples_{name}_seed0")
+        assert name == (f"{made['sampler']}_{made['num_sampling_steps']}"
+                        f"_guidance{made['guidance_scale']:g}")
 
 
 def change_checkpoint(w, values):

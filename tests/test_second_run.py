@@ -224,7 +224,7 @@ def test_commands_are_printed_so_that_they_can_be_pasted(workspace, quick):
         result = quick(*shlex.split(command), *more, cwd=workspace.root)
         assert result.code == 0, result.err
         out = result.out
-    assert (root / "runs/l 1/samples_ancestral_0/grid.png").exists()
+    assert (root / "runs/l 1/samples_ancestral_2_guidance1_seed0/grid.png").exists()
 
 
 def test_a_bare_name_typed_beside_the_checkpoint_is_found(workspace, quick):
@@ -239,7 +239,7 @@ def test_a_bare_name_typed_beside_the_checkpoint_is_found(workspace, quick):
         result = quick(*argv, cwd=workspace.out / folder / "ckpts")
         assert result.code == 0, result.err
     assert scale.read_bytes() == before
-    assert (workspace.out / "l/samples_ancestral_0/grid.png").exists()
+    assert (workspace.out / "l/samples_ancestral_2_guidance1_seed0/grid.png").exists()
 
 
 def test_a_folder_of_runs_can_be_moved(workspace, quick):

@@ -18,6 +18,7 @@ from PIL import Image
 import model
 import train_vae
 from lib import args as command_line
+from lib import verdicts
 from lib.files import EXIT_FAILED, EXIT_STOPPED
 from lib.run import load_checkpoint
 
@@ -114,7 +115,7 @@ def test_train_ldm_leaves_the_files_of_the_contract(stages):
 
 
 def test_sample_leaves_images_manifest_and_grid(stages):
-    folder = stages.out / "l/samples_ancestral_0"
+    folder = stages.out / "l/samples_ancestral_10_guidance1_seed0"
     keys = [(c, i) for c in ("normal", "tb") for i in range(3)]
     names = [f"{c}_{i:05d}.png" for c, i in keys]
     manifest = strict(folder / "manifest.json")
@@ -505,6 +506,8 @@ BAD = {  # test_data.py has what is wrong with the images
     "no ckpt": ("sample.py", "--ckpt"),
     "sample missing": ("sample.py --ckpt={tmp}/no.pt", "no.pt"),
     "sample kind": ("sample.py --ckpt={vae}", "train_ldm.py"),
+    "guidance of none": ("sample.py --ckpt={ldm} --guidance_scale=0", "number of at least 1"),
+    "training guidance": ("train_ldm.py --data_root={data} --guidance_scale=0.5", "at least 1"),
     "sample class": ("sample.py --ckpt={ldm} --classes=normal,covid", "normal, tb"),
 }
 
@@ -559,6 +562,58 @@ def test_a_missing_or_wrong_scale_names_the_command(workspace, quick, change):
     command = re.search("python (find_latent_scale.py .*)$", line).group(1)
     assert quick(*shlex.split(command), cwd=workspace.root).code == 0
     assert strict(path) == stored
+
+
+@pytest.mark.parametrize("command, says", [
+    ("train_vae.py --resume_dir={out}/v --z_channels=3", "leave --z_channels out"),
+    ("train_vae.py --data_root={data} --init_from={out}/v/ckpts/last.pt --base_ch=16",
+     "leave --base_ch out"),
+    ("train_ldm.py --resume_dir={out}/l --ldm_ch_mults=1,1", "give '--ldm_ch_mults=(1, 2)'"),
+    ("train_ldm.py --data_root={data} --config={config} --init_from={out}/l/ckpts/best.pt "
+     "--ldm_base_ch=32", "give --ldm_base_ch=16"),
+    ("train_ldm.py --resume_dir={out}/l --data_root={root}/d", "one of the training classes"),
+    ("train_ldm.py --resume_dir={out}/l --data_root={root}/no", "no folder --data_root=")])
+def test_a_start_that_does_not_fit_decodes_nothing(workspace, quick, image_tree, command, says):
+    image_tree({f"TB/train/{name}": 2 for name in ("normal", "covid")}, "d")
+    shutil.rmtree(workspace.out / "cache")
+    before = tree_hashes(workspace.root)
+    argv = command.format(data=workspace.data, out=workspace.out, root=workspace.root,
+                          config=workspace.ldm_config)
+    script, *flags = argv.split()
+    assert says in only_error(quick(script, f"--output_root={workspace.out}", *flags))
+    assert tree_hashes(workspace.root) == before
+
+
+def test_a_class_that_is_gone_is_named_on_resume(workspace, quick, tmp_path):
+    shutil.copytree(workspace.data, tmp_path / "d")
+    shutil.rmtree(tmp_path / "d/TB/train/tb")
+    result = quick("train_ldm.py", f"--resume_dir={workspace.out}/l", f"--data_root={tmp_path}/d")
+    assert "no images of class tb, on which" in only_error(result)
+
+
+def test_flags_that_the_run_is_too_short_for_are_said(workspace, quick, tmp_path):
+    shutil.copytree(workspace.data, tmp_path / "d")
+    shutil.rmtree(tmp_path / "d/TB/val")
+    more = ["--patience=2", "--warmup_steps=30", "--batch_per_device=4", "--num_sampling_steps=1"]
+    for steps, says in (("--max_steps=29", ["--warmup_steps=2,", "--patience"]),
+                        ("--max_steps=30", ["--patience"])):
+        result = quick(*workspace.ldm("x", *more, f"--data_root={tmp_path}/d", steps))
+        notes = [line for line in result.out.splitlines() if "note: " in line and "give" in line]
+        assert len(notes) == len(says), result.out + result.err
+        assert all(word in note for word, note in zip(says, notes, strict=True))
+
+
+@pytest.mark.parametrize("mse, psnr, coverage, says", [
+    (0.3, 12.0, 0.1, "--max_steps"), (float("nan"), 30.0, 1.0, "find_latent_scale.py"),
+    (0.05, 20.0, 1.0, "train the autoencoder"), (0.05, 30.0, 0.25, "--sample_batch_size"),
+    (0.05, 30.0, 1.0, None)])
+def test_a_failed_overfit_says_what_to_do(mse, psnr, coverage, says):
+    line = verdicts.format_overfit({
+        "overfit/nearest_mse": mse, "overfit/mse_threshold": 0.1, "overfit/nearest_psnr": psnr,
+        "overfit/psnr_threshold": 25.0, "overfit/coverage": coverage,
+        "overfit/coverage_threshold": 0.5, "overfit/passed": says is None})
+    assert "\n" not in line and line.startswith("FAIL" if says else "PASS")
+    assert says in line if says else line.endswith("(at least 50%)")
 
 
 def test_a_factor_given_by_hand_wins_with_a_warning(workspace, quick):
