@@ -260,7 +260,8 @@ def write_report(folder, checkpoint, requests, z, real, args):
                             checkpoint["latent_scale_factor"],
                             checkpoint["train_stats"].get("real_pairwise_mse_mean"))
     found = verdicts.health(values, train_stats=checkpoint["train_stats"],
-                            overfit=checkpoint["args"]["overfit_k"] > 0)
+                            overfit=checkpoint["args"]["overfit_k"] > 0,
+                            guidance_scale=args.guidance_scale)
     write_json(folder / "metrics.json", values | {"verdicts": [v._asdict() for v in found]})
     rows, labels = [], []
     for c in dict.fromkeys(c for c, _ in requests):

@@ -364,7 +364,7 @@ def judge(run, values, reference, monitor, args):
     """Verdicts on the metrics of an evaluation and on their course so far."""
     return health(values, run.history("train/loss"), reference.stats, overfit=args.overfit_k > 0,
                   val_history=(run.history("val/loss"), run.history("val/train_loss")),
-                  best_epoch=monitor.best.epoch)
+                  best_epoch=monitor.best.epoch, guidance_scale=args.guidance_scale)
 
 
 def save_pictures(run, epoch, x, labels, images, args):

@@ -338,6 +338,21 @@ def test_overfit_leaves_out_only_the_diversity_verdicts():
     assert left_out == {name for name in values if name.startswith(D)}
 
 
+def test_a_verdict_shows_its_target_if_it_is_known():
+    values = {L + "std": 1.31, L + "min": -20.5, L + "mean": 0.1, "train/loss": 0.5}
+    shown = {v.metric: v.value for v in health(values | TARGET, train_stats=TRAIN)}
+    assert shown == {L + "std": "1.31 (0.8 to 1.25 of 2)", L + "min": "-20.5 (-13 to 15)",
+                     L + "mean": "0.1 (0.5 +- 2)", "train/loss": "0.5"}
+    assert {v.value for v in health(values)} == {"1.31", "-20.5", "0.1", "0.5"}
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_no_advice_lowers_a_guidance_that_is_none(scale):
+    values = dict.fromkeys(OK, -30.0) | {"sample_diversity/ratio_to_real": 0.1} | TARGET
+    advice = " ".join(v.advice for v in health(values, train_stats=TRAIN, guidance_scale=scale))
+    assert ("guidance_scale" in advice) == (scale != 1) and "train longer" in advice
+
+
 NOISE = {
     "gaussian, 10 %": lambda r, n: 1 + 0.1 * r.standard_normal(n),
     "gaussian, 30 %": lambda r, n: 1 + 0.3 * r.standard_normal(n),
