@@ -30,7 +30,7 @@ from lib.files import fail, make_folder, notice, read_json, write_json
 from lib.html import leaves, show
 
 CLASSIFIER_SIZE = 64  # side in pixels of what the classifier sees
-BASELINE_DRAWS = 8  # random choices of training images that the baseline averages over
+DRAWS = 8  # random choices of images that a distance averages over
 BOOTSTRAPS = 50  # resamplings behind the standard deviation of a distance
 FEWEST = 4  # images of each set
 FEWEST_FOR_MANIFOLDS = 100  # images; with 18 held-out ones uniform noise has a precision of 0.85
@@ -125,7 +125,7 @@ def draw_samples(denoiser, vae, checkpoint, requests, args, ctx):
 
 def read_samples(folder, class_names, img_size):
     """Labelled pixels of a folder: of its manifest.json, else of CLASS/* and CLASS_*. img_size
-    None: that of the first. Exits if there are none, or one is missing or cannot be decoded."""
+    None: their own. Exits if there are none, or of several sizes, or one cannot be decoded."""
     folder = pathlib.Path(folder)
     manifest = folder / "manifest.json"
 
@@ -155,21 +155,37 @@ def read_samples(folder, class_names, img_size):
     rows = []
     for _, path in members:
         try:
-            img_size = img_size or min(decode.read_grey(path).shape)
-            rows.append(decode.read_square(path, img_size))
+            size = img_size or min(decode.read_grey(path).shape)
+            rows.append(decode.read_square(path, size))
         except (OSError, ValueError) as e:
             fail(f"{path} cannot be read ({e}): if sampling was interrupted, run the sample.py "
                  "command again")
+    if len(sizes := sorted({len(row) for row in rows})) > 1:
+        fail(f"{folder} holds images of {', '.join(map(str, sizes))} pixels: give --img_size")
     return Labelled(np.array([c for c, _ in members]), data.to_float(np.stack(rows)))
 
 
 def as_many(labels, like, rng, replace=False):
     """Indices of a random choice from `labels` [N]: as many of each class as in `like`, or all."""
-    chosen = []
+    chosen = [np.zeros(0, int)]
     for c in np.intersect1d(like, labels):
         members, count = np.flatnonzero(labels == c), (like == c).sum()
         chosen.append(rng.choice(members, count) if replace else rng.permutation(members)[:count])
     return np.concatenate(chosen)
+
+
+def alike(samples, train, held_out, classes):
+    """The three sets without other classes, and of the first two a random choice: as many as there
+    are in the class proportions of the third, which else would count as a difference of images."""
+    held_out = held_out.subset(np.isin(held_out.labels, classes))
+    kinds, counts = np.unique(held_out.labels, return_counts=True)
+    found = []
+    for of in (samples, train):
+        there = (of.labels[:, None] == kinds).sum(0)
+        scale = (there / counts).min(initial=1e9)
+        like = np.repeat(kinds, np.maximum(1, scale * counts).astype(int))
+        found.append(of.subset(np.sort(as_many(of.labels, like, np.random.default_rng(0)))))
+    return *found, held_out
 
 
 # --- classifiers --------------------------------------------------------------------------------
@@ -242,8 +258,8 @@ def distance_rows(samples, pool, held_out, seed):
     """{row: {name: number}} of samples against held-out images, given a pool of training images;
     all are Labelled features.
 
-    FID falls with the number of images, so `baseline` takes as many images from the pool as there
-    are samples, averaged over BASELINE_DRAWS random choices. `bootstrap_std` is the standard
+    FID falls with the number of images, so `baseline` takes as many images of each class from the
+    pool as `samples` has, both averaged over DRAWS random choices. `bootstrap_std` is the standard
     deviation of the difference between two such sets, over bootstraps of both and of held_out.
     """
     def distances(features):
@@ -252,34 +268,34 @@ def distance_rows(samples, pool, held_out, seed):
             found |= metrics.manifold_metrics(features, held_out.values)
         return found
 
-    chosen = [as_many(pool.labels, samples.labels, np.random.default_rng([seed, i]))
-              for i in range(BASELINE_DRAWS)]
-    draws = [distances(pool.values[index]) for index in chosen]
+    like = pool.labels[as_many(pool.labels, samples.labels, np.random.default_rng(seed))]
+    rows = {}
+    for row, of in (("samples", samples), ("baseline", pool)):
+        draws = [distances(of.values[as_many(of.labels, like, np.random.default_rng([seed, i]))])
+                 for i in range(DRAWS)]
+        means = {name: float(np.mean([draw[name] for draw in draws])) for name in draws[0]}
+        rows[row] = {"num": len(like), **means}
     gaps = {name: [] for name in DISTANCES}
     for i in range(BOOTSTRAPS):
         rng = np.random.default_rng([seed, 1, i])
-        real, one, other = (of.values[as_many(of.labels, like.labels, rng, replace=True)] for
-                            of, like in ((held_out, held_out), (pool, samples), (pool, samples)))
+        real, one, other = (of.values[as_many(of.labels, labels, rng, replace=True)] for
+                            of, labels in ((held_out, held_out.labels), (pool, like), (pool, like)))
         for name, distance in DISTANCES.items():
             gaps[name].append(distance(one, real) - distance(other, real))
-    baseline = {name: float(np.mean([draw[name] for draw in draws])) for name in draws[0]}
-    return {"samples": {"num": len(samples), **distances(samples.values)},
-            "baseline": {"num": len(chosen[0]), **baseline},
-            "bootstrap_std": {name: float(np.std(gap, ddof=1)) for name, gap in gaps.items()}}
+    return rows | {
+        "bootstrap_std": {name: float(np.std(gap, ddof=1)) for name, gap in gaps.items()}}
 
 
 def measure_distances(sets, groups, networks, args, ctx):
     """{"groups": {space: {group: distance_rows}}}. groups: {group: class indices}; networks:
     {space: images to features [B, D]}."""
-    like = np.repeat(sets.samples.labels, BASELINE_DRAWS)
+    like = np.repeat(sets.samples.labels, DRAWS)
     pool = sets.train.subset(as_many(sets.train.labels, like, np.random.default_rng(args.seed)))
     found = {}
     for space, network in networks.items():
         rows = [measured(network, of, ctx) for of in (sets.samples, pool, sets.held_out)]
-        found[space] = {}
-        for group, classes in groups.items():
-            members = (of.subset(np.isin(of.labels, classes)) for of in rows)
-            found[space][group] = distance_rows(*members, args.seed)
+        found[space] = {group: distance_rows(*alike(*rows, classes), args.seed)
+                        for group, classes in groups.items()}
     return {"groups": found}
 
 
@@ -378,30 +394,33 @@ def tstr(sets, real_classifier, args, ctx):
 # --- verdicts -----------------------------------------------------------------------------------
 
 
-def verdict(metric, value, bad, watch, meaning, advice):
+def verdict(metric, value, target, bad, watch, meaning, advice):
     """verdicts.Verdict whose level follows from two conditions; NaN is bad."""
     level = "bad" if bad or math.isnan(value) else "watch" if watch else "ok"
-    return verdicts.Verdict(metric, level, f"{value:.3f}", meaning, advice)
+    return verdicts.Verdict(metric, level, f"{value:.3f} ({target})", meaning, advice)
 
 
 def judge(report):
     """Yield verdicts.Verdicts on what nobody should overlook in a report."""
+    less_guidance = verdicts.less_guidance(report.get("guidance_scale"))
     if copies := report.get("copies"):
         likely = copies["probability"] >= metrics.BY_CHANCE
         yield verdict(
-            "copies/share", copies["share"], not likely and copies["share"] > 0.2, not likely,
-            "Share of samples closer to a training image than these are to one another; "
-            f"{copies['expected']:.3f} by chance, this with {copies['probability']:.2g}.",
+            "copies/share", copies["share"], f"{copies['expected']:.3f} by chance",
+            not likely and copies["share"] > 0.2, not likely, "Share of samples closer to a "
+            "training image than these are to one another; probability of as many by chance: "
+            f"{copies['probability']:.2g}.",
             "Look at the pairs. Train less or on more images; do not publish copies of patients.")
     for space, groups in report.get("groups", {}).items():
-        yield from distance_verdicts(space, **groups["all"])
+        yield from distance_verdicts(space, less_guidance, **groups["all"])
     if "power" in report:
-        yield power_verdict(**report["power"])
+        yield power_verdict(less_guidance, **report["power"])
     if areas := report.get("c2st"):
+        value, low, _ = areas["samples"]
         rows = "; ".join(f"{row} {area:.2f}" for row, (area, _, _) in areas.items())
         yield verdict(
-            "two-sample", areas["samples"][0], False,
-            areas["samples"][1] > max(0.6, areas["baseline"][2]),
+            "two-sample", value, f"baseline {areas['baseline'][0]:.2f}", False,
+            value > 0.9 or low > max(0.6, areas["baseline"][0]),
             "AUROC of a network that tells samples (or real images, or their reconstructions) from "
             f"held-out images by their pixels: {rows}.",
             "Look at power and at the grid. If decoded is as high, improve the autoencoder first.")
@@ -410,50 +429,49 @@ def judge(report):
         real_value, _, real_high = report["auroc"][ON_HELD_OUT]
         advice = "Below 0.5 the labels are swapped. Near it: train longer, raise --guidance_scale."
         if low > real_high:
-            advice = "Clearer cases than real ones are caricatures: lower --guidance_scale."
+            advice = f"Clearer cases than real ones are caricatures: {less_guidance}."
         yield verdict(
-            "class fidelity", value, high < 0.5, low <= 0.5 or low > real_high,
-            "AUROC on samples of a classifier trained on real images; on held-out images "
-            f"{real_value:.2f}.", advice)
+            "class fidelity", value, f"real images {real_value:.2f}", high < 0.5,
+            low <= 0.5 or low > real_high,
+            "AUROC on samples of a classifier trained on real images.", advice)
     if "gain" in report:
         value, low, high = report["gain"][BOTH]
         benefit = "useful" if low > 0 else "harmful" if high < 0 else "of no proven use"
         yield verdict(
-            "gain, beside real images", value, False, high < 0,
-            "AUROC gained by training on real images and samples instead of repeated real images "
-            f"({low:.3f} to {high:.3f}): {benefit}.",
-            "Do not train on them: look at class fidelity and at the distances.")
+            "gain, beside real images", value, f"{low:.3f} to {high:.3f}", False, high < 0,
+            "AUROC gained by training on real images and samples instead of repeated real images: "
+            f"{benefit}.", "Do not train on them: look at class fidelity and at the distances.")
 
 
-def power_verdict(samples, baseline, held_out, decoded=None):
+def power_verdict(less_guidance, samples, baseline, held_out, decoded=None):
     """Verdict on the octave in which samples are least like real images; values between held-out
     and training images count as real."""
-    def deviation(octave):
+    def judged(octave):
         low, high = sorted((held_out[octave], baseline[octave]))
         value = max(samples[octave], 1e-6)
-        return max(low / value, value / high)
+        return max(low / value, value / high), octave, f"{low / 1.7:.2f} to {1.7 * high:.2f}"
 
-    octave = max((name for name in samples if name != "num"), key=deviation)
+    deviation, octave, target = max(judged(name) for name in samples if name != "num")
     meaning = f"Power at {octave} cycles per image relative to held-out images, the worst octave."
     if decoded:
         meaning += f" The autoencoder leaves {decoded[octave]:.2f}."
-    advice = "Noise or ringing: train longer, raise --num_sampling_steps, lower --guidance_scale."
+    advice = f"Noise or ringing: raise --num_sampling_steps; {less_guidance}."
     if samples[octave] < 1:
         advice = "Blurred: train longer; if the autoencoder leaves as little, train that longer."
-    return verdict("power", samples[octave], deviation(octave) > 4, deviation(octave) > 1.7,
-                   meaning, advice)
+    return verdict("power", samples[octave], target, deviation > 4, deviation > 1.7, meaning,
+                   advice)
 
 
-def distance_verdicts(space, samples, baseline, bootstrap_std):
+def distance_verdicts(space, less_guidance, samples, baseline, bootstrap_std):
     """Yield Verdicts on the distances in one feature space."""
     for name, std in bootstrap_std.items():
         excess = (samples[name] - baseline[name]) / max(std, 1e-9)
         yield verdict(
-            f"{name} ({space})", samples[name], not excess < 10, not excess < 3,
-            f"{name.upper()} to held-out images, {excess:.1f} standard deviations above the "
-            f"baseline's {baseline[name]:.3f}.",
-            "Look at power and at the grid; lower --guidance_scale, train longer.")
-    left_out = "Samples leave much out: lower --guidance_scale, then train longer."
+            f"{name} ({space})", samples[name], f"baseline {baseline[name]:.3f}",
+            not excess < 10, not excess < 3,
+            f"{name.upper()} to held-out images, {excess:.1f} standard deviations above baseline.",
+            f"Look at power and at the grid; {less_guidance}.")
+    left_out = f"Samples leave much out: {less_guidance}."
     for name, meaning, advice in (
             ("precision", "samples among the held-out images",
              "Samples do not look real: train longer; check the reconstructions."),
@@ -461,9 +479,9 @@ def distance_verdicts(space, samples, baseline, bootstrap_std):
             ("coverage", "held-out images with a sample nearby", left_out)):
         if name in samples and name in baseline:
             value, real = samples[name], baseline[name]
-            yield verdict(
-                f"{name} ({space})", value, not value >= 0.2 * real, not value >= 0.6 * real,
-                f"Fraction of {meaning}; {real:.2f} for the baseline.", advice)
+            yield verdict(f"{name} ({space})", value, f"baseline {real:.3f}",
+                          not value >= 0.2 * real, not value >= 0.6 * real,
+                          f"Fraction of {meaning}.", advice)
 
 
 # --- the stage ----------------------------------------------------------------------------------
@@ -506,17 +524,17 @@ def main(argv=None):
     train = data.open_images(args, ctx, "train", class_names=class_names)
     held_out = train if args.split == "train" else data.open_images(
         args, ctx, args.split, train=train)
-    of_classes = np.isin(train.labels, labels).sum()
-    if min(len(labels), of_classes, len(held_out)) < FEWEST:
-        fail(f"{len(labels)} samples, {of_classes} training images of their classes, "
-             f"{len(held_out)} held-out images: at least {FEWEST} of each are needed")
-    few = [name for c, name in enumerate(class_names)
-           if min((of == c).sum() for of in (labels, train.labels, held_out.labels)) < 2]
+    compared = [c for c in range(len(class_names)) if min(
+        (of == c).sum() for of in (labels, train.labels, held_out.labels)) > 1]
+    few = [name for c, name in enumerate(class_names) if c not in compared]
+    sizes = [len(of) for of in alike(Labelled(labels, labels), train, held_out, compared)]
+    if min(sizes) < FEWEST:
+        fail(f"{sizes[0]} samples, {sizes[1]} training images and {sizes[2]} held-out images of "
+             f"classes with two of each, in the same proportions: at least {FEWEST} are needed")
     if few:
         notice(f"under two samples, training images or held-out images of class {', '.join(few)}: "
-               "no rows of its own, and no AUROC")
-    groups = {"all": range(len(class_names))}
-    groups |= {name: [c] for c, name in enumerate(class_names) if name not in few}
+               "it is left out of all comparisons, and there is no AUROC")
+    groups = {"all": compared} | {class_names[c]: [c] for c in compared}
 
     @functools.cache
     def real_classifier(seed):
@@ -539,10 +557,11 @@ def main(argv=None):
     if args.ckpt:
         samples = draw_samples(denoiser, vae, checkpoint, requests, args, ctx)
     sets = Sets(samples, train, held_out, vae)
+    same = Sets(*alike(*sets[:3], compared), vae)
     report["num_samples"] = {class_names[c]: int((labels == c).sum()) for c in np.unique(labels)}
     report |= measure_distances(sets, groups, networks, args, ctx)
-    report |= measure_power(sets, ctx)
-    report |= c2st(sets, args, ctx)
+    report |= measure_power(same, ctx)
+    report |= c2st(same, args, ctx)
     report |= find_copies(sets, pairs_path, args, ctx)
     if len(class_names) > 1 and not few:
         report |= tstr(sets, real_classifier, args, ctx)

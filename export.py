@@ -1,14 +1,13 @@
 """Export a trained model: a folder that diffusers opens, with a model card.
 
-    python export.py runs/ldm_.../ckpts/best.pt FOLDER
+    python export.py --ckpt=runs/ldm_.../ckpts/best.pt --out_dir=FOLDER
 
-FOLDER gets unet/, vae/ and scheduler/ with config.json and safetensors, classes.json, a pipeline.py
-that samples with them, and a README.md with training data and evaluation. A model that copies
-training images, or was not searched for copies, is refused without --allow_copies.
+FOLDER gets unet/, vae/ and scheduler/, a model_index.json and pipeline.py, and a README.md with
+training data and evaluation. A model that copies training images, or was not searched for copies,
+is refused without --allow_copies.
 """
 import argparse
 import json
-import os
 import pathlib
 import shutil
 
@@ -21,9 +20,9 @@ from lib.args import BooleanFlag, Parser, file_path, parse_settings
 from lib.diffusers_io import to_diffusers, unet_config, unet_names, vae_config, vae_names
 from lib.files import command_line, data_flags, fail, first_line, make_folder, read_json, read_meta
 
-HERE = pathlib.Path(__file__).resolve().parent
 CARD = """---
 library_name: diffusers
+license: unknown # yours to say, within the terms of the training images
 tags: [chest-x-ray, latent-diffusion, synthetic]
 ---
 # Synthetic chest X-rays
@@ -32,6 +31,12 @@ A class-conditional latent diffusion model. **All its images are synthetic**: no
 
     pip install torch diffusers safetensors pillow
     python pipeline.py --num_samples=4 --out=samples
+
+```python
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained("FOLDER", trust_remote_code=True)
+images = pipeline({name!r}, num_samples=4).images  # of PIL
+```
 
 {facts}
 
@@ -52,10 +57,9 @@ def build_parser():
     """Parser of this program."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("ckpt", type=file_path, help="ckpts/best.pt, or last.pt, of a train_ldm.py run")
-    add("folder", type=file_path, help="folder to make")
-    add("--ae_ckpt_path", type=file_path,
-        help="autoencoder checkpoint, if it was moved after training")
+    add("--ckpt", type=file_path, required=True, help="ckpts/best.pt, or last.pt, of a model")
+    add("--out_dir", type=file_path, help="folder to make; None: `exported` in the run folder")
+    add("--ae_ckpt_path", type=file_path, help="the autoencoder's checkpoint, if it was moved")
     add("--allow_copies", action=BooleanFlag, default=False,
         help="export a model that copies training images, or was not searched for copies")
     return parser
@@ -118,23 +122,22 @@ def write_parts(folder, denoiser, vae, vae_settings, checkpoint):
     """Write unet/, vae/, scheduler/, model_index.json and pipeline.py into a folder."""
     import diffusers
 
-    from lib.exported_pipeline import CXRAutoencoder
+    from lib import exported_pipeline
     settings, num_classes = checkpoint["args"], len(checkpoint["class_names"])
-    unet = diffusers.UNet2DModel(
-        **unet_config(settings, checkpoint["latent_shape"], num_classes))
+    unet = diffusers.UNet2DModel(**unet_config(settings, vae.latent_shape, num_classes))
     unet.load_state_dict(to_diffusers(denoiser.unet, unet_names(denoiser.unet)))
     config = vae_config(vae_settings, checkpoint["latent_scale_factor"])
-    kind = CXRAutoencoder if "patch_size" in config else diffusers.AutoencoderKL
-    autoencoder = kind(**config)
+    plain = "patch_size" not in config
+    autoencoder = (diffusers.AutoencoderKL if plain else exported_pipeline.CXRAutoencoder)(**config)
     autoencoder.load_state_dict(to_diffusers(vae, vae_names(vae)))
     parts = {"unet": unet, "vae": autoencoder, "scheduler": make_scheduler(denoiser)}
     for name, part in parts.items():
         part.save_pretrained(folder / name)
     index = {name: ["diffusers", type(part).__name__] for name, part in parts.items()}
-    shutil.copyfile(HERE / "lib" / "exported_pipeline.py", folder / "pipeline.py")
-    if kind is CXRAutoencoder:  # diffusers looks for a part's class beside the part
+    shutil.copyfile(exported_pipeline.__file__, folder / "pipeline.py")
+    if not plain:  # diffusers looks for the class of a part beside the part
         index["vae"][0] = "pipeline"
-        shutil.copyfile(folder / "pipeline.py", folder / "vae" / "pipeline.py")
+        shutil.copyfile(exported_pipeline.__file__, folder / "vae" / "pipeline.py")
     index |= {"_class_name": ["pipeline", "CXRPipeline"], "classes": trained_classes(checkpoint),
               **{name: settings[name] for name in ("guidance_scale", "guidance_interval")}}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
@@ -188,10 +191,8 @@ def model_card(checkpoint, vae_settings, meta, report):
         "code": f"commit {meta['git_commit'] or 'unknown'}"}
     # On one line each, whatever the name of a class holds.
     lines = (f"- {name}: {' '.join(str(fact).split())}" for name, fact in facts.items())
-    return CARD.format(facts="\n".join(lines), evaluation=describe_evaluation(report))
-
-
-# --- the program --------------------------------------------------------------------------------
+    return CARD.format(facts="\n".join(lines), evaluation=describe_evaluation(report),
+                       name=next(iter(trained)))
 
 
 def main(argv=None):
@@ -201,26 +202,19 @@ def main(argv=None):
         import safetensors
     except ImportError:
         fail("export.py needs diffusers: pip install diffusers safetensors")
-    folder = pathlib.Path(args.folder)
+    folder = pathlib.Path(args.out_dir or run.run_folder(args.ckpt) / "exported")
     if folder.exists():
-        fail(f"{folder} exists: give another folder, or remove it")
+        fail(f"{folder} exists: give another --out_dir, or remove it")
     ctx = dist.setup(argparse.Namespace(device="cpu"))
     denoiser, vae, checkpoint = sample.load_ldm(args.ckpt, ctx, args.ae_ckpt_path)
     vae_settings = run.load_checkpoint(checkpoint["ae_ckpt_path"], "vae")["args"]
+    card = model_card(checkpoint, vae_settings, read_meta(run.run_folder(args.ckpt)),
+                      read_evaluation(args, checkpoint))
     try:
-        report = read_evaluation(args, checkpoint)
-        meta = read_meta(run.run_folder(args.ckpt))
-        card = model_card(checkpoint, vae_settings, meta, report)
-    except (LookupError, TypeError, ValueError, AttributeError) as e:
-        fail(f"run_meta.json or evaluation.json of {args.ckpt} is damaged or of another version "
-             f"({type(e).__name__}: {first_line(e)}): run evaluate.py again")
-    made = make_folder(folder.with_name(f".{folder.name}.tmp"))  # renamed when it is whole
-    try:
-        write_parts(made, denoiser, vae, vae_settings, checkpoint)
-        (made / "README.md").write_text(card)
-        os.replace(made, folder)
+        write_parts(make_folder(folder), denoiser, vae, vae_settings, checkpoint)
+        (folder / "README.md").write_text(card)
     except (OSError, safetensors.SafetensorError) as e:
-        fail(f"cannot write {made}: {first_line(e)}; free some space or give another folder")
+        fail(f"cannot write {folder}: {first_line(e)}; free some space, and remove the folder")
     print(f"written: {folder}; samples: python {folder}/pipeline.py --num_samples=4")
 
 

@@ -97,8 +97,8 @@ def judge(run):
     found = [verdicts.Verdict(**v) for v in run.summary.get("verdicts", ())]
     if "overfit/passed" in run.latest:
         level = "ok" if run.latest["overfit/passed"] == 1 else "bad"
-        text = verdicts.format_overfit(run.latest)
-        found.append(verdicts.Verdict("memorising", level, "", text, ""))
+        passed, _, text = verdicts.format_overfit(run.latest).partition(": ")
+        found.append(verdicts.Verdict("memorising", level, passed, text, ""))
     return found
 
 

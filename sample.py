@@ -232,7 +232,8 @@ def write_report(folder, checkpoint, paths, z, vae, args, ctx):
         first = [i < 16 for _, i in paths]
         x = torch.stack([run.load_image(path) for (_, i), path in paths.items() if i < 16])
         values |= image_metrics(z[first], scale, x, vae, ctx, stats)
-    found = verdicts.health(values, train_stats=stats, overfit=overfit)
+    found = verdicts.health(values, train_stats=stats, overfit=overfit,
+                            guidance_scale=args.guidance_scale)
     write_json(folder / "metrics.json", values | {"verdicts": [v._asdict() for v in found]})
     classes, shown = dict.fromkeys(labels), range(min(8, args.num_samples))
     settings = f"{args.sampler} {args.num_sampling_steps} steps, guidance {args.guidance_scale:g}"

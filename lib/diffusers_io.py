@@ -126,9 +126,9 @@ def vae_config(settings, latent_scale_factor):
               "use_quant_conv": settings["quant_conv"],
               "use_post_quant_conv": settings["quant_conv"]}
     if patch > 1 or settings["linear_path"]:
-        config |= {"patch_size": patch, "linear_path": settings["linear_path"]}
-        for name in ("down_block_types", "up_block_types"):
-            config[name] = [f"CXRAutoencoder.{kind}" for kind in config[name]]
+        config |= {"patch_size": patch, "linear_path": settings["linear_path"]} | {
+            name: [f"CXRAutoencoder.{kind}" for kind in config[name]]
+            for name in ("down_block_types", "up_block_types")}
     return config
 
 
@@ -141,10 +141,8 @@ DEFAULTS = {"use_quant_conv": True, "use_post_quant_conv": True, "patch_size": 1
 
 def vae_folder(path):
     """Folder of the diffusers autoencoder at `path`, or in vae/ of a pipeline there, else None."""
-    for folder in (pathlib.Path(path), pathlib.Path(path, "vae")):
-        if (folder / "config.json").is_file():
-            return folder
-    return None
+    folders = pathlib.Path(path), pathlib.Path(path, "vae")
+    return next((folder for folder in folders if (folder / "config.json").is_file()), None)
 
 
 def vae_settings(folder, img_size):
@@ -153,25 +151,22 @@ def vae_settings(folder, img_size):
     config = {**DEFAULTS, **read_json(folder / "config.json", "diffusers config")}
     if config.get("_class_name") not in ("AutoencoderKL", "CXRAutoencoder"):
         fail(f"{folder} has _class_name={config.get('_class_name')}: give an AutoencoderKL")
-    try:
-        widths, patch = config["block_out_channels"], config["patch_size"]
-        settings = {"z_channels": config["latent_channels"], "base_ch": widths[0],
-                    "ch_mults": tuple(width // widths[0] for width in widths),
-                    "num_res_blocks": config["layers_per_block"],
-                    "attn_res": tuple(img_size // patch >> level for level, name
-                                      in enumerate(config["down_block_types"]) if "Attn" in name),
-                    "patch_size": patch, "linear_path": config["linear_path"],
-                    "quant_conv": config["use_quant_conv"]}
-        ours = {**vae_config({**settings, "img_size": img_size}, 1.0), **FIXED}
-        if config["in_channels"] == 3:  # becomes 1 channel in vae_weights
-            ours |= {"in_channels": 3, "out_channels": 3}
-        del ours["sample_size"], ours["scaling_factor"]
-        for name in ours:
-            if config[name] != ours[name]:
-                fail(f"{folder} has {name}={config[name]}, but our AutoencoderKL needs "
-                     f"{ours[name]}: give another autoencoder")
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
-        fail(f"{folder}/config.json describes no AutoencoderKL ({type(e).__name__}: {e})")
+    widths, patch = config["block_out_channels"], config["patch_size"]
+    settings = {"z_channels": config["latent_channels"], "base_ch": widths[0],
+                "ch_mults": tuple(width // widths[0] for width in widths),
+                "num_res_blocks": config["layers_per_block"],
+                "attn_res": tuple(img_size // patch >> level for level, name
+                                  in enumerate(config["down_block_types"]) if "Attn" in name),
+                "patch_size": patch, "linear_path": config["linear_path"],
+                "quant_conv": config["use_quant_conv"]}
+    ours = {**vae_config({**settings, "img_size": img_size}, 1.0), **FIXED}
+    del ours["sample_size"], ours["scaling_factor"]
+    if config["in_channels"] == 3:  # becomes 1 channel in vae_weights
+        ours |= {"in_channels": 3, "out_channels": 3}
+    for name, value in ours.items():
+        if config[name] != value:
+            fail(f"{folder} has {name}={config[name]}, but our AutoencoderKL needs {value}: give "
+                 "another autoencoder")
     return settings
 
 
@@ -181,11 +176,9 @@ def read_weights(folder):
     try:
         from safetensors.torch import load_file
         state = load_file(path)
-    except ImportError:
-        fail(f"{path} needs the safetensors package: pip install safetensors")
     except Exception as e:  # whatever a damaged file raises
-        fail(f"cannot read {path} ({first_line(e)}): download it again, or save the "
-             "model with diffusers' save_pretrained")
+        fail(f"cannot read {path} ({first_line(e)}): pip install safetensors, download it again, "
+             "or save the model with diffusers' save_pretrained")
     for key in [key for key in state if ".attentions." in key]:
         prefix, name, leaf = key.rsplit(".", 2)
         state[f"{prefix}.{OLD_NAMES.get(name, name)}.{leaf}"] = state.pop(key)

@@ -63,8 +63,6 @@ class CXRPipeline(diffusers.DiffusionPipeline):
         self.register_modules(unet=unet, vae=vae, scheduler=scheduler)
         self.register_to_config(classes=classes, guidance_scale=guidance_scale,
                                 guidance_interval=guidance_interval)
-        self.classes, self.guidance_scale = classes, guidance_scale
-        self.guidance_interval = guidance_interval
 
     def noise(self, num_samples, generator=None):
         """Standard normal noise [N, C, h, w] to start from; generator: on the CPU."""
@@ -76,8 +74,8 @@ class CXRPipeline(diffusers.DiffusionPipeline):
     def sample(self, noise, class_name, steps=50):
         """Images [N, 1, H, W] in [-1, 1] of a class. steps: network evaluations; must divide 1000
         if the scheduler is DDIM."""
-        x, (low, high) = noise, self.guidance_interval
-        y = torch.full((len(x),), self.classes[class_name], device=x.device)
+        x, scale, (low, high) = noise, self.config.guidance_scale, self.config.guidance_interval
+        y = torch.full((len(x),), self.config.classes[class_name], device=x.device)
         null = torch.full_like(y, self.unet.config.num_class_embeds - 1)
         if isinstance(self.scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
             self.scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
@@ -90,9 +88,9 @@ class CXRPipeline(diffusers.DiffusionPipeline):
             raise SystemExit(f"error: DDIM's steps must divide 1000, and {steps} do not: give 50")
         for t in self.scheduler.timesteps:
             out = self.unet(x, t + shift, y).sample
-            if self.guidance_scale != 1 and low <= (t + shift) / 1000 <= high:
+            if scale != 1 and low <= (t + shift) / 1000 <= high:
                 unconditional = self.unet(x, t + shift, null).sample
-                out = unconditional + self.guidance_scale * (out - unconditional)
+                out = unconditional + scale * (out - unconditional)
             x = self.scheduler.step(out, t, x, **options).prev_sample
         return self.vae.decode(x / self.vae.config.scaling_factor).sample.clamp(-1, 1)
 
@@ -103,18 +101,14 @@ class CXRPipeline(diffusers.DiffusionPipeline):
         return diffusers.ImagePipelineOutput(images=[Image.fromarray(image) for image in grey])
 
 
-def load(folder):
-    """The model or scheduler in a folder, of the class that its config names."""
-    [path] = folder.glob("*config.json")
-    name = json.loads(path.read_text())["_class_name"]
-    return getattr(diffusers, name, CXRAutoencoder).from_pretrained(folder)
-
-
 def load_pipeline(folder=HERE):
     """The CXRPipeline in a folder; from_pretrained would copy this file into a cache."""
     index = json.loads((folder / "model_index.json").read_text())
-    return CXRPipeline(**{name: load(folder / name) if (folder / name).is_dir() else value
-                          for name, value in index.items() if name[0] != "_"})
+    arguments = {name: value for name, value in index.items() if name[0] != "_"}
+    for name in ("unet", "vae", "scheduler"):
+        kind = getattr(diffusers, index[name][1], CXRAutoencoder)
+        arguments[name] = kind.from_pretrained(folder / name)
+    return CXRPipeline(**arguments)
 
 
 def main():
@@ -128,9 +122,10 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("samples"))
     args = parser.parse_args()
     pipeline = load_pipeline().to(args.device)
-    names = args.classes.split(",") if args.classes else list(pipeline.classes)
-    if unknown := [name for name in names if name not in pipeline.classes]:
-        parser.error(f"no class {unknown[0]!r}; it knows {', '.join(pipeline.classes)}")
+    known = list(pipeline.config.classes)
+    names = args.classes.split(",") if args.classes else known
+    if not set(names) <= set(known):
+        parser.error(f"--classes={args.classes}, but the model knows {', '.join(known)}")
     args.out.mkdir(parents=True, exist_ok=True)
     rng = torch.Generator().manual_seed(args.seed)  # shared: every image has its own noise
     for name in names:

@@ -58,10 +58,15 @@ def val_trend(val_losses, train_losses):
     return "memorising" if rose and train[-3:].mean() < train[best] else "level"
 
 
+def less_guidance(guidance_scale):
+    """What to do about too strong a guidance: without any (1), there is none to lower."""
+    return "train longer" if guidance_scale == 1 else "lower --guidance_scale, then train longer"
+
+
 def rules(v, c):
     """The table of verdicts, for a metric's value v in the context c of `health`: [(metric, level,
     whether it applies, meaning, advice)]. The first that applies counts; if none does, see OK."""
-    std = c.target_std
+    std, less = c.target_std, less_guidance(c.guidance_scale)
     return [
         ("*", "bad", not math.isfinite(v), "NaN or infinite: training or sampling has blown up.",
          "Resume from the last checkpoint with a lower --lr and --grad_clip; try --dtype fp32."),
@@ -87,7 +92,7 @@ def rules(v, c):
         (COPIES, "bad", c.copies_probability < 0.001, "More copies than chance allows.",
          "Stop: it reproduces patients. Use an earlier ckpts/best.pt; check it with evaluate.py."),
 
-        *[rule for level, factor in (("bad", 3), ("watch", 1.6)) for rule in (
+        *[rule for level, factor in (("bad", 4), ("watch", 2)) for rule in (
             (POWER, level, v < 1 / factor, "Blurred: less power in an octave than real images.",
              "Train longer. If reconstructions are as soft, train the autoencoder longer."),
             (POWER, level, v > factor, "Mottle or a lattice: more power in an octave than real.",
@@ -98,15 +103,15 @@ def rules(v, c):
          "Train longer. Look at outlines, ribs and corners in the sample grid."),
 
         (MSE_MEAN, "bad", v < 0.01, "Collapse: the samples of a class are nearly identical.",
-         "Lower --guidance_scale and --lr; check that --prob_uncond is near 0.1 and not near 1."),
+         f"Lower --lr, {less}; check that --prob_uncond is near 0.1 and not near 1."),
         (MSE_MEAN, "watch", v < 0.1, "The samples of a class are very similar.",
-         "Lower --guidance_scale and see if the number grows over the next epochs."),
+         f"See if the number grows over the next epochs; else {less}."),
         (RATIO, "watch", v < 0.5, "Samples are less diverse than training images.",
-         "Lower --guidance_scale towards 1, or train longer (--epochs)."),
+         f"See if the number grows over the next epochs; else {less}."),
         (RATIO, "watch", v > 1.5, "Further apart than training images: noise, not diversity.",
          "Train longer or raise --num_sampling_steps. In a short run, lower --ema_decay."),
         *[(name, "bad", v < 1e-4, "Images are repeated among the samples of a class.",
-           "Check that samples start from different noise; lower --guidance_scale and --lr.")
+           f"Check that samples start from different noise; lower --lr, {less}.")
           for name in (MSE_STD, MSE_MIN, MSE_MAX)],
 
         (PSNR, "bad", v < c.psnr_linear, "Worse than as many principal components.",
@@ -125,16 +130,16 @@ def rules(v, c):
         (NOISE, "watch", v > 0.2, "Posterior noise makes up a good part of the variance.",
          "Lower --kl_weight, or train the autoencoder longer."),
         (Z_MEAN, "bad", abs(v - c.train_mean) > std, "Far from the training latents' mean.",
-         "Lower --guidance_scale. If images are too dark or bright, try --zero_terminal_snr."),
+         f"If images are too dark or bright, try --zero_terminal_snr; else {less}."),
         (Z_STD, "bad", v < 0.5 * std or v > 2 * std, "Far off 1/latent_scale_factor.",
-         "Run find_latent_scale.py again. If the factor is right, lower --guidance_scale."),
+         f"Run find_latent_scale.py again. If the factor is right, {less}."),
         (Z_STD, "watch", v < 0.8 * std or v > 1.25 * std, "Off 1/latent_scale_factor.",
-         "Too large: lower --guidance_scale. Too small: train longer, more --num_sampling_steps."),
+         f"Too large: {less}. Too small: train longer, more --num_sampling_steps."),
         *[rule for name in (Z_MIN, Z_MAX) for rule in (
             (name, "bad", abs(v) > 20 and not c.lowest <= v <= c.highest, "Beyond +-20: too far.",
-             "Lower --guidance_scale, raise --num_sampling_steps; else check the scale factor."),
+             f"Raise --num_sampling_steps, {less}; else check the scale factor."),
             (name, "watch", v < c.lowest or v > c.highest, "Far outside the training range.",
-             "Lower --guidance_scale. Early in training this passes by itself."))],
+             f"Early in training this passes by itself; later {less}."))],
     ]
 
 
@@ -157,13 +162,21 @@ OK = {  # in the order in which verdicts are printed
     **dict.fromkeys((Z_MIN, Z_MAX), "Near the range of the training latents, if that is known."),
 }
 
+TARGETS = {  # beside a value, with fields of the context; left out if one is not known
+    GRAD: "1e-06 to 100", COPIES: "{copies_expected:.2g} by chance", MSE_MEAN: "over 0.1",
+    RATIO: "0.5 to 1.5", POWER: "0.5 to 2", ROUND_TRIP: "{real_round_trip:.2g} for real ones",
+    PSNR: "principal components: {psnr_linear:.1f}", DETAIL: "0.8 to 1.25", FINEST: "0.6 to 1.6",
+    NOISE: "under 0.2", Z_MEAN: "{train_mean:.2g} +- {target_std:.2g}",
+    Z_STD: "0.8 to 1.25 of {target_std:.3g}",
+    **dict.fromkeys((Z_MIN, Z_MAX), "{lowest:.3g} to {highest:.3g}")}
+
 
 def health(metrics, losses=(), train_stats=None, overfit=False, diverged=False,
-           val_history=((), ()), best_epoch=0):
+           val_history=((), ()), best_epoch=0, guidance_scale=1.0):
     """One Verdict for each metric of OK in `metrics` (name -> number). losses: history of
     train/loss; val_history: those of val/loss, lowest in best_epoch, and val/train_loss before now;
     train_stats: mean, min and max of the unscaled training latents. overfit skips the diversity
-    metrics. diverged: --max_bad_steps stopped the run."""
+    metrics. diverged: --max_bad_steps stopped the run; guidance_scale: of the samples."""
     val, val_train = ([*past, metrics.get(name, math.nan)]
                       for past, name in zip(val_history, (VAL, VAL_TRAIN), strict=True))
     train = {"mean": math.nan, "min": math.nan, "max": math.nan, **(train_stats or {})}
@@ -173,6 +186,7 @@ def health(metrics, losses=(), train_stats=None, overfit=False, diverged=False,
         copies_probability=metrics.get(COPIES_PROBABILITY, math.nan), diverged=diverged,
         psnr_linear=metrics.get(PSNR_LINEAR, math.nan),
         real_round_trip=metrics.get(REAL_ROUND_TRIP, math.nan),
+        copies_expected=metrics.get(COPIES_EXPECTED, math.nan), guidance_scale=guidance_scale,
         target_std=metrics.get(TARGET_STD, math.nan), train_mean=train["mean"],
         lowest=train["min"] - half_range, highest=train["max"] + half_range)
     verdicts = []
@@ -184,7 +198,9 @@ def health(metrics, losses=(), train_stats=None, overfit=False, diverged=False,
         found = [(level, *words) for metric, level, applies, *words in rules(value, context)
                  if applies and metric in ("*", name)]
         level, meaning, advice = [*found, ("ok", OK[name], "")][0]
-        verdicts.append(Verdict(name, level, f"{value:.4g}", meaning, advice))
+        target = TARGETS.get(name, "nan").format(**vars(context))
+        text = f"{value:.4g}" + (f" ({target})" if "nan" not in target else "")
+        verdicts.append(Verdict(name, level, text, meaning, advice))
     return verdicts
 
 
@@ -196,7 +212,7 @@ def levels(verdicts):
 def sweep_objective(values, verdicts):
     """`values` with `sample_diversity/pairwise_mse_mean`, which a sweep maximises, set to -1 if the
     samples are noise or copies, which are diverse too: ratio_to_real over 1.5 or not finite, or a
-    bad verdict on their round trip, the latents' std or copies. The measured value is kept as `..._raw`."""
+    bad verdict on the round trip, the latents' std or copies. `..._raw` is the measured value."""
     too_far_apart = not values.get(RATIO, 1.0) <= 1.5
     bad = any(v.metric in (ROUND_TRIP, Z_STD, COPIES) and v.level == "bad" for v in verdicts)
     objective = -1.0 if too_far_apart or bad else values[MSE_MEAN]
@@ -235,7 +251,7 @@ def format_verdicts(verdicts):
     value_width = max((len(v.value) for v in verdicts), default=0)
     lines = []
     for v in verdicts:
-        start = f"{v.level.upper():<5}  {v.metric:<{width}}  {v.value:>{value_width}}  "
+        start = f"{v.level.upper():<5}  {v.metric:<{width}}  {v.value:<{value_width}}  "
         lines.append(start + v.meaning)
         if v.level != "ok":
             lines.append(" " * len(start) + v.advice)

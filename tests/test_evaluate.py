@@ -18,14 +18,6 @@ from lib.files import write_json
 CPU = dist.DistContext(0, 1, torch.device("cpu"), torch.float32, False)
 
 
-def test_black_of_known_images():
-    x = torch.full((2, 1, 20, 20), 0.5)
-    x[0, :, :, :5] = -1.0  # a quarter of the first image is black
-    x[1, :, 0, :4] = -0.5  # one per cent of the second is dark grey, which is not black
-    black, percentile = evaluate.image_statistics(x)[:, :2].T.tolist()
-    assert black == pytest.approx([0.25, 0.0]) and percentile == pytest.approx([0.0, 0.25])
-
-
 def test_the_baseline_has_as_many_of_each_class_as_samples():
     labels = np.repeat([0, 1, 2], [50, 3, 20])
     like = np.array([1, 0, 1, 0, 1, 1, 1])  # no samples of class 2
@@ -59,17 +51,36 @@ def test_rows_of_a_group_with_a_baseline_of_the_same_number():
     assert rows["bootstrap_std"]["fid"] > 0.01  # though there is no choice of a baseline
 
 
+def test_uneven_classes_are_compared_in_equal_proportions():
+    g = torch.Generator().manual_seed(0)
+
+    def images(*counts):
+        labels = np.repeat([0, 1, 2], counts)
+        return evaluate.Labelled(labels, torch.randn(len(labels), 3, generator=g)
+                                 + 4 * torch.from_numpy(labels)[:, None])
+
+    sets = images(45, 45, 9), images(120, 6, 9), images(48, 3, 0)
+    same = evaluate.alike(*sets, [0, 1])
+    assert [np.bincount(of.labels).tolist() for of in same] == [[45, 2], [96, 6], [48, 3]]
+    rows, uneven = (evaluate.distance_rows(*of, seed=0) for of in (same, sets))
+    gap = rows["samples"]["fid"] - rows["baseline"]["fid"]
+    assert rows["samples"]["num"] == rows["baseline"]["num"] == 47
+    assert abs(gap) < 3 * rows["bootstrap_std"]["fid"]
+    assert rows["baseline"]["fid"] < 0.5 * uneven["baseline"]["fid"]
+
+
 def grey(path, value=0):
     write_png(path, np.full((16, 16), value, np.uint8))
 
 
 def test_folders_without_samples_are_refused(tmp_path, capsys):
     grey(tmp_path / "tb/a.png")
-    for wrong, says in ((tmp_path / "tb", "name them CLASS_*.png"), (tmp_path / "none", "exist")):
-        assert says in error_of(capsys, evaluate.read_samples, wrong, ["normal", "tb"], None)
+    for wrong in (tmp_path / "tb", tmp_path / "none"):
+        message = error_of(capsys, evaluate.read_samples, wrong, ["normal", "tb"], None)
+        assert f"no images in {wrong}: name them CLASS_*.png" in message
     (tmp_path / "tb/b.png").write_bytes(b"no image")
     message = error_of(capsys, evaluate.read_samples, tmp_path, ["normal", "tb"], None)
-    assert f"{tmp_path / 'tb/b.png'} cannot be decoded" in message
+    assert f"{tmp_path / 'tb/b.png'} cannot be read" in message
 
 
 def test_samples_belong_to_the_longest_class_name_that_fits(tmp_path, capsys):
@@ -86,6 +97,14 @@ def test_samples_belong_to_the_longest_class_name_that_fits(tmp_path, capsys):
     assert np.bincount(samples.labels, minlength=8).tolist() == [1, 2, 1, 2, 1, 1, 0, 2]
     assert (samples.images([0, 0]) == -1).all()
     assert "3 images of no class of the data are left out" in capsys.readouterr().out
+
+
+def test_samples_of_two_sizes_are_compared_at_a_given_one(tmp_path, capsys):
+    grey(tmp_path / "tb_0.png")
+    write_png(tmp_path / "tb_1.png", np.zeros((32, 40), np.uint8))
+    message = error_of(capsys, evaluate.read_samples, tmp_path, ["tb"], None)
+    assert "images of 16, 32 pixels: give --img_size" in message
+    assert evaluate.read_samples(tmp_path, ["tb"], 24).values.shape == (2, 1, 24, 24)
 
 
 def test_only_regular_files_are_samples(tmp_path):
@@ -111,7 +130,7 @@ def test_a_manifest_says_which_files_are_samples_of_which_class(tmp_path, capsys
     assert capsys.readouterr().out == ""
     (tmp_path / "a.png").unlink()
     message = error_of(capsys, evaluate.read_samples, tmp_path, ["normal", "tb"], None)
-    assert "1 of the 2 images" in message and "interrupted" in message and "sample.py" in message
+    assert f"{tmp_path / 'a.png'} cannot be read" in message and "sample.py" in message
     for other in ({"images": 3}, {"files": []}, {"images": [{"file": "tb_0.png"}]}):
         write_json(tmp_path / "manifest.json", other)
         message = error_of(capsys, evaluate.read_samples, tmp_path, ["normal", "tb"], None)
@@ -244,7 +263,7 @@ def test_what_is_plainly_wrong_is_far(generators, name):
 
 def test_wrong_fine_detail_shows_in_its_power(generators):
     report = generators("slightly_blurred")
-    assert 0.1 < report["power"]["all"]["samples"]["16-32"] < 0.5
+    assert 0.1 < report["power"]["samples"]["16-32"] < 0.5
     assert level(report, "power") != "ok"
 
 
@@ -289,6 +308,32 @@ def test_a_caricature_is_no_success(interval, expected):
     assert ("caricatures" in verdict.advice) == (expected == "watch")
 
 
+@pytest.mark.parametrize("samples, baseline, expected", [
+    ((1.0, 0.55, 1.0), (0.7, 0.3, 1.0), "watch"), ((0.8, 0.72, 0.87), (0.66, 0.4, 0.9), "watch"),
+    ((0.8, 0.72, 0.87), (0.79, 0.7, 0.86), "ok"), ((0.62, 0.5, 0.7), (0.5, 0.4, 0.6), "ok")])
+def test_what_a_network_tells_apart_is_not_green(samples, baseline, expected):
+    verdict, = evaluate.judge({"c2st": {"samples": samples, "baseline": baseline}})
+    assert (verdict.metric, verdict.level) == ("two-sample", expected)
+
+
+@pytest.mark.parametrize("scale, advised", [(1.0, False), (2.0, True), (None, True)])
+def test_no_one_is_told_to_lower_a_guidance_of_one(scale, advised):
+    report = {"guidance_scale": scale, "groups": {"x": {"all": {
+        "samples": {"fid": 9.0, "recall": 0.1}, "baseline": {"fid": 1.0, "recall": 0.9},
+        "bootstrap_std": {"fid": 0.1}}}},
+        "power": {"samples": {"8-16": 9.0}, "baseline": {"8-16": 1.0}, "held_out": {"8-16": 1.1}},
+        "auroc": {evaluate.ON_SAMPLES: (1.0, 0.98, 1.0),
+                  evaluate.ON_HELD_OUT: (0.85, 0.78, 0.91)}}
+    verdicts = [*evaluate.judge(report)]
+    assert [v.level for v in verdicts] == ["bad", "bad", "bad", "watch"]
+    assert [v.value for v in verdicts] == [
+        "9.000 (baseline 1.000)", "0.100 (baseline 0.900)", "9.000 (0.59 to 1.87)",
+        "1.000 (real images 0.85)"]
+    for v in verdicts:
+        assert ("lower --guidance_scale" in v.advice) == advised, v
+        assert ("train longer" in v.advice), v
+
+
 # --- the command line ---
 
 
@@ -301,11 +346,9 @@ def test_report_of_a_model_and_of_its_samples(workspace, quick):
     report = json.loads((workspace.out / "l/evaluation.json").read_text())
     assert report["sampler"] == "ddim" and report["step"] == 20
     assert list(report["groups"]) == ["classifier", "vae"]
+    assert {row: of["num"] for row, of in report["power"].items()} == {
+        "samples": 8, "baseline": 16, "held_out": 6, "decoded": 6}
     for name in ("all", "normal", "tb"):
-        looked_at = report["image_stats"][name]
-        assert list(looked_at) == ["samples", "baseline", "held_out", "decoded"]
-        real = 6 if name == "all" else 3
-        assert looked_at["held_out"]["num"] == looked_at["decoded"]["num"] == real
         for space in ("classifier", "vae"):
             rows = report["groups"][space][name]
             assert list(rows) == ["samples", "baseline", "bootstrap_std"]
@@ -340,22 +383,15 @@ def test_files_of_others_are_left_alone(workspace, capsys):
     link = workspace.root / "link"
     link.symlink_to(folder)
     for inside in (folder, folder / "tb", link / "new"):
-        for flag in ("--out_dir", "--output_root"):
-            assert "outside it" in main([*measure, f"{flag}={inside}"])
+        assert "holds the samples" in main([*measure, f"--out_dir={inside}"])
     out = workspace.root / "out"
     for _ in range(2):
         evaluate.main([*measure, f"--out_dir={out}"])
-    for other in ([*workspace.common, ckpt, f"--out_dir={out}"],
-                  [*measure, f"--out_dir={workspace.out / 'l'}", f"--samples_dir={folder / 'tb'}"]):
-        (workspace.out / "l/evaluation.json").write_text('{"num_samples": {}}')
-        assert "of something else" in main(other)
-    for name in ("evaluation.json", "evaluation_pairs.png"):
-        mine = workspace.root / f"of {name}"
-        mine.mkdir()
-        (mine / name).write_text("mine")
-        before = tree_hashes(mine)
-        assert "of something else" in main([*measure, f"--out_dir={mine}"])
-        assert tree_hashes(mine) == before
+    assert "a report on others" in main([*workspace.common, ckpt, f"--out_dir={out}"])
+    (workspace.out / "l/evaluation.json").write_text('{"num_samples": {}}')
+    before = tree_hashes(workspace.out / "l")
+    assert "a report on others" in main([*measure, f"--out_dir={workspace.out / 'l'}"])
+    assert tree_hashes(workspace.out / "l") == before
 
 
 def test_bad_input_is_one_line(workspace, image_tree, capsys, monkeypatch):
@@ -369,7 +405,7 @@ def test_bad_input_is_one_line(workspace, image_tree, capsys, monkeypatch):
             ([ckpt, "--samples_dir=x"], "either"),
             (["--samples_dir=x"], "--img_size"),
             ([*workspace.common, ckpt, "--img_size=64"], "works at 32"),
-            ([*workspace.common, f"--samples_dir={small}"], "2 samples, 16 training images"),
+            ([*workspace.common, f"--samples_dir={small}"], "0 samples, 0 training images"),
             ([*workspace.common, ckpt, "--features=x"], "classifier,vae")):
         assert says in error_of(capsys, evaluate.main, [
             f"--output_root={workspace.out}", "--classifier_steps=1", "--device=cpu", *argv])
@@ -386,7 +422,7 @@ def test_a_class_with_too_few_images_has_no_rows(workspace, quick):
                        f"--ckpt={workspace.ldm_ckpt}", "--num_samples=4", "--num_sampling_steps=2",
                        "--classifier_steps=2")
         assert result.code == 0, result.err
-        assert "note: under two samples" in result.out and "of class tb: no rows" in result.out
+        assert "note: under two samples" in result.out and "of class tb: it is" in result.out
         report = json.loads((workspace.out / "l/evaluation.json").read_text())
         assert set(report["groups"]["classifier"]) == {"all", "normal"}
         assert "auroc" not in report and "gain" not in report
@@ -396,7 +432,7 @@ def test_a_class_with_too_few_images_has_no_rows(workspace, quick):
 
 def test_nan_is_never_ok():
     for bad, watch in ((False, False), (False, True)):
-        assert evaluate.verdict("x", float("nan"), bad, watch, "", "").level == "bad"
+        assert evaluate.verdict("x", float("nan"), "", bad, watch, "", "").level == "bad"
     labels, nan = np.arange(120) % 2, float("nan")
     fine = evaluate.Labelled(labels, torch.randn(120, 4))
     broken = evaluate.Labelled(labels, torch.full((120, 4), nan))

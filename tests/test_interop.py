@@ -117,6 +117,45 @@ def test_a_process_without_a_scheduler_there_is_refused(tmp_path, capsys, proces
     assert "no scheduler" in error_of(capsys, exported, tmp_path, process)
 
 
+def test_diffusers_opens_the_folder_as_the_card_says(tmp_path, monkeypatch):
+    cache = "diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE"
+    monkeypatch.setattr(cache, str(tmp_path / "hf"))
+    monkeypatch.setattr(sys, "path", sys.path.copy())  # the cache is added to it
+    for name, vae in (("plain", {}), ("patches", {"patch_size": 2, "linear_path": True})):
+        _, _, ours = exported(tmp_path / name, vae=vae)
+        theirs = diffusers.DiffusionPipeline.from_pretrained(
+            str(tmp_path / name), trust_remote_code=True)
+        first, second = (pipeline("tb", 2, 4, torch.Generator().manual_seed(1)).images
+                         for pipeline in (ours, theirs))
+        assert [image.tobytes() for image in first] == [image.tobytes() for image in second]
+
+
+@pytest.mark.parametrize("vae", [{"patch_size": 2}, {"linear_path": True}])
+def test_plain_autoencoders_do_not_take_these_weights(tmp_path, vae):
+    exported(tmp_path, vae=vae)
+    with pytest.raises(ValueError, match="CXRAutoencoder"):
+        diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae")
+
+
+@pytest.mark.parametrize("process", [
+    {}, {"prediction": "v", "noise_schedule": "cosine"},
+    {"prediction": "eps", "noise_schedule": "linear", "zero_terminal_snr": False}])
+def test_their_own_loop_starts_at_full_noise(tmp_path, process):
+    _, _, pipeline = exported(tmp_path, {**process, "guidance_scale": 1.0})
+    scheduler = pipeline.scheduler
+    noise = x = pipeline.noise(8, torch.Generator().manual_seed(0))
+    y = torch.zeros(8, dtype=torch.long)
+    scheduler.set_timesteps(50)
+    if process.get("prediction") in ("v", "eps"):
+        assert scheduler.alphas_cumprod[scheduler.timesteps[0]] < 1e-4
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(pipeline.unet(x, t, y).sample, t, x).prev_sample
+        theirs = pipeline.vae.decode(x / pipeline.vae.config.scaling_factor).sample.clamp(-1, 1)
+    ours = pipeline.sample(noise, "normal", 50)
+    assert theirs.isfinite().all() and abs(theirs.mean() - ours.mean()) < 0.1
+
+
 # --- the command ---
 
 
@@ -143,7 +182,7 @@ def evaluated(workspace):
 
 def test_export_writes_a_folder_that_samples_by_itself(evaluated, tmp_path):
     folder = tmp_path / "handed on"
-    out, _ = run("export.py", evaluated.ldm_ckpt, folder)
+    out, _ = run("export.py", f"--ckpt={evaluated.ldm_ckpt}", f"--out_dir={folder}")
     assert str(folder) in out
     moved = shutil.move(folder, tmp_path / "elsewhere")
     shutil.rmtree(evaluated.out)  # it needs nothing of ours
@@ -151,12 +190,19 @@ def test_export_writes_a_folder_that_samples_by_itself(evaluated, tmp_path):
                     "--steps=4"], cwd=tmp_path, check=True, env={"CUDA_VISIBLE_DEVICES": ""})
     made = sorted(path.name for path in (tmp_path / "samples").iterdir())
     assert made == [f"{name}_{i:05d}.png" for name in ("normal", "tb") for i in range(3)]
+    for names, code in (("tb", 0), ("tb,x", 2)):
+        result = subprocess.run([
+            sys.executable, moved / "pipeline.py", f"--classes={names}", "--num_samples=1",
+            "--steps=1", "--out=one"], cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == code, result.stderr
+        assert code == 0 or "knows normal, tb" in result.stderr
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["tb_00000.png"]
     drawn = [np.asarray(Image.open(tmp_path / "samples" / name)).astype(int) for name in made]
     assert drawn[0].shape == (32, 32) and drawn[0].std() > 1
     for other in drawn[1:4]:  # of the class, and of another with the same number
         assert np.abs(drawn[0] - other).mean() > 3
     card = (moved / "README.md").read_text()
-    for text in ("normal (8), tb (8)", "synthetic", "2.0 % of 200", "0.8 to 5.0 %",
+    for text in ("license: ", "normal (8), tb (8)", "synthetic", "2.0 % of 200", "0.8 to 5.0 %",
                  "OK     fid (vae)  1.25  as 0.75"):
         assert text in card, text
 
@@ -164,7 +210,7 @@ def test_export_writes_a_folder_that_samples_by_itself(evaluated, tmp_path):
 def test_copies_are_not_handed_on_unless_asked_for(evaluated, tmp_path, capsys):
     copies = {"share": 0.5, "expected": 0.01, "probability": 1e-9, "distinct": 16}
     evaluated.write_evaluation(copies=copies)
-    argv = [str(evaluated.ldm_ckpt), str(tmp_path / "made")]
+    argv = [f"--ckpt={evaluated.ldm_ckpt}", f"--out_dir={tmp_path / 'made'}"]
     assert "50.0 % of the samples" in error_of(capsys, export.main, argv)
     assert not (tmp_path / "made").exists()
     export.main([*argv, "--allow_copies"])
@@ -173,7 +219,7 @@ def test_copies_are_not_handed_on_unless_asked_for(evaluated, tmp_path, capsys):
 
 
 def test_a_model_that_was_not_evaluated_is_not_handed_on(evaluated, tmp_path, capsys):
-    argv = [str(evaluated.ldm_ckpt), str(tmp_path / "made")]
+    argv = [f"--ckpt={evaluated.ldm_ckpt}", f"--out_dir={tmp_path / 'made'}"]
     for changes in ({"ckpt_sha256": "another"}, {"num_samples": {"tb": 200}}, {},
                     {"num_samples": {"normal": 3, "tb": 3}}):
         path = evaluated.write_evaluation(**changes)
@@ -182,8 +228,6 @@ def test_a_model_that_was_not_evaluated_is_not_handed_on(evaluated, tmp_path, ca
         message = error_of(capsys, export.main, argv)
         assert "no search for copies in 100 samples of all classes" in message
         assert "evaluate.py --ckpt=" in message and f"--data_root={evaluated.data}" in message
-    evaluated.write_evaluation(copies={"share": 0.0})
-    assert "run evaluate.py again" in error_of(capsys, export.main, argv)
     evaluated.write_evaluation(ckpt_sha256="another")
     export.main([*argv, "--allow_copies"])
     assert "Not evaluated" in (tmp_path / "made" / "README.md").read_text()
@@ -203,6 +247,7 @@ def test_the_card_says_what_the_model_was_made_of(evaluated):
                  "- memorised on purpose: 8", "Not evaluated"):
         assert text in card
     assert "/home" not in card and "normal" not in card
+    assert f"pipeline({nasty!r}, num_samples=4)" in card
 
 
 # --- from diffusers ---
@@ -301,7 +346,8 @@ def test_the_stages_go_on_from_it_without_training(stages, tmp_path):
     run("find_latent_scale.py", *common, f"--ae_ckpt_path={tmp_path}/v/ckpts/last.pt")
     run("train_ldm.py", *common, f"--config={stages.ldm_config}", "--run_name=l", "--max_steps=4",
         f"--ae_ckpt_path={tmp_path}/v/ckpts/last.pt")
-    run("export.py", tmp_path / "l/ckpts/best.pt", tmp_path / "out", "--allow_copies")
+    run("export.py", f"--ckpt={tmp_path}/l/ckpts/best.pt", f"--out_dir={tmp_path}/out",
+        "--allow_copies")
     again, _, _ = sample.load_autoencoder(tmp_path / "v/ckpts/last.pt", CPU)
     back = diffusers.AutoencoderKL.from_pretrained(tmp_path / "out" / "vae")
     z = torch.randn(1, *again.latent_shape)

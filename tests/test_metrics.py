@@ -312,8 +312,8 @@ CASES = [
     ("train/bad_steps", 0.0, "ok", {}), ("train/bad_steps", 1.0, "watch", {}),
     ("train/bad_steps", 1.0, "bad", {"diverged": True}),
     *[("sample_quality/power", value, level, {})
-      for value, level in ((0.0, "bad"), (0.33, "bad"), (0.34, "watch"), (0.6, "watch"),
-                           (0.63, "ok"), (1.59, "ok"), (1.61, "watch"), (3.1, "bad"))],
+      for value, level in ((0.0, "bad"), (0.24, "bad"), (0.26, "watch"), (0.49, "watch"),
+                           (0.51, "ok"), (1.99, "ok"), (2.01, "watch"), (4.1, "bad"))],
     *[("sample_quality/round_trip", value, level,
        {"beside": {"sample_quality/real_round_trip": 0.01}})
       for value, level in ((0.0, "ok"), (0.0139, "ok"), (0.0141, "watch"), (0.0221, "bad"))],
@@ -372,6 +372,21 @@ def test_overfit_leaves_out_only_the_diversity_verdicts():
     values = {name: 0.5 for name in OK}
     left_out = {v.metric for v in health(values)} - {v.metric for v in health(values, overfit=True)}
     assert left_out == {name for name in values if name.startswith(D)}
+
+
+def test_a_verdict_shows_its_target_if_it_is_known():
+    values = {L + "std": 1.31, L + "min": -20.5, L + "mean": 0.1, "train/loss": 0.5}
+    shown = {v.metric: v.value for v in health(values | TARGET, train_stats=TRAIN)}
+    assert shown == {L + "std": "1.31 (0.8 to 1.25 of 2)", L + "min": "-20.5 (-13 to 15)",
+                     L + "mean": "0.1 (0.5 +- 2)", "train/loss": "0.5"}
+    assert {v.value for v in health(values)} == {"1.31", "-20.5", "0.1", "0.5"}
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_no_advice_lowers_a_guidance_that_is_none(scale):
+    values = dict.fromkeys(OK, -30.0) | {"sample_diversity/ratio_to_real": 0.1} | TARGET
+    advice = " ".join(v.advice for v in health(values, train_stats=TRAIN, guidance_scale=scale))
+    assert ("guidance_scale" in advice) == (scale != 1) and "train longer" in advice
 
 
 NOISE = {

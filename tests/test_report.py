@@ -268,9 +268,13 @@ def test_an_overfit_run_shows_its_verdict(make_run, capsys, passed):
               "psnr_threshold": 25.0, "coverage_threshold": 0.5, "passed": passed}
     record = {"step": 40, "epoch": 4, **{f"overfit/{k}": v for k, v in values.items()},
               metrics.MSE_MEAN: 0.0}
-    seen = made(capsys, make_run("r", [*logged(3), record], overfit_k=8))
+    folder = make_run("r", [*logged(3), record], overfit_k=8)
+    seen = made(capsys, folder)
     verdict = "OK memorising PASS" if passed else "BAD memorising FAIL"
-    assert f"{verdict}: nearest" in seen.words and "Collapse" not in seen.words
+    assert f"{verdict} nearest" in seen.words and "Collapse" not in seen.words
+    other = make_run("other", logged(3))
+    assert f"verdict on memorising {verdict[-4:]} {verdict.split()[0].lower()} –" in made(
+        capsys, folder, other).words
 
 
 def test_what_is_no_run_is_one_line(make_run, tmp_path, capsys):
