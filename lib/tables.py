@@ -1,7 +1,6 @@
 """What a data set ships: image files, CSV files, and which row names which image."""
 import collections
 import csv
-import glob
 import gzip
 import os
 import re
@@ -12,20 +11,28 @@ from lib.files import fail
 
 def find_images(folder, left_out):
     """Paths below `folder` of its images, each file once; left_out counts the others by reason."""
-    found = {}
-    for path in sorted(glob.iglob("**", root_dir=folder, recursive=True)):
-        target = os.path.realpath(os.path.join(folder, path))
-        if os.path.isdir(target):
+    def unreadable(e):
+        fail(f"cannot read {e.filename}: {e.strerror}")
+
+    found, seen = {}, set()
+    for where, folders, names in os.walk(folder, followlinks=True, onerror=unreadable):
+        folders.sort()
+        if os.path.realpath(where) in seen:  # by a link, which may lead to a folder above it
+            folders.clear()
             continue
-        if re.search("(?i)masks?[/.]|(^|/)(segmentations?|@eadir)/", path):
-            left_out["masks"] += 1
-        elif not os.path.exists(target):
-            left_out["links without a target"] += 1
-        elif not may_be_image(path):
-            left_out["files that are no images by their suffix"] += 1
-        elif found.setdefault(target, path) != path:
-            left_out["links to an image that is there itself"] += 1
-    return list(found.values())
+        seen.add(os.path.realpath(where))
+        for name in sorted(names):
+            path = os.path.relpath(os.path.join(where, name), folder)
+            target = os.path.realpath(os.path.join(where, name))
+            if re.search(r"(?i)/\.|masks?[/.]|/(segmentations?|@eadir)/", f"/{path}"):
+                left_out["hidden files or masks"] += 1
+            elif not os.path.exists(target):
+                left_out["links without a target"] += 1
+            elif not may_be_image(path):
+                left_out["files that are no images by their suffix"] += 1
+            elif found.setdefault(target, path) != path:
+                left_out["links to an image that is there itself"] += 1
+    return sorted(found.values())
 
 
 def read_tables(paths):

@@ -204,7 +204,7 @@ def montgomery(root, prefix="MCUCXR", masks=True):
         for side in ("leftMask", "rightMask") if masks else ():
             film(root / "ManualMask" / side / name)
         patients[f"CXR_png/{name}"] = name
-    return patients, {"masks": 80 * masks, "no images by their suffix": 40}
+    return patients, {"hidden files or masks": 80 * masks, "no images by their suffix": 40}
 
 
 def shenzhen(root):
@@ -316,7 +316,8 @@ def capitals(root):
 
 def linked(root):
     (root / "a link").symlink_to(root / "films")
-    (root / "films/loop").symlink_to(root / "films")
+    for name in ("loop", "another loop"):
+        (root / "films" / name).symlink_to(root / "films")
     (root / "films/alias.png").symlink_to(root / "films/000.png")
     return ["--images=a link"]
 
@@ -351,6 +352,16 @@ def test_how_a_set_is_written_changes_nothing(name, tmp_path, quick):
         (*other[:2], other[-1]) for other in groups[1]]
 
 
+def test_csv_files_of_the_same_columns_follow_one_another(tmp_path, quick):
+    argv = small(tmp_path)
+    header, *lines = (tmp_path / "set.csv").read_text().splitlines()
+    for name, part in (("train.csv", lines[:13]), ("valid.csv", lines[13:])):
+        (tmp_path / name).write_text("\n".join([header, *part]))
+    assert quick("prepare.py", *argv, "--out=data/WHOLE", cwd=tmp_path).code == 0
+    assert quick("prepare.py", *argv, "--csv=train.csv,valid.csv", cwd=tmp_path).code == 0
+    assert tree(tmp_path / "data/WHOLE") == tree(tmp_path / "data/SET")
+
+
 def test_the_seed_decides_who_is_where(tmp_path, quick):
     argv = small(tmp_path)
     for task, seed in (("A", 0), ("B", 0), ("C", 1)):
@@ -367,20 +378,34 @@ def test_copies_do_not_need_the_download(tmp_path, quick):
     assert {path.split("/")[0] for path in files} == {"train", "val"}
 
 
-def test_a_large_patient_and_one_of_two_classes_keep_to_a_split(tmp_path, quick):
-    argv = small(tmp_path, 80)
-    lines = (tmp_path / "set.csv").read_text().splitlines()
-    for i in range(12):  # of one patient
-        film(tmp_path / f"films/x{i}.png")
-        lines.append(f"x{i}.png,x,{('clear', 'sick')[i % 2]}")
-    (tmp_path / "set.csv").write_text("\n".join(lines))
+def test_splits_are_even_with_large_and_two_class_patients(tmp_path, quick):
+    argv, rows = small(tmp_path), []
+    for patient in range(81):
+        for i in range(9 if patient < 21 else 1):  # patient 0 has both classes
+            film(tmp_path / f"films/{patient}_{i}.png")
+            label = ("clear", "sick")[(i if patient == 0 else patient) % 2]
+            rows.append([f"{patient}_{i}", patient, label])
+    table(tmp_path / "set.csv", "file,patient,finding", rows)
     result = quick("prepare.py", *argv, cwd=tmp_path)
     assert "1 patients have images of several classes" in result.out
-    paths = tree(tmp_path / "data/SET")
-    assert len({path.split("/")[0] for path in paths if "/x" in path}) == 1
-    counts = collections.Counter(tuple(path.split("/")[:2]) for path in paths)
-    for name in ("normal", "tb"):  # 46 each
-        assert counts["val", name] in (4, 5, 6) and counts["test", name] in (4, 5, 6)
+    paths = [path.split("/") for path in tree(tmp_path / "data/SET")]
+    assert len({split for split, _, name in paths if name.startswith("0_")}) == 1
+    counts = collections.Counter((split, name) for split, name, _ in paths)
+    for (split, name), count in counts.items():
+        total = sum(counts[other, name] for other in SPLITS)
+        assert abs(count - (0.8 if split == "train" else 0.1) * total) < 1.5
+
+
+def test_a_film_is_lateral_if_only_its_name_says_so(tmp_path, quick):
+    argv = small(tmp_path, csv=None, file_column=None, patient_column=None, label_column=None,
+                 class_pattern="(clear|sick)", patient_pattern="^p[0-9]+")
+    for patient in range(20):
+        for view in ("frontal", "view2_lateral", "bilateral_effusion"):
+            film(tmp_path / f"lateral/p{patient}/{('clear', 'sick')[patient % 2]}/{view}.png")
+    result = quick("prepare.py", *argv, "--images=lateral", cwd=tmp_path)
+    assert "20 images: not frontal: view lateral" in result.out
+    names = collections.Counter(path.rsplit("/", 1)[1] for path in tree(tmp_path / "data/SET"))
+    assert names == {"frontal.png": 20, "bilateral_effusion.png": 20}
 
 
 def test_names_that_are_not_unique_are_left_out_and_counted(tmp_path, quick):
@@ -412,8 +437,8 @@ def test_no_row_is_taken_for_another_patients_file(tmp_path, quick):
 ERRORS = {
     "column": (["--label_column=Finding"], "no column Finding; there: file, patient"),
     "labels as columns": (["--label_column=None"], "no column clear, sick"),
-    "no patient": (["--patient_column=None"], "--patient_column; there: file, patient"),
-    "no file": (["--file_column=None"], "no column --file_column"),
+    "no patient": (["--patient_column=None"], "no column for --patient_column; there: file, patient"),
+    "no file": (["--file_column=None"], "no column for --file_column"),
     "no CSV": (["--csv=None"], "either --csv or --class_pattern"),
     "two sources": (["--class_pattern=x"], "either --csv or --class_pattern"),
     "column without CSV": (["--csv=None", "--class_pattern=.", "--patient_column=patient"],
@@ -423,7 +448,8 @@ ERRORS = {
     "CSV": (["--csv=nowhere.csv"], "nowhere.csv: No such file"),
     "empty CSV": (["--csv=empty.csv"], "empty.csv has no rows"),
     "other CSV": (["--csv=set.csv,other.csv"], "other.csv has no rows, or no column of"),
-    "images": (["--images=nowhere"], "no images in --images=nowhere"),
+    "images": (["--images=nowhere"], "cannot read nowhere: No such file"),
+    "no images": (["--images=nothing"], "no images in --images=nothing"),
     "label": (["--classes=normal=clear,tb=ill"], "no image of class tb for train"),
     "class name": (["--classes=a/b=clear,tb=sick"], "a/b"),
     "classes": (["--classes=clear,sick"], "name=Label"),
@@ -438,6 +464,7 @@ ERRORS = {
 @pytest.mark.parametrize("name", ERRORS)
 def test_an_error_is_one_line_and_nothing_is_made(name, tmp_path, quick):
     argv = small(tmp_path)
+    (tmp_path / "nothing").mkdir()
     (tmp_path / "empty.csv").write_text("")
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     (tmp_path / "few.csv").write_text("file,patient,finding\n000.png,1,clear\n001.png,2,sick\n")
