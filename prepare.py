@@ -48,7 +48,7 @@ def read_rows(args, files):
     if bool(args.csv) == bool(args.class_pattern):
         fail("give either --csv or --class_pattern")
     if args.csv:
-        rows = read_tables(args.csv.split(","))
+        rows = read_tables(os.path.expanduser(path.strip()) for path in args.csv.split(","))
     else:
         found = [(path, args.class_pattern.search(path)) for path in files]
         rows = [{"path": path, "label": m[m.lastindex or 0] if m else ""} for path, m in found]
@@ -146,11 +146,11 @@ def main(argv=None):
     shares = {"train": 1 - args.val - args.test, "val": args.val, "test": args.test}
     splits = split_patients(images, shares, args.seed)
     for name in dict.fromkeys(args.classes.values()):
-        for split in shares:
+        for split, share in shares.items():
             members = [who for _, of, who in images if (of, splits[who]) == (name, split)]
             say(f"{name:<15} {split:<5} {len(members):>7} images, {len(set(members))} patients")
-            if shares[split] and not members:
-                fail(f"no image of class {name} for {split}: check --classes, --val and --test")
+            if share and not members:
+                fail(f"no image of class {name} for {split}: see what is left out, --val, --test")
     root, task = os.path.split(os.path.normpath(args.out))
     write(images, splits, args, root or ".", task)
     say("next: " + command_line("train_vae.py", data_root=root or ".", task=task))

@@ -190,13 +190,12 @@ def _display(pixels, dataset, stored):
 def find_view(folder, path):
     """View of the image at `path` below a folder: ViewPosition of DICOM, else `lateral` if the path
     says so, else "". Raises ValueError if DICOM cannot be read."""
-    suffix = os.path.splitext(path)[1].lower()
-    view = None
-    if suffix in DICOM or suffix not in EXTENSIONS:
+    view = ""
+    if os.path.splitext(path)[1].lower() not in EXTENSIONS - DICOM:
         pydicom = import_pydicom()
         try:
-            file = os.path.join(folder, path)
-            view = pydicom.dcmread(file, stop_before_pixels=True).get("ViewPosition")
+            dataset = pydicom.dcmread(os.path.join(folder, path), stop_before_pixels=True)
+            view = str(dataset.get("ViewPosition") or "")
         except Exception as e:  # it has many for damaged files
             raise ValueError("damaged DICOM") from e
-    return view or "".join(re.findall("(?i)(?<![a-z])lateral", path)[:1])
+    return view or ("lateral" if re.search("(?i)(?<![a-z])lateral", path) else "")

@@ -240,7 +240,8 @@ def listed(out):
 @pytest.mark.parametrize("build", SETS)
 def test_a_set_as_downloaded_becomes_class_folders(build, tmp_path, quick):
     patients, left_out = build(tmp_path)
-    result = quick("prepare.py", *documented(build.__name__), "--out=data/SET", "--val=0.2", cwd=tmp_path)
+    flags = documented(build.__name__)
+    result = quick("prepare.py", *flags, "--out=data/SET", "--val=0.2", cwd=tmp_path)
     assert result.code == 0, result.err
     paths = listed(tmp_path / "data/SET")
     assert len(paths) == 6
@@ -358,7 +359,7 @@ def test_csv_files_of_the_same_columns_follow_one_another(tmp_path, quick):
     for name, part in (("train.csv", lines[:13]), ("valid.csv", lines[13:])):
         (tmp_path / name).write_text("\n".join([header, *part]))
     assert quick("prepare.py", *argv, "--out=data/WHOLE", cwd=tmp_path).code == 0
-    assert quick("prepare.py", *argv, "--csv=train.csv,valid.csv", cwd=tmp_path).code == 0
+    assert quick("prepare.py", *argv, "--csv=train.csv, valid.csv", cwd=tmp_path).code == 0
     assert tree(tmp_path / "data/WHOLE") == tree(tmp_path / "data/SET")
 
 
@@ -437,7 +438,7 @@ def test_no_row_is_taken_for_another_patients_file(tmp_path, quick):
 ERRORS = {
     "column": (["--label_column=Finding"], "no column Finding; there: file, patient"),
     "labels as columns": (["--label_column=None"], "no column clear, sick"),
-    "no patient": (["--patient_column=None"], "no column for --patient_column; there: file, patient"),
+    "no patient": (["--patient_column=None"], "no column for --patient_column; there: file,"),
     "no file": (["--file_column=None"], "no column for --file_column"),
     "no CSV": (["--csv=None"], "either --csv or --class_pattern"),
     "two sources": (["--class_pattern=x"], "either --csv or --class_pattern"),
@@ -447,6 +448,7 @@ ERRORS = {
               "no image of class normal"),
     "CSV": (["--csv=nowhere.csv"], "nowhere.csv: No such file"),
     "empty CSV": (["--csv=empty.csv"], "empty.csv has no rows"),
+    "damaged CSV": (["--csv=bad.csv.gz"], "cannot read bad.csv.gz"),
     "other CSV": (["--csv=set.csv,other.csv"], "other.csv has no rows, or no column of"),
     "images": (["--images=nowhere"], "cannot read nowhere: No such file"),
     "no images": (["--images=nothing"], "no images in --images=nothing"),
@@ -466,6 +468,8 @@ def test_an_error_is_one_line_and_nothing_is_made(name, tmp_path, quick):
     argv = small(tmp_path)
     (tmp_path / "nothing").mkdir()
     (tmp_path / "empty.csv").write_text("")
+    packed = gzip.compress(bytes(range(256)) * 20)
+    (tmp_path / "bad.csv.gz").write_bytes(packed[:60] + b"damaged" + packed[67:])
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     (tmp_path / "few.csv").write_text("file,patient,finding\n000.png,1,clear\n001.png,2,sick\n")
     before = tree(tmp_path)
