@@ -15,9 +15,8 @@ import signal
 import tempfile
 
 from lib.args import BooleanFlag, Parser, at_least, class_labels, file_path, parse_settings, pattern
-from lib.decode import find_view
 from lib.files import command_line, fail, say
-from lib.tables import find_images, match_rows, read_tables
+from lib.tables import find_images, find_view, match_rows, read_tables
 
 VIEW_COLUMNS = ("ViewPosition", "View Position", "Frontal/Lateral", "Projection")
 

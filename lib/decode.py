@@ -3,7 +3,6 @@ import errno
 import functools
 import logging
 import os
-import re
 import warnings
 
 import numpy as np
@@ -185,17 +184,3 @@ def _display(pixels, dataset, stored):
         first, last = sorted((padding, dataset.get("PixelPaddingRangeLimit", padding)))
         grey[(stored >= first) & (stored <= last)] = 0
     return grey
-
-
-def find_view(folder, path):
-    """View of the image at `path` below a folder: ViewPosition of DICOM, else `lateral` if the path
-    says so, else "". Raises ValueError if DICOM cannot be read."""
-    view = ""
-    if os.path.splitext(path)[1].lower() not in EXTENSIONS - DICOM:
-        pydicom = import_pydicom()
-        try:
-            dataset = pydicom.dcmread(os.path.join(folder, path), stop_before_pixels=True)
-            view = str(dataset.get("ViewPosition") or "")
-        except Exception as e:  # it has many for damaged files
-            raise ValueError("damaged DICOM") from e
-    return view or ("lateral" if re.search("(?i)(?<![a-z])lateral", path) else "")

@@ -1,4 +1,4 @@
-"""What a data set ships: image files, CSV files, and which row names which image."""
+"""What a data set ships: image files and their views, CSV files, and which row names which image."""
 import collections
 import csv
 import gzip
@@ -6,7 +6,7 @@ import os
 import re
 import zlib
 
-from lib.decode import EXTENSIONS, may_be_image
+from lib.decode import DICOM, EXTENSIONS, import_pydicom, may_be_image
 from lib.files import fail
 
 
@@ -34,6 +34,20 @@ def find_images(folder, left_out):
             elif found.setdefault(target, path) != path:
                 left_out["links to an image that is there itself"] += 1
     return sorted(found.values())
+
+
+def find_view(folder, path):
+    """View of the image at `path` below a folder: ViewPosition of DICOM, else `lateral` if the path
+    says so, else "". Raises ValueError if DICOM cannot be read."""
+    view = ""
+    if os.path.splitext(path)[1].lower() not in EXTENSIONS - DICOM:
+        pydicom = import_pydicom()
+        try:
+            dataset = pydicom.dcmread(os.path.join(folder, path), stop_before_pixels=True)
+            view = str(dataset.get("ViewPosition") or "")
+        except Exception as e:  # it has many for damaged files
+            raise ValueError("damaged DICOM") from e
+    return view or ("lateral" if re.search("(?i)(?<![a-z])lateral", path) else "")
 
 
 def read_tables(paths):
