@@ -140,7 +140,7 @@ def main(argv=None):
         except ValueError as e:
             left_out[f"images: {e}"] += 1
     say(f"{len(files)} images, {len(rows)} rows; {len(images)} images are used. Left out:")
-    for reason, count in sorted(left_out.items()):
+    for reason, count in sorted((+left_out).items()):
         say(f"{count:>8} {reason}")
     shares = {"train": 1 - args.val - args.test, "val": args.val, "test": args.test}
     splits = split_patients(images, shares, args.seed)

@@ -89,17 +89,17 @@ def match_rows(rows, column, files, left_out):
     depth = 1 + max(row[column].count("/") for row in rows)
     while depth > 1 and {end(row[column]) for row in rows}.isdisjoint(map(end, files)):
         depth -= 1
-    paths_of = collections.defaultdict(list)
+    names_of, paths_of = collections.defaultdict(set), collections.defaultdict(list)
+    for row in rows:
+        names_of[end(row[column])].add(row[column])
     for path in files:
         paths_of[end(path)].append(path)
     rows_of = {paths[0]: [] for paths in paths_of.values() if len(paths) == 1}
-    for paths in paths_of.values():
-        if len(paths) > 1:
-            left_out["images: other images have the same name"] += len(paths)
+    left_out["images: others have the same name"] += len(files) - len(rows_of)
     for row in rows:
         paths = paths_of.get(end(row[column]), [])
-        if len(paths) == 1:
+        if len(paths) == len(names_of[end(row[column])]) == 1:
             rows_of[paths[0]].append(row)
         else:
-            left_out["rows that name several images" if paths else "rows without an image"] += 1
+            left_out["rows whose image is not clear" if paths else "rows without an image"] += 1
     return rows_of

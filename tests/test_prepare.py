@@ -415,8 +415,8 @@ def test_names_that_are_not_unique_are_left_out_and_counted(tmp_path, quick):
     film(tmp_path / "films/again/new.png")
     (tmp_path / "films/gone.png").symlink_to(tmp_path / "nowhere.png")
     result = quick("prepare.py", *argv, cwd=tmp_path)
-    for line in ("2 images: other images have the same name", "1 images: without a row",
-                 "1 rows that name several images", "1 links without a target"):
+    for line in ("2 images: others have the same name", "1 images: without a row",
+                 "1 rows whose image is not clear", "1 links without a target"):
         assert line in result.out
     assert len(tree(tmp_path / "data/SET")) == 23
 
@@ -433,6 +433,9 @@ def test_no_row_is_taken_for_another_patients_file(tmp_path, quick):
     assert {re.search("patient[0-9]+", path)[0] for path in paths} == {
         f"patient{patient}" for patient in range(31, 42)}
     assert "1 rows without an image" in result.out and "images: without a row" in result.out
+    film(tmp_path / "lonely/view1.png")  # it may be any of them
+    result = quick("prepare.py", *argv, "--images=lonely", "--out=data/LONELY", cwd=tmp_path)
+    assert "12 rows whose image is not clear" in result.out and result.code != 0
 
 
 ERRORS = {
