@@ -15,9 +15,8 @@ import signal
 import tempfile
 
 from lib.args import BooleanFlag, Parser, at_least, class_labels, file_path, parse_settings, pattern
-from lib.decode import find_view
-from lib.files import command_line, fail
-from lib.tables import find_images, match_rows, read_tables
+from lib.files import command_line, fail, say
+from lib.tables import find_images, find_view, match_rows, read_tables
 
 VIEW_COLUMNS = ("ViewPosition", "View Position", "Frontal/Lateral", "Projection")
 
@@ -48,7 +47,7 @@ def read_rows(args, files):
     if bool(args.csv) == bool(args.class_pattern):
         fail("give either --csv or --class_pattern")
     if args.csv:
-        rows = read_tables(args.csv.split(","))
+        rows = read_tables(os.path.expanduser(path.strip()) for path in args.csv.split(","))
     else:
         found = [(path, args.class_pattern.search(path)) for path in files]
         rows = [{"path": path, "label": m[m.lastindex or 0] if m else ""} for path, m in found]
@@ -56,8 +55,8 @@ def read_rows(args, files):
         args.patient_column = args.patient_column or "path"  # each image is a patient of its own
     if args.view_column is None:
         args.view_column = next((name for name in VIEW_COLUMNS if name in rows[0]), None)
-    asked = [args.file_column or "--file_column", args.view_column,
-             args.patient_column or not args.patient_pattern and "--patient_column",
+    asked = [args.file_column or "for --file_column", args.view_column,
+             args.patient_column or not args.patient_pattern and "for --patient_column",
              *([args.label_column] if args.label_column else args.classes)]
     if missing := [name for name in asked if name and name not in rows[0]]:
         fail(f"no column {', '.join(missing)}; there: {', '.join(rows[0])}")
@@ -99,7 +98,7 @@ def split_patients(images, shares, seed):
     for _, name, patient in images:
         counts[patient][name] += 1
     several = sum(len(own) > 1 for own in counts.values())
-    print(f"{several} patients have images of several classes, each of them in one split")
+    say(f"{several} patients have images of several classes, each of them in one split")
     totals = collections.Counter(name for _, name, _ in images)
     filled, splits = collections.Counter(), {}
     patients = random.Random(seed).sample(sorted(counts), len(counts))
@@ -140,20 +139,20 @@ def main(argv=None):
             images.append((path, *judge(path, of_path, args)))
         except ValueError as e:
             left_out[f"images: {e}"] += 1
-    print(f"{len(files)} images, {len(rows)} rows; {len(images)} images are used. Left out:")
-    for reason, count in sorted(left_out.items()):
-        print(f"{count:>8} {reason}")
+    say(f"{len(files)} images, {len(rows)} rows; {len(images)} images are used. Left out:")
+    for reason, count in sorted((+left_out).items()):
+        say(f"{count:>8} {reason}")
     shares = {"train": 1 - args.val - args.test, "val": args.val, "test": args.test}
     splits = split_patients(images, shares, args.seed)
     for name in dict.fromkeys(args.classes.values()):
-        for split in shares:
+        for split, share in shares.items():
             members = [who for _, of, who in images if (of, splits[who]) == (name, split)]
-            print(f"{name:<15} {split:<5} {len(members):>7} images, {len(set(members))} patients")
-            if shares[split] and not members:
-                fail(f"no image of class {name} for {split}: see what is left out, or --{split}=0")
+            say(f"{name:<15} {split:<5} {len(members):>7} images, {len(set(members))} patients")
+            if share and not members:
+                fail(f"no image of class {name} for {split}: see what is left out, --val, --test")
     root, task = os.path.split(os.path.normpath(args.out))
     write(images, splits, args, root or ".", task)
-    print("next: " + command_line("train_vae.py", data_root=root or ".", task=task))
+    say("next: " + command_line("train_vae.py", data_root=root or ".", task=task))
 
 
 if __name__ == "__main__":

@@ -176,8 +176,8 @@ def appearance(z, latent_scale_factor, x, vae, ctx):
 
 
 def image_metrics(z, latent_scale_factor, x, vae, ctx, train_stats):
-    """Metrics sample_quality/* of samples, as for `appearance`; none if train_stats, which holds the
-    same of training images, is that of an earlier version."""
+    """Metrics sample_quality/* of samples, arguments as of `appearance`; none if train_stats lacks
+    the same of training images, as in checkpoints of earlier versions."""
     if "round_trip" not in train_stats:
         return {}
     return metrics.sample_quality(appearance(z, latent_scale_factor, x, vae, ctx), train_stats)

@@ -2,7 +2,6 @@
 import functools
 import logging
 import os
-import re
 import warnings
 
 import numpy as np
@@ -169,18 +168,3 @@ def _display(pixels, dataset):
         first, last = sorted((padding, dataset.get("PixelPaddingRangeLimit", padding)))
         grey[(stored >= first) & (stored <= last)] = 0
     return grey.astype(np.float32)
-
-
-def find_view(folder, path):
-    """View of the image at `path` below a folder: ViewPosition of DICOM, else `lateral` if the path
-    says so, else "". Raises ValueError if DICOM cannot be read."""
-    suffix = os.path.splitext(path)[1].lower()
-    view = None
-    if suffix in DICOM or suffix not in EXTENSIONS:
-        pydicom = import_pydicom()
-        try:
-            file = os.path.join(folder, path)
-            view = pydicom.dcmread(file, stop_before_pixels=True).get("ViewPosition")
-        except Exception as e:  # it has many for damaged files
-            raise ValueError("damaged DICOM") from e
-    return view or "".join(re.findall("(?i)(?<![a-z])lateral", path)[:1])

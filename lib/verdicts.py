@@ -98,7 +98,7 @@ def rules(v, c):
             (POWER, level, v > factor, "Mottle or a lattice: more power in an octave than real.",
              "Train longer, or raise --num_sampling_steps. In a short run, lower --ema_decay."))],
         (ROUND_TRIP, "bad", v > c.real_round_trip + 0.012, "Not latents of any X-ray yet.",
-         "Train longer, or raise --lr and --num_sampling_steps. In a short run, lower --ema_decay."),
+         "Train longer or raise --lr, --num_sampling_steps. In a short run, lower --ema_decay."),
         (ROUND_TRIP, "watch", v > c.real_round_trip + 0.004, "Not quite latents of X-rays.",
          "Train longer. Look at outlines, ribs and corners in the sample grid."),
 

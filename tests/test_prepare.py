@@ -204,7 +204,7 @@ def montgomery(root, prefix="MCUCXR", masks=True):
         for side in ("leftMask", "rightMask") if masks else ():
             film(root / "ManualMask" / side / name)
         patients[f"CXR_png/{name}"] = name
-    return patients, {"masks": 80 * masks, "no images by their suffix": 40}
+    return patients, {"hidden files or masks": 80 * masks, "no images by their suffix": 40}
 
 
 def shenzhen(root):
@@ -240,7 +240,8 @@ def listed(out):
 @pytest.mark.parametrize("build", SETS)
 def test_a_set_as_downloaded_becomes_class_folders(build, tmp_path, quick):
     patients, left_out = build(tmp_path)
-    result = quick("prepare.py", *documented(build.__name__), "--out=data/SET", "--val=0.2", cwd=tmp_path)
+    flags = documented(build.__name__)
+    result = quick("prepare.py", *flags, "--out=data/SET", "--val=0.2", cwd=tmp_path)
     assert result.code == 0, result.err
     paths = listed(tmp_path / "data/SET")
     assert len(paths) == 6
@@ -316,7 +317,8 @@ def capitals(root):
 
 def linked(root):
     (root / "a link").symlink_to(root / "films")
-    (root / "films/loop").symlink_to(root / "films")
+    for name in ("loop", "another loop"):
+        (root / "films" / name).symlink_to(root / "films")
     (root / "films/alias.png").symlink_to(root / "films/000.png")
     return ["--images=a link"]
 
@@ -351,6 +353,16 @@ def test_how_a_set_is_written_changes_nothing(name, tmp_path, quick):
         (*other[:2], other[-1]) for other in groups[1]]
 
 
+def test_csv_files_of_the_same_columns_follow_one_another(tmp_path, quick):
+    argv = small(tmp_path)
+    header, *lines = (tmp_path / "set.csv").read_text().splitlines()
+    for name, part in (("train.csv", lines[:13]), ("valid.csv", lines[13:])):
+        (tmp_path / name).write_text("\n".join([header, *part]))
+    assert quick("prepare.py", *argv, "--out=data/WHOLE", cwd=tmp_path).code == 0
+    assert quick("prepare.py", *argv, "--csv=train.csv, valid.csv", cwd=tmp_path).code == 0
+    assert tree(tmp_path / "data/WHOLE") == tree(tmp_path / "data/SET")
+
+
 def test_the_seed_decides_who_is_where(tmp_path, quick):
     argv = small(tmp_path)
     for task, seed in (("A", 0), ("B", 0), ("C", 1)):
@@ -367,20 +379,34 @@ def test_copies_do_not_need_the_download(tmp_path, quick):
     assert {path.split("/")[0] for path in files} == {"train", "val"}
 
 
-def test_a_large_patient_and_one_of_two_classes_keep_to_a_split(tmp_path, quick):
-    argv = small(tmp_path, 80)
-    lines = (tmp_path / "set.csv").read_text().splitlines()
-    for i in range(12):  # of one patient
-        film(tmp_path / f"films/x{i}.png")
-        lines.append(f"x{i}.png,x,{('clear', 'sick')[i % 2]}")
-    (tmp_path / "set.csv").write_text("\n".join(lines))
+def test_splits_are_even_with_large_and_two_class_patients(tmp_path, quick):
+    argv, rows = small(tmp_path), []
+    for patient in range(81):
+        for i in range(9 if patient < 21 else 1):  # patient 0 has both classes
+            film(tmp_path / f"films/{patient}_{i}.png")
+            label = ("clear", "sick")[(i if patient == 0 else patient) % 2]
+            rows.append([f"{patient}_{i}", patient, label])
+    table(tmp_path / "set.csv", "file,patient,finding", rows)
     result = quick("prepare.py", *argv, cwd=tmp_path)
     assert "1 patients have images of several classes" in result.out
-    paths = tree(tmp_path / "data/SET")
-    assert len({path.split("/")[0] for path in paths if "/x" in path}) == 1
-    counts = collections.Counter(tuple(path.split("/")[:2]) for path in paths)
-    for name in ("normal", "tb"):  # 46 each
-        assert counts["val", name] in (4, 5, 6) and counts["test", name] in (4, 5, 6)
+    paths = [path.split("/") for path in tree(tmp_path / "data/SET")]
+    assert len({split for split, _, name in paths if name.startswith("0_")}) == 1
+    counts = collections.Counter((split, name) for split, name, _ in paths)
+    for (split, name), count in counts.items():
+        total = sum(counts[other, name] for other in SPLITS)
+        assert abs(count - (0.8 if split == "train" else 0.1) * total) < 1.5
+
+
+def test_a_film_is_lateral_if_only_its_name_says_so(tmp_path, quick):
+    argv = small(tmp_path, csv=None, file_column=None, patient_column=None, label_column=None,
+                 class_pattern="(clear|sick)", patient_pattern="^p[0-9]+")
+    for patient in range(20):
+        for view in ("frontal", "view2_lateral", "bilateral_effusion"):
+            film(tmp_path / f"lateral/p{patient}/{('clear', 'sick')[patient % 2]}/{view}.png")
+    result = quick("prepare.py", *argv, "--images=lateral", cwd=tmp_path)
+    assert "20 images: not frontal: view lateral" in result.out
+    names = collections.Counter(path.rsplit("/", 1)[1] for path in tree(tmp_path / "data/SET"))
+    assert names == {"frontal.png": 20, "bilateral_effusion.png": 20}
 
 
 def test_names_that_are_not_unique_are_left_out_and_counted(tmp_path, quick):
@@ -389,8 +415,8 @@ def test_names_that_are_not_unique_are_left_out_and_counted(tmp_path, quick):
     film(tmp_path / "films/again/new.png")
     (tmp_path / "films/gone.png").symlink_to(tmp_path / "nowhere.png")
     result = quick("prepare.py", *argv, cwd=tmp_path)
-    for line in ("2 images: other images have the same name", "1 images: without a row",
-                 "1 rows that name several images", "1 links without a target"):
+    for line in ("2 images: others have the same name", "1 images: without a row",
+                 "1 rows whose image is not clear", "1 links without a target"):
         assert line in result.out
     assert len(tree(tmp_path / "data/SET")) == 23
 
@@ -407,13 +433,16 @@ def test_no_row_is_taken_for_another_patients_file(tmp_path, quick):
     assert {re.search("patient[0-9]+", path)[0] for path in paths} == {
         f"patient{patient}" for patient in range(31, 42)}
     assert "1 rows without an image" in result.out and "images: without a row" in result.out
+    film(tmp_path / "lonely/view1.png")  # it may be any of them
+    result = quick("prepare.py", *argv, "--images=lonely", "--out=data/LONELY", cwd=tmp_path)
+    assert "12 rows whose image is not clear" in result.out and result.code != 0
 
 
 ERRORS = {
     "column": (["--label_column=Finding"], "no column Finding; there: file, patient"),
     "labels as columns": (["--label_column=None"], "no column clear, sick"),
-    "no patient": (["--patient_column=None"], "--patient_column; there: file, patient"),
-    "no file": (["--file_column=None"], "no column --file_column"),
+    "no patient": (["--patient_column=None"], "no column for --patient_column; there: file,"),
+    "no file": (["--file_column=None"], "no column for --file_column"),
     "no CSV": (["--csv=None"], "either --csv or --class_pattern"),
     "two sources": (["--class_pattern=x"], "either --csv or --class_pattern"),
     "column without CSV": (["--csv=None", "--class_pattern=.", "--patient_column=patient"],
@@ -422,8 +451,10 @@ ERRORS = {
               "no image of class normal"),
     "CSV": (["--csv=nowhere.csv"], "nowhere.csv: No such file"),
     "empty CSV": (["--csv=empty.csv"], "empty.csv has no rows"),
+    "damaged CSV": (["--csv=bad.csv.gz"], "cannot read bad.csv.gz"),
     "other CSV": (["--csv=set.csv,other.csv"], "other.csv has no rows, or no column of"),
-    "images": (["--images=nowhere"], "no images in --images=nowhere"),
+    "images": (["--images=nowhere"], "cannot read nowhere: No such file"),
+    "no images": (["--images=nothing"], "no images in --images=nothing"),
     "label": (["--classes=normal=clear,tb=ill"], "no image of class tb for train"),
     "class name": (["--classes=a/b=clear,tb=sick"], "a/b"),
     "classes": (["--classes=clear,sick"], "name=Label"),
@@ -438,7 +469,10 @@ ERRORS = {
 @pytest.mark.parametrize("name", ERRORS)
 def test_an_error_is_one_line_and_nothing_is_made(name, tmp_path, quick):
     argv = small(tmp_path)
+    (tmp_path / "nothing").mkdir()
     (tmp_path / "empty.csv").write_text("")
+    packed = gzip.compress(bytes(range(256)) * 20)
+    (tmp_path / "bad.csv.gz").write_bytes(packed[:60] + b"damaged" + packed[67:])
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     (tmp_path / "few.csv").write_text("file,patient,finding\n000.png,1,clear\n001.png,2,sick\n")
     before = tree(tmp_path)
