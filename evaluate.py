@@ -32,7 +32,7 @@ from lib.html import leaves, show
 CLASSIFIER_SIZE = 64  # side in pixels of what the classifier sees
 DRAWS = 8  # random choices of images that a distance averages over
 BOOTSTRAPS = 50  # resamplings behind the standard deviation of a distance
-FEWEST = 4  # images of each set
+FEWEST = 3  # images of each set
 FEWEST_FOR_MANIFOLDS = 100  # images; with 18 held-out ones uniform noise has a precision of 0.85
 MOST_FOR_C2ST = 500  # images of each kind in each half
 TRAININGS = 3  # of each classifier for AUROC; how much they differ is part of its interval
@@ -527,13 +527,13 @@ def main(argv=None):
     compared = [c for c in range(len(class_names)) if min(
         (of == c).sum() for of in (labels, train.labels, held_out.labels)) > 1]
     few = [name for c, name in enumerate(class_names) if c not in compared]
-    sizes = [len(of) for of in alike(Labelled(labels, labels), train, held_out, compared)]
-    if min(sizes) < FEWEST:
-        fail(f"{sizes[0]} samples, {sizes[1]} training images and {sizes[2]} held-out images of "
-             f"classes with two of each, in the same proportions: at least {FEWEST} are needed")
     if few:
         notice(f"under two samples, training images or held-out images of class {', '.join(few)}: "
                "it is left out of all comparisons, and there is no AUROC")
+    sizes = [len(of) for of in alike(Labelled(labels, labels), train, held_out, compared)]
+    if min(sizes) < FEWEST:
+        fail(f"{sizes[0]} samples, {sizes[1]} training and {sizes[2]} held-out images, in equal "
+             f"class proportions: raise --num_samples, or add images, to at least {FEWEST} of each")
     groups = {"all": compared} | {class_names[c]: [c] for c in compared}
 
     @functools.cache

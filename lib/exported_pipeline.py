@@ -24,6 +24,9 @@ class CXRAutoencoder(diffusers.AutoencoderKL):
     linear map beside the encoder and the decoder. In its config the blocks' names begin with
     `CXRAutoencoder.`, so that nothing takes its weights for those of an AutoencoderKL."""
 
+    ignore_for_config = ("act_fn", "force_upcast", "latents_mean", "latents_std", "shift_factor",
+                         "mid_block_add_attention")  # an AutoencoderKL's, never other than default
+
     @register_to_config
     def __init__(self, in_channels, out_channels, down_block_types, up_block_types,
                  block_out_channels, layers_per_block, latent_channels, norm_num_groups,

@@ -405,7 +405,7 @@ def test_bad_input_is_one_line(workspace, image_tree, capsys, monkeypatch):
             ([ckpt, "--samples_dir=x"], "either"),
             (["--samples_dir=x"], "--img_size"),
             ([*workspace.common, ckpt, "--img_size=64"], "works at 32"),
-            ([*workspace.common, f"--samples_dir={small}"], "0 samples, 0 training images"),
+            ([*workspace.common, f"--samples_dir={small}"], "0 samples, 0 training and 0 held-out images"),
             ([*workspace.common, ckpt, "--features=x"], "classifier,vae")):
         assert says in error_of(capsys, evaluate.main, [
             f"--output_root={workspace.out}", "--classifier_steps=1", "--device=cpu", *argv])
