@@ -87,7 +87,7 @@ def test_class_filter_keeps_the_class_index(image_tree, tmp_path):
     assert torch.equal(tb.images([0, 1]), whole.images([3, 4]))
     assert len(list((tmp_path / "cache").glob("*.npy"))) == 1  # shared
     beyond = settings(root, tmp_path, class_filter=2)
-    assert "0 = normal, 1 = tb" in message(data.open_images, beyond, ALONE, "train")
+    assert "{0: 'normal', 1: 'tb'}" in message(data.open_images, beyond, ALONE, "train")
 
 
 # --- decoding ---
