@@ -233,7 +233,7 @@ def test_an_empty_class_folder_stops_training_and_not_validation(image_tree, tmp
     _, val = open_both(root, tmp_path)
     assert val.labels.tolist() == [0]
     (root / "TB/train/tb/0.png").rename(root / "TB/train/tb/0.txt")
-    assert f"in {root}/TB/train (normal 1, tb 0" in message(data.scan, root, "TB", "train")
+    assert f"in {root}/TB/train (images: normal 1, tb 0" in message(data.scan, root, "TB", "train")
 
 
 # --- what a file says about itself --------------------------------------------------------------
