@@ -153,12 +153,11 @@ def scan(root, task, split, class_names=None, optional=False, class_filter=0):
                  f"{_prepare_line(root, *folders[0].split('/'))}")
     elif class_name(split) in class_names:
         fail(f"{where} is the folder of a class: give {os.path.dirname(where)}")
-    there = ", ".join(f"{i} = {name}" for i, name in enumerate(class_names))
     if unknown := sorted(name for name in +counts if name not in class_names):
-        fail(f"class {unknown[0]!r} in {where} is not one of the training classes, {there}: rename "
-             "the folder, or move it away")
+        fail(f"class {unknown[0]!r} in {where} is not one of the training classes, "
+             f"{', '.join(class_names)}: rename the folder, or move it away")
     if class_filter >= len(class_names):
-        fail(f"--class_filter={class_filter}, but the classes in {where} are {there}")
+        fail(f"--class_filter={class_filter}, but classes are {dict(enumerate(class_names))}")
     return Listing(str(root), where, files, class_names)
 
 

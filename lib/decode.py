@@ -128,7 +128,7 @@ def _refuse(dataset):
             ("PixelData" not in dataset, "without an image: a report, a plan or an index"),
             (int(dataset.get("NumberOfFrames") or 1) > 1, "of several frames: export one"),
             (pixels > Image.MAX_IMAGE_PIXELS, f"of {pixels} pixels: too many"),
-            (dataset.get("PhotometricInterpretation") not in ("MONOCHROME1", "MONOCHROME2"),
+            ("MONOCHROME" not in dataset.get("PhotometricInterpretation", "MONOCHROME"),
              "in colour: export it as grey"),
             (dataset.get("ViewPosition") in ("LL", "RL", "LATERAL"), "of a lateral view"),
             (narrow or dataset.get("PresentationLUTSequence"),

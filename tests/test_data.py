@@ -61,7 +61,7 @@ def test_what_is_missing_is_answered_with_what_is_there(image_tree, tmp_path):
     joined = settings(root, tmp_path, task="ALL_CXR")
     assert "train, val" in message(data.open_images, joined, ALONE, "test")
     image_tree({"TB/train/tb": 0})
-    assert "(normal 1, tb 0" in message(data.scan, root, "TB", "train")
+    assert "normal 1, tb 0" in message(data.scan, root, "TB", "train")
     assert "there: train" in message(data.scan, root, "COVID", "val")
     assert data.scan(root, "COVID", "val", optional=True) is None
     assert data.open_images(settings(root, tmp_path, task="COVID"), ALONE, "val", True) is None
@@ -87,7 +87,7 @@ def test_class_filter_keeps_the_class_index(image_tree, tmp_path):
     assert torch.equal(tb.images([0, 1]), whole.images([3, 4]))
     assert len(list((tmp_path / "cache").glob("*.npy"))) == 1  # shared
     beyond = settings(root, tmp_path, class_filter=2)
-    assert "0 = normal, 1 = tb" in message(data.open_images, beyond, ALONE, "train")
+    assert "{0: 'normal', 1: 'tb'}" in message(data.open_images, beyond, ALONE, "train")
 
 
 # --- decoding ---
