@@ -1,4 +1,4 @@
-"""What a data set ships: image files and their views, CSV files, and which row names which image."""
+"""What a data set ships: images and their views, CSV files, and which row names which image."""
 import collections
 import csv
 import gzip
