@@ -118,7 +118,8 @@ def write(images, splits, args, root, task):
         os.makedirs(root, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{task}.", dir=root) as folder:
             for path, name, patient in images:
-                target = os.path.join(folder, task, splits[patient], name, path)
+                file = path.replace("/", "__")  # a folder below a class might be taken for a split
+                target = os.path.join(folder, task, splits[patient], name, file)
                 os.makedirs(os.path.dirname(target), exist_ok=True)
                 put(os.path.join(os.path.abspath(args.images), path), target)
             os.rename(os.path.join(folder, task), args.out)

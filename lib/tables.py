@@ -1,4 +1,4 @@
-"""What a data set ships: image files and their views, CSV files, and which row names which image."""
+"""What a data set ships: images and their views, CSV files, and which row names which image."""
 import collections
 import csv
 import gzip
@@ -47,7 +47,8 @@ def find_view(folder, path):
             view = str(dataset.get("ViewPosition") or "")
         except Exception as e:  # it has many for damaged files
             raise ValueError("damaged DICOM") from e
-    return view or ("lateral" if re.search("(?i)(?<![a-z])lateral", path) else "")
+    named = re.search("(?i)(?<![a-z])lat(eral)?(?![a-z])", path)
+    return view or ("lateral" if named else "")
 
 
 def read_tables(paths):
