@@ -28,6 +28,7 @@ LATERAL = re.compile(r"(?<![a-z])lat(eral)?(?![a-z])", re.IGNORECASE)  # view2_l
 # Folders of patients, studies and archives, as CheXpert, MIMIC and NIH have them.
 NO_CLASS = re.compile(r"(patient|subject|case|study|images)[ _-]?\d+|[ps]?\d{2,}", re.IGNORECASE)
 MOST_CLASSES = 20
+SPLITS = ("train", "test", "val", "valid", "validation")
 
 
 # --- folders ------------------------------------------------------------------------------------
@@ -44,34 +45,16 @@ def class_name(folder_name):
     return unicodedata.normalize("NFC", text)
 
 
-def _entries(folder):
-    """[(os.DirEntry, whether it is a folder)] of what is in a folder, by name. The system refuses a
-    link that leads back to a folder above it ("too many levels")."""
-    try:
-        with os.scandir(folder) as entries:
-            return [(e, e.is_dir()) for e in sorted(entries, key=lambda e: e.name)]
-    except OSError as e:
-        fail(f"cannot read {e.filename or folder}: {e.strerror}; mend or remove it")
+def _cannot_read(error):
+    fail(f"cannot read {error.filename}: {error.strerror}; mend or remove it")
 
 
 def _subfolders(folder):
     """Names of the folders in a folder, and of links without a target or suffix in their place."""
-    return [e.name for e, is_folder in _entries(folder) if not IGNORED.match(e.name)
-            and (is_folder or not (e.is_file() or os.path.splitext(e.name)[1]))]
-
-
-def _walk(folder, left_out):
-    """Yield the path below `folder` of each image in it, at any depth, by name; count by reason in
-    left_out what else is there."""
-    for entry, is_folder in _entries(folder):
-        if IGNORED.match(entry.name):
-            left_out["hidden or masks"] += 1
-        elif is_folder:
-            yield from (f"{entry.name}/{path}" for path in _walk(entry.path, left_out))
-        elif decode.may_be_image(entry.name):
-            yield entry.name
-        else:
-            left_out[f"*{os.path.splitext(entry.name)[1].lower()}"] += 1
+    _, folders, names = next(os.walk(folder, onerror=_cannot_read))
+    folders += [name for name in names if not os.path.splitext(name)[1]
+                and not os.path.exists(os.path.join(folder, name))]
+    return sorted(name for name in folders if not IGNORED.match(name))
 
 
 def split_folders(root, task, split, optional=False):
@@ -84,7 +67,7 @@ def split_folders(root, task, split, optional=False):
     if not members:
         fail(f"no task {task!r} in {root}; there: {', '.join(tasks) or 'no folders at all'}")
     splits = {member: _subfolders(os.path.join(root, member)) for member in members}
-    names = ("val", "valid", "validation") if split == "val" else (split,)
+    names = SPLITS[2:] if split == "val" else (split,)
     found = [f"{member}/{name}" for member in members for name in names if name in splits[member]]
     if not found:
         there = ", ".join(sorted(set().union(*splits.values()))) or "none"
@@ -117,26 +100,33 @@ def scan(root, task, split, class_names=None, optional=False, class_filter=0):
     where = os.path.join(root, folders[0] if len(folders) == 1 else f"{task}/{split}")
     left_out, files, counts = collections.Counter(), [], collections.Counter()
     for folder in folders:
-        classes = _subfolders(os.path.join(root, folder))
+        top = os.path.join(root, folder)
+        classes = _subfolders(top)
         counts.update(dict.fromkeys(map(class_name, classes), 0))
-        for path in _walk(os.path.join(root, folder), left_out):
-            first, _, below = path.partition("/")
-            if inner := re.match("([^/]+/)?(train|val|valid|validation|test)(?=/)", path):
-                fail(f"{where} is no split: give one, such as {root}/{folder}/{inner[0]}")
-            if classes and first not in classes:
-                left_out["beside the class folders"] += 1
+        walk = os.walk(top, onerror=_cannot_read, followlinks=True)
+        for path in sorted(os.path.join(parent, name)[len(top) + 1:].split("/")
+                           for parent, _, names in walk for name in names):
+            suffix = os.path.splitext(path[-1])[1].lower()
+            if inner := [i for i, part in enumerate(path[:-1][:2], 1) if part in SPLITS]:
+                fail(f"{where} is no split: give {os.path.join(top, *path[:inner[0]])}")
+            reason = ("hidden or masks" if any(map(IGNORED.match, path))
+                      else "beside the class folders" if classes and path[0] not in classes
+                      else "lateral views" if LATERAL.search("/".join(path[1:] or path))
+                      else "" if decode.may_be_image(path[-1]) else f"*{suffix}")
+            if reason:
+                left_out[reason] += 1
                 continue
-            if LATERAL.search(below or first):
-                left_out["lateral views"] += 1
-                continue
-            flat = "tb" if first.startswith("TB.") else "normal"
-            name = class_name(first) if classes else flat
+            flat = "tb" if path[0].startswith("TB.") else "normal"
+            name = class_name(path[0]) if classes else flat
             counts[name] += 1
             try:
-                stat = os.stat(os.path.join(root, folder, path))
-                files.append(ImageFile(f"{folder}/{path}", name, stat.st_size, stat.st_mtime_ns))
-            except OSError:  # a link without a target
-                files.append(ImageFile(f"{folder}/{path}", name, -1, 0))
+                stat = os.stat(os.path.join(top, *path))
+                size, mtime_ns = stat.st_size, stat.st_mtime_ns
+            except FileNotFoundError:  # a link without a target
+                size, mtime_ns = -1, 0
+            except OSError as e:  # such as a link back to a folder above it
+                _cannot_read(e)
+            files.append(ImageFile("/".join((folder, *path)), name, size, mtime_ns))
     if left_out:
         reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(left_out.items()))
         notice(f"{where}: not read: {reasons}")

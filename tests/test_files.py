@@ -84,7 +84,7 @@ def test_one_notice_counts_by_reason_what_is_not_read(image_tree, capsys):
     assert names == ["0.png"] * 4 + ["1.2.840.7", "1.png", "IM0001"]  # the two: DICOM, perhaps
     note, = notes(capsys)
     assert note.strip().split("not read: ")[1] == (
-        "1 *.gz, 2 *.txt, 2 beside the class folders, 6 hidden or masks")
+        "1 *.gz, 2 *.txt, 2 beside the class folders, 7 hidden or masks")
 
 
 def test_a_link_back_to_a_folder_above_it_is_an_error(image_tree):
@@ -139,7 +139,7 @@ def test_masks_beside_classes_are_no_class(image_tree, capsys):
                        "T/train/ManualMask/leftMask": 2})
     write_png(root / "T/train/tb/0_mask.png", RAMP.astype(np.uint8))
     assert data.scan(root, "T", "train").class_names == ["normal", "tb"]
-    assert "not read: 3 hidden or masks" in notes(capsys)[0]
+    assert "not read: 5 hidden or masks" in notes(capsys)[0]
 
 
 def test_lateral_views_are_left_out_and_counted(image_tree, capsys):
@@ -160,7 +160,7 @@ def test_val_may_be_called_otherwise(image_tree, tmp_path, name):
 
 
 @pytest.mark.parametrize("below, says", [
-    ("", "give one, such as {root}/tb/train"), ("tb", "give one, such as {root}/tb/train"),
+    ("", "give {root}/tb/train"), ("tb", "give {root}/tb/train"),
     ("tb/val/tb", "give {root}/tb/val")])
 def test_a_folder_above_or_below_a_split_is_refused(image_tree, below, says):
     root = image_tree({"tb/train/normal": 1, "tb/train/tb/p1": 1, "tb/val/tb": 1})
