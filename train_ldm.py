@@ -367,7 +367,7 @@ def main(argv=None):
 
     # --- processes, autoencoder, data ---
     ctx = setup(args)
-    ae_path = find_autoencoder(args)
+    ae_path = args.ae_ckpt_path = str(find_autoencoder(args))  # for when this run goes on, too
     vae, ae_settings, vae_sha256 = sample.load_autoencoder(ae_path, ctx)
     data.adopt_settings(args, ae_settings, f"the autoencoder {ae_path}")
     scale, measured = read_latent_scale(args, ae_path, vae_sha256)
@@ -411,7 +411,7 @@ def main(argv=None):
         return {"model": denoiser.state_dict(), "ema": ema.module.state_dict() if ema else None,
                 "optimizer": optimizer.state_dict(), "step": step, "bad_steps": means.in_a_row,
                 "train_metrics": train_metrics, **monitor.state(), **facts, "args": vars(args),
-                "trained_classes": classes, "ae_ckpt_path": str(ae_path.resolve()),
+                "trained_classes": classes, "ae_ckpt_path": str(pathlib.Path(ae_path).resolve()),
                 "train_stats": train_stats}
 
     run.start(state(), total_steps, build_parser(), {

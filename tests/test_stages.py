@@ -584,6 +584,17 @@ def test_a_start_that_does_not_fit_decodes_nothing(workspace, quick, image_tree,
     assert tree_hashes(workspace.root) == before
 
 
+def test_a_newer_autoencoder_changes_no_run_that_goes_on(workspace, quick):
+    argv = ["train_ldm.py", *workspace.common, f"--config={workspace.ldm_config}", "--run_name=x"]
+    assert quick(*argv, "--max_steps=2").code == 0
+    shutil.copytree(workspace.out / "v", workspace.out / "v2")
+    meta, newer = (workspace.out / "v2" / name for name in ("run_meta.json", "ckpts/last.pt"))
+    meta.write_text(json.dumps(strict(meta) | {"created": "2999-01-01T00:00:00+0000"}))
+    torch.save({**torch.load(newer, weights_only=True), "step": 7}, newer)
+    result = quick(*argv, "--max_steps=4")
+    assert result.code == 0 and f"{workspace.out}/v/" in result.out, result.err
+
+
 def test_a_class_that_is_gone_is_named_on_resume(workspace, quick, tmp_path):
     shutil.copytree(workspace.data, tmp_path / "d")
     shutil.rmtree(tmp_path / "d/TB/train/tb")
