@@ -110,9 +110,9 @@ def scan(root, task, split, class_names=None, optional=False, class_filter=0):
             if inner := [i for i, part in enumerate(path[:-1][:2], 1) if part in SPLITS]:
                 fail(f"{where} is no split: give {os.path.join(top, *path[:inner[0]])}")
             reason = ("hidden or masks" if any(map(IGNORED.match, path))
+                      else f"*{suffix}" if not decode.may_be_image(path[-1])
                       else "beside the class folders" if classes and path[0] not in classes
-                      else "lateral views" if LATERAL.search("/".join(path[1:] or path))
-                      else "" if decode.may_be_image(path[-1]) else f"*{suffix}")
+                      else "lateral views" if LATERAL.search("/".join(path[1:] or path)) else "")
             if reason:
                 left_out[reason] += 1
                 continue
