@@ -82,7 +82,7 @@ def prepare_sampling(args, ctx):
     trained = [n for c, n in enumerate(class_names) if c in checkpoint["trained_classes"]]
     names = re.split(r"\s*[,:]\s*", args.classes.strip()) if args.classes else trained
     unknown = [name for name in names if name not in trained]
-    if unknown:
+    if unknown or not names:
         fail(f"no class {', '.join(unknown)!r} in {args.ckpt}; it knows {', '.join(trained)}")
     for name in SAMPLING_SETTINGS:
         if getattr(args, name) is None:

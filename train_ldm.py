@@ -168,13 +168,12 @@ def check_start(args, scale, vae_sha256):
     if checkpoint["vae_sha256"] != vae_sha256:
         fail(f"{source} was trained with another autoencoder (its hash differs): give "
              f"--ae_ckpt_path={checkpoint['ae_ckpt_path']} as it was then, or start a new run")
-    now = {**vars(args), "latent_scale_factor": scale}
-    for name in FIXED:
-        before = {**checkpoint["args"], **checkpoint}[name]
-        if before != now[name]:
-            flag = shlex.quote(f"--{name}={before}")
-            fail(f"{source} was trained with {name}={before}, and its weights mean nothing with "
-                 f"{now[name]}: give {flag}, or start a new run")
+    before = {**checkpoint["args"], **checkpoint}
+    for name, value in {**vars(args), "latent_scale_factor": scale}.items():
+        if name in FIXED and before.get(name) != value:
+            flag = shlex.quote(f"--{name}={before.get(name)}")
+            fail(f"{source} was trained with {name}={before.get(name)}, and its weights mean "
+                 f"nothing with {value}: give {flag}, or start a new run")
     return checkpoint["class_names"] if args.resume_dir else None
 
 
@@ -202,7 +201,7 @@ def load_weights(run, denoiser, ema, optimizer, classes, args, class_names):
             run.restore(dict.fromkeys((denoiser, ema.module) if ema else (denoiser,), weights))
         return None
     gone = [class_names[c] for c in checkpoint["trained_classes"] if c not in classes]
-    if gone and args.class_filter < 0:
+    if gone and args.class_filter < 0 and not args.overfit_k:
         fail(f"there are no images of class {', '.join(gone)}, on which {run.folder} was trained: "
              "give the --data_root and --task of its start")
     modules = {denoiser: checkpoint["model"]}

@@ -64,7 +64,7 @@ def interval(text):
     """argparse type: 'LOW,HIGH' as two floats with 0 <= LOW < HIGH <= 1."""
     low, high = (float(item) for item in list_items(text))
     if not 0 <= low < high <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not an interval within 0,1")
+        raise argparse.ArgumentTypeError(f"{text} is not LOW,HIGH with 0 <= LOW < HIGH <= 1")
     return low, high
 
 
