@@ -180,7 +180,7 @@ def proportional(held_out, *others):
     Else another mixture of classes would count as a difference between images."""
     classes, counts = np.unique(held_out, return_counts=True)
     there = np.min([(labels[:, None] == classes).sum(0) for labels in others], 0)
-    scale = (there / counts).min(initial=len(held_out) * 1e6)
+    scale = (there / counts).min(initial=np.inf)
     return np.repeat(classes, np.maximum(1, scale * counts).astype(int))
 
 
@@ -527,8 +527,8 @@ def main(argv=None):
     if few:
         notice(f"under two samples, training images or held-out images of class {', '.join(few)}: "
                "it is left out of all comparisons, and there is no AUROC")
-    unseen, rng = held_out.subset(np.isin(held_out.labels, compared)), np.random.default_rng(0)
-    chosen = [np.sort(as_many(of, proportional(unseen.labels, of), rng))
+    unseen = held_out.subset(np.isin(held_out.labels, compared))
+    chosen = [np.sort(as_many(of, proportional(unseen.labels, of), np.random.default_rng(0)))
               for of in (labels, train.labels)]
     sizes = [*map(len, chosen), len(unseen)]
     if min(sizes) < FEWEST:
