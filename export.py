@@ -34,7 +34,7 @@ A class-conditional latent diffusion model. **All its images are synthetic**: no
 
 ```python
 from diffusers import DiffusionPipeline
-pipeline = DiffusionPipeline.from_pretrained("FOLDER", trust_remote_code=True)
+pipeline = DiffusionPipeline.from_pretrained(".", trust_remote_code=True)
 images = pipeline({name!r}, num_samples=4).images  # of PIL
 ```
 
