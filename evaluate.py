@@ -174,18 +174,13 @@ def as_many(labels, like, rng, replace=False):
     return np.concatenate(chosen)
 
 
-def alike(samples, train, held_out, classes):
-    """The three sets without other classes, and of the first two a random choice: as many as there
-    are in the class proportions of the third, which else would count as a difference of images."""
-    held_out = held_out.subset(np.isin(held_out.labels, classes))
-    kinds, counts = np.unique(held_out.labels, return_counts=True)
-    found = []
-    for of in (samples, train):
-        there = (of.labels[:, None] == kinds).sum(0)
-        scale = (there / counts).min(initial=1e9)
-        like = np.repeat(kinds, np.maximum(1, scale * counts).astype(int))
-        found.append(of.subset(np.sort(as_many(of.labels, like, np.random.default_rng(0)))))
-    return *found, held_out
+def proportional(held_out, *others):
+    """Labels in the class proportions of the labels `held_out`, the most that each of `others` has.
+    Else another mixture of classes would count as a difference between images."""
+    classes, counts = np.unique(held_out, return_counts=True)
+    there = np.min([(labels[:, None] == classes).sum(0) for labels in others], 0)
+    scale = (there / counts).min(initial=np.inf)
+    return np.repeat(classes, np.maximum(1, scale * counts).astype(int))
 
 
 # --- classifiers --------------------------------------------------------------------------------
@@ -258,8 +253,8 @@ def distance_rows(samples, pool, held_out, seed):
     """{row: {name: number}} of samples against held-out images, given a pool of training images;
     all are Labelled features.
 
-    FID falls with the number of images, so `baseline` takes as many images of each class from the
-    pool as `samples` has, both averaged over DRAWS random choices. `bootstrap_std` is the standard
+    FID falls with the number of images, so both `samples` and `baseline`, from the pool, are as
+    many of each class, averaged over DRAWS random choices. `bootstrap_std` is the standard
     deviation of the difference between two such sets, over bootstraps of both and of held_out.
     """
     def distances(features):
@@ -268,7 +263,7 @@ def distance_rows(samples, pool, held_out, seed):
             found |= metrics.manifold_metrics(features, held_out.values)
         return found
 
-    like = pool.labels[as_many(pool.labels, samples.labels, np.random.default_rng(seed))]
+    like = proportional(held_out.labels, samples.labels, pool.labels)
     rows = {}
     for row, of in (("samples", samples), ("baseline", pool)):
         draws = [distances(of.values[as_many(of.labels, like, np.random.default_rng([seed, i]))])
@@ -294,8 +289,9 @@ def measure_distances(sets, groups, networks, args, ctx):
     found = {}
     for space, network in networks.items():
         rows = [measured(network, of, ctx) for of in (sets.samples, pool, sets.held_out)]
-        found[space] = {group: distance_rows(*alike(*rows, classes), args.seed)
-                        for group, classes in groups.items()}
+        found[space] = {group: distance_rows(
+            *(of.subset(np.isin(of.labels, classes)) for of in rows), args.seed)
+            for group, classes in groups.items()}
     return {"groups": found}
 
 
@@ -530,7 +526,10 @@ def main(argv=None):
     if few:
         notice(f"under two samples, training images or held-out images of class {', '.join(few)}: "
                "it is left out of all comparisons, and there is no AUROC")
-    sizes = [len(of) for of in alike(Labelled(labels, labels), train, held_out, compared)]
+    unseen = held_out.subset(np.isin(held_out.labels, compared))
+    chosen = [np.sort(as_many(of, proportional(unseen.labels, of), np.random.default_rng(0)))
+              for of in (labels, train.labels)]
+    sizes = [*map(len, chosen), len(unseen)]
     if min(sizes) < FEWEST:
         fail(f"{sizes[0]} samples, {sizes[1]} training and {sizes[2]} held-out images, in equal "
              f"class proportions: raise --num_samples, or add images, to at least {FEWEST} of each")
@@ -557,7 +556,7 @@ def main(argv=None):
     if args.ckpt:
         samples = draw_samples(denoiser, vae, checkpoint, requests, args, ctx)
     sets = Sets(samples, train, held_out, vae)
-    same = Sets(*alike(*sets[:3], compared), vae)
+    same = Sets(samples.subset(chosen[0]), train.subset(chosen[1]), unseen, vae)
     report["num_samples"] = {class_names[c]: int((labels == c).sum()) for c in np.unique(labels)}
     report |= measure_distances(sets, groups, networks, args, ctx)
     report |= measure_power(same, ctx)

@@ -34,7 +34,7 @@ A class-conditional latent diffusion model. **All its images are synthetic**: no
 
 ```python
 from diffusers import DiffusionPipeline
-pipeline = DiffusionPipeline.from_pretrained("FOLDER", trust_remote_code=True)
+pipeline = DiffusionPipeline.from_pretrained(".", trust_remote_code=True)
 images = pipeline({name!r}, num_samples=4).images  # of PIL
 ```
 
@@ -51,18 +51,6 @@ evidence of what a disease looks like: the model reflects only the images, sites
 it, its autoencoder and any model it started from were trained on.
 """
 FEWEST_SAMPLES = 100  # that an evaluation must have searched for copies
-
-
-def build_parser():
-    """Parser of this program."""
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--ckpt", type=file_path, required=True, help="ckpts/best.pt, or last.pt, of a model")
-    add("--out_dir", type=file_path, help="folder to make; None: `exported` in the run folder")
-    add("--ae_ckpt_path", type=file_path, help="the autoencoder's checkpoint, if it was moved")
-    add("--allow_copies", action=BooleanFlag, default=False,
-        help="export a model that copies training images, or was not searched for copies")
-    return parser
 
 
 def trained_classes(checkpoint):
@@ -196,7 +184,14 @@ def model_card(checkpoint, vae_settings, meta, report):
 
 
 def main(argv=None):
-    args = parse_settings(build_parser(), argv)
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--ckpt", type=file_path, required=True, help="ckpts/best.pt, or last.pt, of a model")
+    add("--out_dir", type=file_path, help="folder to make; None: `exported` in the run folder")
+    add("--ae_ckpt_path", type=file_path, help="the autoencoder's checkpoint, if it was moved")
+    add("--allow_copies", action=BooleanFlag, default=False,
+        help="export a model that copies training images, or was not searched for copies")
+    args = parse_settings(parser, argv)
     try:
         import diffusers  # noqa: F401
         import safetensors

@@ -55,18 +55,20 @@ def test_uneven_classes_are_compared_in_equal_proportions():
     g = torch.Generator().manual_seed(0)
 
     def images(*counts):
-        labels = np.repeat([0, 1, 2], counts)
+        labels = np.repeat([0, 1], counts)
         return evaluate.Labelled(labels, torch.randn(len(labels), 3, generator=g)
                                  + 4 * torch.from_numpy(labels)[:, None])
 
-    sets = images(45, 45, 9), images(120, 6, 9), images(48, 3, 0)
-    same = evaluate.alike(*sets, [0, 1])
-    assert [np.bincount(of.labels).tolist() for of in same] == [[45, 2], [96, 6], [48, 3]]
-    rows, uneven = (evaluate.distance_rows(*of, seed=0) for of in (same, sets))
-    gap = rows["samples"]["fid"] - rows["baseline"]["fid"]
+    samples, train, held_out = images(45, 45), images(120, 6), images(48, 3)
+    like = evaluate.proportional(held_out.labels, samples.labels, train.labels)
+    assert np.bincount(like).tolist() == [45, 2]
+    assert np.bincount(evaluate.proportional(held_out.labels, train.labels)).tolist() == [96, 6]
+    rows = evaluate.distance_rows(samples, train, held_out, seed=0)
     assert rows["samples"]["num"] == rows["baseline"]["num"] == 47
+    gap = rows["samples"]["fid"] - rows["baseline"]["fid"]
     assert abs(gap) < 3 * rows["bootstrap_std"]["fid"]
-    assert rows["baseline"]["fid"] < 0.5 * uneven["baseline"]["fid"]
+    other = evaluate.distance_rows(samples, train, images(24, 24), seed=0)
+    assert rows["samples"]["fid"] < 0.5 * other["samples"]["fid"]
 
 
 def grey(path, value=0):

@@ -202,6 +202,9 @@ def test_export_writes_a_folder_that_samples_by_itself(evaluated, tmp_path):
     for other in drawn[1:4]:  # of the class, and of another with the same number
         assert np.abs(drawn[0] - other).mean() > 3
     card = (moved / "README.md").read_text()
+    code = re.search("```python\n(.*?)```", card, re.DOTALL)[1]
+    subprocess.run([sys.executable, "-c", f"{code}assert images[3].size == (32, 32)"], cwd=moved,
+                   check=True, env={"CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(tmp_path)})
     for text in ("license: ", "normal (8), tb (8)", "synthetic", "2.0 % of 200", "0.8 to 5.0 %",
                  "OK     fid (vae)  1.25  as 0.75"):
         assert text in card, text
