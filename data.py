@@ -85,7 +85,8 @@ def _prepare_line(root, *folders):
     labels = {"class_pattern": "_([01]).png"}
     for n in range(len(folders) + 1):
         for table in pathlib.Path(root, *folders[:n]).glob("*.csv*"):
-            labels = {"csv": table, "file_column": "FILE", "label_column": "LABEL"}
+            labels = {"csv": table, "file_column": "FILE", "patient_column": "PATIENT",
+                      "label_column": "LABEL"}
     return command_line("prepare.py", images=os.path.join(root, *folders), **labels,
                         classes="normal=0,tb=1", out=os.path.join(root, f"{folders[0]}_classes"))
 
