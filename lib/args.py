@@ -324,7 +324,7 @@ def run_to_continue(parser, args, kind):
     signs = ("ckpts/last.pt", "ckpts/best.pt", "metrics.jsonl")
     if not folder or not any(os.path.exists(os.path.join(folder, sign)) for sign in signs):
         if args.resume_dir:
-            fail(f"--resume_dir={folder} holds no run: give a folder such as runs/ldm_...")
+            fail(f"--resume_dir={folder} is not a run folder: give one such as runs/ldm_...")
         return None, {}
     meta = read_meta(folder)
     if meta.get("kind", kind) != kind:

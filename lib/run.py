@@ -64,7 +64,7 @@ def load_checkpoint(path, kind):
                 raise TypeError(f"{name} is a {type(state[name]).__name__}")
         return state | {"sha256": hashlib.sha256(content).hexdigest()}
     except Exception as e:  # a hostile or damaged file raises anything
-        fail(f"{path} is damaged or no checkpoint of this version of {MADE_BY[kind]} "
+        fail(f"{path} is damaged or no checkpoint of this program's {MADE_BY[kind]} "
              f"({type(e).__name__}: {first_line(e)})")
 
 

@@ -288,7 +288,7 @@ def test_a_run_is_continued_by_its_name(stored, tmp_path, capsys):
     assert args.resume_dir == folder and args.lr == 1e-3
     assert train_ldm.parse_args(["--run_name=b", f"--output_root={tmp_path}"]).resume_dir is None
     refused = [f"--resume_dir={tmp_path}/b"]
-    assert "holds no run" in error_of(capsys, train_ldm.parse_args, refused)
+    assert "not a run folder" in error_of(capsys, train_ldm.parse_args, refused)
 
 
 def test_none_unsets_a_setting_of_the_continued_run(stored):
