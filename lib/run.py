@@ -8,6 +8,7 @@
 """
 import contextlib
 import datetime
+import functools
 import hashlib
 import io
 import json
@@ -320,7 +321,7 @@ class Run:
         self.track(send)
 
     def _start_wandb(self):
-        """Start or resume a W&B run: offline if there is no account, and never with a prompt."""
+        """Start or resume a W&B run: offline without account or network, and never with a prompt."""
         import wandb
         args, mode = self.args, os.environ.get("WANDB_MODE", "online")
         has_key = os.environ.get("WANDB_API_KEY")
@@ -328,12 +329,17 @@ class Run:
             notice("no W&B account on this machine: logging offline (`wandb login` once, then "
                    "`wandb sync` the folder)")
             mode = "offline"
-        self.wandb = wandb.init(
-            mode=mode, project=args.wandb_project, entity=args.wandb_entity,
+        init = functools.partial(
+            wandb.init, project=args.wandb_project, entity=args.wandb_entity,
             name=self.folder.name, dir=str(self.folder), id=self.meta["wandb_id"], resume="allow",
             tags=[t for tag in args.wandb_tags.split(",") if (t := tag.strip(" []()'\""))],
             config=vars(args) | {"world_size": self.ctx.world_size},
             settings=wandb.Settings(init_timeout=30, silent=True))
+        try:
+            self.wandb = init(mode=mode)
+        except Exception as e:  # whatever an unreachable server raises
+            notice(f"W&B failed ({first_line(e)}): logging offline")
+            self.wandb = init(mode="offline")
         self.meta["wandb_id"] = self.wandb.id
         self.wandb.define_metric("step")
         self.wandb.define_metric("*", step_metric="step")  # a resumed run counts its own from 0

@@ -67,8 +67,13 @@ def test_the_page_of_a_run_shows_what_its_report_does(server, train):
     assert (page.folder / "files" / grid["path"]).exists()
 
 
-def test_offline_keeps_all_of_it_in_the_run_folder(monkeypatch, train):
-    monkeypatch.setenv("WANDB_MODE", "offline")
+@pytest.mark.parametrize("env", [
+    {"WANDB_MODE": "offline"},
+    pytest.param({"WANDB_MODE": "online", "WANDB_API_KEY": 40 * "0",
+                  "WANDB_BASE_URL": "http://127.0.0.1:9"}, marks=pytest.mark.slow)])
+def test_offline_keeps_all_of_it_in_the_run_folder(monkeypatch, train, env):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
     folder = train("--wandb")
     [records] = folder.glob("wandb/offline-run-*/*.wandb")
     assert records.parent.name.split("-")[-1] == strict(folder / "run_meta.json")["wandb_id"]
