@@ -51,6 +51,7 @@ def build_parser():
     add_data_arguments(parser, split="val", img_size=None)
     add_precision_arguments(parser)
     add_sampling_arguments(parser, tuple(diffusion.SAMPLERS), num_samples=64)
+    parser.set_defaults(sampler="dpmpp_2m_sde", num_sampling_steps=8)  # not 500, as in training
     add = parser.add_argument_group("evaluation").add_argument
     add("--samples_dir", type=file_path,
         help="measure this folder: the images in its manifest.json, else CLASS/*.png and "
