@@ -178,15 +178,6 @@ def latent_stats(z_unscaled, latent_scale_factor):
             TARGET_STD: 1 / float(latent_scale_factor)}
 
 
-def sample_quality(own, real):
-    """What shows in single images, given sample.appearance of samples and of training images: power
-    of the octave that is furthest from the real one, as a fraction of it, and how far encoding a
-    decoded latent moves it, for both."""
-    ratios = torch.tensor(own["octave_power"]) / torch.tensor(real["octave_power"])
-    furthest = ratios[ratios.log().abs().argmax()].item()
-    return {POWER: furthest, ROUND_TRIP: own["round_trip"], REAL_ROUND_TRIP: real["round_trip"]}
-
-
 # --- distributions ------------------------------------------------------------------------------
 
 

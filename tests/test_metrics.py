@@ -8,7 +8,7 @@ import torch
 from lib.metrics import (CopyTest, auroc, auroc_gain, auroc_interval, beta_binomial_tail, detail,
                          distinct_rows, frechet_distance, latent_stats, linear_psnr, mean_auroc,
                          ms_ssim, octave_power, octaves, pairwise_mse, patch_moments, psnr,
-                         sample_diversity, sample_quality, ssim)
+                         sample_diversity, ssim)
 from lib.verdicts import (OK, format_training, format_verdicts, health, loss_trend,
                           overfit_verdict, sweep_objective)
 
@@ -264,15 +264,6 @@ def test_linear_psnr_is_that_of_projecting_on_components():
         moments = patch_moments(x[:2], 4) + patch_moments(x[2:], 4)
         assert linear_psnr(moments, components) == pytest.approx(10 * math.log10(4 / mse))
     assert linear_psnr(moments, 16) == pytest.approx(106, abs=0.1)  # nothing is left out: the most
-
-
-@pytest.mark.parametrize("powers, furthest", [((1, 3, 2), 2.0), ((0.1, 3, 1), 0.1),
-                                              ((1, 0, 9), 0.0)])
-def test_quality_is_the_octave_furthest_from_real(powers, furthest):
-    real = {"octave_power": [1.0, 2.0, 1.0], "round_trip": 0.1}
-    values = sample_quality({"octave_power": list(powers), "round_trip": 0.2}, real)
-    assert values["sample_quality/power"] == pytest.approx(furthest)
-    assert values["sample_quality/round_trip"] == 0.2
 
 
 # --- verdicts ---

@@ -131,3 +131,22 @@ def test_decode_latents_divides_by_the_scale():
     assert not torch.allclose(x, sample.decode_latents(vae, z, 1.0, PROCS), atol=0.05)
     vae.decoder[-1].bias += 100
     assert torch.equal(sample.decode_latents(vae, z, 1.0, PROCS), torch.ones(5, 1, 16, 16))
+
+
+def test_quality_is_the_furthest_octave_and_what_does_not_come_back():
+    """The autoencoder here gives every latent back that has an image: those within [-1, 1]."""
+    def encode(x):
+        return SimpleNamespace(mean=torch.nn.functional.avg_pool2d(x, 4))
+
+    vae = SimpleNamespace(encode=encode, decode=lambda z: z.repeat_interleave(4, 2)
+                          .repeat_interleave(4, 3))
+    ctx = dist.DistContext(0, 1, torch.device("cpu"), torch.float32, False)
+    z = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 4 - 2
+    real = sample.appearance(z, 0.5, vae.decode(z), vae, ctx)  # unscaled they reach -4 to 4
+    assert real["round_trip"] == pytest.approx((z - z.clamp(-0.5, 0.5)).square().mean().item())
+    assert sample.appearance(z / 4, 0.5, vae.decode(z), vae, ctx)["round_trip"] < 1e-12
+    real["octave_power"][1] *= 9
+    values = sample.image_metrics(z, 0.5, 2 * vae.decode(z), vae, ctx, real)
+    assert values["sample_quality/power"] == pytest.approx(4)  # log 4 is further than log 4 / 9
+    assert values["sample_quality/round_trip"] == values["sample_quality/real_round_trip"]
+    assert sample.image_metrics(z, 0.5, z, vae, ctx, {"mean": 0.0}) == {}
