@@ -189,12 +189,13 @@ def comparison(runs):
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=file_path, help="run folder")
+    parser.add_argument("--out", type=file_path, help="HTML file; None: in the first run's folder")
     args = parse_settings(parser, argv)
     runs = {path: LoggedRun(path) for path in args.runs}
     name, html = "comparison.html", comparison(runs)
     if len(runs) == 1:
         name, html = "report.html", report(*runs.values())
-    path = pathlib.Path(args.runs[0], name)
+    path = pathlib.Path(args.out or pathlib.Path(args.runs[0], name))
     write_atomic(path, lambda f: f.write(html))
     print(f"report: {path}")
 

@@ -300,7 +300,8 @@ def test_a_comparison_shows_what_differs(make_run, capsys, tmp_path):
     assert set(seen.curves["val/psnr"]) == {str(runs[2])}
     last = [(run / "samples/sample_ep0002_tb.png").read_bytes() for run in runs[:2]]
     assert [png for _, png in seen.pictures] == last
-    assert "same" not in made(capsys, *runs[:2]).words  # the same in both
+    seen = made(capsys, *runs[:2], f"--out={tmp_path}/c.html")
+    assert "same" not in seen.words and (tmp_path / "c.html").exists()  # the same in both
 
 
 # --- what training writes for it ---
