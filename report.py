@@ -19,16 +19,19 @@ from lib.html import draw, image, leaves, page, show, table, tag, verdict_list
 from lib.run import read_records, time_text
 
 REAL = "sample_diversity/real_pairwise_mse_mean"
-REFERENCES = (REAL, metrics.TARGET_STD, verdicts.COPIES_EXPECTED)  # what another curve should be at
+REFERENCES = (REAL, metrics.TARGET_STD, metrics.REAL_ROUND_TRIP, verdicts.COPIES_EXPECTED,
+              verdicts.PSNR_LINEAR)  # what another curve should be at, or above
 CHARTS = {  # {title: metrics}
     "Loss": (verdicts.LOSS, "train/rec", verdicts.VAL, verdicts.VAL_TRAIN),
     "Loss by noise level, t0 is detail, t3 layout": [f"train/loss_t{q}" for q in range(4)],
     "Adversarial losses": ("train/g_loss", "train/d_loss"),
     "KL divergence": ("train/kl",),
-    "PSNR of reconstructions, dB": ("val/psnr",),
+    "PSNR of reconstructions, of a linear code": (verdicts.PSNR, verdicts.PSNR_LINEAR),
     "SSIM and sharpness": ("val/ssim", "val/detail", "val/power_fine", "val/power_finest"),
     "log10 of the gradient norm": (verdicts.GRAD,),
     "Diversity of samples and of real images": (f"{metrics.MSE_MEAN}_raw", REAL),
+    "Round trip of samples and of real latents": (metrics.ROUND_TRIP, metrics.REAL_ROUND_TRIP),
+    "Power of the octave least like real images": (metrics.POWER,),
     "Standard deviation of the latents": (metrics.Z_STD, metrics.TARGET_STD),
     "Copies, measured and by chance": (verdicts.COPIES, verdicts.COPIES_EXPECTED),
     "Speed": ("train/images_per_second",)}
