@@ -67,7 +67,8 @@ def test_train_vae_leaves_the_files_of_the_contract(stages):
         assert 0 < records[-1][f"val/{name}"] < 1  # so short a run leaves them blurred
     assert summary["step"] == 100
     judged = {v["metric"] for v in summary["verdicts"]}
-    assert judged == {"train/loss", "train/grad_norm", "train/bad_steps"}
+    assert judged == {"train/loss", "train/grad_norm", "train/bad_steps", "val/psnr", "val/detail",
+                      "val/power_finest"}
     assert grey(folder / "samples/recon_ep0050.png").shape == (2 * (32 + 16), 6 * 34 + 2)
 
 
