@@ -205,8 +205,7 @@ def adopt_settings(args, settings, what):
     """Take the image size of a model's settings and, without --data_root, its data root: what was
     trained on real images is not measured on phantoms by mistake. what: what to call the model."""
     if args.img_size not in (None, settings["img_size"]):
-        fail(f"--img_size={args.img_size}, but {what} works at {settings['img_size']}: leave "
-             "--img_size out")
+        fail(f"{what} works at {settings['img_size']} pixels: leave --img_size out")
     args.img_size = settings["img_size"]
     if not args.data_root and settings.get("data_root"):
         args.data_root = settings["data_root"]
@@ -313,8 +312,8 @@ def notice_changes(before, images, since, split="training"):
     if before and before != images.summary:
         then, now = (", ".join(f"{name} {count}" for name, count, _ in summary)
                      for summary in (before, images.summary))
-        notice(f"the {split} data have changed since {since}: then {then}, now {now}; names, sizes "
-               "and times of the files count")
+        notice(f"the {split} data (names, sizes, times) have changed since {since}: "
+               f"then {then}, now {now}")
 
 
 def count_classes(images):

@@ -159,8 +159,7 @@ def read_samples(folder, class_names, img_size):
             size = img_size or min(decode.read_grey(path).shape)
             rows.append(decode.read_square(path, size))
         except (OSError, ValueError) as e:
-            fail(f"{path} cannot be read ({e}): if sampling was interrupted, run the sample.py "
-                 "command again")
+            fail(f"cannot read {path} ({e}): run the sample.py command again, if it was stopped")
     if len(sizes := sorted({len(row) for row in rows})) > 1:
         fail(f"{folder} holds images of {', '.join(map(str, sizes))} pixels: give --img_size")
     return Labelled(np.array([c for c, _ in members]), data.to_float(np.stack(rows)))
@@ -468,12 +467,11 @@ def distance_verdicts(space, less_guidance, samples, baseline, bootstrap_std):
             not excess < 10, not excess < 3,
             f"{name.upper()} to held-out images, {excess:.1f} standard deviations above baseline.",
             f"Look at power and at the grid; {less_guidance}.")
-    left_out = f"Samples leave much out: {less_guidance}."
     for name, meaning, advice in (
             ("precision", "samples among the held-out images",
              "Samples do not look real: train longer; check the reconstructions."),
-            ("recall", "held-out images among the samples", left_out),
-            ("coverage", "held-out images with a sample nearby", left_out)):
+            ("recall", "held-out images among the samples",
+             f"Samples leave much out: {less_guidance}.")):
         if name in samples and name in baseline:
             value, real = samples[name], baseline[name]
             yield verdict(f"{name} ({space})", value, f"baseline {real:.3f}",

@@ -177,8 +177,8 @@ def appearance(z, latent_scale_factor, x, vae, ctx):
 
 
 def image_metrics(z, latent_scale_factor, x, vae, ctx, real):
-    """Metrics sample_quality/* of samples, arguments as of `appearance`; real: a dict with what that
-    returned of training images. None if it lacks it, as in checkpoints of earlier versions."""
+    """Metrics sample_quality/* of samples, arguments as of `appearance`; real: a dict with what
+    that returned of training images. None if it lacks it, as in earlier checkpoints."""
     if "round_trip" not in real:
         return {}
     own = appearance(z, latent_scale_factor, x, vae, ctx)
@@ -201,8 +201,8 @@ def build_parser():
 
 
 def real_rows(folder, class_names, img_size):
-    """{class index: up to eight of its images, float32 [N, 1, S, S] in [-1, 1]} of a split's folder.
-    Ends the program if there are none, or if one cannot be decoded."""
+    """{class index: up to eight images, float32 [N, 1, S, S] in [-1, 1]} of a split's folder. Ends
+    the program if there are none, or if one cannot be decoded."""
     root, task, split = os.path.abspath(folder).rsplit(os.sep, 2)
     listing, rows = data.scan(root, task, split, class_names), {}
     for c, name in enumerate(class_names):

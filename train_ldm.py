@@ -482,8 +482,7 @@ def main(argv=None):
         verdicts = health(train_metrics, run.history("train/loss"), diverged=True) + [
             v for v in verdicts if not v.metric.startswith("train/")]  # of the last evaluation
     if patience_over:
-        notice(f"stopped at step {step} of {total_steps}: no lower val/loss in {args.patience} "
-               "evaluations (--patience)")
+        notice(f"stopped at step {step} of {total_steps}: --patience={args.patience} is over")
     checkpoint_path = run.best_path if monitor.best.step else run.last_path
     summary = {**train_metrics, **sample_metrics, "train_stats": train_stats,
                "best": monitor.best._asdict()}

@@ -28,8 +28,7 @@ class CachedArray(NamedTuple):
         try:  # a map that lives on would keep what was read in memory
             return np.array(np.lib.format.open_memmap(self.path, "r")[indices])
         except (OSError, ValueError) as e:
-            fail(f"cache {self.path} was removed or damaged ({first_line(e)}): type the same "
-                 "command again")
+            fail(f"cache {self.path} was removed or damaged ({first_line(e)}): start again")
 
 
 def cached_array(ctx, folder, name, shape, dtype, make, label, needed=True):
@@ -93,8 +92,7 @@ def _writing(path):
     try:
         yield
     except OSError as e:
-        fail(f"cannot write {path}: {e.strerror}; free some space or choose another --output_root. "
-             "What is done stays")
+        fail(f"cannot write {path}: {e.strerror}; free some space and start again")
 
 
 def _write(path, offset, indices, rows):

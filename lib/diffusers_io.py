@@ -165,8 +165,7 @@ def vae_settings(folder, img_size):
         ours |= {"in_channels": 3, "out_channels": 3}
     for name, value in ours.items():
         if config[name] != value:
-            fail(f"{folder} has {name}={config[name]}, but our AutoencoderKL needs {value}: give "
-                 "another autoencoder")
+            fail(f"{folder} has {name}={config[name]}, but ours needs {value}: give another one")
     return settings
 
 

@@ -88,8 +88,7 @@ def write_atomic(path, write):
         if not isinstance(e, (OSError, RuntimeError)):  # the latter: torch.save on a full disk
             raise
         reason = getattr(e, "strerror", None) or getattr(e.__context__, "strerror", None)
-        fail(f"cannot write {path}: {reason or first_line(e)}; free some space or choose another "
-             "folder")
+        fail(f"cannot write {path}: {reason or first_line(e)}; free space or choose another folder")
 
 
 def make_folder(path):

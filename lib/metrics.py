@@ -216,25 +216,19 @@ def kernel_distance(a, b):
 
 
 def manifold_metrics(samples, real, k=5):
-    """dict of precision, recall, density and coverage of features [N, D] against real [M, D].
-
-    Each point has a ball that reaches its k-th nearest neighbour in its own set. Precision:
-    fraction of samples inside any real ball; recall: fraction of real points inside any sample's
-    ball (Kynkaanniemi et al. 2019, eq. 1-2). Density: number of real balls around a sample, over k;
-    coverage: fraction of real balls with a sample inside (Naeem et al. 2020, eq. 4-5).
-    """
+    """dict of precision and recall of features [N, D] against real [M, D] (Kynkaanniemi et al.
+    2019, eq. 1-2). Each point has a ball that reaches its k-th nearest neighbour in its own set:
+    fractions of samples inside any real ball, of real points inside any sample's ball."""
     samples, real = rows64(samples), rows64(real)
     if not (samples.isfinite().all() and real.isfinite().all()):
-        return dict.fromkeys(("precision", "recall", "density", "coverage"), math.nan)
+        return dict.fromkeys(("precision", "recall"), math.nan)
     k = min(k, len(samples) - 1, len(real) - 1)
     # The nearest of all is the point itself.
     own, radii = (torch.cdist(x, x).kthvalue(k + 1, dim=1).values for x in (samples, real))
     distance = torch.cdist(samples, real)  # [N, M]
     in_real, in_samples = distance <= radii, distance <= own[:, None]
     return {"precision": in_real.any(1).double().mean().item(),
-            "recall": in_samples.any(0).double().mean().item(),
-            "density": in_real.double().sum(1).mean().item() / k,
-            "coverage": in_real.any(0).double().mean().item()}
+            "recall": in_samples.any(0).double().mean().item()}
 
 
 # --- copies -------------------------------------------------------------------------------------

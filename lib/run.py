@@ -138,8 +138,7 @@ def read_latent_scale(args, ckpt_path, vae_sha256):
         given = read_meta(args.resume_dir).get("latent_scale_factor")
     if given is None and not whole:
         command = command_line("find_latent_scale.py", ae_ckpt_path=ckpt_path, **data_flags(args))
-        fail(f"{path} is missing, damaged or of another autoencoder; measure the scale with: "
-             f"{command}")
+        fail(f"{path} is missing, damaged or of another autoencoder; measure it: {command}")
     if args.latent_scale_factor and whole and abs(given / measured - 1) > 0.01:
         notice(f"--latent_scale_factor={given} is {100 * (given / measured - 1):+.0f} % off the "
                f"measured {measured:.6g} in {path}")
@@ -321,7 +320,7 @@ class Run:
         self.track(send)
 
     def _start_wandb(self):
-        """Start or resume a W&B run: offline without account or network, and never with a prompt."""
+        """Start or resume a W&B run: offline without account or network, never with a prompt."""
         import wandb
         args, mode = self.args, os.environ.get("WANDB_MODE", "online")
         has_key = os.environ.get("WANDB_API_KEY")
@@ -401,8 +400,7 @@ class Run:
         """Exit with code 75 and the command to go on with."""
         self.track(lambda: self.wandb.finish(EXIT_STOPPED))
         by = self.stop_signal.name or "on another rank"
-        notice(f"stopped ({by}) at step {self.saved_step}, which is saved; go on with: "
-               f"{self.resume_command()}")
+        notice(f"stopped ({by}), saved step {self.saved_step}; go on with: {self.resume_command()}")
         raise SystemExit(EXIT_STOPPED)
 
     def finish(self, step, summary, found, checkpoint, diverged, program, **flags):

@@ -148,6 +148,7 @@ def test_kernel_distance_has_the_kernel_of_sklearn():
 def test_manifold_metrics_are_those_of_prdc(k):
     real, samples = feature_pair(90, 120, 8)
     expected = prdc.compute_prdc(real.numpy(), samples.numpy(), nearest_k=k)
+    expected = {name: expected[name] for name in ("precision", "recall")}
     assert all(0 < value < 1 for value in expected.values())
     assert metrics.manifold_metrics(samples, real, k) == pytest.approx(expected, rel=1e-12)
 

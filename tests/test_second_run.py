@@ -146,7 +146,7 @@ def test_data_that_changed_between_two_starts_are_said(workspace, quick, script,
     changed = quick(*argv, "--epochs=1000")
     assert changed.code == 0, changed.err
     line, = (line for line in changed.out.splitlines() if "last started" in line)
-    assert "tb 8, now normal 8, tb 7;" in line
+    assert "tb 8, now normal 8, tb 7" in line
     best = strict(workspace.out / name / "summary.json").get("best")
     (root / "TB/val/tb/00001.png").unlink()
     changed = quick(*argv, "--epochs=1000")
@@ -162,7 +162,7 @@ def test_a_continued_run_keeps_its_scale(workspace, quick, tmp_path):
     for i in range(5):
         (root / f"TB/train/tb/{i:05d}.png").unlink()
     other = quick(*workspace.ldm("y", f"--data_root={root}", "--max_steps=1"))
-    assert other.code == 0 and "tb 8, now normal 8, tb 3;" in other.out
+    assert other.code == 0 and "tb 8, now normal 8, tb 3" in other.out
     assert quick("find_latent_scale.py", *workspace.common, f"--data_root={root}",
                  f"--ae_ckpt_path={workspace.vae_ckpt}").code == 0
     assert strict(workspace.out / "v/latent_scale.json")["latent_scale_factor"] != before
