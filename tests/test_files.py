@@ -749,4 +749,5 @@ def test_changes_of_the_data_are_described(image_tree, capsys, change, expected,
     found = notes(capsys)
     assert len(found) == bool(expected)
     assert not expected or found[0].startswith(
-        f"the {split} data have changed since X: then covid 2, normal 3, tb 4, now {expected};")
+        f"the {split} data (names, sizes, times) have changed since X: "
+        f"then covid 2, normal 3, tb 4, now {expected}")
