@@ -159,7 +159,7 @@ def read_samples(folder, class_names, img_size):
             size = img_size or min(decode.read_grey(path).shape)
             rows.append(decode.read_square(path, size))
         except (OSError, ValueError) as e:
-            fail(f"cannot read {path} ({e}): run the sample.py command again, if it was stopped")
+            fail(f"{path} cannot be read ({e}): run the sample.py command again, if it was stopped")
     if len(sizes := sorted({len(row) for row in rows})) > 1:
         fail(f"{folder} holds images of {', '.join(map(str, sizes))} pixels: give --img_size")
     return Labelled(np.array([c for c, _ in members]), data.to_float(np.stack(rows)))
@@ -517,6 +517,10 @@ def main(argv=None):
 
     # --- real images of that size: before sampling, so that mistakes show at once ---
     train = data.open_images(args, ctx, "train", class_names=class_names)
+    report["data"] = train.summary
+    if args.ckpt:
+        meta = read_json(run.run_folder(args.ckpt) / "run_meta.json")
+        data.notice_changes(meta.get("data"), train, "the model was trained")
     held_out = train if args.split == "train" else data.open_images(
         args, ctx, args.split, train=train)
     compared = [c for c in range(len(class_names)) if min(

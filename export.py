@@ -61,13 +61,15 @@ def trained_classes(checkpoint):
 # --- may it be exported? ------------------------------------------------------------------------
 
 
-def read_evaluation(args, checkpoint):
-    """The run's evaluation.json, None if it cannot show whether this checkpoint copies. Exits with
-    an error if it cannot or if it finds copies, unless --allow_copies."""
+def read_evaluation(args, checkpoint, meta):
+    """The run's evaluation.json, None if it cannot show whether this checkpoint copies the images of
+    meta, its run_meta.json. Exits with an error if it cannot, or if it finds copies, unless
+    --allow_copies."""
     path = run.run_folder(args.ckpt) / "evaluation.json"
     report = read_json(path)
     samples = report.get("num_samples", {})
     searched = (report.get("ckpt_sha256") == checkpoint["sha256"] and "copies" in report
+                and report.get("data", meta["data"]) == meta["data"]
                 and sum(samples.values()) >= FEWEST_SAMPLES
                 and samples.keys() >= trained_classes(checkpoint).keys())
     if args.allow_copies:
@@ -203,8 +205,8 @@ def main(argv=None):
     ctx = dist.setup(argparse.Namespace(device="cpu"))
     denoiser, vae, checkpoint = sample.load_ldm(args.ckpt, ctx, args.ae_ckpt_path)
     vae_settings = run.load_checkpoint(checkpoint["ae_ckpt_path"], "vae")["args"]
-    card = model_card(checkpoint, vae_settings, read_meta(run.run_folder(args.ckpt)),
-                      read_evaluation(args, checkpoint))
+    meta = read_meta(run.run_folder(args.ckpt))
+    card = model_card(checkpoint, vae_settings, meta, read_evaluation(args, checkpoint, meta))
     try:
         write_parts(make_folder(folder), denoiser, vae, vae_settings, checkpoint)
         (folder / "README.md").write_text(card)

@@ -203,6 +203,8 @@ def build_parser():
 def real_rows(folder, class_names, img_size):
     """{class index: up to eight images, float32 [N, 1, S, S] in [-1, 1]} of a split's folder. Ends
     the program if there are none, or if one cannot be decoded."""
+    if not os.path.isdir(folder):
+        fail(f"no folder --real_dir={folder}: give one such as data/TB/val")
     root, task, split = os.path.abspath(folder).rsplit(os.sep, 2)
     listing, rows = data.scan(root, task, split, class_names), {}
     for c, name in enumerate(class_names):

@@ -11,10 +11,11 @@ import math
 import os
 import pathlib
 import re
+import signal
 import sys
 import types
 
-from lib.files import MADE_BY, fail, first_line, named_folder, notice, read_meta
+from lib.files import EXIT_STOPPED, MADE_BY, fail, first_line, named_folder, notice, read_meta
 
 # --- types --------------------------------------------------------------------------------------
 
@@ -286,8 +287,9 @@ def read_config(path):
     for name, value in names.get("__annotations__", {}).items():
         if name not in names:  # YAML is an annotation in Python, which sets nothing
             fail(f"{path}: `{name}: {value}` sets nothing; write it in Python, `{name} = ...`")
-    return {name: value for name, value in names.items()
-            if not name.startswith("_") and not isinstance(value, types.ModuleType)}
+    settings = {name: value for name, value in names.items()
+                if not name.startswith("_") and not isinstance(value, types.ModuleType)}
+    return settings or fail(f"{path} sets nothing: a config is lines of `name = value`")
 
 
 def convert_settings(parser, settings, source):
@@ -340,6 +342,7 @@ def parse_settings(parser, argv=None, preset=None, kind=None):
     """Settings: defaults < preset < the run being continued < --config < command line. Ends the
     program if they are bad. preset: function from the settings without it to {name: new default};
     ValueError if they contradict each other. kind: of a trainer's runs, vae or ldm."""
+    signal.signal(signal.SIGINT, lambda *_: fail("interrupted", EXIT_STOPPED))
     if hasattr(sys.stdout, "reconfigure"):  # a file name may not fit the terminal's encoding
         sys.stdout.reconfigure(errors="backslashreplace")
     path = getattr(parser.parse(argv), "config", None)

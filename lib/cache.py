@@ -28,7 +28,8 @@ class CachedArray(NamedTuple):
         try:  # a map that lives on would keep what was read in memory
             return np.array(np.lib.format.open_memmap(self.path, "r")[indices])
         except (OSError, ValueError) as e:
-            fail(f"cache {self.path} was removed or damaged ({first_line(e)}): start again")
+            fail(f"cache {self.path} was removed or damaged ({first_line(e)}): type the same "
+                 "command again")
 
 
 def cached_array(ctx, folder, name, shape, dtype, make, label, needed=True):

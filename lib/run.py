@@ -400,7 +400,8 @@ class Run:
         """Exit with code 75 and the command to go on with."""
         self.track(lambda: self.wandb.finish(EXIT_STOPPED))
         by = self.stop_signal.name or "on another rank"
-        notice(f"stopped ({by}), saved step {self.saved_step}; go on with: {self.resume_command()}")
+        notice(f"stopped ({by}) at step {self.saved_step}, which is saved; go on with: "
+               f"{self.resume_command()}")
         raise SystemExit(EXIT_STOPPED)
 
     def finish(self, step, summary, found, checkpoint, diverged, program, **flags):

@@ -171,6 +171,7 @@ def test_guidance_needs_a_null_class(capsys):
     ("lr = = 3", "SyntaxError"), ("1 / 0", "ZeroDivisionError"),
     ("raise SystemExit(0)", "SystemExit"),
     ("x = undefined", "NameError"), ("task = None", "task"),
+    ('{"lr": 1}', "sets nothing: a config is lines of"),  # JSON
     ("epochs: 64\nlr = 1", "`epochs: 64` sets nothing"),  # YAML is an annotation in Python
     ("mode: full_train", "`mode: full_train` sets nothing"),
     ("config = 'other.py'", "config")])

@@ -224,7 +224,7 @@ def test_copies_are_not_handed_on_unless_asked_for(evaluated, tmp_path, capsys):
 def test_a_model_that_was_not_evaluated_is_not_handed_on(evaluated, tmp_path, capsys):
     argv = [f"--ckpt={evaluated.ldm_ckpt}", f"--out_dir={tmp_path / 'made'}"]
     for changes in ({"ckpt_sha256": "another"}, {"num_samples": {"tb": 200}}, {},
-                    {"num_samples": {"normal": 3, "tb": 3}}):
+                    {"num_samples": {"normal": 3, "tb": 3}}, {"data": [["tb", 9, "other"]]}):
         path = evaluated.write_evaluation(**changes)
         if not changes:
             path.unlink()
