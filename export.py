@@ -62,8 +62,8 @@ def trained_classes(checkpoint):
 
 
 def read_evaluation(args, checkpoint, meta):
-    """The run's evaluation.json, None if it cannot show whether this checkpoint copies the images of
-    meta, its run_meta.json. Exits with an error if it cannot, or if it finds copies, unless
+    """The run's evaluation.json, None if it cannot show whether this checkpoint copies the images
+    of meta, its run_meta.json. Exits with an error if it cannot, or if it finds copies, unless
     --allow_copies."""
     path = run.run_folder(args.ckpt) / "evaluation.json"
     report = read_json(path)
