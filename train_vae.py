@@ -343,7 +343,8 @@ def main(argv=None):
                                        lambda: run.stop_if_asked(state))
             if ctx.is_main:
                 path = save_reconstructions(run, averaged, val_set or train_set, ctx, epoch)
-                run.log_evaluation(step, epoch, val_metrics, {"recon": path}, health(val_metrics))
+                found = health(val_metrics) if step < total_steps else ()  # else at the end
+                run.log_evaluation(step, epoch, val_metrics, {"recon": path}, found)
             run.restart_clock(step)
         if step >= total_steps:
             break
