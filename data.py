@@ -196,6 +196,11 @@ def to_float(rows):
     return (torch.from_numpy(rows.astype(np.float32)) / 32767.5 - 1)[:, None]
 
 
+def spread(total, count):
+    """Up to `count` positions from 0 to total - 1, spread evenly."""
+    return np.linspace(0, total - 1, min(total, count)).astype(int)
+
+
 def image_root(args):
     """Folder that holds the images of the settings: --data_root, else that of the phantom set."""
     return args.data_root or phantom.phantom_root(args.output_root, args.img_size)

@@ -19,11 +19,6 @@ WINDOW = 8  # evaluations whose samples are searched for copies together
 MOST_SEARCHED = 1000  # training images that samples are compared with
 
 
-def spread(total, count):
-    """Up to `count` positions from 0 to total - 1, spread evenly."""
-    return np.linspace(0, total - 1, min(total, count)).astype(int)
-
-
 @torch.no_grad()
 def fixed_inputs(latents, index, scale, args, ctx):
     """(x0, t, noise, y) of the images `index` of a data.LatentSet, as Denoiser.forward takes them:
@@ -82,11 +77,11 @@ class MemorisationMonitor:
             return
         self.num_val, self.val_data = len(val), val.summary
         val_latents = data.LatentSet(val, vae, vae_sha256, cache, ctx, args.cache_latents)
-        index = spread(len(val), PAIRS)
+        index = data.spread(len(val), PAIRS)
         matched = []  # as many training images, with the same classes
         for c, count in zip(*np.unique(val.labels[index], return_counts=True), strict=True):
             members = np.flatnonzero(self.images.labels == c)
-            matched.append(members[spread(len(members), count)])
+            matched.append(members[data.spread(len(members), count)])
         self.val = fixed_inputs(val_latents, index, scale, args, ctx)
         self.train = fixed_inputs(latents, np.concatenate(matched), scale, args, ctx)
 
@@ -122,7 +117,7 @@ class MemorisationMonitor:
         rows = data.thumbnails(x)
         self.recent = torch.cat([self.recent, rows])[-WINDOW * len(rows):]
         if self.copy_test is None:
-            some = self.images.rows[spread(len(self.images), MOST_SEARCHED)]
+            some = self.images.rows[data.spread(len(self.images), MOST_SEARCHED)]
             train = torch.from_numpy(self.thumbnails.rows(some))
             try:
                 self.copy_test = metrics.CopyTest(train)

@@ -195,9 +195,10 @@ def main(argv=None):
     parser.add_argument("--out", type=file_path, help="HTML file; None: in the first run's folder")
     args = parse_settings(parser, argv)
     runs = {path: LoggedRun(path) for path in args.runs}
-    name, html = "comparison.html", comparison(runs)
     if len(runs) == 1:
         name, html = "report.html", report(*runs.values())
+    else:
+        name, html = "comparison.html", comparison(runs)
     path = pathlib.Path(args.out or pathlib.Path(args.runs[0], name))
     write_atomic(path, lambda f: f.write(html))
     print(f"report: {path}")

@@ -18,7 +18,7 @@ from lib import diffusers_io
 from lib.args import BooleanFlag, at_least, int_list, parse_settings, trainer_parser
 from lib.dist import BatchOrder, RunningMeans, clip_and_step, setup
 from lib.files import data_flags, fail, notice
-from lib.metrics import (detail, linear_psnr, ms_ssim, octave_power, patch_moments, psnr, ssim)
+from lib.metrics import detail, linear_psnr, ms_ssim, octave_power, patch_moments, psnr, ssim
 from lib.run import Run, load_checkpoint, load_network
 from lib.verdicts import health
 
@@ -253,8 +253,7 @@ def evaluate(vae, images, ctx, batch_size, tick):
 @torch.no_grad()
 def save_reconstructions(run, vae, images, ctx, epoch):
     """Path of a grid of up to eight images above their reconstructions."""
-    index = np.linspace(0, len(images) - 1, min(8, len(images))).astype(int)
-    x = images.images(index).to(ctx.device)
+    x = images.images(data.spread(len(images), 8)).to(ctx.device)
     with ctx.autocast():
         rec = vae.decode(vae.encode(x).mean)
     return run.save_grid(f"recon_ep{epoch:04d}", [x, rec],
