@@ -32,6 +32,7 @@ CHARTS = {  # {title: metrics}
     "Diversity of samples and of real images": (f"{metrics.MSE_MEAN}_raw", REAL),
     "Round trip of samples and of real latents": (metrics.ROUND_TRIP, metrics.REAL_ROUND_TRIP),
     "Power of the octave least like real images": (metrics.POWER,),
+    "Lattice of dots or squares": (metrics.LATTICE, "val/lattice"),
     "Standard deviation of the latents": (metrics.Z_STD, metrics.TARGET_STD),
     "Copies, measured and by chance": (verdicts.COPIES, verdicts.COPIES_EXPECTED),
     "Speed": ("train/images_per_second",)}

@@ -168,22 +168,24 @@ def latent_metrics(z, labels, class_names, latent_scale_factor, real_pairwise_ms
 @torch.no_grad()
 def appearance(z, latent_scale_factor, x, vae, ctx):
     """For image_metrics, of normalised latents z [N, C, h, w] and images x [N, 1, H, W] in
-    [-1, 1]: mean power by octave of x, and mean squared change of z when it is decoded and encoded
-    again. Real latents come back; those that no image has, as in mottle, do not."""
+    [-1, 1]: mean power by octave and lattice of x, and mean squared change of z when it is decoded
+    and encoded again. Real latents come back; those that no image has, as in mottle, do not."""
     decoded = decode_latents(vae, z, latent_scale_factor, ctx).split(16)
     again = torch.cat([vae.encode(part.to(ctx.device)).mean.cpu() for part in decoded])
     moved = (again * latent_scale_factor - z.cpu()).square().mean().item()
-    return {"octave_power": metrics.octave_power(x).mean(0).tolist(), "round_trip": moved}
+    return {"octave_power": metrics.octave_power(x).mean(0).tolist(),
+            "lattice": metrics.lattice(x).mean().item(), "round_trip": moved}
 
 
 def image_metrics(z, latent_scale_factor, x, vae, ctx, real):
     """Metrics sample_quality/* of samples, arguments as of `appearance`; real: a dict with what
     that returned of training images. None if it lacks it, as in earlier checkpoints."""
-    if "round_trip" not in real:
+    if "lattice" not in real:
         return {}
     own = appearance(z, latent_scale_factor, x, vae, ctx)
     ratios = torch.tensor(own["octave_power"]) / torch.tensor(real["octave_power"])
     return {metrics.POWER: ratios[ratios.log().abs().argmax()].item(),  # the furthest from 1
+            metrics.LATTICE: own["lattice"] / real["lattice"],
             metrics.ROUND_TRIP: own["round_trip"], metrics.REAL_ROUND_TRIP: real["round_trip"]}
 
 

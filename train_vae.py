@@ -18,7 +18,8 @@ from lib import diffusers_io
 from lib.args import BooleanFlag, at_least, int_list, parse_settings, trainer_parser
 from lib.dist import BatchOrder, RunningMeans, clip_and_step, setup
 from lib.files import data_flags, fail, notice
-from lib.metrics import detail, linear_psnr, ms_ssim, octave_power, patch_moments, psnr, ssim
+from lib.metrics import (detail, lattice, linear_psnr, ms_ssim, octave_power, patch_moments, psnr,
+                         ssim)
 from lib.run import Run, load_checkpoint, load_network
 from lib.verdicts import health
 
@@ -225,10 +226,10 @@ def train_step(models, vae_fn, disc_fn, perceptual, x, step, args, ctx):
 @torch.no_grad()
 def evaluate(vae, images, ctx, batch_size, tick):
     """Quality of what the posterior means decode to, over all images of all ranks: PSNR, SSIM, L1;
-    detail and the power of the two finest octaves, where blur and noise show, as fractions of the
-    images' own; psnr_linear, the PSNR of as many principal components per patch as there are latent
-    channels. tick() is called before each batch."""
-    sums = torch.zeros(10, dtype=torch.float64)
+    detail, lattice and the power of the two finest octaves, where blur and noise show, as fractions
+    of the images' own; psnr_linear, the PSNR of as many principal components per patch as there are
+    latent channels. tick() is called before each batch."""
+    sums = torch.zeros(12, dtype=torch.float64)
     moments = torch.zeros(vae.factor**2 + 1, vae.factor**2 + 1, dtype=torch.float64)
     local = range(ctx.rank, len(images), ctx.world_size)
     for start in range(0, len(local), batch_size):
@@ -239,15 +240,15 @@ def evaluate(vae, images, ctx, batch_size, tick):
         l1 = (rec - x).abs().mean((1, 2, 3))
         columns = [psnr(rec, x), ssim(rec, x), l1, torch.ones_like(l1)]
         for of in (rec, x):
-            columns += [detail(of), *octave_power(of)[:, -2:].unbind(1)]
+            columns += [detail(of), lattice(of), *octave_power(of)[:, -2:].unbind(1)]
         sums += torch.stack([column.double().cpu() for column in columns], 1).sum(0)
         moments += patch_moments(x, vae.factor)
     ctx.average(sums)
     ctx.average(moments)
-    values = [*(sums[:3] / sums[3]), *(sums[4:7] / sums[7:].clamp_min(1e-12))]
-    return {f"val/{name}": value.item() for name, value in zip(
-        ("psnr", "ssim", "l1", "detail", "power_fine", "power_finest"), values, strict=True)} | {
-            "val/psnr_linear": linear_psnr(moments, vae.latent_shape[0])}
+    values = [*(sums[:3] / sums[3]), *(sums[4:8] / sums[8:].clamp_min(1e-12))]
+    names = ("psnr", "ssim", "l1", "detail", "lattice", "power_fine", "power_finest")
+    return {f"val/{name}": value.item() for name, value in zip(names, values, strict=True)} | {
+        "val/psnr_linear": linear_psnr(moments, vae.latent_shape[0])}
 
 
 @torch.no_grad()

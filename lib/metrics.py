@@ -90,18 +90,33 @@ def octaves(side):
     return [*zip(ends[:-1], ends[1:], strict=True)]
 
 
-def octave_power(x):
-    """Power of square images [B, 1, S, S] in each of octaves(S): float64 [B, octaves]. Sum of
-    |DFT|^2, mean removed, under a Hann window, without which borders look like fine detail."""
-    side = x.shape[-1]
-    window = torch.hann_window(side, periodic=False, dtype=torch.float64)
+def spectrum(x):
+    """|DFT|^2 of square images [B, 1, S, S], mean removed, under a Hann window, without which
+    borders look like fine detail: float64 [B, S, S]."""
+    window = torch.hann_window(x.shape[-1], periodic=False, dtype=torch.float64)
     grey = x.detach().cpu().double()[:, 0]
     grey = (grey - grey.mean((1, 2), keepdim=True)) * window[:, None] * window
-    power = torch.fft.fft2(grey).abs().square()
+    return torch.fft.fft2(grey).abs().square()
+
+
+def octave_power(x):
+    """Power of square images [B, 1, S, S] in each of octaves(S): float64 [B, octaves]."""
+    side, power = x.shape[-1], spectrum(x)
     cycles = torch.fft.fftfreq(side, dtype=torch.float64) * side
     radius = (cycles[:, None].square() + cycles.square()).sqrt()
     return torch.stack([power[:, (radius >= low) & (radius < high)].sum(1)
                         for low, high in octaves(side)], 1)
+
+
+def lattice(x):
+    """Power of square images [B, 1, S, S] at the frequencies of lattices with 2, 4 or 8 pixels
+    between their dots, over the power around these frequencies: float64 [B]. Of 300 radiographs
+    and phantoms at 64 to 256 px 0.5 to 1.4, mean 0.9 to 1; dots of 4 % grey make it 4 to 900."""
+    power = F.pad(spectrum(x)[:, None], (4, 4, 4, 4), mode="circular")  # the DFT is periodic
+    around = F.avg_pool2d(power, 9, 1)[:, 0] * 81
+    peak = F.avg_pool2d(power[..., 3:-3, 3:-3], 3, 1)[:, 0] * 9  # as wide as the window makes it
+    places = torch.arange(x.shape[-1] // 8, x.shape[-1], x.shape[-1] // 8)
+    return (8 * peak / (around - peak))[:, places[:, None], places].mean((1, 2))
 
 
 def patch_moments(x, side):
@@ -132,6 +147,7 @@ Z_MIN, Z_MAX = "final_latent_stats/min", "final_latent_stats/max"
 TARGET_STD = "final_latent_stats/target_std"
 POWER, ROUND_TRIP = "sample_quality/power", "sample_quality/round_trip"
 REAL_ROUND_TRIP = "sample_quality/real_round_trip"
+LATTICE = "sample_quality/lattice"
 
 
 def rows64(x):

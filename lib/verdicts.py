@@ -5,15 +5,16 @@ from typing import NamedTuple
 
 import torch
 
-from lib.metrics import (MSE_MAX, MSE_MEAN, MSE_MIN, MSE_STD, POWER, RATIO, REAL_ROUND_TRIP,
-                         ROUND_TRIP, TARGET_STD, Z_MAX, Z_MEAN, Z_MIN, Z_STD, psnr, rows64)
+from lib.metrics import (LATTICE, MSE_MAX, MSE_MEAN, MSE_MIN, MSE_STD, POWER, RATIO,
+                         REAL_ROUND_TRIP, ROUND_TRIP, TARGET_STD, Z_MAX, Z_MEAN, Z_MIN, Z_STD, psnr,
+                         rows64)
 
 LOSS, GRAD, BAD_STEPS = "train/loss", "train/grad_norm", "train/bad_steps"
 VAL, VAL_TRAIN = "val/loss", "val/train_loss"
 COPIES, COPIES_EXPECTED = "copies/share", "copies/expected"
 COPIES_PROBABILITY, NOISE = "copies/probability", "posterior_noise_share"
 PSNR, PSNR_LINEAR = "val/psnr", "val/psnr_linear"
-DETAIL, FINEST = "val/detail", "val/power_finest"
+DETAIL, FINEST, VAL_LATTICE = "val/detail", "val/power_finest", "val/lattice"
 
 
 class Verdict(NamedTuple):
@@ -66,7 +67,6 @@ def less_guidance(guidance_scale):
 def rules(v, c):
     """The table of verdicts, for a metric's value v in the context c of `health`: [(metric, level,
     whether it applies, meaning, advice)]. The first that applies counts; if none does, see OK."""
-    std, less = c.target_std, less_guidance(c.guidance_scale)
     return [
         ("*", "bad", not math.isfinite(v), "NaN or infinite: training or sampling has blown up.",
          "Resume from the last checkpoint with a lower --lr and --grad_clip; try --dtype fp32."),
@@ -95,23 +95,26 @@ def rules(v, c):
         *[rule for level, factor in (("bad", 4), ("watch", 2)) for rule in (
             (POWER, level, v < 1 / factor, "Blurred: less power in an octave than real images.",
              "Train longer. If reconstructions are as soft, train the autoencoder longer."),
-            (POWER, level, v > factor, "Mottle or a lattice: more power in an octave than real.",
+            (POWER, level, v > factor, "Mottle: more power in an octave than real images.",
              "Train longer, or raise --num_sampling_steps. In a short run, lower --ema_decay."))],
+        *[(name, level, v > factor, "A lattice: dots or squares at equal distances.",
+           "Look at reconstructions: train the autoencoder longer, or with a lower --disc_weight.")
+          for name in (LATTICE, VAL_LATTICE) for level, factor in (("bad", 4), ("watch", 2))],
         (ROUND_TRIP, "bad", v > c.real_round_trip + 0.012, "Not latents of any X-ray yet.",
          "Train longer or raise --lr, --num_sampling_steps. In a short run, lower --ema_decay."),
         (ROUND_TRIP, "watch", v > c.real_round_trip + 0.004, "Not quite latents of X-rays.",
          "Train longer. Look at outlines, ribs and corners in the sample grid."),
 
         (MSE_MEAN, "bad", v < 0.01, "Collapse: the samples of a class are nearly identical.",
-         f"Lower --lr, {less}; check that --prob_uncond is near 0.1 and not near 1."),
+         f"Lower --lr, {c.less}; check that --prob_uncond is near 0.1 and not near 1."),
         (MSE_MEAN, "watch", v < 0.1, "The samples of a class are very similar.",
-         f"See if the number grows over the next epochs; else {less}."),
+         f"See if the number grows over the next epochs; else {c.less}."),
         (RATIO, "watch", v < 0.5, "Samples are less diverse than training images.",
-         f"See if the number grows over the next epochs; else {less}."),
+         f"See if the number grows over the next epochs; else {c.less}."),
         (RATIO, "watch", v > 1.5, "Further apart than training images: noise, not diversity.",
          "Train longer or raise --num_sampling_steps. In a short run, lower --ema_decay."),
         *[(name, "bad", v < 1e-4, "Images are repeated among the samples of a class.",
-           f"Check that samples start from different noise; lower --lr, {less}.")
+           f"Check that samples start from different noise; lower --lr, {c.less}.")
           for name in (MSE_STD, MSE_MIN, MSE_MAX)],
 
         (PSNR, "bad", v < c.psnr_linear, "Worse than as many principal components.",
@@ -123,23 +126,23 @@ def rules(v, c):
             (FINEST, "bad", 4), (FINEST, "watch", 1.6)) for rule in (
                 (name, level, v < 1 / factor, "Blurred: less fine detail than the images.",
                  "Train longer, with the discriminator from half of the run on (--disc_start)."),
-                (name, level, v > factor, "Noise or a lattice: more fine detail than the images.",
+                (name, level, v > factor, "Noise: more fine detail than the images.",
                  "Train longer, or lower --disc_weight."))],
         (NOISE, "bad", v > 0.5, "Mostly noise: the posterior makes up over half of the variance.",
          "Retrain the autoencoder with a lower --kl_weight."),
         (NOISE, "watch", v > 0.2, "Posterior noise makes up a good part of the variance.",
          "Lower --kl_weight, or train the autoencoder longer."),
-        (Z_MEAN, "bad", abs(v - c.train_mean) > std, "Far from the training latents' mean.",
-         f"If images are too dark or bright, try --zero_terminal_snr; else {less}."),
-        (Z_STD, "bad", v < 0.5 * std or v > 2 * std, "Far off 1/latent_scale_factor.",
-         f"Run find_latent_scale.py again. If the factor is right, {less}."),
-        (Z_STD, "watch", v < 0.8 * std or v > 1.25 * std, "Off 1/latent_scale_factor.",
-         f"Too large: {less}. Too small: train longer, more --num_sampling_steps."),
+        (Z_MEAN, "bad", abs(v - c.train_mean) > c.std, "Far from the training latents' mean.",
+         f"If images are too dark or bright, try --zero_terminal_snr; else {c.less}."),
+        (Z_STD, "bad", v < 0.5 * c.std or v > 2 * c.std, "Far off 1/latent_scale_factor.",
+         f"Run find_latent_scale.py again. If the factor is right, {c.less}."),
+        (Z_STD, "watch", v < 0.8 * c.std or v > 1.25 * c.std, "Off 1/latent_scale_factor.",
+         f"Too large: {c.less}. Too small: train longer, more --num_sampling_steps."),
         *[rule for name in (Z_MIN, Z_MAX) for rule in (
             (name, "bad", abs(v) > 20 and not c.lowest <= v <= c.highest, "Beyond +-20: too far.",
-             f"Raise --num_sampling_steps, {less}; else check the scale factor."),
+             f"Raise --num_sampling_steps, {c.less}; else check the scale factor."),
             (name, "watch", v < c.lowest or v > c.highest, "Far outside the training range.",
-             f"Early in training this passes by itself; later {less}."))],
+             f"Early in training this passes by itself; later {c.less}."))],
     ]
 
 
@@ -150,12 +153,14 @@ OK = {  # in the order in which verdicts are printed
     VAL: "Falling, or too early to judge (under 4 evaluations).",
     COPIES: "No more samples copy a training image than chance allows.",
     POWER: "As much power in every octave as real images.",
+    LATTICE: "No more of a lattice than in real images.",
     ROUND_TRIP: "Decoded and encoded again, they move as little as real latents.",
     MSE_MEAN: "The samples of a class differ from one another.",
     RATIO: "Samples are about as diverse as training images.",
     **dict.fromkeys((MSE_STD, MSE_MIN, MSE_MAX), "No image is repeated within a class."),
     PSNR: "Better than as many principal components.",
     **dict.fromkeys((DETAIL, FINEST), "As much fine detail as the images."),
+    VAL_LATTICE: "No more of a lattice than in the images.",
     NOISE: "The latents carry image content and hardly any noise.",
     Z_MEAN: "Near the mean of the training latents, if that is known.",
     Z_STD: "Near 1/latent_scale_factor.",
@@ -166,8 +171,8 @@ TARGETS = {  # beside a value, with fields of the context; left out if one is no
     GRAD: "1e-06 to 100", COPIES: "{copies_expected:.2g} by chance", MSE_MEAN: "over 0.1",
     RATIO: "0.5 to 1.5", POWER: "0.5 to 2", ROUND_TRIP: "{real_round_trip:.2g} for real ones",
     PSNR: "principal components: {psnr_linear:.1f}", DETAIL: "0.8 to 1.25", FINEST: "0.6 to 1.6",
-    NOISE: "under 0.2", Z_MEAN: "{train_mean:.2g} +- {target_std:.2g}",
-    Z_STD: "0.8 to 1.25 of {target_std:.3g}",
+    LATTICE: "under 2", VAL_LATTICE: "under 2", NOISE: "under 0.2",
+    Z_MEAN: "{train_mean:.2g} +- {std:.2g}", Z_STD: "0.8 to 1.25 of {std:.3g}",
     **dict.fromkeys((Z_MIN, Z_MAX), "{lowest:.3g} to {highest:.3g}")}
 
 
@@ -186,8 +191,8 @@ def health(metrics, losses=(), train_stats=None, overfit=False, diverged=False,
         copies_probability=metrics.get(COPIES_PROBABILITY, math.nan), diverged=diverged,
         psnr_linear=metrics.get(PSNR_LINEAR, math.nan),
         real_round_trip=metrics.get(REAL_ROUND_TRIP, math.nan),
-        copies_expected=metrics.get(COPIES_EXPECTED, math.nan), guidance_scale=guidance_scale,
-        target_std=metrics.get(TARGET_STD, math.nan), train_mean=train["mean"],
+        copies_expected=metrics.get(COPIES_EXPECTED, math.nan), less=less_guidance(guidance_scale),
+        std=metrics.get(TARGET_STD, math.nan), train_mean=train["mean"],
         lowest=train["min"] - half_range, highest=train["max"] + half_range)
     verdicts = []
     for name in (name for name in OK if name in metrics):

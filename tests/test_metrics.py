@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from lib.metrics import (CopyTest, auroc, auroc_gain, auroc_interval, beta_binomial_tail, detail,
-                         distinct_rows, frechet_distance, latent_stats, linear_psnr, mean_auroc,
-                         ms_ssim, octave_power, octaves, pairwise_mse, patch_moments, psnr,
-                         sample_diversity, ssim)
+                         distinct_rows, frechet_distance, latent_stats, lattice, linear_psnr,
+                         mean_auroc, ms_ssim, octave_power, octaves, pairwise_mse,
+                         patch_moments, psnr, sample_diversity, ssim)
 from lib.verdicts import (OK, format_training, format_verdicts, health, loss_trend,
                           overfit_verdict, sweep_objective)
 
@@ -227,6 +227,15 @@ def test_a_gain_is_clear_only_where_there_is_one():
 # --- sharpness ---
 
 
+def octave_noise(side):
+    """Noise whose power falls with the fourth power of the frequency."""
+    cycles = torch.fft.fftfreq(side, dtype=torch.float64) * side
+    radius = (cycles[:, None].square() + cycles.square()).sqrt().clamp_min(1)
+    noise = torch.randn(32, 1, side, side, generator=rng(5), dtype=torch.float64)
+    x = torch.fft.ifft2(torch.fft.fft2(noise) * radius**-2).real
+    return x / x.std() * 0.5
+
+
 def test_detail_of_boards_is_what_averaging_takes_away():
     board = (torch.arange(6)[:, None] + torch.arange(6)) % 2 * 0.8 - 0.4  # grey 0.3 and 0.7
     odd = torch.zeros(1, 1, 7, 9)  # the last row and column have no neighbour
@@ -250,6 +259,17 @@ def test_power_against_the_transfer_function_of_a_filter():
                 for low, high in octaves(64)]
     ratio = octave_power(soft).mean(0) / power
     assert ratio.tolist() == pytest.approx([e.mean() for e in expected], rel=0.03)
+
+
+@pytest.mark.parametrize("side, grey", [(64, 0.04), (128, 0.02)])
+def test_dots_at_equal_distances_are_a_lattice(side, grey):
+    x = octave_noise(side)
+    assert lattice(x).mean().item() == pytest.approx(0.95, abs=0.1)
+    for spacing in (2, 4):
+        dots = torch.zeros(side, side)
+        dots[spacing // 2::spacing, ::spacing] = 2 * grey
+        assert lattice(x + dots).mean() > 4
+        assert lattice(x + dots.flatten()[torch.randperm(side**2)].view(side, side)).mean() < 1.3
 
 
 def test_linear_psnr_is_that_of_projecting_on_components():
@@ -308,6 +328,8 @@ CASES = [
     *[("sample_quality/round_trip", value, level,
        {"beside": {"sample_quality/real_round_trip": 0.01}})
       for value, level in ((0.0, "ok"), (0.0139, "ok"), (0.0141, "watch"), (0.0221, "bad"))],
+    *[(name, value, level, {}) for name in ("sample_quality/lattice", "val/lattice")
+      for value, level in ((0.3, "ok"), (1.9, "ok"), (2.1, "watch"), (4.1, "bad"))],
     *[("val/psnr", value, level, {"beside": {"val/psnr_linear": 29.0}})
       for value, level in ((28.9, "bad"), (29.1, "watch"), (30.1, "ok"))],
     *[("val/detail", value, level, {}) for value, level in (

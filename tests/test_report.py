@@ -118,7 +118,8 @@ def test_ldm_page_shows_curves_samples_and_verdicts(stages, workspace, quick):
         "train/grad_norm", "sample_diversity/pairwise_mse_mean_raw",
         "sample_diversity/real_pairwise_mse_mean", "final_latent_stats/std",
         "final_latent_stats/target_std", "copies/share", "copies/expected",
-        *(f"sample_quality/{name}" for name in ("power", "round_trip", "real_round_trip")),
+        *(f"sample_quality/{name}"
+          for name in ("power", "lattice", "round_trip", "real_round_trip")),
         "train/images_per_second"}
     assert [data for _, data in seen.pictures] == [
         (folder / f"samples/{kind}_{c}.png").read_bytes() for c in ("normal", "tb")

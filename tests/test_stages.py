@@ -68,7 +68,7 @@ def test_train_vae_leaves_the_files_of_the_contract(stages):
     assert summary["step"] == 100
     judged = {v["metric"] for v in summary["verdicts"]}
     assert judged == {"train/loss", "train/grad_norm", "train/bad_steps", "val/psnr", "val/detail",
-                      "val/power_finest"}
+                      "val/power_finest", "val/lattice"}
     assert grey(folder / "samples/recon_ep0050.png").shape == (2 * (32 + 16), 6 * 34 + 2)
 
 
