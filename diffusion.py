@@ -6,6 +6,7 @@ x0-hat alone. So a new parametrisation needs no new sampler, and a new sampler i
 """
 import contextlib
 import functools
+import itertools
 import math
 
 import torch
@@ -182,24 +183,29 @@ def lambda_grid(schedule, steps):
     return with_levels(schedule, torch.cat([below.new_ones(1), below, below.new_zeros(1)]))
 
 
+def posterior(x, x0, now, later):
+    """Mean and standard deviation of q(x_s | x_t, x0-hat) from level (t, alpha, sigma) `now` to
+    `later`: DDPM (Ho et al. 2020, eq. 6-7; for any alpha and sigma Kingma et al. 2021, A.4)."""
+    (_, alpha_t, sigma_t), (_, alpha_s, sigma_s) = now, later
+    alpha_ts = alpha_t / alpha_s
+    var_ts = sigma_t**2 - alpha_ts**2 * sigma_s**2
+    mean = (alpha_ts * sigma_s**2 * x + alpha_s * var_ts * x0) / sigma_t**2
+    return mean, math.sqrt(var_ts) * sigma_s / sigma_t
+
+
 def ancestral(denoise, schedule, x, steps, noise):
-    """Draws x_s from q(x_s | x_t, x0-hat): DDPM (Ho et al. 2020, eq. 6-7; for any alpha and sigma
-    Kingma et al. 2021, appendix A.4)."""
-    grid = time_grid(schedule, steps)
-    for (t, alpha_t, sigma_t), (_, alpha_s, sigma_s) in zip(grid, grid[1:], strict=False):
-        x0 = denoise(x, t)
-        alpha_ts = alpha_t / alpha_s
-        var_ts = sigma_t**2 - alpha_ts**2 * sigma_s**2
-        mean = (alpha_ts * sigma_s**2 * x + alpha_s * var_ts * x0) / sigma_t**2
-        x = mean + math.sqrt(var_ts) * sigma_s / sigma_t * noise()
+    """Draws each x_s from q(x_s | x_t, x0-hat), see `posterior`."""
+    for now, later in itertools.pairwise(time_grid(schedule, steps)):
+        mean, std = posterior(x, denoise(x, now[0]), now, later)
+        x = mean + std * noise()
     return x
 
 
 def ddim(denoise, schedule, x, steps, noise):
     """Deterministic DDIM (Song et al. 2021, eq. 12 with eta = 0); on schedule 'flow' these are the
     Euler steps of flow matching."""
-    grid = time_grid(schedule, steps)
-    for (t, alpha_t, sigma_t), (_, alpha_s, sigma_s) in zip(grid, grid[1:], strict=False):
+    for (t, alpha_t, sigma_t), (_, alpha_s, sigma_s) in itertools.pairwise(
+            time_grid(schedule, steps)):
         x0 = denoise(x, t)
         eps = (x - alpha_t * x0) / sigma_t
         x = alpha_s * x0 + sigma_s * eps
@@ -209,9 +215,9 @@ def ddim(denoise, schedule, x, steps, noise):
 def dpmpp_2m(denoise, schedule, x, steps, noise, sde=False):
     """DPM-Solver++ 2M (Lu et al. 2022, alg. 2), deterministic. sde: SDE-DPM-Solver++ 2M of the same
     paper, which is `ancestral` of second order."""
-    grid = lambda_grid(schedule, steps)
     x0_before = h_before = dt_before = None
-    for (t, alpha_t, sigma_t), (s, alpha_s, sigma_s) in zip(grid, grid[1:], strict=False):
+    for (t, alpha_t, sigma_t), (s, alpha_s, sigma_s) in itertools.pairwise(
+            lambda_grid(schedule, steps)):
         x0, dt, h = denoise(x, t), t - s, math.inf  # h: the step in lambda
         if alpha_t > 0 and sigma_s > 0:
             h = math.log(alpha_s * sigma_t / (alpha_t * sigma_s))
@@ -251,3 +257,112 @@ def sample(denoiser, y, noise, sampler, steps, guidance_scale, guidance_interval
 
     start = noise() * denoiser.schedule.sigma(torch.ones(1)).item()
     return SAMPLERS[sampler](denoise, denoiser.schedule, start, steps, noise)
+
+
+# --- composition --------------------------------------------------------------------------------
+# Several conditions in one image; each rule is named by what it draws from. x0_hats(x, t): x0-hat
+# of each condition at a float t. The rules for two conditions take small steps of `ancestral`.
+
+
+def add(x0_hats, weights):
+    """denoise(x, t), for any sampler, of p_base prod (p_i / p_base)^w_i: each finding added to the
+    base. x0_hats gives pairs, of a condition and of its base. Right if each finding changes other
+    parts of the base (projective composition, Bradley et al. 2025), or, with the null class as the
+    base, if findings are independent in the training set (Liu et al. 2022)."""
+    def denoise(x, t):
+        pairs = x0_hats(x, t)
+        added = [w * (x0 - base) for w, (x0, base) in zip(weights, pairs, strict=True)]
+        return pairs[0][1] + sum(added)
+    return denoise
+
+
+def per_image(x):
+    """Sum over all but the first dimension of x, which is kept: [B, 1, ...]."""
+    return x.sum(tuple(range(1, x.ndim)), keepdim=True)
+
+
+def either(x0_hats, schedule, x, steps, noise, weights):
+    """Draws from w1 p1 + w2 p2: SuperDiff's OR (Skreta et al. 2025, 2412.17762). Returns (x0,
+    {log_ratio: log p1 / p2 of each image [B]})."""
+    log_ratio = torch.zeros_like(per_image(x))
+    odds = math.log(weights[0] / weights[1])
+    for now, later in itertools.pairwise(time_grid(schedule, steps)):
+        (mean_1, std), (mean_2, _) = (posterior(x, x0, now, later) for x0 in x0_hats(x, now[0]))
+        difference = mean_1 - mean_2
+        x = mean_2 + torch.sigmoid(log_ratio + odds) * difference + std * noise()
+        if std > 0:  # the last step draws nothing, so it says nothing about where x came from
+            log_ratio += per_image(difference * (2 * x - mean_1 - mean_2)) / (2 * std**2)
+    return x, {"log_ratio": log_ratio.flatten()}
+
+
+def both(x0_hats, schedule, x, steps, noise, weights):
+    """Draws where p1 = p2, which is narrower than their product: SuperDiff's AND, whose noise is
+    perpendicular to what the two disagree on, so that log p1 / p2 stays 0. Returns (x0, {})."""
+    for now, later in itertools.pairwise(time_grid(schedule, steps)):
+        (mean_1, std), (mean_2, _) = (posterior(x, x0, now, later) for x0 in x0_hats(x, now[0]))
+        difference, z = mean_1 - mean_2, noise()
+        along = per_image(difference * z) / per_image(difference**2).clamp_min(1e-30)
+        x = (mean_1 + mean_2) / 2 + std * (z - along * difference)
+    return x, {}
+
+
+def product(x0_hats, schedule, x, steps, noise, weights):
+    """Draws from p1 p2, normalised: the sum of both scores with Feynman-Kac weights, d log w = g^2
+    s1 . s2 dt, and resampling (Skreta et al. 2025, PMLR 267:55906). The images [B] are one
+    population. Returns (x0, {effective_sample_size: 1 to B, counted by the starts that images come
+    from, so that the error of an average is at most about std / sqrt of it})."""
+    first, *grid = time_grid(schedule, steps)
+    _, alpha, sigma = grid[0]
+    x = alpha * sum(x0_hats(x, first[0])) / 2 + sigma * math.sqrt(0.5) * x  # two noises multiplied
+    origin = torch.arange(len(x), device=x.device)
+    for (t, alpha_t, sigma_t), (_, alpha_s, sigma_s) in itertools.pairwise(grid):
+        x0_1, x0_2 = x0_hats(x, t)
+        middle, half = (x0_1 + x0_2) / 2, (x0_1 - x0_2) / 2
+        before = per_image((x - alpha_t * middle)**2) / sigma_t**2
+        # The exact step for constant x0-hats. q: noise to signal at s over that at t.
+        q = sigma_s * alpha_t / (alpha_s * sigma_t)
+        x = (alpha_s * (1 - q**4) * middle + q**3 * sigma_s / sigma_t * x
+             + sigma_s * math.sqrt((1 - q**6) / 3) * noise())
+        if sigma_s > 0:
+            after = per_image((x - alpha_s * middle)**2) / sigma_s**2
+            signal = (alpha_s / sigma_s)**2 - (alpha_t / sigma_t)**2
+            log_w = -(before + after) * math.log(q) - signal * per_image(half**2)
+            # Systematic resampling: as many copies of each image as its weight says, rounded.
+            ends = log_w.flatten().double().softmax(0).cumsum(0)
+            uniform = torch.special.ndtr(noise().flatten()[0]).to(ends)
+            points = (torch.arange(len(x), device=x.device) + uniform) / len(x)
+            chosen = torch.searchsorted(ends, points).clamp(max=len(x) - 1)
+            x, origin = x[chosen], origin[chosen]
+    return x, {"effective_sample_size": len(x)**2 / origin.bincount().square().sum()}
+
+
+RULES = {"or": either, "and": both, "product": product}
+
+
+@torch.no_grad()
+def compose(denoisers, conditions, bases, rule, weights, noise, sampler, steps,
+            autocast=contextlib.nullcontext, tick=lambda: None):
+    """(Normalised latents [B, C, h, w], what the rule says of them) of `conditions`, [(model
+    number, class)] of denoisers, by `rule`: a name in RULES, or add, which takes any sampler and
+    the base of each condition, [(model number, class)]. Other arguments as of `sample`."""
+    wanted = [*dict.fromkeys([*conditions, *bases])]
+
+    def x0_hats(x, t):
+        tick()
+        found = {}
+        for m, denoiser in enumerate(denoisers):  # one evaluation for each model
+            classes = [c for k, c in wanted if k == m]
+            y = torch.tensor(classes, device=x.device).repeat_interleave(len(x))
+            with autocast():
+                x0 = denoiser.denoise(x.repeat(len(classes), 1, 1, 1),
+                                      torch.full((len(y),), t, device=x.device), y)
+            found.update(zip([(m, c) for c in classes], x0.chunk(len(classes)), strict=True))
+        if rule == "add":
+            return [(found[c], found[base]) for c, base in zip(conditions, bases, strict=True)]
+        return [found[condition] for condition in conditions]
+
+    schedule = denoisers[0].schedule
+    start = noise() * schedule.sigma(torch.ones(1)).item()
+    if rule == "add":
+        return SAMPLERS[sampler](add(x0_hats, weights), schedule, start, steps, noise), {}
+    return RULES[rule](x0_hats, schedule, start, steps, noise, weights)
