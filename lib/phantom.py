@@ -2,8 +2,9 @@
 
     python -m lib.phantom --out=phantom --num_train=64 --num_val=16 --img_size=128
 
-writes PNG files laid out as a data root of your own would be: OUT/TB/SPLIT/CLASS/*.png. The classes
-are `normal` and `tb`; every image is a function of (seed, split, class, number).
+writes PNG files laid out as a data root of your own would be: OUT/TB/SPLIT/CLASS/*.png. Classes are
+`normal`, `tb`, `effusion` and `tb+effusion`, which has both; the first two are the default. Every
+image is a function of (seed, split, class, number).
 """
 import contextlib
 import functools
@@ -37,13 +38,14 @@ def cloud(rng, cells, n):
     return np.asarray(Image.fromarray(grid).resize((n, n), Image.BICUBIC))
 
 
-def draw_phantom(rng: np.random.Generator, has_tb: bool, img_size: int) -> np.ndarray:
+def draw_phantom(rng: np.random.Generator, class_name: str, img_size: int) -> np.ndarray:
     """One frontal chest image, uint8 [img_size, img_size]: bone white, air 0, heart on the right.
 
     A sum of densities over smooth implicit shapes in patient coordinates (-1 to 1, y down), at any
-    img_size. Lesions and noise have generators of their own: a seed is one patient in both classes.
+    img_size. Findings and noise have generators of their own: a seed is one patient in all classes.
     """
-    lesion_rng, noise_rng = (np.random.default_rng(s) for s in rng.integers(2**63, size=2))
+    seeds, findings = rng.integers(2**63, size=2), class_name.split("+")
+    lesion_rng, noise_rng, fluid_rng = map(np.random.default_rng, (*seeds, seeds))
     uni = rng.uniform
     n = max(img_size, 128)  # small images are averaged down from 128 so that ribs do not alias
     axis = ((np.arange(n) + 0.5) * 2 / n - 1).astype(np.float32)
@@ -104,10 +106,16 @@ def draw_phantom(rng: np.random.Generator, has_tb: bool, img_size: int) -> np.nd
     clavicle = clavicle * soft_step(0.325 - np.abs(u - 0.395), 0.015)
     bones = 0.06 * spine + 0.095 * ribs + 0.12 * clavicle
 
-    lesion = draw_lesions(lesion_rng, x, y - apex, lung_w, base - apex) if has_tb else 0.0
+    # --- findings ---
+    lesion = fluid = 0.0
+    if "tb" in findings:
+        lesion = draw_lesions(lesion_rng, x, y - apex, lung_w, base - apex)
+    if "effusion" in findings:
+        fluid = draw_effusion(fluid_rng, x, y - base, v, base - apex)
 
     # --- sum and film response ---
     gas = lung * (1 - middle) * (0.8 + 0.2 * t) * (uni(0.38, 0.44) - 0.32 * lesion - 0.12 * vessels)
+    gas = gas * (1 - fluid)
     density = body * (tissue + (1 - above) * belly + middle_density + bones - 0.05 * trachea - gas)
     film = 1 - np.exp(-((np.maximum(density, 0) * uni(1.5, 2.1)) ** uni(1.2, 1.7)))
     return expose(rng, noise_rng, film, body, film_x, film_y, img_size)
@@ -146,6 +154,14 @@ def draw_lesions(rng, x, y, lung_w, lung_h):
     return lesion
 
 
+def draw_effusion(rng, x, y, v, lung_h):
+    """Pleural effusion: fluid at the base of one lung, 0 to about 1 like x [n, n], whose level rises
+    towards the chest wall (the meniscus). y is 0 at the diaphragm, v is 1 at the wall."""
+    side = 1 if rng.uniform() < 0.5 else -1
+    level = -rng.uniform(0.1, 0.4) * lung_h - rng.uniform(0.1, 0.25) * np.clip(v, 0, 1) ** 5
+    return rng.uniform(0.8, 0.95) * soft_step(y - level, 0.012) * soft_step(side * x, 0.02)
+
+
 def expose(rng, noise_rng, film, body, film_x, film_y, img_size):
     """What the detector makes of a film: blur, noise, the collimator's blades, 8 bits."""
     uni, n = rng.uniform, len(film)
@@ -162,14 +178,17 @@ def expose(rng, noise_rng, film, body, film_x, film_y, img_size):
 # --- sets of them -------------------------------------------------------------------------------
 
 
-def write_phantoms(folder, num_train, num_val, img_size, seed=0):
-    """Write folder/TB/{train,val}/{normal,tb}/*.png, num_train and num_val images per class."""
+CLASSES = ("normal", "tb", "effusion", "tb+effusion")
+
+
+def write_phantoms(folder, num_train, num_val, img_size, seed=0, classes=CLASSES[:2]):
+    """Write folder/TB/{train,val}/CLASS/*.png, num_train and num_val images per class."""
     for split, count in (("train", num_train), ("val", num_val)):
-        for label, name in enumerate(("normal", "tb")):
+        for label, name in ((CLASSES.index(name), name) for name in classes):
             target = make_folder(pathlib.Path(folder, "TB", split, name))
             for i in range(count):
                 rng = np.random.default_rng([seed, split == "val", label, i])
-                image = Image.fromarray(draw_phantom(rng, bool(label), img_size))
+                image = Image.fromarray(draw_phantom(rng, name, img_size))
                 write_atomic(target / f"{i:05d}.png", functools.partial(image.save, format="PNG"))
 
 
@@ -197,10 +216,12 @@ def main():
     add("--num_val", type=at_least(0), default=16, help="validation images per class")
     add("--img_size", type=at_least(16), default=128, help="side in pixels")
     add("--seed", type=at_least(0), default=0, help="of the set")
+    add("--classes", nargs="+", choices=CLASSES, default=CLASSES[:2], help="to draw")
     args = parser.parse(sys.argv[1:])
     if pathlib.Path(args.out, "TB").exists():
         fail(f"{args.out}/TB exists: give another --out, so that no phantom joins real images")
-    write_phantoms(args.out, args.num_train, args.num_val, args.img_size, args.seed)
+    write_phantoms(args.out, args.num_train, args.num_val, args.img_size, args.seed,
+                   args.classes)
     print(f"wrote {args.out}: use it with --data_root={args.out} --img_size={args.img_size}")
 
 

@@ -542,22 +542,32 @@ def test_latent_scale_json_is_what_a_direct_computation_gives(stages):
 SEEDS = range(24)
 
 
-def phantoms(has_tb, img_size=64):
-    drawn = [draw_phantom(np.random.default_rng(seed), has_tb, img_size) for seed in SEEDS]
+def phantoms(class_name, img_size=64):
+    drawn = [draw_phantom(np.random.default_rng(seed), class_name, img_size) for seed in SEEDS]
     return np.stack(drawn).astype(np.float32)
 
 
 def test_tuberculosis_brightens_the_upper_zones_only():
     # One seed is one patient in both classes: the difference of a pair is the disease alone.
-    difference = phantoms(True) - phantoms(False)  # [seed, 64, 64], grey levels
+    difference = phantoms("tb") - phantoms("normal")  # [seed, 64, 64], grey levels
     assert difference[:, 8:32].mean() > 4
     assert (difference.max(axis=(1, 2)) > 30).all()
     assert np.abs(difference[:, 44:]).max() <= 2
 
 
+def test_an_effusion_fills_the_base_of_one_lung():
+    normal = phantoms("normal")
+    fluid, two = phantoms("effusion") - normal, phantoms("tb+effusion") - normal
+    right, left = fluid[:, :, :30].mean((1, 2)), fluid[:, :, 34:].mean((1, 2))
+    assert (np.maximum(left, right) > 3).all() and (np.minimum(left, right) < 0.5).all()
+    assert 6 < (left > right).sum() < 18 and np.abs(fluid[:, :10]).max() <= 2
+    both = (phantoms("tb") - normal)[fluid == 0], two[fluid == 0]
+    assert np.abs(both[0] - both[1]).max() <= 2  # above the fluid are the lesions of the same seed
+
+
 def test_corners_are_black_and_the_heart_is_on_the_right():
     for img_size in (32, 64):
-        normal = phantoms(False, img_size)
+        normal = phantoms("normal", img_size)
         assert (normal[:, [0, 0, -1, -1], [0, -1, 0, -1]] == 0).all()
         assert (normal.max(axis=(1, 2)) > 150).all()
     mean_image = normal.mean(axis=0)
