@@ -17,7 +17,7 @@ demo: .venv/runtime
 	$(PY) find_latent_scale.py --output_root=$(RUNS) --ae_ckpt_path=$(AE)
 	$(PY) train_ldm.py --config=config/demo_ldm.py --output_root=$(RUNS) --run_name=ldm_demo \
 		--ae_ckpt_path=$(AE)
-	$(PY) sample.py --ckpt=$(LDM) --real_dir=$(RUNS)/cache/phantom_64/TB/val
+	$(PY) sample.py --ckpt=$(LDM)
 	$(PY) report.py $(RUNS)/ldm_demo
 
 test: .venv/dev

@@ -12,15 +12,14 @@ import os
 import pathlib
 import re
 
-import numpy as np
 import torch
 
 import data
 import diffusion
 import model
-from lib import decode, dist, metrics, run, verdicts
-from lib.args import (RENAMED_SAMPLERS, add_precision_arguments, add_sampling_arguments, file_path,
-                      make_parser, parse_settings)
+from lib import dist, metrics, run, verdicts
+from lib.args import (RENAMED_SAMPLERS, add_precision_arguments, add_sampling_arguments, make_parser,
+                      parse_settings)
 from lib.files import fail, finite, make_folder, read_json, write_json
 
 # What a set of samples depends on besides the checkpoint, in manifests and reports.
@@ -166,22 +165,21 @@ def latent_metrics(z, labels, class_names, latent_scale_factor, real_pairwise_ms
 
 
 @torch.no_grad()
-def appearance(z, latent_scale_factor, x, vae, ctx):
-    """For image_metrics, of normalised latents z [N, C, h, w] and images x [N, 1, H, W] in
-    [-1, 1]: mean power by octave of x, and mean squared change of z when it is decoded and encoded
+def appearance(x, z, decoded, latent_scale_factor, vae, ctx):
+    """For image_metrics: mean power by octave of images x [N, 1, H, W] in [-1, 1], and mean squared
+    change of normalised latents z [N, C, h, w] once the images `decoded` from them are encoded
     again. Real latents come back; those that no image has, as in mottle, do not."""
-    decoded = decode_latents(vae, z, latent_scale_factor, ctx).split(16)
-    again = torch.cat([vae.encode(part.to(ctx.device)).mean.cpu() for part in decoded])
+    again = torch.cat([vae.encode(part.to(ctx.device)).mean.cpu() for part in decoded.split(16)])
     moved = (again * latent_scale_factor - z.cpu()).square().mean().item()
     return {"octave_power": metrics.octave_power(x).mean(0).tolist(), "round_trip": moved}
 
 
-def image_metrics(z, latent_scale_factor, x, vae, ctx, real):
-    """Metrics sample_quality/* of samples, arguments as of `appearance`; real: a dict with what
-    that returned of training images. None if it lacks it, as in earlier checkpoints."""
+def image_metrics(x, z, latent_scale_factor, vae, ctx, real):
+    """Metrics sample_quality/* of samples x decoded from latents z; real: a dict with what
+    `appearance` returned of training images. None if it lacks it, as in earlier checkpoints."""
     if "round_trip" not in real:
         return {}
-    own = appearance(z, latent_scale_factor, x, vae, ctx)
+    own = appearance(x, z, x, latent_scale_factor, vae, ctx)
     ratios = torch.tensor(own["octave_power"]) / torch.tensor(real["octave_power"])
     return {metrics.POWER: ratios[ratios.log().abs().argmax()].item(),  # the furthest from 1
             metrics.ROUND_TRIP: own["round_trip"], metrics.REAL_ROUND_TRIP: real["round_trip"]}
@@ -195,26 +193,7 @@ def build_parser():
     parser = make_parser(__doc__)
     add_precision_arguments(parser)
     add_sampling_arguments(parser, tuple(diffusion.SAMPLERS), num_samples=8)
-    parser.add_argument("--real_dir", type=file_path,
-        help="split folder such as data/TB/val: eight real images above each class of the grid")
     return parser
-
-
-def real_rows(folder, class_names, img_size):
-    """{class index: up to eight images, float32 [N, 1, S, S] in [-1, 1]} of a split's folder. Ends
-    the program if there are none, or if one cannot be decoded."""
-    if not os.path.isdir(folder):
-        fail(f"no folder --real_dir={folder}: give one such as data/TB/val")
-    root, task, split = os.path.abspath(folder).rsplit(os.sep, 2)
-    listing, rows = data.scan(root, task, split, class_names), {}
-    for c, name in enumerate(class_names):
-        paths = [f"{root}/{file.path}" for file in listing.files if file.class_name == name]
-        try:
-            rows[c] = [decode.read_square(path, img_size)
-                       for path in paths[::max(1, len(paths) // 8)][:8]]
-        except (OSError, ValueError) as e:
-            fail(f"an image in {folder} cannot be decoded: {e}")
-    return {c: data.to_float(np.stack(images)) for c, images in rows.items() if images}
 
 
 def prepare_folder(folder, checkpoint, requests, args):
@@ -242,32 +221,26 @@ def prepare_folder(folder, checkpoint, requests, args):
     return paths
 
 
-def write_report(folder, checkpoint, paths, z, real, vae, args, ctx):
+def write_report(folder, checkpoint, paths, z, vae, args, ctx):
     """metrics.json and grid.png beside the images, and the verdicts on the console. paths: of
-    prepare_folder; z: the normalised latents of these images; real: of real_rows."""
+    prepare_folder; z: the normalised latents of these images."""
     class_names, stats = checkpoint["class_names"], checkpoint["train_stats"]
     scale, overfit = checkpoint["latent_scale_factor"], checkpoint["args"]["overfit_k"] > 0
-    # Of the first thousand per class, since pairs grow with the square.
-    labels = [c for c, i in paths if i < 1000]
-    values = latent_metrics(z[[i < 1000 for _, i in paths]], labels, class_names,
-                            scale, stats.get("real_pairwise_mse_mean"))
+    # Of the first of each class: pairs grow with the square, and images take memory.
+    labels, numbers = torch.tensor(list(paths)).T
+    few, shown = numbers < 1000, numbers < 16
+    values = latent_metrics(z[few], labels[few], class_names, scale,
+                            stats.get("real_pairwise_mse_mean"))
+    x = torch.stack([run.load_image(path) for (_, i), path in paths.items() if i < 16])
     if not overfit:
-        first = [i < 16 for _, i in paths]
-        x = torch.stack([run.load_image(path) for (_, i), path in paths.items() if i < 16])
-        values |= image_metrics(z[first], scale, x, vae, ctx, stats)
+        values |= image_metrics(x, z[shown], scale, vae, ctx, stats)
     found = verdicts.health(values, train_stats=stats, overfit=overfit,
                             guidance_scale=args.guidance_scale)
     write_json(folder / "metrics.json", values | {"verdicts": [v._asdict() for v in found]})
-    rows, names = [], []
-    for c in dict.fromkeys(labels):
-        if c in real:
-            rows.append(real[c])
-            names.append(f"{class_names[c]}   real")
-        rows.append(torch.stack([run.load_image(path) for (k, i), path in paths.items()
-                                 if k == c and i < 8]))
-        names.append(f"{class_names[c]}   {args.sampler} {args.num_sampling_steps} steps, "
-                     f"guidance {args.guidance_scale:g}")
-    run.save_grid(folder / "grid.png", rows, names)
+    classes = list(dict.fromkeys(labels.tolist()))
+    run.save_grid(folder / "grid.png", [x[labels[shown] == c][:8] for c in classes],
+                  [f"{class_names[c]}   {args.sampler} {args.num_sampling_steps} steps, guidance "
+                   f"{args.guidance_scale:g}" for c in classes])
     print(verdicts.format_verdicts(found))
     print(f"{len(paths)} images in {folder}; sample grid: {folder / 'grid.png'}")
 
@@ -279,8 +252,6 @@ def main(argv=None):
     name = (f"samples_{args.sampler}_{args.num_sampling_steps}_guidance{args.guidance_scale:g}"
             f"_seed{args.seed}")
     folder = pathlib.Path(args.out_dir or run.run_folder(args.ckpt) / name)
-    real = args.real_dir and ctx.on_main(lambda: real_rows(
-        args.real_dir, checkpoint["class_names"], checkpoint["args"]["img_size"]))
     paths = ctx.on_main(lambda: prepare_folder(folder, checkpoint, requests, args))
 
     # --- every process draws its share, and writes each batch at once ---
@@ -295,7 +266,7 @@ def main(argv=None):
 
     z = ctx.gather(torch.cat(latents))  # and now all images are written
     if ctx.is_main:
-        write_report(folder, checkpoint, paths, z, real or {}, vae, args, ctx)
+        write_report(folder, checkpoint, paths, z, vae, args, ctx)
 
 
 if __name__ == "__main__":

@@ -60,8 +60,7 @@ def preset(args):
     """New defaults that follow from the mode. An overfit_K without a row of its own takes that of
     the nearest size."""
     mode, k = resolve_mode(args)
-    nearest = "overfit_8" if k < 12 else "overfit_16" if k < 24 else "overfit_32"
-    row = PRESETS.get(mode, PRESETS[nearest])
+    row = PRESETS.get(mode, PRESETS["overfit_16" if k < 24 else "overfit_32"])
     # Memorising: no class dropout, hence no null class to guide from, nothing augmented.
     return row if not k else {**row, "batch_per_device": min(k, 16), "prob_uncond": 0.0,
                               "guidance_scale": 1.0, "warmup_steps": 0, "augment": 0}
@@ -191,23 +190,17 @@ def initial_weights(denoiser, args, class_names):
     return {name: state.get(name, value) for name, value in denoiser.state_dict().items()}
 
 
-def load_weights(run, denoiser, ema, optimizer, classes, args, class_names):
+def load_weights(run, denoiser, ema, optimizer, args, class_names):
     """Load the checkpoint of a run that goes on, and return it; a new run takes the weights of
-    --init_from, if any. Ends the program if the images of a class are gone."""
+    --init_from, if any."""
+    modules = (denoiser, ema.module) if ema else (denoiser,)
     checkpoint = run.load()
-    if checkpoint is None:
-        if args.init_from:
-            weights = initial_weights(denoiser, args, class_names)
-            run.restore(dict.fromkeys((denoiser, ema.module) if ema else (denoiser,), weights))
-        return None
-    gone = [class_names[c] for c in checkpoint["trained_classes"] if c not in classes]
-    if gone and args.class_filter < 0 and not args.overfit_k:
-        fail(f"there are no images of class {', '.join(gone)}, on which {run.folder} was trained: "
-             "give the --data_root and --task of its start")
-    modules = {denoiser: checkpoint["model"]}
-    if ema:
-        modules[ema.module] = checkpoint["ema"] or checkpoint["model"]
-    run.restore(modules, {optimizer: checkpoint["optimizer"]})
+    if checkpoint:
+        stored = (checkpoint["model"], checkpoint["ema"] or checkpoint["model"])
+        run.restore(dict(zip(modules, stored, strict=False)),
+                    {optimizer: checkpoint["optimizer"]})
+    elif args.init_from:
+        run.restore(dict.fromkeys(modules, initial_weights(denoiser, args, class_names)))
     return checkpoint
 
 
@@ -308,8 +301,8 @@ def training_reference(latents, args, scale, vae, ctx):
                f"{stats['std'] * scale:.2f}, not 1: was it measured on other images?")
     if not args.overfit_k:
         few = slice(None, None, max(1, len(index) // 32))
-        x = latents.images.images(index[few])
-        return stats | sample.appearance(z[few], scale, x, vae, ctx), None
+        x, decoded = latents.images.images(index[few]), sample.decode_latents(vae, z[few], scale, ctx)
+        return stats | sample.appearance(x, z[few], decoded, scale, vae, ctx), None
     z_train = mean.cpu() * scale
     # A perfect copy is a draw from the posterior: its variance comes on top of the tolerance.
     threshold = 0.1 + (logvar.exp().mean() * scale**2).item()
@@ -336,7 +329,7 @@ def evaluate(denoiser, vae, scale, classes, class_names, train_stats, memorised,
     if memorised:
         values |= overfit_verdict(z_samples=z, x_samples=x, **memorised)
     else:
-        values |= sample.image_metrics(z, scale, x, vae, ctx, train_stats)
+        values |= sample.image_metrics(x, z, scale, vae, ctx, train_stats)
     return values, x, labels
 
 
@@ -350,8 +343,8 @@ def save_pictures(run, epoch, x, labels, images, args):
                                     [f"{name}, epoch {epoch}, guidance {args.guidance_scale:g}"])
         if not (run.folder / "samples" / f"real_{name}.png").exists():
             members = np.flatnonzero(images.labels == c)
-            chosen = members[::max(1, len(members) // 8)][:8]
-            run.save_grid(f"real_{name}", [images.images(chosen)], [f"{name}, real"])
+            chosen = images.images(members[data.spread(len(members), 8)])
+            run.save_grid(f"real_{name}", [chosen], [f"{name}, real"])
     return paths
 
 
@@ -391,7 +384,7 @@ def main(argv=None):
     data.notice_changes(run.before.get("data"), images, f"{run.folder} was last started")
     step, train_metrics, sample_metrics, verdicts = 0, {}, {}, []
     means, diverged = RunningMeans(ctx, LOSSES), False
-    if checkpoint := load_weights(run, *models, classes, args, class_names):
+    if checkpoint := load_weights(run, *models, args, class_names):
         step, train_metrics = checkpoint["step"], checkpoint["train_metrics"]
         means.in_a_row = checkpoint["bad_steps"].to(ctx.device)
         monitor.load(checkpoint)
@@ -400,11 +393,6 @@ def main(argv=None):
     order = BatchOrder(len(images) * (args.repeat_len if args.overfit_one else 1), step_images,
                        args.seed, ctx.rank, ctx.world_size)
     total_steps = order.total_steps(args.epochs, args.max_steps)
-    if 0 < total_steps < args.warmup_steps:
-        notice(f"the learning rate still rises when the run ends: give --warmup_steps="
-               f"{total_steps // 10}, or more --max_steps than {args.warmup_steps}")
-    if args.patience and not (monitor.num_val or args.overfit_k):
-        notice("no validation images, by which --patience would stop: give --max_steps")
 
     def state():
         return {"model": denoiser.state_dict(), "ema": ema.module.state_dict() if ema else None,

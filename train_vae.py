@@ -81,10 +81,6 @@ def parse_args(argv=None):
     for name, value in preset(args).items():
         if name != "img_size" and getattr(args, name) != value:  # it is convolutional
             fail(f"the autoencoder to start from has {name}={value}: leave --{name} out")
-    least = model.PatchDiscriminator.smallest(args.disc_layers)
-    if args.disc_weight > 0 and args.img_size < least:
-        fail(f"--img_size={args.img_size} is too small for the discriminator ({least} at least): "
-             "give fewer --disc_layers, or --disc_weight=0")
     args.augment = args.augment and not (args.overfit_one or args.overfit_k)
     return args
 
