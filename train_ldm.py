@@ -123,15 +123,6 @@ def parse_args(argv=None):
     return args
 
 
-def check_inputs(args):
-    """For --check: end the program if what it needs is missing, else print where it would go on."""
-    data.check_folders(args)
-    if args.check == "inputs":
-        ae_path = find_autoencoder(args)
-        read_latent_scale(args, ae_path, load_checkpoint(ae_path, "vae")["sha256"])
-    Run.report(args, "ldm")
-
-
 # --- model and step -----------------------------------------------------------------------------
 
 
@@ -140,10 +131,10 @@ def build_models(args, ctx, latent_shape, num_classes):
     contradict each other."""
     torch.manual_seed(args.seed)
     try:
-        denoiser = model.build_denoiser(vars(args), latent_shape, num_classes, data.AUG_DIM)
+        denoiser = ctx.place(
+            model.build_denoiser(vars(args), latent_shape, num_classes, data.AUG_DIM))
     except ValueError as e:
         fail(e)
-    denoiser = ctx.place(denoiser)
     ema = model.EMA(denoiser, args.ema_decay) if args.use_ema else None
     if ema and ctx.compile and ctx.device.type == "cuda":  # on a CPU it takes minutes for nothing
         ema.module.unet.compile()
@@ -354,7 +345,11 @@ def save_pictures(run, epoch, x, labels, images, args):
 def main(argv=None):
     args = parse_args(argv)
     if args.check:
-        check_inputs(args)
+        data.check_folders(args)
+        if args.check == "inputs":
+            ae_path = find_autoencoder(args)
+            read_latent_scale(args, ae_path, load_checkpoint(ae_path, "vae")["sha256"])
+        Run.report(args, "ldm")
         return
 
     # --- processes, autoencoder, data ---

@@ -3,11 +3,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import error_of, strict, tree_hashes, write_png
-from PIL import Image
 
 import evaluate
 import sample
 from lib import run
+
 
 def argv(w, *more):
     """argv of sample.py: two samples of each class of `l` into the folder s."""
@@ -136,19 +136,3 @@ def test_classes_are_a_list_of_names(workspace, capsys, classes, drawn_classes):
         return
     sample.main(words)
     assert listed(workspace.root / "s") == [f"{name}_00000.png" for name in drawn_classes]
-
-
-def test_real_images_stand_above_the_samples_of_their_class(workspace, capsys):
-    real = workspace.root / "d/TB/val"
-    for i, grey in enumerate((0, 60, 120, 180, 240)):
-        write_png(real / f"tb/{i}.png", np.full((64, 80), grey, np.uint8))
-    sample.main(argv(workspace, f"--real_dir={real}"))
-    sheet = np.asarray(Image.open(workspace.root / "s/grid.png"))
-    assert sheet.shape == (3 * (32 + 16), 5 * 34 + 2)  # normal: no real ones; tb: real, samples
-    row = sheet[48 + 14:48 + 46, 2:].reshape(32, 5, 34)[:, :, :32]
-    assert (row == np.array([0, 60, 120, 180, 240])[:, None]).all()
-    for wrong in (real.parent, real / "none"):  # of the task, of no split
-        message = error_of(capsys, sample.main, argv(
-            workspace, f"--real_dir={wrong}", f"--out_dir={workspace.root / 'no'}"))
-        assert "is no split: give" in message or "no folder --real_dir=" in message
-        assert not (workspace.root / "no").exists()
