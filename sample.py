@@ -157,32 +157,29 @@ def sample_batches(denoiser, vae, latent_scale_factor, requests, class_names, ar
     progress.clear()
 
 
-def latent_metrics(z, labels, class_names, latent_scale_factor, real_pairwise_mse):
-    """Metrics final_latent_stats/* and sample_diversity/* of normalised latents z [N, C, h, w] with
-    class indices [N]. real_pairwise_mse: that of the training latents, or None."""
-    return (metrics.latent_stats(z / latent_scale_factor, latent_scale_factor)
-            | metrics.sample_diversity(z, labels, class_names, real_pairwise_mse))
-
-
 @torch.no_grad()
 def appearance(x, z, decoded, latent_scale_factor, vae, ctx):
-    """For image_metrics: mean power by octave of images x [N, 1, H, W] in [-1, 1], and mean squared
-    change of normalised latents z [N, C, h, w] once the images `decoded` from them are encoded
-    again. Real latents come back; those that no image has, as in mottle, do not."""
+    """{mean power by octave of images x [N, 1, H, W] in [-1, 1], and mean squared change of
+    normalised latents z [N, C, h, w] once the images `decoded` from them are encoded again}. Real
+    latents come back; those that no image has, as in mottle, do not."""
     again = torch.cat([vae.encode(part.to(ctx.device)).mean.cpu() for part in decoded.split(16)])
     moved = (again * latent_scale_factor - z.cpu()).square().mean().item()
     return {"octave_power": metrics.octave_power(x).mean(0).tolist(), "round_trip": moved}
 
 
-def image_metrics(x, z, latent_scale_factor, vae, ctx, real):
-    """Metrics sample_quality/* of samples x decoded from latents z; real: a dict with what
-    `appearance` returned of training images. None if it lacks it, as in earlier checkpoints."""
-    if "round_trip" not in real:
-        return {}
-    own = appearance(x, z, x, latent_scale_factor, vae, ctx)
-    ratios = torch.tensor(own["octave_power"]) / torch.tensor(real["octave_power"])
-    return {metrics.POWER: ratios[ratios.log().abs().argmax()].item(),  # the furthest from 1
-            metrics.ROUND_TRIP: own["round_trip"], metrics.REAL_ROUND_TRIP: real["round_trip"]}
+def sample_metrics(x, z, labels, class_names, latent_scale_factor, vae, ctx, real):
+    """Metrics final_latent_stats/*, sample_diversity/* and sample_quality/* of images x decoded
+    from normalised latents z [N, C, h, w], with class indices [N]. real: the checkpoint's
+    train_stats; without their `appearance`, as in overfit modes, there is no sample_quality/*."""
+    values = metrics.latent_stats(z / latent_scale_factor, latent_scale_factor)
+    values |= metrics.sample_diversity(z, labels, class_names, real.get("real_pairwise_mse_mean"))
+    if "round_trip" in real:
+        own = appearance(x, z, x, latent_scale_factor, vae, ctx)
+        ratios = torch.tensor(own["octave_power"]) / torch.tensor(real["octave_power"])
+        values |= {metrics.POWER: ratios[ratios.log().abs().argmax()].item(),  # furthest from 1
+                   metrics.ROUND_TRIP: own["round_trip"],
+                   metrics.REAL_ROUND_TRIP: real["round_trip"]}
+    return values
 
 
 # --- the stage ----------------------------------------------------------------------------------
@@ -222,23 +219,19 @@ def prepare_folder(folder, checkpoint, requests, args):
 
 
 def write_report(folder, checkpoint, paths, z, vae, args, ctx):
-    """metrics.json and grid.png beside the images, and the verdicts on the console. paths: of
-    prepare_folder; z: the normalised latents of these images."""
+    """metrics.json of the first 64 images per class and grid.png of eight, beside the images, and
+    the verdicts on the console. paths: of prepare_folder; z: the normalised latents of these."""
     class_names, stats = checkpoint["class_names"], checkpoint["train_stats"]
-    scale, overfit = checkpoint["latent_scale_factor"], checkpoint["args"]["overfit_k"] > 0
-    # Of the first of each class: pairs grow with the square, and images take memory.
-    labels, numbers = torch.tensor(list(paths)).T
-    few, shown = numbers < 1000, numbers < 16
-    values = latent_metrics(z[few], labels[few], class_names, scale,
-                            stats.get("real_pairwise_mse_mean"))
-    x = torch.stack([run.load_image(path) for (_, i), path in paths.items() if i < 16])
-    if not overfit:
-        values |= image_metrics(x, z[shown], scale, vae, ctx, stats)
-    found = verdicts.health(values, train_stats=stats, overfit=overfit,
-                            guidance_scale=args.guidance_scale)
+    first = [(c, i) for c, i in paths if i < 64]
+    labels = torch.tensor([c for c, _ in first])
+    x = torch.stack([run.load_image(paths[request]) for request in first])
+    values = sample_metrics(x, z[[i < 64 for _, i in paths]], labels, class_names,
+                            checkpoint["latent_scale_factor"], vae, ctx, stats)
+    found = verdicts.health(values, train_stats=stats, guidance_scale=args.guidance_scale,
+                            overfit=checkpoint["args"]["overfit_k"] > 0)
     write_json(folder / "metrics.json", values | {"verdicts": [v._asdict() for v in found]})
     classes = list(dict.fromkeys(labels.tolist()))
-    run.save_grid(folder / "grid.png", [x[labels[shown] == c][:8] for c in classes],
+    run.save_grid(folder / "grid.png", [x[labels == c][:8] for c in classes],
                   [f"{class_names[c]}   {args.sampler} {args.num_sampling_steps} steps, guidance "
                    f"{args.guidance_scale:g}" for c in classes])
     print(verdicts.format_verdicts(found))

@@ -283,7 +283,8 @@ def training_reference(latents, args, scale, vae, ctx):
     mean, logvar = latents.posterior(index)
     noise = torch.randn(mean.shape, generator=ctx.generator(args.seed, "reference"))
     z = model.Posterior(mean, logvar).sample(noise.to(mean.device)) * scale
-    values = sample.latent_metrics(z, labels[index], latents.images.class_names, scale, None)
+    values = sample.sample_metrics(
+        None, z, labels[index], latents.images.class_names, scale, vae, ctx, real={})
     stats = {name.partition("/")[2]: value for name, value in values.items()
              if name.startswith("final_latent_stats/")}
     stats["real_pairwise_mse_mean"] = values.get("sample_diversity/pairwise_mse_mean")
@@ -315,12 +316,9 @@ def evaluate(denoiser, vae, scale, classes, class_names, train_stats, memorised,
         x.append(batch_x)
     z, x = ctx.gather(torch.cat(z)), ctx.gather(torch.cat(x))
     labels = [c for c, _ in requests]
-    values = sample.latent_metrics(z, labels, class_names, scale,
-                                   train_stats["real_pairwise_mse_mean"])
+    values = sample.sample_metrics(x, z, labels, class_names, scale, vae, ctx, train_stats)
     if memorised:
         values |= overfit_verdict(z_samples=z, x_samples=x, **memorised)
-    else:
-        values |= sample.image_metrics(x, z, scale, vae, ctx, train_stats)
     return values, x, labels
 
 

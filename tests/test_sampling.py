@@ -148,8 +148,10 @@ def test_quality_is_the_furthest_octave_and_what_does_not_come_back():
     assert real["round_trip"] == pytest.approx((z - z.clamp(-0.5, 0.5)).square().mean().item())
     assert sample.appearance(x, z / 4, x / 2, 0.5, vae, ctx)["round_trip"] < 1e-12
     real["octave_power"][1] *= 9
-    values = sample.image_metrics(2 * x, 4 * z, 0.5, vae, ctx, real)
+    labels = [0, 1] * 10
+    values = sample.sample_metrics(2 * x, 4 * z, labels, CLASSES, 0.5, vae, ctx, real)
     assert values["sample_quality/power"] == pytest.approx(4)  # log 4 is further than log 4 / 9
     assert values["sample_quality/round_trip"] == pytest.approx((3 * z).square().mean().item())
     assert values["sample_quality/real_round_trip"] == real["round_trip"]
-    assert sample.image_metrics(x, z, 0.5, vae, ctx, {"mean": 0.0}) == {}
+    without = sample.sample_metrics(None, 4 * z, labels, CLASSES, 0.5, vae, ctx, {"mean": 0.0})
+    assert without == {k: v for k, v in values.items() if not k.startswith("sample_quality/")}
