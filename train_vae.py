@@ -288,12 +288,8 @@ def main(argv=None):
     # --- run folder: a new one, or the run to go on with ---
     run = Run(args, ctx, "vae", f"ae_{args.task.lower()}_z{args.z_channels}", {
         "class_names": train_set.class_names, "img_size": args.img_size,
-        "latent_shape": models.vae.latent_shape, "data": train_set.summary,
-        "val_data": val_set.summary if val_set else None})
-    since = f"{run.folder} was last started"
-    data.notice_changes(run.before.get("data"), train_set, since)
-    if val_set:
-        data.notice_changes(run.before.get("val_data"), val_set, since, "validation")
+        "latent_shape": models.vae.latent_shape, "data": train_set.summary})
+    data.notice_changes(run.before.get("data"), train_set, f"{run.folder} was last started")
     step, train_metrics, val_metrics = 0, {}, {}
     means, diverged = RunningMeans(ctx, LOSSES), False
     networks = {"model": models.vae, "ema": models.ema.module, "disc": models.disc}
