@@ -74,24 +74,15 @@ def test_more_and_fewer_of_the_same_settings_go_on(workspace, folder):
 
 
 def test_a_run_that_was_broken_off_is_told_and_goes_on(workspace, monkeypatch, capsys):
-    folder, count = workspace.root / "s", 0
+    folder = workspace.root / "s"
     measure = [f"--samples_dir={folder}", *workspace.common, "--classifier_steps=1",
                "--device=cpu"]
-    save_image = run.save_image
-
-    def three_times(path, x):
-        nonlocal count
-        count += 1
-        if count > 3:
-            raise KeyboardInterrupt
-        save_image(path, x)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run, "save_image", three_times)
+    three_times = iter([run.save_image] * 3)
+    with monkeypatch.context() as patch, pytest.raises(StopIteration):
+        patch.setattr(run, "save_image", lambda path, x: next(three_times)(path, x))
         sample.main(argv(workspace, "--num_samples=4"))
     assert len(listed(folder)) == 8 and len(drawn(folder)) == 3
-    message = error_of(capsys, evaluate.main, measure)
-    assert "run the sample.py command again" in message
+    assert "run the sample.py command again" in error_of(capsys, evaluate.main, measure)
 
     sample.main(argv(workspace, "--num_samples=4"))
     assert sorted(drawn(folder)) == listed(folder) and len(listed(folder)) == 8
