@@ -235,7 +235,7 @@ class AutoencoderKL(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN (Isola et al. 2017): images [B, 1, H, W], at least smallest(num_layers) px, to one
+    """PatchGAN (Isola et al. 2017): images [B, 1, H, W], at least 3 * 2 ** num_layers px, to one
     logit per patch, [B, 1, h, w] with h = H / 2 ** num_layers - 2. GroupNorm instead of BatchNorm:
     a score then depends neither on the batch nor on the process."""
 
@@ -249,11 +249,6 @@ class PatchDiscriminator(nn.Module):
             layers += [GroupNorm(width, num_groups(base_ch)), nn.LeakyReLU(0.2)]
             ch = width
         self.layers = nn.Sequential(*layers, nn.Conv2d(ch, 1, 4, 1, 1))
-
-    @staticmethod
-    def smallest(num_layers):
-        """Side in pixels of the smallest image that it takes."""
-        return 3 * 2**num_layers
 
     def forward(self, x):
         return self.layers(x).float()

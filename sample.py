@@ -158,35 +158,31 @@ def sample_batches(denoiser, vae, latent_scale_factor, requests, class_names, ar
     progress.clear()
 
 
-def latent_metrics(z, labels, class_names, latent_scale_factor, real_pairwise_mse):
-    """Metrics final_latent_stats/* and sample_diversity/* of normalised latents z [N, C, h, w] with
-    class indices [N]. real_pairwise_mse: that of the training latents, or None."""
-    return (metrics.latent_stats(z / latent_scale_factor, latent_scale_factor)
-            | metrics.sample_diversity(z, labels, class_names, real_pairwise_mse))
-
-
 @torch.no_grad()
-def appearance(z, latent_scale_factor, x, vae, ctx):
-    """For image_metrics, of normalised latents z [N, C, h, w] and images x [N, 1, H, W] in
-    [-1, 1]: mean power by octave and lattice of x, and mean squared change of z when it is decoded
-    and encoded again. Real latents come back; those that no image has, as in mottle, do not."""
-    decoded = decode_latents(vae, z, latent_scale_factor, ctx).split(16)
-    again = torch.cat([vae.encode(part.to(ctx.device)).mean.cpu() for part in decoded])
+def appearance(x, z, decoded, latent_scale_factor, vae, ctx):
+    """{mean power by octave and lattice of images x [N, 1, H, W] in [-1, 1], and mean squared
+    change of normalised latents z [N, C, h, w] once the images `decoded` from them are encoded
+    again}. Real latents come back; those that no image has, as in mottle, do not."""
+    again = torch.cat([vae.encode(part.to(ctx.device)).mean.cpu() for part in decoded.split(16)])
     moved = (again * latent_scale_factor - z.cpu()).square().mean().item()
     return {"octave_power": metrics.octave_power(x).mean(0).tolist(),
             "lattice": metrics.lattice(x).mean().item(), "round_trip": moved}
 
 
-def image_metrics(z, latent_scale_factor, x, vae, ctx, real):
-    """Metrics sample_quality/* of samples, arguments as of `appearance`; real: a dict with what
-    that returned of training images. None if it lacks it, as in earlier checkpoints."""
-    if "lattice" not in real:
-        return {}
-    own = appearance(z, latent_scale_factor, x, vae, ctx)
-    ratios = torch.tensor(own["octave_power"]) / torch.tensor(real["octave_power"])
-    return {metrics.POWER: ratios[ratios.log().abs().argmax()].item(),  # the furthest from 1
-            metrics.LATTICE: own["lattice"] / real["lattice"],
-            metrics.ROUND_TRIP: own["round_trip"], metrics.REAL_ROUND_TRIP: real["round_trip"]}
+def sample_metrics(x, z, labels, class_names, latent_scale_factor, vae, ctx, real):
+    """Metrics final_latent_stats/*, sample_diversity/* and sample_quality/* of images x decoded
+    from normalised latents z [N, C, h, w], with class indices [N]. real: the checkpoint's
+    train_stats; without their `appearance`, as in overfit modes, there is no sample_quality/*."""
+    values = metrics.latent_stats(z / latent_scale_factor, latent_scale_factor)
+    values |= metrics.sample_diversity(z, labels, class_names, real.get("real_pairwise_mse_mean"))
+    if "lattice" in real:
+        own = appearance(x, z, x, latent_scale_factor, vae, ctx)
+        ratios = torch.tensor(own["octave_power"]) / torch.tensor(real["octave_power"])
+        values |= {metrics.POWER: ratios[ratios.log().abs().argmax()].item(),  # furthest from 1
+                   metrics.LATTICE: own["lattice"] / real["lattice"],
+                   metrics.ROUND_TRIP: own["round_trip"],
+                   metrics.REAL_ROUND_TRIP: real["round_trip"]}
+    return values
 
 
 # --- the stage ----------------------------------------------------------------------------------
@@ -198,25 +194,25 @@ def build_parser():
     add_precision_arguments(parser)
     add_sampling_arguments(parser, tuple(diffusion.SAMPLERS), num_samples=8)
     parser.add_argument("--real_dir", type=file_path,
-        help="split folder such as data/TB/val: eight real images above each class of the grid")
+        help="split folder such as data/TB/val: eight real images of each class above the samples")
     return parser
 
 
 def real_rows(folder, class_names, img_size):
-    """{class index: up to eight images, float32 [N, 1, S, S] in [-1, 1]} of a split's folder. Ends
+    """{class name: up to eight images, float32 [N, 1, S, S] in [-1, 1]} of a split's folder. Ends
     the program if there are none, or if one cannot be decoded."""
     if not os.path.isdir(folder):
         fail(f"no folder --real_dir={folder}: give one such as data/TB/val")
     root, task, split = os.path.abspath(folder).rsplit(os.sep, 2)
-    listing, rows = data.scan(root, task, split, class_names), {}
-    for c, name in enumerate(class_names):
-        paths = [f"{root}/{file.path}" for file in listing.files if file.class_name == name]
+    files, rows = data.scan(root, task, split, class_names).files, {}
+    for name in class_names:
+        paths = [f"{root}/{file.path}" for file in files if file.class_name == name]
         try:
-            rows[c] = [decode.read_square(path, img_size)
-                       for path in paths[::max(1, len(paths) // 8)][:8]]
+            images = [decode.read_square(paths[i], img_size) for i in data.spread(len(paths), 8)]
         except (OSError, ValueError) as e:
             fail(f"an image in {folder} cannot be decoded: {e}")
-    return {c: data.to_float(np.stack(images)) for c, images in rows.items() if images}
+        rows |= {name: data.to_float(np.stack(images))} if images else {}
+    return rows
 
 
 def prepare_folder(folder, checkpoint, requests, args):
@@ -245,31 +241,22 @@ def prepare_folder(folder, checkpoint, requests, args):
 
 
 def write_report(folder, checkpoint, paths, z, real, vae, args, ctx):
-    """metrics.json and grid.png beside the images, and the verdicts on the console. paths: of
-    prepare_folder; z: the normalised latents of these images; real: of real_rows."""
+    """metrics.json of the first 64 images per class and grid.png of eight, beside the images, and
+    the verdicts on the console. paths: of prepare_folder; z: the normalised latents of these; real:
+    of real_rows."""
     class_names, stats = checkpoint["class_names"], checkpoint["train_stats"]
-    scale, overfit = checkpoint["latent_scale_factor"], checkpoint["args"]["overfit_k"] > 0
-    # Of the first thousand per class, since pairs grow with the square.
-    labels = [c for c, i in paths if i < 1000]
-    values = latent_metrics(z[[i < 1000 for _, i in paths]], labels, class_names,
-                            scale, stats.get("real_pairwise_mse_mean"))
-    if not overfit:
-        first = [i < 16 for _, i in paths]
-        x = torch.stack([run.load_image(path) for (_, i), path in paths.items() if i < 16])
-        values |= image_metrics(z[first], scale, x, vae, ctx, stats)
-    found = verdicts.health(values, train_stats=stats, overfit=overfit,
-                            guidance_scale=args.guidance_scale)
+    first = [(c, i) for c, i in paths if i < 64]
+    labels = torch.tensor([c for c, _ in first])
+    x = torch.stack([run.load_image(paths[request]) for request in first])
+    values = sample_metrics(x, z[[i < 64 for _, i in paths]], labels, class_names,
+                            checkpoint["latent_scale_factor"], vae, ctx, stats)
+    found = verdicts.health(values, train_stats=stats, guidance_scale=args.guidance_scale,
+                            overfit=checkpoint["args"]["overfit_k"] > 0)
     write_json(folder / "metrics.json", values | {"verdicts": [v._asdict() for v in found]})
-    rows, names = [], []
-    for c in dict.fromkeys(labels):
-        if c in real:
-            rows.append(real[c])
-            names.append(f"{class_names[c]}   real")
-        rows.append(torch.stack([run.load_image(path) for (k, i), path in paths.items()
-                                 if k == c and i < 8]))
-        names.append(f"{class_names[c]}   {args.sampler} {args.num_sampling_steps} steps, "
-                     f"guidance {args.guidance_scale:g}")
-    run.save_grid(folder / "grid.png", rows, names)
+    rows = {f"{name}   real": images for name, images in real.items()}
+    rows |= {f"{class_names[c]}   {args.sampler} {args.num_sampling_steps} steps, guidance "
+             f"{args.guidance_scale:g}": x[labels == c][:8] for c in labels.unique()}
+    run.save_grid(folder / "grid.png", [*rows.values()], [*rows])
     print(verdicts.format_verdicts(found))
     print(f"{len(paths)} images in {folder}; sample grid: {folder / 'grid.png'}")
 
@@ -281,8 +268,10 @@ def main(argv=None):
     name = (f"samples_{args.sampler}_{args.num_sampling_steps}_guidance{args.guidance_scale:g}"
             f"_seed{args.seed}")
     folder = pathlib.Path(args.out_dir or run.run_folder(args.ckpt) / name)
-    real = args.real_dir and ctx.on_main(lambda: real_rows(
-        args.real_dir, checkpoint["class_names"], checkpoint["args"]["img_size"]))
+    real = {}
+    if args.real_dir:
+        real = ctx.on_main(lambda: real_rows(
+            args.real_dir, checkpoint["class_names"], checkpoint["args"]["img_size"]))
     paths = ctx.on_main(lambda: prepare_folder(folder, checkpoint, requests, args))
 
     # --- every process draws its share, and writes each batch at once ---
@@ -297,7 +286,7 @@ def main(argv=None):
 
     z = ctx.gather(torch.cat(latents))  # and now all images are written
     if ctx.is_main:
-        write_report(folder, checkpoint, paths, z, real or {}, vae, args, ctx)
+        write_report(folder, checkpoint, paths, z, real, vae, args, ctx)
 
 
 if __name__ == "__main__":

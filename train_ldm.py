@@ -60,8 +60,7 @@ def preset(args):
     """New defaults that follow from the mode. An overfit_K without a row of its own takes that of
     the nearest size."""
     mode, k = resolve_mode(args)
-    nearest = "overfit_8" if k < 12 else "overfit_16" if k < 24 else "overfit_32"
-    row = PRESETS.get(mode, PRESETS[nearest])
+    row = PRESETS.get(mode, PRESETS["overfit_16" if k < 24 else "overfit_32"])
     # Memorising: no class dropout, hence no null class to guide from, nothing augmented.
     return row if not k else {**row, "batch_per_device": min(k, 16), "prob_uncond": 0.0,
                               "guidance_scale": 1.0, "warmup_steps": 0, "augment": 0}
@@ -141,10 +140,10 @@ def build_models(args, ctx, latent_shape, num_classes):
     contradict each other."""
     torch.manual_seed(args.seed)
     try:
-        denoiser = model.build_denoiser(vars(args), latent_shape, num_classes, data.AUG_DIM)
+        denoiser = ctx.place(
+            model.build_denoiser(vars(args), latent_shape, num_classes, data.AUG_DIM))
     except ValueError as e:
         fail(e)
-    denoiser = ctx.place(denoiser)
     ema = model.EMA(denoiser, args.ema_decay) if args.use_ema else None
     if ema and ctx.compile and ctx.device.type == "cuda":  # on a CPU it takes minutes for nothing
         ema.module.unet.compile()
@@ -191,23 +190,17 @@ def initial_weights(denoiser, args, class_names):
     return {name: state.get(name, value) for name, value in denoiser.state_dict().items()}
 
 
-def load_weights(run, denoiser, ema, optimizer, classes, args, class_names):
+def load_weights(run, denoiser, ema, optimizer, args, class_names):
     """Load the checkpoint of a run that goes on, and return it; a new run takes the weights of
-    --init_from, if any. Ends the program if the images of a class are gone."""
+    --init_from, if any."""
+    modules = (denoiser, ema.module) if ema else (denoiser,)
     checkpoint = run.load()
-    if checkpoint is None:
-        if args.init_from:
-            weights = initial_weights(denoiser, args, class_names)
-            run.restore(dict.fromkeys((denoiser, ema.module) if ema else (denoiser,), weights))
-        return None
-    gone = [class_names[c] for c in checkpoint["trained_classes"] if c not in classes]
-    if gone and args.class_filter < 0 and not args.overfit_k:
-        fail(f"there are no images of class {', '.join(gone)}, on which {run.folder} was trained: "
-             "give the --data_root and --task of its start")
-    modules = {denoiser: checkpoint["model"]}
-    if ema:
-        modules[ema.module] = checkpoint["ema"] or checkpoint["model"]
-    run.restore(modules, {optimizer: checkpoint["optimizer"]})
+    if checkpoint:
+        stored = (checkpoint["model"], checkpoint["ema"] or checkpoint["model"])
+        run.restore(dict(zip(modules, stored, strict=False)),
+                    {optimizer: checkpoint["optimizer"]})
+    elif args.init_from:
+        run.restore(dict.fromkeys(modules, initial_weights(denoiser, args, class_names)))
     return checkpoint
 
 
@@ -299,7 +292,8 @@ def training_reference(latents, args, scale, vae, ctx):
     mean, logvar = latents.posterior(index)
     noise = torch.randn(mean.shape, generator=ctx.generator(args.seed, "reference"))
     z = model.Posterior(mean, logvar).sample(noise.to(mean.device)) * scale
-    values = sample.latent_metrics(z, labels[index], latents.images.class_names, scale, None)
+    values = sample.sample_metrics(
+        None, z, labels[index], latents.images.class_names, scale, vae, ctx, real={})
     stats = {name.partition("/")[2]: value for name, value in values.items()
              if name.startswith("final_latent_stats/")}
     stats["real_pairwise_mse_mean"] = values.get("sample_diversity/pairwise_mse_mean")
@@ -309,7 +303,8 @@ def training_reference(latents, args, scale, vae, ctx):
     if not args.overfit_k:
         few = slice(None, None, max(1, len(index) // 32))
         x = latents.images.images(index[few])
-        return stats | sample.appearance(z[few], scale, x, vae, ctx), None
+        decoded = sample.decode_latents(vae, z[few], scale, ctx)
+        return stats | sample.appearance(x, z[few], decoded, scale, vae, ctx), None
     z_train = mean.cpu() * scale
     # A perfect copy is a draw from the posterior: its variance comes on top of the tolerance.
     threshold = 0.1 + (logvar.exp().mean() * scale**2).item()
@@ -331,12 +326,9 @@ def evaluate(denoiser, vae, scale, classes, class_names, train_stats, memorised,
         x.append(batch_x)
     z, x = ctx.gather(torch.cat(z)), ctx.gather(torch.cat(x))
     labels = [c for c, _ in requests]
-    values = sample.latent_metrics(z, labels, class_names, scale,
-                                   train_stats["real_pairwise_mse_mean"])
+    values = sample.sample_metrics(x, z, labels, class_names, scale, vae, ctx, train_stats)
     if memorised:
         values |= overfit_verdict(z_samples=z, x_samples=x, **memorised)
-    else:
-        values |= sample.image_metrics(z, scale, x, vae, ctx, train_stats)
     return values, x, labels
 
 
@@ -350,8 +342,8 @@ def save_pictures(run, epoch, x, labels, images, args):
                                     [f"{name}, epoch {epoch}, guidance {args.guidance_scale:g}"])
         if not (run.folder / "samples" / f"real_{name}.png").exists():
             members = np.flatnonzero(images.labels == c)
-            chosen = members[::max(1, len(members) // 8)][:8]
-            run.save_grid(f"real_{name}", [images.images(chosen)], [f"{name}, real"])
+            chosen = images.images(members[data.spread(len(members), 8)])
+            run.save_grid(f"real_{name}", [chosen], [f"{name}, real"])
     return paths
 
 
@@ -391,7 +383,7 @@ def main(argv=None):
     data.notice_changes(run.before.get("data"), images, f"{run.folder} was last started")
     step, train_metrics, sample_metrics, verdicts = 0, {}, {}, []
     means, diverged = RunningMeans(ctx, LOSSES), False
-    if checkpoint := load_weights(run, *models, classes, args, class_names):
+    if checkpoint := load_weights(run, *models, args, class_names):
         step, train_metrics = checkpoint["step"], checkpoint["train_metrics"]
         means.in_a_row = checkpoint["bad_steps"].to(ctx.device)
         monitor.load(checkpoint)

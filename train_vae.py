@@ -82,10 +82,6 @@ def parse_args(argv=None):
     for name, value in preset(args).items():
         if name != "img_size" and getattr(args, name) != value:  # it is convolutional
             fail(f"the autoencoder to start from has {name}={value}: leave --{name} out")
-    least = model.PatchDiscriminator.smallest(args.disc_layers)
-    if args.disc_weight > 0 and args.img_size < least:
-        fail(f"--img_size={args.img_size} is too small for the discriminator ({least} at least): "
-             "give fewer --disc_layers, or --disc_weight=0")
     args.augment = args.augment and not (args.overfit_one or args.overfit_k)
     return args
 
@@ -293,12 +289,8 @@ def main(argv=None):
     # --- run folder: a new one, or the run to go on with ---
     run = Run(args, ctx, "vae", f"ae_{args.task.lower()}_z{args.z_channels}", {
         "class_names": train_set.class_names, "img_size": args.img_size,
-        "latent_shape": models.vae.latent_shape, "data": train_set.summary,
-        "val_data": val_set.summary if val_set else None})
-    since = f"{run.folder} was last started"
-    data.notice_changes(run.before.get("data"), train_set, since)
-    if val_set:
-        data.notice_changes(run.before.get("val_data"), val_set, since, "validation")
+        "latent_shape": models.vae.latent_shape, "data": train_set.summary})
+    data.notice_changes(run.before.get("data"), train_set, f"{run.folder} was last started")
     step, train_metrics, val_metrics = 0, {}, {}
     means, diverged = RunningMeans(ctx, LOSSES), False
     networks = {"model": models.vae, "ema": models.ema.module, "disc": models.disc}

@@ -44,7 +44,7 @@ def draw_phantom(rng: np.random.Generator, class_name: str, img_size: int) -> np
     A sum of densities over smooth implicit shapes in patient coordinates (-1 to 1, y down), at any
     img_size. Findings and noise have generators of their own: a seed is one patient in all classes.
     """
-    seeds, findings = rng.integers(2**63, size=2), class_name.split("+")
+    seeds, names = rng.integers(2**63, size=2), class_name.split("+")
     lesion_rng, noise_rng, fluid_rng = map(np.random.default_rng, (*seeds, seeds))
     uni = rng.uniform
     n = max(img_size, 128)  # small images are averaged down from 128 so that ribs do not alias
@@ -107,11 +107,8 @@ def draw_phantom(rng: np.random.Generator, class_name: str, img_size: int) -> np
     bones = 0.06 * spine + 0.095 * ribs + 0.12 * clavicle
 
     # --- findings ---
-    lesion = fluid = 0.0
-    if "tb" in findings:
-        lesion = draw_lesions(lesion_rng, x, y - apex, lung_w, base - apex)
-    if "effusion" in findings:
-        fluid = draw_effusion(fluid_rng, x, y - base, v, base - apex)
+    lesion = draw_lesions(lesion_rng, x, y - apex, lung_w, base - apex) if "tb" in names else 0.0
+    fluid = draw_effusion(fluid_rng, x, y - base, v, base - apex) if "effusion" in names else 0.0
 
     # --- sum and film response ---
     gas = lung * (1 - middle) * (0.8 + 0.2 * t) * (uni(0.38, 0.44) - 0.32 * lesion - 0.12 * vessels)
@@ -155,8 +152,8 @@ def draw_lesions(rng, x, y, lung_w, lung_h):
 
 
 def draw_effusion(rng, x, y, v, lung_h):
-    """Pleural effusion: fluid at the base of one lung, 0 to about 1 like x [n, n], whose level rises
-    towards the chest wall (the meniscus). y is 0 at the diaphragm, v is 1 at the wall."""
+    """Pleural effusion: fluid at the base of one lung, 0 to about 1 like x [n, n]. Its level rises
+    towards the chest wall, the meniscus. y is 0 at the diaphragm, v is 1 at the wall."""
     side = 1 if rng.uniform() < 0.5 else -1
     level = -rng.uniform(0.1, 0.4) * lung_h - rng.uniform(0.1, 0.25) * np.clip(v, 0, 1) ** 5
     return rng.uniform(0.8, 0.95) * soft_step(y - level, 0.012) * soft_step(side * x, 0.02)

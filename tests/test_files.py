@@ -19,7 +19,6 @@ from PIL import Image
 from test_data import ALONE, message, settings
 
 import data
-import sample
 from lib import cache, decode
 
 RAMP = np.add.outer(np.arange(24) * 4, np.arange(16) * 9)  # no symmetry, 0 to 227
@@ -164,7 +163,7 @@ def test_val_may_be_called_otherwise(image_tree, tmp_path, name):
     ("tb/val/tb", "give {root}/tb/val")])
 def test_a_folder_above_or_below_a_split_is_refused(image_tree, below, says):
     root = image_tree({"tb/train/normal": 1, "tb/train/tb/p1": 1, "tb/val/tb": 1})
-    text = message(sample.real_rows, root / below, ["normal", "tb"], 16)
+    text = message(data.scan, *(root / below).as_posix().rsplit("/", 2), ["normal", "tb"])
     assert text.endswith(says.format(root=root))
 
 

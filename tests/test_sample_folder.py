@@ -9,6 +9,7 @@ import evaluate
 import sample
 from lib import run
 
+
 def argv(w, *more):
     """argv of sample.py: two samples of each class of `l` into the folder s."""
     return [f"--ckpt={w.ldm_ckpt}", "--num_samples=2", "--num_sampling_steps=2", "--device=cpu",
@@ -74,24 +75,15 @@ def test_more_and_fewer_of_the_same_settings_go_on(workspace, folder):
 
 
 def test_a_run_that_was_broken_off_is_told_and_goes_on(workspace, monkeypatch, capsys):
-    folder, count = workspace.root / "s", 0
+    folder = workspace.root / "s"
     measure = [f"--samples_dir={folder}", *workspace.common, "--classifier_steps=1",
                "--device=cpu"]
-    save_image = run.save_image
-
-    def three_times(path, x):
-        nonlocal count
-        count += 1
-        if count > 3:
-            raise KeyboardInterrupt
-        save_image(path, x)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run, "save_image", three_times)
+    three_times = iter([run.save_image] * 3)
+    with monkeypatch.context() as patch, pytest.raises(StopIteration):
+        patch.setattr(run, "save_image", lambda path, x: next(three_times)(path, x))
         sample.main(argv(workspace, "--num_samples=4"))
     assert len(listed(folder)) == 8 and len(drawn(folder)) == 3
-    message = error_of(capsys, evaluate.main, measure)
-    assert "run the sample.py command again" in message
+    assert "run the sample.py command again" in error_of(capsys, evaluate.main, measure)
 
     sample.main(argv(workspace, "--num_samples=4"))
     assert sorted(drawn(folder)) == listed(folder) and len(listed(folder)) == 8
@@ -144,8 +136,8 @@ def test_real_images_stand_above_the_samples_of_their_class(workspace, capsys):
         write_png(real / f"tb/{i}.png", np.full((64, 80), grey, np.uint8))
     sample.main(argv(workspace, f"--real_dir={real}"))
     sheet = np.asarray(Image.open(workspace.root / "s/grid.png"))
-    assert sheet.shape == (3 * (32 + 16), 5 * 34 + 2)  # normal: no real ones; tb: real, samples
-    row = sheet[48 + 14:48 + 46, 2:].reshape(32, 5, 34)[:, :, :32]
+    assert sheet.shape == (3 * (32 + 16), 5 * 34 + 2)  # real ones of tb, then samples of both
+    row = sheet[14:46, 2:].reshape(32, 5, 34)[:, :, :32]
     assert (row == np.array([0, 60, 120, 180, 240])[:, None]).all()
     for wrong in (real.parent, real / "none"):  # of the task, of no split
         message = error_of(capsys, sample.main, argv(

@@ -142,11 +142,16 @@ def test_quality_is_the_furthest_octave_and_what_does_not_come_back():
                           .repeat_interleave(4, 3))
     ctx = dist.DistContext(0, 1, torch.device("cpu"), torch.float32, False)
     z = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 4 - 2
-    real = sample.appearance(z, 0.5, vae.decode(z), vae, ctx)  # unscaled they reach -4 to 4
+    x = vae.decode(z)
+    decoded = sample.decode_latents(vae, z, 0.5, ctx)  # unscaled they reach -4 to 4
+    real = sample.appearance(x, z, decoded, 0.5, vae, ctx)
     assert real["round_trip"] == pytest.approx((z - z.clamp(-0.5, 0.5)).square().mean().item())
-    assert sample.appearance(z / 4, 0.5, vae.decode(z), vae, ctx)["round_trip"] < 1e-12
+    assert sample.appearance(x, z / 4, x / 2, 0.5, vae, ctx)["round_trip"] < 1e-12
     real["octave_power"][1] *= 9
-    values = sample.image_metrics(z, 0.5, 2 * vae.decode(z), vae, ctx, real)
+    labels = [0, 1] * 10
+    values = sample.sample_metrics(2 * x, 4 * z, labels, CLASSES, 0.5, vae, ctx, real)
     assert values["sample_quality/power"] == pytest.approx(4)  # log 4 is further than log 4 / 9
-    assert values["sample_quality/round_trip"] == values["sample_quality/real_round_trip"]
-    assert sample.image_metrics(z, 0.5, z, vae, ctx, {"mean": 0.0}) == {}
+    assert values["sample_quality/round_trip"] == pytest.approx((3 * z).square().mean().item())
+    assert values["sample_quality/real_round_trip"] == real["round_trip"]
+    without = sample.sample_metrics(None, 4 * z, labels, CLASSES, 0.5, vae, ctx, {"mean": 0.0})
+    assert without == {k: v for k, v in values.items() if not k.startswith("sample_quality/")}
