@@ -8,6 +8,7 @@ import contextlib
 import functools
 import itertools
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -339,12 +340,22 @@ def product(x0_hats, schedule, x, steps, noise, weights):
 RULES = {"or": either, "and": both, "product": product}
 
 
+class Composition(NamedTuple):
+    """Two or more conditions in one image."""
+
+    rule: str  # a name in RULES, or add
+    denoisers: list
+    conditions: list  # [(number of the denoiser, class)]
+    bases: list  # for add: what each condition is added to, likewise
+    weights: tuple
+    said: list  # what the rule says of each batch that was drawn
+
+
 @torch.no_grad()
-def compose(denoisers, conditions, bases, rule, weights, noise, sampler, steps,
-            autocast=contextlib.nullcontext, tick=lambda: None):
-    """(Normalised latents [B, C, h, w], what the rule says of them) of `conditions`, [(model
-    number, class)] of denoisers, by `rule`: a name in RULES, or add, which takes any sampler and
-    the base of each condition, [(model number, class)]. Other arguments as of `sample`."""
+def compose(composition, noise, sampler, steps, autocast, tick):
+    """Normalised latents [B, C, h, w] of a Composition, which then has another entry in `said`.
+    Only add takes any sampler; other arguments as of `sample`."""
+    rule, denoisers, conditions, bases, weights, said = composition
     wanted = [*dict.fromkeys([*conditions, *bases])]
 
     def x0_hats(x, t):
@@ -364,5 +375,7 @@ def compose(denoisers, conditions, bases, rule, weights, noise, sampler, steps,
     schedule = denoisers[0].schedule
     start = noise() * schedule.sigma(torch.ones(1)).item()
     if rule == "add":
-        return SAMPLERS[sampler](add(x0_hats, weights), schedule, start, steps, noise), {}
-    return RULES[rule](x0_hats, schedule, start, steps, noise, weights)
+        return SAMPLERS[sampler](add(x0_hats, weights), schedule, start, steps, noise)
+    z, words = RULES[rule](x0_hats, schedule, start, steps, noise, weights)
+    said.append(words)
+    return z

@@ -8,6 +8,7 @@ of processes changes it. The checkpoint names its autoencoder and holds the late
 """
 import copy
 import itertools
+import math
 import os
 import pathlib
 import re
@@ -20,7 +21,7 @@ import diffusion
 import model
 from lib import decode, dist, metrics, run, verdicts
 from lib.args import (RENAMED_SAMPLERS, add_precision_arguments, add_sampling_arguments, file_path,
-                      make_parser, parse_settings)
+                      float_list, make_parser, parse_settings)
 from lib.files import fail, finite, make_folder, read_json, write_json
 
 # What a set of samples depends on besides the checkpoint, in manifests and reports.
@@ -72,6 +73,11 @@ def load_ldm(ckpt_path, ctx, ae_ckpt_path=None, use_ema=None):
     return ctx.place(denoiser).eval().requires_grad_(False), vae, checkpoint
 
 
+def trained_classes(checkpoint):
+    """{name: index} of the classes of an LDM checkpoint that had images."""
+    return {checkpoint["class_names"][c]: c for c in sorted(checkpoint["trained_classes"])}
+
+
 def prepare_sampling(args, ctx):
     """(Denoiser, AutoencoderKL, checkpoint dict, [(class index, number)] to draw) from the flags of
     add_sampling_arguments; None is as in training. Ends the program if they cannot be met."""
@@ -79,10 +85,15 @@ def prepare_sampling(args, ctx):
         fail("which model? Give --ckpt=runs/ldm_.../ckpts/best.pt")
     denoiser, vae, checkpoint = load_ldm(args.ckpt, ctx, args.ae_ckpt_path, args.use_ema)
     settings, class_names = checkpoint["args"], checkpoint["class_names"]
-    trained = [n for c, n in enumerate(class_names) if c in checkpoint["trained_classes"]]
-    names = re.split(r"\s*[,:]\s*", args.classes.strip()) if args.classes else trained
+    trained = trained_classes(checkpoint)
+    names = re.split(r"\s*[,:]\s*", args.classes.strip()) if args.classes else [*trained]
     unknown = [name for name in names if name not in trained]
-    if unknown or not names:
+    if unknown == names and len(names) == 1 and "+" in names[0] and "compose" in args:
+        class_names += names  # drawn as a class of its own, with the settings that its rule takes
+        settings = settings | {"guidance_scale": 1.0}
+        if args.compose in diffusion.RULES:
+            settings |= {"sampler": "ancestral", "num_sampling_steps": 500}
+    elif unknown or not names:
         fail(f"no class {', '.join(unknown)!r} in {args.ckpt}; it knows {', '.join(trained)}")
     for name in SAMPLING_SETTINGS:
         if getattr(args, name) is None:
@@ -95,6 +106,49 @@ def prepare_sampling(args, ctx):
     requests = [(class_names.index(name), i) for name in dict.fromkeys(names)
                 for i in range(args.num_samples)]
     return denoiser, vae, checkpoint, requests
+
+
+def load_second(args, ctx, checkpoint):
+    """(Denoiser, checkpoint dict) of --ckpt_b. Ends the program if it cannot be composed with the
+    model of `checkpoint`."""
+    denoiser, _, other = load_ldm(args.ckpt_b, ctx, checkpoint["ae_ckpt_path"], args.use_ema)
+    for key in ("latent_scale_factor", "prediction", "noise_schedule", "zero_terminal_snr"):
+        a, b = ({**of["args"], **of}[key] for of in (checkpoint, other))
+        if a != b:
+            fail(f"{args.ckpt_b} has {key} {b}, {args.ckpt} has {a}: they cannot be composed")
+    return denoiser, other
+
+
+def prepare_composition(name, args, ctx, denoiser, checkpoint):
+    """diffusion.Composition of the class A+B, of the models of --ckpt and --ckpt_b. Ends the
+    program if they do not fit, or if the rule cannot do what the flags say."""
+    rule, parts, conditions, bases = args.compose or "add", name.split("+"), [], []
+    weights = args.weights or (1.0,) * len(parts)
+    models = [(denoiser, checkpoint)]
+    if args.ckpt_b:
+        models.append(load_second(args, ctx, checkpoint))
+    classes = [trained_classes(of) for _, of in models]
+    if rule != "add" and (len(parts) > 2 or args.base or args.sampler != "ancestral"):
+        fail(f"--compose={rule} takes two classes, --sampler=ancestral and no --base")
+    if args.guidance_scale != 1 or rule in ("and", "product") and args.weights:
+        fail(f"--compose={rule} takes no guidance; --weights are for add and or")
+    if len(weights) != len(parts) or rule == "or" and min(weights) <= 0:
+        fail(f"--weights takes a number for each of {name}, above 0 for --compose=or")
+    for part in parts:
+        m = next((m for m, known in enumerate(classes) if part in known), None)
+        if m is None or parts.count(part) > 1:
+            known = ", ".join(dict.fromkeys(itertools.chain(*classes)))
+            fail(f"--classes={name}: each part once, out of {known}")
+        conditions.append((m, classes[m][part]))
+        base = args.base or ("normal" if "normal" in classes[m] else "null")
+        if base == "null" and models[m][1]["args"]["prob_uncond"] > 0:
+            bases.append((m, models[m][0].unet.null_class))
+        elif base in classes[m]:
+            bases.append((m, classes[m][base]))
+        elif rule == "add":
+            fail(f"--base={base}: the model of {part} was not trained on that class")
+    networks = [cast_weights(network, ctx) for network, _ in models]
+    return diffusion.Composition(rule, networks, conditions, bases * (rule == "add"), weights, [])
 
 
 # --- sampling -----------------------------------------------------------------------------------
@@ -112,10 +166,12 @@ def cast_weights(module, ctx):
     return module
 
 
-def sample_latents(denoiser, latent_shape, requests, class_names, args, ctx, tick=lambda: None):
+def sample_latents(denoiser, latent_shape, requests, class_names, args, ctx, tick=lambda: None,
+                   composition=None):
     """Normalised latents [B, C, h, w] on the device for requests, [(class index, number)]. A
     sample's noise comes from (args.seed, class name, number) on the CPU: the same on every device
-    and in every batch. tick() is called before each network evaluation."""
+    and in every batch. tick() is called before each network evaluation; composition: drawn in
+    place of the classes of the denoiser."""
     rngs = [ctx.generator(args.seed, "sample", class_names[c], number) for c, number in requests]
     y = torch.tensor([c for c, _ in requests], device=ctx.device)
 
@@ -123,6 +179,9 @@ def sample_latents(denoiser, latent_shape, requests, class_names, args, ctx, tic
         parts = torch.stack([torch.randn(latent_shape, generator=rng) for rng in rngs])
         return ctx.to_device(parts).contiguous(memory_format=ctx.memory_format)
 
+    if composition:
+        return diffusion.compose(composition, noise, args.sampler, args.num_sampling_steps,
+                                 ctx.autocast, tick)
     return diffusion.sample(denoiser, y, noise, args.sampler, args.num_sampling_steps,
                             args.guidance_scale, args.guidance_interval, ctx.autocast, tick)
 
@@ -137,9 +196,9 @@ def decode_latents(vae, z, latent_scale_factor, ctx, batch_size=16):
 
 
 def sample_batches(denoiser, vae, latent_scale_factor, requests, class_names, args, ctx, batch_size,
-                   label, tick=lambda: None):
+                   label, tick=lambda: None, composition=None):
     """Yield ([(class index, number)], normalised latents, images in [-1, 1]), on the CPU, for each
-    batch of requests. label: of the progress line; tick(): called before each evaluation."""
+    batch of requests. label: of the progress line; tick, composition: of sample_latents."""
     denoiser = cast_weights(denoiser, ctx)
     starts, numbers = range(0, len(requests), batch_size), itertools.count()
     progress = run.Progress(ctx, label, len(starts) * args.num_sampling_steps)
@@ -152,7 +211,8 @@ def sample_batches(denoiser, vae, latent_scale_factor, requests, class_names, ar
         batch = requests[start:start + batch_size]
         # If compiled, the last batch is filled up: another size would be compiled once more.
         fill = batch[-1:] * (batch_size - len(batch)) if ctx.compile and start > 0 else []
-        z = sample_latents(denoiser, vae.latent_shape, batch + fill, class_names, args, ctx, count)
+        z = sample_latents(denoiser, vae.latent_shape, batch + fill, class_names, args, ctx, count,
+                           composition)
         z = z[:len(batch)]
         yield batch, z.cpu(), decode_latents(vae, z, latent_scale_factor, ctx)
     progress.clear()
@@ -195,6 +255,12 @@ def build_parser():
     add_sampling_arguments(parser, tuple(diffusion.SAMPLERS), num_samples=8)
     parser.add_argument("--real_dir", type=file_path,
         help="split folder such as data/TB/val: eight real images of each class above the samples")
+    add = parser.add_argument_group("composition, of --classes=A+B").add_argument
+    add("--compose", choices=("add", *diffusion.RULES), help="add: each finding added to --base; "
+        "or: one of both; and: where both are equal; product: of both; None: add")
+    add("--weights", type=float_list, help="comma list, a number per class; None: all 1")
+    add("--base", help="class that findings are added to, or null; None: normal, if there is one")
+    add("--ckpt_b", type=file_path, help="second model, of the same autoencoder and settings")
     return parser
 
 
@@ -219,7 +285,9 @@ def prepare_folder(folder, checkpoint, requests, args):
     """{(class index, number): path} of the images to draw, in `folder`, which is made with its
     manifest.json. Images of the same settings that are there stay listed; the program ends if there
     are others, so that no folder mixes two."""
+    composed = ("compose", "weights", "base", "ckpt_b")
     settings = {name: getattr(args, name) for name in SAMPLING_SETTINGS}
+    settings |= {name: getattr(args, name) for name in composed if getattr(args, name) is not None}
     settings |= {name: checkpoint[name] for name in ("step", "vae_sha256", "latent_scale_factor")}
     settings = finite({**settings, "ckpt_sha256": checkpoint["sha256"]})  # as they are read back
     manifest, before = folder / "manifest.json", {**settings, "images": []}
@@ -261,11 +329,31 @@ def write_report(folder, checkpoint, paths, z, real, vae, args, ctx):
     print(f"{len(paths)} images in {folder}; sample grid: {folder / 'grid.png'}")
 
 
+def describe(composition, name):
+    """A line about what the rule of a composition says of the images that this process drew."""
+    if composition.rule == "or":
+        log_ratio = torch.cat([words["log_ratio"] for words in composition.said])
+        odds = math.log(composition.weights[0] / composition.weights[1])
+        first = (log_ratio + odds > 0).double().mean().item()
+        return f"or: {first:.0%} of the images are of the first of {name}, the others of the second"
+    if composition.rule == "product":
+        least = min(words["effective_sample_size"].item() for words in composition.said)
+        doubt = "; under 4, they are no draws from the product: raise --batch_size" * (least < 4)
+        return f"product: effective sample size of a batch {least:.1f}{doubt}"
+    return "and: both are equal by construction"
+
+
 def main(argv=None):
     args = parse_settings(build_parser(), argv)
     ctx = dist.setup(args)
     denoiser, vae, checkpoint, requests = prepare_sampling(args, ctx)
-    name = (f"samples_{args.sampler}_{args.num_sampling_steps}_guidance{args.guidance_scale:g}"
+    composition, prefix = None, "samples"
+    if requests[0][0] not in checkpoint["trained_classes"]:
+        composition = prepare_composition(args.classes, args, ctx, denoiser, checkpoint)
+        prefix = f"{args.classes}_{composition.rule}"
+    elif args.compose or args.weights or args.base or args.ckpt_b:
+        fail("--compose, --weights, --base and --ckpt_b are for classes joined by +: --classes=A+B")
+    name = (f"{prefix}_{args.sampler}_{args.num_sampling_steps}_guidance{args.guidance_scale:g}"
             f"_seed{args.seed}")
     folder = pathlib.Path(args.out_dir or run.run_folder(args.ckpt) / name)
     real = {}
@@ -279,7 +367,7 @@ def main(argv=None):
     for batch, z, x in sample_batches(
             denoiser, vae, checkpoint["latent_scale_factor"],
             requests[ctx.rank::ctx.world_size], checkpoint["class_names"], args, ctx,
-            args.batch_size, f"sampling ({args.sampler})"):
+            args.batch_size, f"sampling ({args.sampler})", composition=composition):
         for request, image in zip(batch, x, strict=True):
             run.save_image(paths[request], image)
         latents.append(z)
@@ -287,6 +375,8 @@ def main(argv=None):
     z = ctx.gather(torch.cat(latents))  # and now all images are written
     if ctx.is_main:
         write_report(folder, checkpoint, paths, z, real, vae, args, ctx)
+        if composition and composition.said:
+            print(describe(composition, args.classes))
 
 
 if __name__ == "__main__":

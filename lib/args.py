@@ -61,6 +61,11 @@ def int_list(text):
     return tuple(at_least(1)(item) for item in list_items(text))
 
 
+def float_list(text):
+    """argparse type: a list such as '1,2.5' as a tuple of numbers."""
+    return tuple(float(item) for item in list_items(text))
+
+
 def interval(text):
     """argparse type: 'LOW,HIGH' as two floats with 0 <= LOW < HIGH <= 1."""
     low, high = (float(item) for item in list_items(text))
