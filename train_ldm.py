@@ -293,7 +293,8 @@ def training_reference(latents, args, scale, vae, ctx):
                f"{stats['std'] * scale:.2f}, not 1: was it measured on other images?")
     if not args.overfit_k:
         few = slice(None, None, max(1, len(index) // 32))
-        x, decoded = latents.images.images(index[few]), sample.decode_latents(vae, z[few], scale, ctx)
+        x = latents.images.images(index[few])
+        decoded = sample.decode_latents(vae, z[few], scale, ctx)
         return stats | sample.appearance(x, z[few], decoded, scale, vae, ctx), None
     z_train = mean.cpu() * scale
     # A perfect copy is a draw from the posterior: its variance comes on top of the tolerance.
