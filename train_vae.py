@@ -160,12 +160,6 @@ def discriminator_loss(kind, real, fake):
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
-def cooldown(step, total_steps, fraction):
-    """Factor of the learning rate at a step (from 0): 1, then linearly towards 0 over the last
-    `fraction` of the run (Haegele et al. 2024, section 3)."""
-    return min(1.0, (total_steps - step) / max(1.0, fraction * total_steps))
-
-
 def read_images(images, index, step, args, ctx):
     """The images `index` of this rank in a step, float32 [B, 1, S, S] on the device; with --augment
     half of them augmented, depending on the seed, the step and the place in the global batch."""
@@ -343,7 +337,8 @@ def main(argv=None):
 
         # --- one step: read, set the learning rates, forward, backward, update ---
         index, epoch = order.indices(step)
-        factor = cooldown(step, total_steps, args.cooldown)
+        # 1, then linearly towards 0 in the last part of the run (Haegele et al. 2024, section 3).
+        factor = min(1.0, (total_steps - step) / max(1.0, args.cooldown * total_steps))
         for optimizer, lr in zip(optimizers.values(), (args.lr, args.disc_lr), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = lr * factor

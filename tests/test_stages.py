@@ -16,7 +16,6 @@ from conftest import ROOT, only_error, read_jsonl, start, strict, tree_hashes
 from PIL import Image
 
 import model
-import train_vae
 from lib import args as command_line
 from lib import verdicts
 from lib.files import EXIT_FAILED, EXIT_STOPPED
@@ -225,7 +224,8 @@ def assert_same_run(a, b, kind):
 
 def test_a_stopped_run_ends_like_one_that_was_not_stopped(workspace, quick):
     """Here by a terminal that was closed; tests/robustness has the other signals."""
-    more = ["--max_steps=14", "--disc_start=2", "--log_every=1", "--sample_every=5"]
+    more = ["--max_steps=14", "--disc_start=2", "--log_every=1", "--sample_every=5",
+            "--cooldown=0.5"]
     assert quick(*workspace.vae("whole", *more)).code == 0
     process = start(*workspace.vae("parts", *more))
     for line in process.stdout:
@@ -241,6 +241,9 @@ def test_a_stopped_run_ends_like_one_that_was_not_stopped(workspace, quick):
     result = quick(*workspace.vae("parts", *more))
     assert re.search(rf"continues at step\s+{stopped_at}\n", result.out), result.err
     assert_same_run(workspace.out / "whole", parts, "vae")
+    rates = [r["train/learning_rate"] for r in read_jsonl(parts / "metrics.jsonl")
+             if "train/loss" in r]
+    assert np.allclose(rates, 2e-3 * np.array([1] * 7 + [n / 7 for n in range(7, 0, -1)]))
 
 
 @pytest.mark.parametrize("kind, dtype", [("vae", "fp32"), ("ldm", "bf16")])
@@ -310,13 +313,6 @@ def test_overfit_one_reproduces_its_image(workspace, quick):
     other = grey(workspace.data / "TB/train/normal/00001.png")
     drawn = grey(workspace.root / "s/normal_00000.png")
     assert np.abs(drawn - original).mean() < 0.6 * np.abs(drawn - other).mean()
-
-
-def test_the_learning_rate_cools_down_at_the_end():
-    factors = [train_vae.cooldown(step, 10, 0.4) for step in range(10)]
-    assert factors == pytest.approx([1, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
-    assert [train_vae.cooldown(step, 10, 0.0) for step in range(10)] == [1] * 10
-    assert train_vae.cooldown(9, 10, 1.0) == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("prob_uncond, trained", [
