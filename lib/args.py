@@ -3,16 +3,13 @@
 Everything is argparse. Presets, the settings of the run being continued and config files are
 converted and checked by the type of each flag, then serve as defaults of the command line.
 """
-import __future__
-
 import argparse
 import difflib
 import math
 import os
-import pathlib
 import re
+import runpy
 import signal
-import sys
 import types
 
 from lib.files import EXIT_STOPPED, MADE_BY, fail, first_line, named_folder, notice, read_meta
@@ -149,29 +146,9 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
-MEANINGS = {  # flag: what DiT, diffusers and nanoGPT call it, if that does not look similar
-    "lr": "learning_rate base_learning_rate",
-    "batch_per_device": "batch_size train_batch_size global_batch_size",
-    "grad_clip": "max_grad_norm",
-    "epochs": "num_train_epochs",
-    "max_steps": "max_train_steps",
-    "out_dir": "output sample_dir save_dir",  # the first flag that the stage has is named
-    "output_root": "output outdir results_dir save_dir logdir",
-    "data_root": "dataset_path",
-    "img_size": "resolution",
-    "ckpt": "ckpt_path checkpoint_path model model_path resume",
-    "ae_ckpt_path": "vae vae_ckpt ae_ckpt",
-    "num_sampling_steps": "ddim_steps steps",
-    "guidance_scale": "cfg"}
-
-
 def closest(name, known):
-    """'; did you mean X?' if one of the known names means the same or is similar, else ''."""
-    word = name.lstrip("-").replace("-", "_")
-    dashes = "--" * name.startswith("--")
-    match = [dashes + flag for flag, words in MEANINGS.items()
-             if word in words.split() and dashes + flag in known]
-    match = match or difflib.get_close_matches(dashes + word, known, 1, 0.5)
+    """'; did you mean X?' if one of the known names is similar, else ''."""
+    match = difflib.get_close_matches(name, known, 1, 0.5)
     return f"; did you mean {match[0]}?" if match else ""
 
 
@@ -279,14 +256,10 @@ RENAMED_SAMPLERS = {"dpmpp": "dpmpp_2m", "dpmpp_sde": "dpmpp_2m_sde"}  # in runs
 def read_config(path):
     """{name: value} of a config file: the public names of a Python file run in an empty namespace.
     Ends the program if the file is missing or broken."""
-    names, as_text = {}, __future__.annotations.compiler_flag
     try:
-        exec(compile(pathlib.Path(path).read_text(), path, "exec", as_text), names)
+        names = runpy.run_path(path)
     except (Exception, SystemExit) as e:
         fail(f"{path}: {type(e).__name__}: {first_line(e)}")
-    for name, value in names.get("__annotations__", {}).items():
-        if name not in names:  # YAML is an annotation in Python, which sets nothing
-            fail(f"{path}: `{name}: {value}` sets nothing; write it in Python, `{name} = ...`")
     settings = {name: value for name, value in names.items()
                 if not name.startswith("_") and not isinstance(value, types.ModuleType)}
     return settings or fail(f"{path} sets nothing: a config is lines of `name = value`")
@@ -297,23 +270,20 @@ def convert_settings(parser, settings, source):
     Ends the program, naming the file, for whatever the command line would refuse, and for a string
     in place of a number or the other way round."""
     actions = {a.dest: a for a in parser._actions if a.dest not in ("help", "config")}
-    unknown, converted = [name for name in settings if name not in actions], {}
-    if unknown:
-        stage = ["ldm" if name.startswith("ldm_") else "vae" for name in unknown
-                 if name.startswith("ldm_") or f"ldm_{name}" in actions]
-        hint = f"; it is a config of {MADE_BY[stage[0]]}" if stage else closest(unknown[0], actions)
-        fail(f"{source}: unknown setting {unknown[0]!r}{hint}")
+    converted = {}
     for name, value in settings.items():
+        if name not in actions:
+            fail(f"{source}: unknown setting {name!r}{closest(name, actions)}")
         action = actions[name]
-        unset = value is None and action.default is None
-        takes_text = action.type in (None, file_path, folder_name)
-        if isinstance(value, str) != takes_text and not unset:
-            fail(f"{source}: {name} is a {type(value).__name__}, expected "
-                 f"{'a string' if takes_text else 'no string'}")
+        if value is None and action.default is None:
+            converted[name] = None
+            continue
+        expected = "a string" if action.type in (None, file_path, folder_name) else "no string"
+        if isinstance(value, str) != (expected == "a string"):
+            fail(f"{source}: {name} is a {type(value).__name__}, expected {expected}")
         try:
             converted[name] = parser._get_value(action, str(value))
-            if not unset:
-                parser._check_value(action, converted[name])
+            parser._check_value(action, converted[name])
         except (argparse.ArgumentError, ValueError) as e:  # ValueError: too many digits to print
             fail(f"{source}: {name}: {first_line(e)}")
     return converted
@@ -343,8 +313,6 @@ def parse_settings(parser, argv=None, preset=None, kind=None):
     program if they are bad. preset: function from the settings without it to {name: new default};
     ValueError if they contradict each other. kind: of a trainer's runs, vae or ldm."""
     signal.signal(signal.SIGINT, lambda *_: fail("interrupted", EXIT_STOPPED))
-    if hasattr(sys.stdout, "reconfigure"):  # a file name may not fit the terminal's encoding
-        sys.stdout.reconfigure(errors="backslashreplace")
     path = getattr(parser.parse(argv), "config", None)
     config = convert_settings(parser, read_config(path), path) if path else {}
     folder, stored = None, {}
