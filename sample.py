@@ -142,7 +142,7 @@ def sample_batches(denoiser, vae, latent_scale_factor, requests, class_names, ar
     batch of requests. label: of the progress line; tick(): called before each evaluation."""
     denoiser = cast_weights(denoiser, ctx)
     starts, numbers = range(0, len(requests), batch_size), itertools.count()
-    progress = run.Progress(ctx, label, len(starts) * args.num_sampling_steps)
+    progress = run.Progress(label, len(starts) * args.num_sampling_steps)
 
     def count():
         tick()
@@ -155,7 +155,6 @@ def sample_batches(denoiser, vae, latent_scale_factor, requests, class_names, ar
         z = sample_latents(denoiser, vae.latent_shape, batch + fill, class_names, args, ctx, count)
         z = z[:len(batch)]
         yield batch, z.cpu(), decode_latents(vae, z, latent_scale_factor, ctx)
-    progress.clear()
 
 
 def latent_metrics(z, labels, class_names, latent_scale_factor, real_pairwise_mse):

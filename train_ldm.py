@@ -427,11 +427,7 @@ def main(argv=None):
         # --- checkpoint, at most every --save_minutes ---
         evaluating = step > 0 and (step == total_steps or
                                    step % (args.sample_every * order.epoch_steps) == 0)
-        stopping, save_due = run.poll()  # all ranks agree here
-        if stopping or save_due or step == total_steps:
-            run.save(state())
-        if stopping:
-            run.stop()
+        run.save_if_due(state, now=step == total_steps)  # may leave, all ranks alike
 
         # --- evaluation, with the averaged weights ---
         if evaluating:
@@ -451,7 +447,6 @@ def main(argv=None):
                 sample_metrics = sweep_objective(sample_metrics, verdicts)
                 pictures = save_pictures(run, epoch, x, x_labels, images, args)
                 run.log_evaluation(step, epoch, sample_metrics, pictures, verdicts)
-            run.restart_clock(step)
         patience_over = 0 < args.patience <= monitor.best.since
         if step >= total_steps or patience_over:
             break
@@ -475,7 +470,7 @@ def main(argv=None):
             diverged = means.in_a_row.item() >= args.max_bad_steps
             if diverged:
                 break
-        run.progress.update(step, run.status)
+        run.progress.update(step)
 
     # --- end: best.pt is the one to use, if validation images chose it ---
     if ctx.is_main and diverged:

@@ -29,13 +29,12 @@ def fail(message, code=EXIT_FAILED):
     raise end
 
 
-def say(text, end="\n"):
-    """print on rank 0, in place of a progress line. The reader may be gone: training does not end
-    because Ctrl-C ended `tee`."""
+def say(text):
+    """print on rank 0. The reader may be gone: training does not end because Ctrl-C ended `tee`."""
     if os.environ.get("RANK", "0") != "0":
         return
     try:
-        print("\r\x1b[K" * sys.stdout.isatty() + text, end=end, flush=True)  # erase the line
+        print(text, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -82,11 +81,9 @@ def write_atomic(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except BaseException as e:
+    except (OSError, RuntimeError) as e:  # the latter: torch.save on a full disk
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if not isinstance(e, (OSError, RuntimeError)):  # the latter: torch.save on a full disk
-            raise
         reason = getattr(e, "strerror", None) or getattr(e.__context__, "strerror", None)
         fail(f"cannot write {path}: {reason or first_line(e)}; free space or choose another folder")
 
