@@ -185,26 +185,23 @@ def test_a_model_of_real_images_is_not_measured_on_phantoms(workspace, quick):
 # --- which autoencoder ---
 
 
-def test_a_finished_autoencoder_comes_before_a_newer_one(workspace, quick):
+def test_the_newest_finished_autoencoder_is_used(workspace, quick):
     runs = workspace.out
     meta = strict(runs / "v/run_meta.json")
-    dates = {"v": "2026-01-01T10:30:00+0000", "newer": "2026-01-01T11:00:00+0000",
-             "unfinished": "2027-01-01T00:00:00+0000"}
-    for name, date in dates.items():
-        if name != "v":
-            shutil.copytree(runs / "v", runs / name)
+    for name, date in (("newer", "2026-01-02T11:00:00+0000"), ("unfinished", "2027")):
+        shutil.copytree(runs / "v", runs / name)
         (runs / name / "run_meta.json").write_text(json.dumps({**meta, "created": date}))
+    (runs / "v/run_meta.json").write_text(json.dumps({**meta, "created": "2026-01-01"}))
     (runs / "unfinished/summary.json").unlink()
     (runs / "broken").mkdir()
     (runs / "broken/run_meta.json").write_text("")
     check = ["find_latent_scale.py", *workspace.common, "--check"]
     result = quick(*check)
-    assert result.code == 0, result.err  # the broken one is passed over
-    assert f"autoencoder: {runs / 'newer'}, the newest finished of 3 runs" in result.out
+    assert result.code == 0, result.err
+    assert f"autoencoder: {runs / 'newer'}, the newest of 2 finished runs" in result.out
     for name in ("v", "newer"):
         (runs / name / "summary.json").unlink()
-    out = quick(*check).out
-    assert f"autoencoder: {runs / 'unfinished'}, the newest (unfinished) of 3 runs" in out
+    assert "no finished autoencoder" in only_error(quick(*check))
 
 
 # --- typed elsewhere ---
