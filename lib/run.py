@@ -365,6 +365,7 @@ class Run:
 
     def save_grid(self, name, rows, labels):
         """Path of samples/NAME.png with a row of images for each tensor; see save_grid."""
+        self._check_lock()
         path = self.folder / "samples" / f"{name}.png"
         save_grid(path, rows, labels)
         return path
