@@ -130,16 +130,6 @@ def test_stops_at_awkward_moments_change_nothing(command, quick, tmp_path, stage
     assert len(left_over(folder)) <= 2  # of the two that were killed while they wrote
 
 
-def test_ctrl_c_is_answered_at_once(command, tmp_path):
-    process = start("train_ldm.py", *command("train_ldm", "run"), "--max_steps=100000",
-                    "--sample_every=100000")
-    wait_for(process, "step 3 ")
-    process.send_signal(signal.SIGINT)
-    assert process.stderr.readline() == "\n"
-    assert process.stderr.readline().startswith("saving after this step; Ctrl-C again ends at once")
-    assert "stopped (SIGINT) at step" in finished(process) and process.returncode == EXIT_STOPPED
-
-
 # --- two processes ------------------------------------------------------------------------------
 
 
