@@ -41,17 +41,16 @@ PRESETS = {
 
 
 def resolve_mode(args):
-    """(mode, K) from --mode, --overfit_one and --overfit_k, K = 0 for all images; ValueError if
-    they disagree."""
+    """(mode, K) from --mode, --overfit_one and --overfit_k, K = 0 for all images; ends
+    the program if they disagree."""
     match = re.fullmatch("full_train|overfit_(one|[1-9][0-9]*)", args.mode)
     if not match:
-        raise ValueError(f"unknown --mode={args.mode}: full_train, overfit_one or overfit_K such "
-                         "as overfit_16")
+        fail(f"unknown --mode={args.mode}: full_train, overfit_one or overfit_K such as overfit_16")
     in_mode = 0 if match[1] is None else 1 if match[1] == "one" else int(match[1])
     asked = {in_mode, args.overfit_k, int(args.overfit_one)} - {0}
     if len(asked) > 1:
-        raise ValueError(f"--mode={args.mode}, --overfit_one and --overfit_k ask for different "
-                         f"numbers of images: {', '.join(map(str, sorted(asked)))}")
+        fail(f"--mode={args.mode}, --overfit_one and --overfit_k ask for different numbers of "
+             f"images: {', '.join(map(str, sorted(asked)))}")
     k = max(asked, default=0)
     return {0: "full_train", 1: "overfit_one"}.get(k, f"overfit_{k}"), k
 

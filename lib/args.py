@@ -310,8 +310,8 @@ def run_to_continue(parser, args, kind):
 
 def parse_settings(parser, argv=None, preset=None, kind=None):
     """Settings: defaults < preset < the run being continued < --config < command line. Ends the
-    program if they are bad. preset: function from the settings without it to {name: new default};
-    ValueError if they contradict each other. kind: of a trainer's runs, vae or ldm."""
+    program if they are bad. preset: function from the settings without it to {name: new default}.
+    kind: of a trainer's runs, vae or ldm."""
     signal.signal(signal.SIGINT, lambda *_: fail("interrupted", EXIT_STOPPED))
     path = getattr(parser.parse(argv), "config", None)
     config = convert_settings(parser, read_config(path), path) if path else {}
@@ -320,12 +320,7 @@ def parse_settings(parser, argv=None, preset=None, kind=None):
         folder, stored = run_to_continue(parser, parser.parse(argv, config), kind)
     settings = stored | config | ({"resume_dir": folder} if folder else {})
     if preset:
-        before = parser.parse(argv, settings)
-        try:
-            from_preset = preset(before)
-        except ValueError as e:
-            fail(e)
-        settings = convert_settings(parser, from_preset, before.init_from or "preset") | settings
+        settings = preset(parser.parse(argv, settings)) | settings
     args = parser.parse(argv, settings)
     for name, before in stored.items():
         if (now := getattr(args, name)) != before:

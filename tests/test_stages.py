@@ -550,7 +550,7 @@ def test_an_output_folder_that_cannot_be_is_one_line(workspace, quick):
     assert tree_hashes(workspace.root) == before
 
 
-@pytest.mark.parametrize("change", [None, {"vae_sha256": "0" * 64}, {"latent_scale_factor": 2.0}])
+@pytest.mark.parametrize("change", [None, {"vae_sha256": "0" * 64}])
 def test_a_missing_or_wrong_scale_names_the_command(workspace, quick, change):
     path = workspace.out / "v/latent_scale.json"
     stored = strict(path)
