@@ -284,7 +284,7 @@ class StopSignal:
         if number == signal.SIGINT:
             if os.environ.get("RANK", "0") == "0":
                 with contextlib.suppress(OSError):  # print might be in the middle of a line
-                    os.write(2, b"\nsaving after this step; Ctrl-C again ends at once\n")
+                    os.write(2, b"\nsaving after this step; Ctrl-C again ends without saving\n")
             signal.signal(number, signal.SIG_DFL)
 
 

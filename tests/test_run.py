@@ -304,7 +304,7 @@ def test_signals_ask_to_stop_and_a_second_interrupt_ends(monkeypatch, rank):
                          text=True, check=False)
     assert (out.returncode, out.stdout) == (-signal.SIGINT, "it goes on\n"), out.stderr
     assert out.stderr == ("" if rank else
-                          "\nsaving after this step; Ctrl-C again ends at once\n")
+                          "\nsaving after this step; Ctrl-C again ends without saving\n")
 
 
 def test_a_progress_line_estimates_the_time_without_the_first_steps(capsys, monkeypatch):
