@@ -61,7 +61,7 @@ def load_ldm(ckpt_path, ctx, ae_ckpt_path=None, use_ema=None):
     autoencoder is now. Ends the program if the model was trained with another one."""
     checkpoint = run.load_checkpoint(ckpt_path, "ldm")
     denoiser = build_denoiser(checkpoint, ckpt_path, use_ema)
-    path = ae_ckpt_path or run.find_moved(checkpoint["ae_ckpt_path"], run.run_folder(ckpt_path))
+    path = ae_ckpt_path or checkpoint["ae_ckpt_path"]
     if not os.path.exists(path):
         fail(f"no autoencoder at {path}: give its checkpoint with --ae_ckpt_path")
     vae, _, vae_sha256 = load_autoencoder(path, ctx)

@@ -143,9 +143,7 @@ def take_lock(path, what, wait=False):
     for it, or ends the program.
     """
     try:
-        # Another user's may be read alone, which is enough for flock, and not for lockf.
-        mode = "rb" if os.path.exists(path) and not os.access(path, os.W_OK) else "ab+"
-        lock = open(path, mode, buffering=0)  # noqa: SIM115
+        lock = open(path, "ab+", buffering=0)  # noqa: SIM115
     except OSError as e:
         fail(f"cannot write {path}: {e.strerror}; choose another --output_root")
     try:

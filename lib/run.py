@@ -86,20 +86,12 @@ def run_folder(ckpt_path):
     return pathlib.Path(os.path.normpath(os.path.join(ckpt_path, "..", "..")))
 
 
-def find_moved(ckpt_path, beside):
-    """ckpt_path or, if it is gone, the same run beside the run folder `beside`: a folder of runs
-    can be moved, or used from another working directory."""
-    path = pathlib.Path(ckpt_path)
-    moved = pathlib.Path(beside, "..", *path.parts[-3:])
-    return moved if moved.exists() and not path.exists() else path
-
-
 def find_autoencoder(args):
     """Checkpoint of the autoencoder: --ae_ckpt_path, else the one beside --ae_config_path, else
     that of the task's newest finished train_vae.py run, which a notice names. Ends the program if
     there is none."""
     if args.ae_ckpt_path:
-        return find_moved(args.ae_ckpt_path, getattr(args, "resume_dir", None) or ".")
+        return pathlib.Path(args.ae_ckpt_path)
     if args.ae_config_path:
         return pathlib.Path(args.ae_config_path).parent / "ckpts" / "last.pt"
     found = []
@@ -403,7 +395,6 @@ class Run:
             write_json(self.folder / "summary.json", {
                 "step": step, "diverged": diverged, "wall_seconds": self.saved_seconds, **summary,
                 "verdicts": [v._asdict() for v in found]})
-        self.track(lambda: self.wandb.summary.update(verdicts.levels(found)))
         self.track(lambda: self.wandb.finish(int(diverged)))
         if diverged:
             lower = self.resume_command(lr=f"{self.args.lr / 3:.1e}")

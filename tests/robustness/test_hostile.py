@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_stages import assert_same_run, same
 
-import train_ldm
 from lib import decode, run
 from lib.files import EXIT_FAILED
 
@@ -258,29 +257,3 @@ def test_a_random_image_is_decoded_or_refused(pictures, seed, which):
         decoded = decode.read_square(path, 16)
         assert decoded.shape == (16, 16) and decoded.dtype == np.uint16
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_500_000  # kB
-
-
-# --- random settings ----------------------------------------------------------------------------
-
-PARSER = train_ldm.build_parser()
-NAMES = sorted(a.dest for a in PARSER._actions if a.dest not in ("help", "config"))
-scalars = st.one_of(
-    st.integers(-3, 70), st.integers(), st.floats(), st.booleans(), st.none(), st.text(max_size=8),
-    st.sampled_from(["flow", "eps", "auto", "overfit_8", "1,2", 10**400, 2**64, -(10**30)]))
-literals = st.recursive(scalars, lambda inner: st.one_of(
-    st.lists(inner, max_size=4), st.lists(inner, max_size=4).map(tuple)), max_leaves=5)
-expressions = st.sampled_from([
-    "0x" + "f" * 6000, "1" * 5000, "(" * 300, "[" * 90 + "]" * 90, "'", "int", "...", "lambda: 1",
-    "1j", "frozenset({1})", "range(3)", "{1: 2}", "float('nan')"])
-sources = st.one_of(literals.map(repr).map(lambda s: s.replace("inf", "1e999")), expressions)
-config_names = st.sampled_from([*NAMES, "epoch", "π", "_x", "config", "help"])
-
-
-@settings(repeatable, max_examples=700)
-@given(st.lists(st.tuples(config_names, sources), min_size=1, max_size=3))
-def test_a_random_config_file_is_read_or_refused(tmp_path_factory, lines):
-    path = tmp_path_factory.getbasetemp() / "settings.py"
-    text = "".join(f"{name} = {value}\n" for name, value in lines)
-    path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    args, line = value_or_line(train_ldm.parse_args, [f"--config={path}"])
-    assert args or "settings.py" in line or "--" in line, line
