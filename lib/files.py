@@ -22,8 +22,7 @@ EXIT_FAILED = 78  # EX_CONFIG: the same command would fail again
 
 def fail(message, code=EXIT_FAILED):
     """End the program with one line on standard error."""
-    rank = os.environ.get("RANK", "0")
-    end = SystemExit(f"error: {message}" if rank == "0" else f"error (rank {rank}): {message}")
+    end = SystemExit(f"error: {message}")
     print(end, file=sys.stderr, flush=True)
     end.code = code  # its text stays the message
     raise end

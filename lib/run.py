@@ -201,7 +201,7 @@ class Run:
                  f"{total_steps}: give more --epochs or --max_steps, or fewer images per step")
         self.stop_signal = StopSignal()
         self.progress = Progress("step", total_steps)
-        self._restart_clock(step)
+        self.log_step, self.log_time = step, time.perf_counter()
         if not self.ctx.is_main:
             return
         self.meta["changed"] = [*print_settings(self.args, parser, {
@@ -279,10 +279,6 @@ class Run:
                 return
         fail(f"{self.folder} was moved or removed during this run: go on with --resume_dir")
 
-    def _restart_clock(self, step):
-        """Measure images per second from here: an evaluation does not count."""
-        self.log_step, self.log_time = step, time.perf_counter()
-
     def log(self, step, epoch, metrics, pictures=()):
         """Append a line to metrics.jsonl and hand it to W&B with pictures {name: path}. Non-finite
         numbers become null."""
@@ -339,7 +335,7 @@ class Run:
         """Log metrics of training steps with images per second, on the console too; returns all."""
         per_second = (step - self.log_step) / (time.perf_counter() - self.log_time)
         metrics = metrics | {"train/images_per_second": per_second * images_per_step}
-        self._restart_clock(step)
+        self.log_step, self.log_time = step, time.perf_counter()
         self.log(step, epoch, metrics)
         say(f"step {step} epoch {epoch} {verdicts.format_training(metrics)}")
         return metrics
@@ -347,7 +343,7 @@ class Run:
     def log_evaluation(self, step, epoch, metrics, pictures, found=()):
         """Log an evaluation: metrics, pictures {name: path} and verdicts."""
         self.log(step, epoch, metrics, pictures)
-        self._restart_clock(step)
+        self.log_step, self.log_time = step, time.perf_counter()  # not training time
         numbers = "".join(f"  {name} {value:.4f}" for name, value in metrics.items()
                           if name.startswith("val/"))
         paths = ", ".join(str(path) for path in pictures.values())
