@@ -80,26 +80,6 @@ def folder_name(text):
     return text
 
 
-def pattern(text):
-    """argparse type: a regular expression that ignores case."""
-    try:
-        return re.compile(text, re.IGNORECASE)
-    except re.error as e:
-        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {e}") from e
-
-
-def class_labels(text):
-    """argparse type: 'name=Label,...' as {label: name}; a class may have several labels."""
-    pairs = [item.split("=", 1) for item in text.split(",")]
-    classes = {label.strip(): folder_name(name.strip()) for name, label in pairs}
-    if len(classes) < len(pairs):
-        raise ValueError(text)
-    return classes
-
-
-class_labels.__name__ = "name=Label,..."  # as argparse names it in "invalid int value"
-
-
 class BooleanFlag(argparse.Action):
     """--flag, --flag=True, --flag=false and --no-flag."""
 
