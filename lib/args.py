@@ -131,13 +131,8 @@ MEANINGS = {  # flag: what DiT, diffusers and nanoGPT call it, if that does not 
     "batch_per_device": "batch_size train_batch_size global_batch_size",
     "grad_clip": "max_grad_norm",
     "epochs": "num_train_epochs",
-    "max_steps": "max_train_steps",
-    "out_dir": "output sample_dir save_dir",  # the first flag that the stage has is named
-    "output_root": "output outdir results_dir save_dir logdir",
     "img_size": "resolution",
-    "ckpt": "ckpt_path checkpoint_path model model_path resume",
-    "num_sampling_steps": "ddim_steps steps",
-    "guidance_scale": "cfg"}
+    "ckpt": "ckpt_path checkpoint_path model model_path resume"}
 
 
 def closest(name, known):

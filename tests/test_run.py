@@ -47,13 +47,6 @@ def test_an_epoch_is_a_shuffle_filled_up_from_its_start(count, batch, world):
     assert count < 10 or len({*epochs, tuple(other_seed)}) == 4
 
 
-def test_ranks_share_what_one_process_with_the_whole_batch_sees():
-    for step in range(7):
-        whole, _ = dist.BatchOrder(20, 8, 1).indices(step)
-        parts = [dist.BatchOrder(20, 4, 1, rank, 2).indices(step)[0] for rank in (0, 1)]
-        assert np.array_equal(whole, np.concatenate(parts))
-
-
 def test_a_generator_is_a_function_of_its_key_alone():
     def draw(*key):
         return tuple(torch.randn(4, generator=ALONE.generator(*key)).tolist())

@@ -64,10 +64,6 @@ def to_folder(path):
     path.mkdir()
 
 
-def content(new):
-    return lambda path: path.write_bytes(new)
-
-
 def cut(path):
     path.write_bytes(path.read_bytes()[:-60])
 
@@ -90,9 +86,7 @@ def drop_a_key(path):
 
 DAMAGE = [  # file of a run, what happens to it, what the one line says
     ("run_meta.json", remove, "run_meta.json"),
-    ("run_meta.json", content(b""), "run_meta.json"),
-    ("run_meta.json", content(bytes(300)), "run_meta.json"),
-    ("run_meta.json", content(b"{}"), "run_meta.json"),
+    ("run_meta.json", lambda path: path.write_bytes(b"{}"), "run_meta.json"),
     ("run_meta.json", to_folder, "run_meta.json"),
     ("ckpts/last.pt", remove, "no checkpoint at"),
     ("ckpts/last.pt", cut, "is damaged"),
@@ -257,8 +251,7 @@ def test_a_reader_that_goes_does_not_end_training(workspace):
 def test_latents_of_another_size_are_noticed_before_training(workspace, quick):
     path = workspace.out / "v/latent_scale.json"
     scale = strict(path)
-    path.write_text(json.dumps({**scale, "latent_scale_factor": 3 * scale["latent_scale_factor"],
-                                "std": scale["std"] / 3}))
+    path.write_text(json.dumps({**scale, "latent_scale_factor": 3 * scale["latent_scale_factor"]}))
     result = quick(*workspace.ldm("x", "--max_steps=1"))
     assert result.code == 0 and "standard deviation of 3.0" in result.out, result.out
 
