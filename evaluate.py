@@ -233,7 +233,7 @@ def train_classifier(images, vary, shape, seed, args, ctx, label):
     count = 32 // len(members) or 1  # of each class
     optimizer = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=0.05, fused=True)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    progress = run.Progress(ctx, f"training a classifier on {label}", steps)
+    progress = run.Progress(f"training a classifier on {label}", steps)
     for step in range(steps):
         index = torch.cat([m[torch.randint(len(m), (count,), generator=rng)] for m in members])
         logits = net(vary(images.values[index].to(ctx.device), rng))
@@ -242,7 +242,6 @@ def train_classifier(images, vary, shape, seed, args, ctx, label):
         decay.step()
         optimizer.zero_grad()
         progress.update(step + 1)
-    progress.clear()
     return net.eval().requires_grad_(False)
 
 

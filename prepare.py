@@ -6,6 +6,7 @@
 No patient is in two splits, and the splits have the same mixture of classes. What is not clear is
 left out and counted, never guessed. docs/data.md has the command for each public set.
 """
+import argparse
 import collections
 import os
 import random
@@ -14,11 +15,31 @@ import shutil
 import signal
 import tempfile
 
-from lib.args import BooleanFlag, Parser, at_least, class_labels, file_path, parse_settings, pattern
+from lib.args import BooleanFlag, Parser, at_least, file_path, folder_name, parse_settings
 from lib.files import command_line, fail, say
 from lib.tables import find_images, find_view, match_rows, read_tables
 
 VIEW_COLUMNS = ("ViewPosition", "View Position", "Frontal/Lateral", "Projection")
+
+
+def pattern(text):
+    """argparse type: a regular expression that ignores case."""
+    try:
+        return re.compile(text, re.IGNORECASE)
+    except re.error as e:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {e}") from e
+
+
+def class_labels(text):
+    """argparse type: 'name=Label,...' as {label: name}; a class may have several labels."""
+    pairs = [item.split("=", 1) for item in text.split(",")]
+    classes = {label.strip(): folder_name(name.strip()) for name, label in pairs}
+    if len(classes) < len(pairs):
+        raise ValueError(text)
+    return classes
+
+
+class_labels.__name__ = "name=Label,..."  # as argparse names it in "invalid int value"
 
 
 def build_parser():

@@ -62,7 +62,7 @@ def load_ldm(ckpt_path, ctx, ae_ckpt_path=None, use_ema=None):
     autoencoder is now. Ends the program if the model was trained with another one."""
     checkpoint = run.load_checkpoint(ckpt_path, "ldm")
     denoiser = build_denoiser(checkpoint, ckpt_path, use_ema)
-    path = ae_ckpt_path or run.find_moved(checkpoint["ae_ckpt_path"], run.run_folder(ckpt_path))
+    path = ae_ckpt_path or checkpoint["ae_ckpt_path"]
     if not os.path.exists(path):
         fail(f"no autoencoder at {path}: give its checkpoint with --ae_ckpt_path")
     vae, _, vae_sha256 = load_autoencoder(path, ctx)
@@ -201,7 +201,7 @@ def sample_batches(denoiser, vae, latent_scale_factor, requests, class_names, ar
     batch of requests. label: of the progress line; tick, composition: of sample_latents."""
     denoiser = cast_weights(denoiser, ctx)
     starts, numbers = range(0, len(requests), batch_size), itertools.count()
-    progress = run.Progress(ctx, label, len(starts) * args.num_sampling_steps)
+    progress = run.Progress(label, len(starts) * args.num_sampling_steps)
 
     def count():
         tick()
@@ -215,7 +215,6 @@ def sample_batches(denoiser, vae, latent_scale_factor, requests, class_names, ar
                            composition)
         z = z[:len(batch)]
         yield batch, z.cpu(), decode_latents(vae, z, latent_scale_factor, ctx)
-    progress.clear()
 
 
 @torch.no_grad()

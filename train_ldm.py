@@ -41,17 +41,16 @@ PRESETS = {
 
 
 def resolve_mode(args):
-    """(mode, K) from --mode, --overfit_one and --overfit_k, K = 0 for all images; ValueError if
-    they disagree."""
+    """(mode, K) from --mode, --overfit_one and --overfit_k, K = 0 for all images; ends
+    the program if they disagree."""
     match = re.fullmatch("full_train|overfit_(one|[1-9][0-9]*)", args.mode)
     if not match:
-        raise ValueError(f"unknown --mode={args.mode}: full_train, overfit_one or overfit_K such "
-                         "as overfit_16")
+        fail(f"unknown --mode={args.mode}: full_train, overfit_one or overfit_K such as overfit_16")
     in_mode = 0 if match[1] is None else 1 if match[1] == "one" else int(match[1])
     asked = {in_mode, args.overfit_k, int(args.overfit_one)} - {0}
     if len(asked) > 1:
-        raise ValueError(f"--mode={args.mode}, --overfit_one and --overfit_k ask for different "
-                         f"numbers of images: {', '.join(map(str, sorted(asked)))}")
+        fail(f"--mode={args.mode}, --overfit_one and --overfit_k ask for different numbers of "
+             f"images: {', '.join(map(str, sorted(asked)))}")
     k = max(asked, default=0)
     return {0: "full_train", 1: "overfit_one"}.get(k, f"overfit_{k}"), k
 
@@ -419,11 +418,7 @@ def main(argv=None):
         # --- checkpoint, at most every --save_minutes ---
         evaluating = step > 0 and (step == total_steps or
                                    step % (args.sample_every * order.epoch_steps) == 0)
-        stopping, save_due = run.poll()  # all ranks agree here
-        if stopping or save_due or step == total_steps:
-            run.save(state())
-        if stopping:
-            run.stop()
+        run.save_if_due(state, now=step == total_steps)  # may leave, all ranks alike
 
         # --- evaluation, with the averaged weights ---
         if evaluating:
@@ -443,7 +438,6 @@ def main(argv=None):
                 sample_metrics = sweep_objective(sample_metrics, verdicts)
                 pictures = save_pictures(run, epoch, x, x_labels, images, args)
                 run.log_evaluation(step, epoch, sample_metrics, pictures, verdicts)
-            run.restart_clock(step)
         patience_over = 0 < args.patience <= monitor.best.since
         if step >= total_steps or patience_over:
             break
@@ -467,7 +461,7 @@ def main(argv=None):
             diverged = means.in_a_row.item() >= args.max_bad_steps
             if diverged:
                 break
-        run.progress.update(step, run.status)
+        run.progress.update(step)
 
     # --- end: best.pt is the one to use, if validation images chose it ---
     if ctx.is_main and diverged:

@@ -315,11 +315,7 @@ def main(argv=None):
         # --- checkpoint, at most every --save_minutes ---
         evaluating = step == total_steps or (
             step > 0 and step % (args.sample_every * order.epoch_steps) == 0)
-        stopping, save_due = run.poll()  # all ranks agree here
-        if stopping or save_due or step == total_steps:
-            run.save(state())
-        if stopping:
-            run.stop()
+        run.save_if_due(state, now=step == total_steps)  # may leave, all ranks alike
 
         # --- evaluation, with the averaged weights ---
         if evaluating:
@@ -331,7 +327,6 @@ def main(argv=None):
                 path = save_reconstructions(run, averaged, val_set or train_set, ctx, epoch)
                 found = health(val_metrics) if step < total_steps else ()  # else at the end
                 run.log_evaluation(step, epoch, val_metrics, {"recon": path}, found)
-            run.restart_clock(step)
         if step >= total_steps:
             break
 
@@ -355,7 +350,7 @@ def main(argv=None):
             diverged = means.in_a_row.item() >= args.max_bad_steps
             if diverged:
                 break
-        run.progress.update(step, run.status)
+        run.progress.update(step)
 
     # --- end ---
     # Not of train/loss: its adversarial part has no trend, since its judge learns too.

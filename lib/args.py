@@ -3,16 +3,13 @@
 Everything is argparse. Presets, the settings of the run being continued and config files are
 converted and checked by the type of each flag, then serve as defaults of the command line.
 """
-import __future__
-
 import argparse
 import difflib
 import math
 import os
-import pathlib
 import re
+import runpy
 import signal
-import sys
 import types
 
 from lib.files import EXIT_STOPPED, MADE_BY, fail, first_line, named_folder, notice, read_meta
@@ -88,26 +85,6 @@ def folder_name(text):
     return text
 
 
-def pattern(text):
-    """argparse type: a regular expression that ignores case."""
-    try:
-        return re.compile(text, re.IGNORECASE)
-    except re.error as e:
-        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {e}") from e
-
-
-def class_labels(text):
-    """argparse type: 'name=Label,...' as {label: name}; a class may have several labels."""
-    pairs = [item.split("=", 1) for item in text.split(",")]
-    classes = {label.strip(): folder_name(name.strip()) for name, label in pairs}
-    if len(classes) < len(pairs):
-        raise ValueError(text)
-    return classes
-
-
-class_labels.__name__ = "name=Label,..."  # as argparse names it in "invalid int value"
-
-
 class BooleanFlag(argparse.Action):
     """--flag, --flag=True, --flag=false and --no-flag."""
 
@@ -159,15 +136,8 @@ MEANINGS = {  # flag: what DiT, diffusers and nanoGPT call it, if that does not 
     "batch_per_device": "batch_size train_batch_size global_batch_size",
     "grad_clip": "max_grad_norm",
     "epochs": "num_train_epochs",
-    "max_steps": "max_train_steps",
-    "out_dir": "output sample_dir save_dir",  # the first flag that the stage has is named
-    "output_root": "output outdir results_dir save_dir logdir",
-    "data_root": "dataset_path",
     "img_size": "resolution",
-    "ckpt": "ckpt_path checkpoint_path model model_path resume",
-    "ae_ckpt_path": "vae vae_ckpt ae_ckpt",
-    "num_sampling_steps": "ddim_steps steps",
-    "guidance_scale": "cfg"}
+    "ckpt": "ckpt_path checkpoint_path model model_path resume"}
 
 
 def closest(name, known):
@@ -284,14 +254,13 @@ RENAMED_SAMPLERS = {"dpmpp": "dpmpp_2m", "dpmpp_sde": "dpmpp_2m_sde"}  # in runs
 def read_config(path):
     """{name: value} of a config file: the public names of a Python file run in an empty namespace.
     Ends the program if the file is missing or broken."""
-    names, as_text = {}, __future__.annotations.compiler_flag
     try:
-        exec(compile(pathlib.Path(path).read_text(), path, "exec", as_text), names)
+        names = runpy.run_path(path)
     except (Exception, SystemExit) as e:
         fail(f"{path}: {type(e).__name__}: {first_line(e)}")
-    for name, value in names.get("__annotations__", {}).items():
-        if name not in names:  # YAML is an annotation in Python, which sets nothing
-            fail(f"{path}: `{name}: {value}` sets nothing; write it in Python, `{name} = ...`")
+    for name in names.get("__annotations__", {}):
+        if name not in names:  # YAML is an annotation in Python
+            fail(f"{path}: `{name}: ...` sets nothing; write it in Python, `{name} = ...`")
     settings = {name: value for name, value in names.items()
                 if not name.startswith("_") and not isinstance(value, types.ModuleType)}
     return settings or fail(f"{path} sets nothing: a config is lines of `name = value`")
@@ -304,21 +273,23 @@ def convert_settings(parser, settings, source):
     actions = {a.dest: a for a in parser._actions if a.dest not in ("help", "config")}
     unknown, converted = [name for name in settings if name not in actions], {}
     if unknown:
-        stage = ["ldm" if name.startswith("ldm_") else "vae" for name in unknown
-                 if name.startswith("ldm_") or f"ldm_{name}" in actions]
-        hint = f"; it is a config of {MADE_BY[stage[0]]}" if stage else closest(unknown[0], actions)
+        hint = closest(unknown[0], actions)
+        if any(name.startswith("ldm_") for name in unknown):
+            hint = "; it is a config of train_ldm.py"
+        if any(f"ldm_{name}" in actions for name in unknown):
+            hint = "; it is a config of train_vae.py"
         fail(f"{source}: unknown setting {unknown[0]!r}{hint}")
     for name, value in settings.items():
         action = actions[name]
-        unset = value is None and action.default is None
-        takes_text = action.type in (None, file_path, folder_name)
-        if isinstance(value, str) != takes_text and not unset:
-            fail(f"{source}: {name} is a {type(value).__name__}, expected "
-                 f"{'a string' if takes_text else 'no string'}")
+        if value is None and action.default is None:
+            converted[name] = None
+            continue
+        expected = "a string" if action.type in (None, file_path, folder_name) else "no string"
+        if isinstance(value, str) != (expected == "a string"):
+            fail(f"{source}: {name} is a {type(value).__name__}, expected {expected}")
         try:
             converted[name] = parser._get_value(action, str(value))
-            if not unset:
-                parser._check_value(action, converted[name])
+            parser._check_value(action, converted[name])
         except (argparse.ArgumentError, ValueError) as e:  # ValueError: too many digits to print
             fail(f"{source}: {name}: {first_line(e)}")
     return converted
@@ -345,11 +316,9 @@ def run_to_continue(parser, args, kind):
 
 def parse_settings(parser, argv=None, preset=None, kind=None):
     """Settings: defaults < preset < the run being continued < --config < command line. Ends the
-    program if they are bad. preset: function from the settings without it to {name: new default};
-    ValueError if they contradict each other. kind: of a trainer's runs, vae or ldm."""
+    program if they are bad. preset: function from the settings without it to {name: new default}.
+    kind: of a trainer's runs, vae or ldm."""
     signal.signal(signal.SIGINT, lambda *_: fail("interrupted", EXIT_STOPPED))
-    if hasattr(sys.stdout, "reconfigure"):  # a file name may not fit the terminal's encoding
-        sys.stdout.reconfigure(errors="backslashreplace")
     path = getattr(parser.parse(argv), "config", None)
     config = convert_settings(parser, read_config(path), path) if path else {}
     folder, stored = None, {}
@@ -357,12 +326,7 @@ def parse_settings(parser, argv=None, preset=None, kind=None):
         folder, stored = run_to_continue(parser, parser.parse(argv, config), kind)
     settings = stored | config | ({"resume_dir": folder} if folder else {})
     if preset:
-        before = parser.parse(argv, settings)
-        try:
-            from_preset = preset(before)
-        except ValueError as e:
-            fail(e)
-        settings = convert_settings(parser, from_preset, before.init_from or "preset") | settings
+        settings = preset(parser.parse(argv, settings)) | settings
     args = parser.parse(argv, settings)
     for name, before in stored.items():
         if (now := getattr(args, name)) != before:

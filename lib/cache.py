@@ -60,14 +60,13 @@ def cached_array(ctx, folder, name, shape, dtype, make, label, needed=True):
     todo = np.flatnonzero((status == TODO) & needed)
     if len(todo):
         header = np.lib.format.open_memmap(path, "r").offset
-        progress, stride = run.Progress(ctx, label, len(todo)), CHUNK * ctx.world_size
+        progress, stride = run.Progress(label, len(todo)), CHUNK * ctx.world_size
         for start in range(CHUNK * ctx.rank, len(todo), stride):
             indices = todo[start:start + CHUNK]
             rows, status[indices] = make(indices)
             _write(path, header, indices, np.asarray(rows, dtype))
             _write(status_path, 0, indices, status[indices])
             progress.update(min(start + stride, len(todo)))
-        progress.clear()
         # Not from the file: a network disk may show what other machines wrote late.
         status = np.maximum.reduce(ctx.gather_objects(status))
         ctx.on_main(lambda: _write(status_path, 0, np.zeros(1, int), status[None]))

@@ -270,11 +270,11 @@ def shuffled(num_items, seed, epoch):
 class StopSignal:
     """SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGHUP (a closed terminal; not under nohup) ask
     training to finish its step, save and leave; a second Ctrl-C ends the process on the spot.
-    `name`: of the signal, None so far; `saved_step`: of the last checkpoint, for the message."""
+    `name`: of the signal, None so far."""
 
-    def __init__(self, saved_step):
+    def __init__(self):
         # And no ctx: handlers live on after leave_group, which it must not.
-        self.name, self.saved_step = None, saved_step
+        self.name = None
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._handle)
@@ -282,11 +282,9 @@ class StopSignal:
     def _handle(self, number, frame):
         self.name = signal.Signals(number).name
         if number == signal.SIGINT:
-            line = ("\nsaving after this step; Ctrl-C again ends at once and loses the steps since "
-                    f"step {self.saved_step}\n")
             if os.environ.get("RANK", "0") == "0":
                 with contextlib.suppress(OSError):  # print might be in the middle of a line
-                    os.write(2, line.encode())
+                    os.write(2, b"\nsaving after this step; Ctrl-C again ends without saving\n")
             signal.signal(number, signal.SIG_DFL)
 
 

@@ -22,20 +22,18 @@ EXIT_FAILED = 78  # EX_CONFIG: the same command would fail again
 
 def fail(message, code=EXIT_FAILED):
     """End the program with one line on standard error."""
-    rank = os.environ.get("RANK", "0")
-    end = SystemExit(f"error: {message}" if rank == "0" else f"error (rank {rank}): {message}")
+    end = SystemExit(f"error: {message}")
     print(end, file=sys.stderr, flush=True)
     end.code = code  # its text stays the message
     raise end
 
 
-def say(text, end="\n"):
-    """print on rank 0, in place of a progress line. The reader may be gone: training does not end
-    because Ctrl-C ended `tee`."""
+def say(text):
+    """print on rank 0. The reader may be gone: training does not end because Ctrl-C ended `tee`."""
     if os.environ.get("RANK", "0") != "0":
         return
     try:
-        print("\r\x1b[K" * sys.stdout.isatty() + text, end=end, flush=True)  # erase the line
+        print(text, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -82,11 +80,9 @@ def write_atomic(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except BaseException as e:
+    except (OSError, RuntimeError) as e:  # the latter: torch.save on a full disk
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if not isinstance(e, (OSError, RuntimeError)):  # the latter: torch.save on a full disk
-            raise
         reason = getattr(e, "strerror", None) or getattr(e.__context__, "strerror", None)
         fail(f"cannot write {path}: {reason or first_line(e)}; free space or choose another folder")
 
@@ -146,9 +142,7 @@ def take_lock(path, what, wait=False):
     for it, or ends the program.
     """
     try:
-        # Another user's may be read alone, which is enough for flock, and not for lockf.
-        mode = "rb" if os.path.exists(path) and not os.access(path, os.W_OK) else "ab+"
-        lock = open(path, mode, buffering=0)  # noqa: SIM115
+        lock = open(path, "ab+", buffering=0)  # noqa: SIM115
     except OSError as e:
         fail(f"cannot write {path}: {e.strerror}; choose another --output_root")
     try:

@@ -15,7 +15,6 @@ import json
 import math
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 import time
@@ -36,11 +35,9 @@ from lib.files import (EXIT_STOPPED, MADE_BY, command_line, data_flags, fail, fi
 # --- checkpoints --------------------------------------------------------------------------------
 
 CONTENTS = {  # what a checkpoint of each kind must hold
-    "vae": {"args": dict, "ema": dict, "step": int},
-    "ldm": {"args": dict, "step": int, "model": (dict, type(None)), "ema": (dict, type(None)),
-            "best": dict, "recent": (torch.Tensor, type(None)), "class_names": list,
-            "trained_classes": list, "latent_shape": tuple, "latent_scale_factor": float,
-            "vae_sha256": str, "ae_ckpt_path": str, "train_stats": dict}}
+    "vae": {"args", "ema", "step"},
+    "ldm": {"args", "step", "model", "ema", "best", "recent", "class_names", "trained_classes",
+            "latent_shape", "latent_scale_factor", "vae_sha256", "ae_ckpt_path", "train_stats"}}
 
 
 def load_checkpoint(path, kind):
@@ -60,9 +57,8 @@ def load_checkpoint(path, kind):
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if (made_by := MADE_BY[state["kind"]]) != MADE_BY[kind]:
             raise ValueError(f"it was made by {made_by}")
-        for name, of_type in CONTENTS[kind].items():
-            if not isinstance(state[name], of_type):
-                raise TypeError(f"{name} is a {type(state[name]).__name__}")
+        if missing := CONTENTS[kind] - state.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         return state | {"sha256": hashlib.sha256(content).hexdigest()}
     except Exception as e:  # a hostile or damaged file raises anything
         fail(f"{path} is damaged or no checkpoint of this program's {MADE_BY[kind]} "
@@ -90,36 +86,25 @@ def run_folder(ckpt_path):
     return pathlib.Path(os.path.normpath(os.path.join(ckpt_path, "..", "..")))
 
 
-def find_moved(ckpt_path, beside):
-    """ckpt_path or, if it is gone, the same run beside the run folder `beside`: a folder of runs
-    can be moved, or used from another working directory."""
-    path = pathlib.Path(ckpt_path)
-    moved = pathlib.Path(beside, "..", *path.parts[-3:])
-    return moved if moved.exists() and not path.exists() else path
-
-
 def find_autoencoder(args):
     """Checkpoint of the autoencoder: --ae_ckpt_path, else the one beside --ae_config_path, else
     that of the task's newest finished train_vae.py run, which a notice names. Ends the program if
     there is none."""
     if args.ae_ckpt_path:
-        return find_moved(args.ae_ckpt_path, getattr(args, "resume_dir", None) or ".")
+        return pathlib.Path(args.ae_ckpt_path)
     if args.ae_config_path:
         return pathlib.Path(args.ae_config_path).parent / "ckpts" / "last.pt"
     found = []
     for path in pathlib.Path(args.output_root).glob("*/run_meta.json"):
         meta = read_json(path)
-        with contextlib.suppress(KeyError, TypeError, ValueError):  # it is damaged
-            if meta["kind"] == "vae" and meta["args"]["task"] == args.task:
-                created = datetime.datetime.fromisoformat(meta["created"]).timestamp()
-                finished = (path.parent / "summary.json").exists()
-                found.append((finished, created, path.parent))
+        finished = path.with_name("summary.json").exists()
+        if finished and meta.get("kind") == "vae" and meta["args"]["task"] == args.task:
+            found.append((meta["created"], path.parent))
     if not found:
-        fail(f"no autoencoder of task {args.task} in {args.output_root}: name one with "
+        fail(f"no finished autoencoder of task {args.task} in {args.output_root}: name one with "
              f"--ae_ckpt_path, or train one: {command_line('train_vae.py', **data_flags(args))}")
-    finished, _, folder = max(found)
-    notice(f"autoencoder: {folder}, the newest {'finished' if finished else '(unfinished)'} of "
-           f"{len(found)} runs of task {args.task}")
+    _, folder = max(found)
+    notice(f"autoencoder: {folder}, the newest of {len(found)} finished runs of task {args.task}")
     return folder / "ckpts" / "last.pt"
 
 
@@ -130,19 +115,18 @@ def read_latent_scale(args, ckpt_path, vae_sha256):
     another autoencoder."""
     path = run_folder(ckpt_path) / "latent_scale.json"
     stored = read_json(path)
-    measured, std = stored.get("latent_scale_factor"), stored.get("std")
-    whole = (stored.get("vae_sha256") == vae_sha256
-             and isinstance(std, float) and std > 0 and measured == 1 / std)
-    given = args.latent_scale_factor
+    if stored.get("vae_sha256") != vae_sha256:
+        stored = {}
+    measured, given = stored.get("latent_scale_factor"), args.latent_scale_factor
     if given is None and args.resume_dir:
         given = read_meta(args.resume_dir).get("latent_scale_factor")
-    if given is None and not whole:
+    if not (given or measured):
         command = command_line("find_latent_scale.py", ae_ckpt_path=ckpt_path, **data_flags(args))
         fail(f"{path} is missing, damaged or of another autoencoder; measure it: {command}")
-    if args.latent_scale_factor and whole and abs(given / measured - 1) > 0.01:
+    if args.latent_scale_factor and measured and abs(given / measured - 1) > 0.01:
         notice(f"--latent_scale_factor={given} is {100 * (given / measured - 1):+.0f} % off the "
                f"measured {measured:.6g} in {path}")
-    same = whole and (stored.get("task"), stored.get("split")) == (args.task, args.split)
+    same = (stored.get("task"), stored.get("split")) == (args.task, args.split)
     return given or measured, stored.get("data") if same else None
 
 
@@ -200,13 +184,11 @@ class Run:
     def restore(self, modules, optimizers=()):
         """Load {module: its stored weights} and {optimizer: its stored state}; ends the program if
         a network has another shape."""
-        source = self.last_path if self.args.resume_dir else self.args.init_from
-        for module, state in modules.items():
-            try:
+        try:
+            for module, state in modules.items():
                 module.load_state_dict(state)
-            except RuntimeError as e:
-                fail(f"{source} does not fit the model's settings: "
-                     f"{str(e).splitlines()[1].strip()[:200]}")
+        except RuntimeError as e:
+            fail(f"the stored weights are of other settings: {' '.join(str(e).split())[:200]}")
         for optimizer, state in dict(optimizers).items():
             load_optimizer(optimizer, state)
 
@@ -217,10 +199,9 @@ class Run:
         if step > total_steps:
             fail(f"{self.folder} has done {step} steps, but with these settings it ends after "
                  f"{total_steps}: give more --epochs or --max_steps, or fewer images per step")
-        self.stop_signal = StopSignal(self.saved_step)
-        self.progress = Progress(self.ctx, "step", total_steps)
-        self.status = ""  # the last log line, beside the progress
-        self.restart_clock(step)
+        self.stop_signal = StopSignal()
+        self.progress = Progress("step", total_steps)
+        self.log_step, self.log_time = step, time.perf_counter()
         if not self.ctx.is_main:
             return
         self.meta["changed"] = [*print_settings(self.args, parser, {
@@ -244,14 +225,19 @@ class Run:
 
     # --- the training loop ---
 
-    def poll(self):
-        """(stopping, saving), alike on all ranks: did a signal ask any to stop; is a checkpoint
-        due on rank 0?"""
+    def save_if_due(self, state, now):
+        """Save state() if --save_minutes are over or `now`; if a signal asked any rank to stop,
+        save and leave."""
         due = time.perf_counter() - self.save_time > 60 * self.args.save_minutes
         flags = torch.tensor([self.stop_signal.name is not None, due and self.ctx.is_main]).float()
         if self.ctx.world_size > 1:  # on the CPU: this must not wait for the GPU
             torch.distributed.all_reduce(flags, group=self.ctx.cpu_group)
-        return flags[0].item() > 0, flags[1].item() > 0
+        stopping, due = flags.bool().tolist()  # alike on all ranks
+        if stopping or due or now:
+            self.save(state())
+        if stopping:
+            self.ctx.barrier()  # the first to end takes the others along
+            self._leave()
 
     def stop_if_asked(self, state):
         """Within an evaluation: save state() and leave, if a signal asked rank 0 to."""
@@ -268,7 +254,6 @@ class Run:
         self.saved_step, self.save_time = state["step"], now
         if self.ctx.is_main:
             self._write(self.last_path, state)
-        self.stop_signal.saved_step = self.saved_step
 
     def _write(self, path, state):
         self._check_lock()
@@ -294,10 +279,6 @@ class Run:
                 return
         fail(f"{self.folder} was moved or removed during this run: go on with --resume_dir")
 
-    def restart_clock(self, step):
-        """Measure images per second from here: an evaluation does not count."""
-        self.log_step, self.log_time = step, time.perf_counter()
-
     def log(self, step, epoch, metrics, pictures=()):
         """Append a line to metrics.jsonl and hand it to W&B with pictures {name: path}. Non-finite
         numbers become null."""
@@ -322,12 +303,7 @@ class Run:
     def _start_wandb(self):
         """Start or resume a W&B run: offline without account or network, never with a prompt."""
         import wandb
-        args, mode = self.args, os.environ.get("WANDB_MODE", "online")
-        has_key = os.environ.get("WANDB_API_KEY")
-        if mode == "online" and not has_key and not wandb.login(prompt=False):
-            notice("no W&B account on this machine: logging offline (`wandb login` once, then "
-                   "`wandb sync` the folder)")
-            mode = "offline"
+        args, online = self.args, os.environ.get("WANDB_MODE", "online") == "online"
         init = functools.partial(
             wandb.init, project=args.wandb_project, entity=args.wandb_entity,
             name=self.folder.name, dir=str(self.folder), id=self.meta["wandb_id"], resume="allow",
@@ -335,9 +311,11 @@ class Run:
             config=vars(args) | {"world_size": self.ctx.world_size},
             settings=wandb.Settings(init_timeout=30, silent=True))
         try:
-            self.wandb = init(mode=mode)
+            if online and not wandb.login(prompt=False, verify=False):
+                raise RuntimeError("no account on this machine: `wandb login` once")
+            self.wandb = init()
         except Exception as e:  # whatever an unreachable server raises
-            notice(f"W&B failed ({first_line(e)}): logging offline")
+            notice(f"W&B failed ({first_line(e)}): logging offline; `wandb sync` the folder later")
             self.wandb = init(mode="offline")
         self.meta["wandb_id"] = self.wandb.id
         self.wandb.define_metric("step")
@@ -357,15 +335,15 @@ class Run:
         """Log metrics of training steps with images per second, on the console too; returns all."""
         per_second = (step - self.log_step) / (time.perf_counter() - self.log_time)
         metrics = metrics | {"train/images_per_second": per_second * images_per_step}
-        self.restart_clock(step)
+        self.log_step, self.log_time = step, time.perf_counter()
         self.log(step, epoch, metrics)
-        self.status = verdicts.format_training(metrics)
-        say(f"step {step} epoch {epoch} {self.status}")
+        say(f"step {step} epoch {epoch} {verdicts.format_training(metrics)}")
         return metrics
 
     def log_evaluation(self, step, epoch, metrics, pictures, found=()):
         """Log an evaluation: metrics, pictures {name: path} and verdicts."""
         self.log(step, epoch, metrics, pictures)
+        self.log_step, self.log_time = step, time.perf_counter()  # not training time
         numbers = "".join(f"  {name} {value:.4f}" for name, value in metrics.items()
                           if name.startswith("val/"))
         paths = ", ".join(str(path) for path in pictures.values())
@@ -391,11 +369,6 @@ class Run:
         """The command that continues this run."""
         return command_line(MADE_BY[self.kind], resume_dir=self.folder, **flags)
 
-    def stop(self):
-        """Leave once all ranks are here: the first to end takes the others along."""
-        self.ctx.barrier()
-        self._leave()
-
     def _leave(self):
         """Exit with code 75 and the command to go on with."""
         self.track(lambda: self.wandb.finish(EXIT_STOPPED))
@@ -415,12 +388,9 @@ class Run:
                     f"with the lowest val/loss ({summary['best']['loss']:.4g})")
             if "overfit/passed" in summary and not diverged:
                 say(verdicts.format_overfit(summary))
-            self._check_lock()
             write_json(self.folder / "summary.json", {
                 "step": step, "diverged": diverged, "wall_seconds": self.saved_seconds, **summary,
                 "verdicts": [v._asdict() for v in found]})
-        numbers = {k: v for k, v in summary.items() if isinstance(v, (int, float))}
-        self.track(lambda: self.wandb.summary.update(numbers | verdicts.levels(found)))
         self.track(lambda: self.wandb.finish(int(diverged)))
         if diverged:
             lower = self.resume_command(lr=f"{self.args.lr / 3:.1e}")
@@ -499,35 +469,25 @@ def save_grid(path, rows, labels):
 
 
 class Progress:
-    """One status line: rewritten in place on a terminal, a new line every 30 s in a log file."""
+    """A line every 15 s: what share is done, and the time left."""
 
-    def __init__(self, ctx, label, total):
-        self.ctx, self.label, self.total = ctx, label, total
+    def __init__(self, label, total):
+        self.label, self.total, self.shown = label, total, time.perf_counter()
         self.since = []  # (done, time) of the first two updates: before them something may compile
-        self.tty = sys.stdout.isatty()
-        self.shown = 0.0 if self.tty else time.perf_counter()
 
-    def update(self, done, text=""):
-        """done of total are finished; text: what else to show."""
+    def update(self, done):
+        """done of total are finished."""
         now = time.perf_counter()
         if len(self.since) < 2:
             self.since.append((done, now))
-        if not self.ctx.is_main or now - self.shown < (0.2 if self.tty else 30.0):
+        if now - self.shown < 15:
             return
         self.shown = now
-        line = f"{self.label} {done}/{self.total} ({100 * done // max(self.total, 1)}%) {text}"
+        line = f"{self.label} {done}/{self.total} ({100 * done // max(self.total, 1)}%)"
         before, since = self.since[-1]
         if done > before:
             line += f" {time_text((now - since) / (done - before) * (self.total - done))} left"
-        if self.tty:
-            say(line[:shutil.get_terminal_size().columns - 1], end="")
-        else:
-            say(line)
-
-    def clear(self):
-        """Wipe the line, so that `print` can follow."""
-        if self.ctx.is_main:
-            say("", end="")
+        say(line)
 
 
 def time_text(seconds):

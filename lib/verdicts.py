@@ -209,11 +209,6 @@ def health(metrics, losses=(), train_stats=None, overfit=False, diverged=False,
     return verdicts
 
 
-def levels(verdicts):
-    """{verdict/METRIC: level} of Verdicts, for W&B."""
-    return {f"verdict/{verdict.metric}": verdict.level for verdict in verdicts}
-
-
 def sweep_objective(values, verdicts):
     """`values` with `sample_diversity/pairwise_mse_mean`, which a sweep maximises, set to -1 if the
     samples are noise or copies, which are diverse too: ratio_to_real over 1.5 or not finite, or a

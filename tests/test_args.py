@@ -32,13 +32,10 @@ def test_precedence_defaults_preset_config_command_line(tmp_path):
 
 
 def test_a_config_file_can_choose_the_mode(tmp_path):
-    args = train_ldm.parse_args([config(tmp_path, "mode = 'overfit_one'\n")])
+    from_config = config(tmp_path, "mode = 'overfit_one'\nepochs = 5\n")
+    args = train_ldm.parse_args([from_config, "--epochs=1000"])
     assert (args.overfit_k, args.batch_per_device, args.log_every) == (1, 1, 10)
-
-
-def test_a_value_equal_to_the_default_beats_preset_and_config(tmp_path):
-    from_config = config(tmp_path, "epochs = 5\n")
-    assert train_ldm.parse_args(["--mode=overfit_8", from_config, "--epochs=1000"]).epochs == 1000
+    assert args.epochs == 1000  # a value equal to the default wins, too
 
 
 @pytest.mark.parametrize("argv, expected", [
@@ -57,10 +54,9 @@ def test_booleans(argv, expected):
     ("[]", ())])
 def test_lists_as_people_and_sweep_agents_write_them(text, value):
     assert train_ldm.parse_args([f"--ldm_ch_mults={text}"]).ldm_ch_mults == value
-    assert train_ldm.parse_args(["--ldm_ch_mults", text]).ldm_ch_mults == value
 
 
-@pytest.mark.parametrize("text", ["[0.2, 0.8]", "(0.2, 0.8)", "'0.2,0.8'", "0.2:0.8"])
+@pytest.mark.parametrize("text", ["[0.2, 0.8]", "0.2:0.8"])
 def test_intervals_as_sweep_agents_write_them(text):
     assert train_ldm.parse_args([f"--guidance_interval={text}"]).guidance_interval == (0.2, 0.8)
 
@@ -82,17 +78,8 @@ def test_none_of_a_sweep_agent_leaves_a_setting_unset(name):
     assert vars(train_ldm.parse_args([f"--{name}=None"])) == unset
 
 
-@pytest.mark.parametrize("text, value", [("=None", None), ("", True), ("=no", False)])
-def test_a_flag_of_three_states(text, value):
-    assert sample.build_parser().parse([f"--use_ema{text}"]).use_ema is value
-
-
-def test_none_for_a_setting_that_needs_a_value_is_refused(capsys):
-    assert "lr" in error_of(capsys, train_ldm.parse_args, ["--lr=None"])
-
-
 @pytest.mark.parametrize("argv, says", [
-    (["--wandb=perhaps"], "perhaps"),
+    (["--wandb=perhaps"], "perhaps"), (["--lr=None"], "lr"),
     (["--learning_rat=1"], "unknown argument"), (["--seed=2e99"], "seed"),
     ([f"--seed={2**64}"], "seed"), (["--guidance_interval=0.8,0.2"], "guidance_interval"),
     (["--guidance_interval=0.2"], "guidance_interval"), (["--data_root="], "variable unset"),
@@ -114,24 +101,12 @@ def test_bad_arguments_are_refused_by_name(capsys, argv, says):
 
 @pytest.mark.parametrize("stage, typed, meant", [
     (train_ldm, "--learning_rate=1", "--lr"), (train_ldm, "--batch-size", "--batch_per_device"),
-    (train_vae, "--num_train_epochs", "--epochs"), (train_ldm, "--resolution=64", "--img_size"),
-    (train_ldm, "--image_size=64", "--img_size"), (train_ldm, "--data_dir=x", "--data_root"),
-    (train_ldm, "--num_epochs=3", "--epochs"), (sample, "--n_samples=3", "--num_samples"),
+    (train_vae, "--num_train_epochs", "--epochs"), (train_ldm, "--image_size=64", "--img_size"),
     (train_vae, "--resume", "--resume_dir"), (train_vae, "--output_dir=x", "--output_root"),
-    (train_vae, "--data-root", "--data_root"), (sample, "--output_dir=x", "--out_dir"),
-    (sample, "--ckpt_path=x", "--ckpt"), (sample, "--cfg_scale=2", "--guidance_scale"),
-    (evaluate, "--num-inference-steps=2", "--num_sampling_steps")])
+    (sample, "--output_dir=x", "--out_dir"), (sample, "--ckpt_path=x", "--ckpt")])
 def test_a_flag_of_other_programs_names_ours(capsys, stage, typed, meant):
     parse = getattr(stage, "parse_args", stage.build_parser().parse)
     assert error_of(capsys, parse, [typed]).endswith(f"did you mean {meant}?")
-
-
-def test_what_others_call_a_flag_is_none_of_ours():
-    flags = [set(vars(stage.build_parser().parse([]))) for stage in
-             (train_vae, train_ldm, find_latent_scale, sample, evaluate)]
-    for flag, words in command_line.MEANINGS.items():
-        assert any(flag in known for known in flags), flag
-        assert not any(flag in known and known & set(words.split()) for known in flags), flag
 
 
 @pytest.mark.parametrize("stage, kind", [(train_ldm, "vae"), (train_vae, "ldm")])
@@ -172,8 +147,7 @@ def test_guidance_needs_a_null_class(capsys):
     ("raise SystemExit(0)", "SystemExit"),
     ("x = undefined", "NameError"), ("task = None", "task"),
     ('{"lr": 1}', "sets nothing: a config is lines of"),  # JSON
-    ("epochs: 64\nlr = 1", "`epochs: 64` sets nothing"),  # YAML is an annotation in Python
-    ("mode: full_train", "`mode: full_train` sets nothing"),
+    ("epochs: 64\nlr = 1", "`epochs: ...` sets nothing"),  # YAML is an annotation in Python
     ("config = 'other.py'", "config")])
 def test_an_error_names_the_config_file_and_the_setting(capsys, tmp_path, text, says):
     with pytest.raises(SystemExit) as e:

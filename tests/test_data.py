@@ -1,5 +1,4 @@
 """Folders, decoding, caches, latents and the phantom set; the moments of find_latent_scale.py."""
-import fcntl
 import json
 import os
 import pathlib
@@ -18,7 +17,6 @@ import find_latent_scale
 import model
 import sample
 from lib import cache, decode, dist, phantom
-from lib.files import take_lock
 from lib.phantom import draw_phantom
 
 ALONE = dist.DistContext(0, 1, torch.device("cpu"), torch.float32, False)
@@ -346,19 +344,6 @@ def test_a_row_is_on_disk_before_the_byte_that_says_so(tmp_path, monkeypatch):
     assert (tmp_path / "a.status").read_bytes() == bytes(4)
     monkeypatch.undo()
     assert np.array_equal(build(tmp_path, rows).rows(range(4)), rows)
-
-
-def test_a_leftover_lock_of_another_user_blocks_nobody(tmp_path, monkeypatch):
-    lock, rows = tmp_path / "a.lock", np.arange(4, dtype=np.uint16).reshape(-1, 1)
-    lock.write_text("process 7 on node9")
-    access = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: path != lock and access(path, mode))
-    assert np.array_equal(build(tmp_path, rows).rows(range(4)), rows)
-    assert lock.read_text() == "process 7 on node9"
-    held = take_lock(lock, "x")
-    with open(lock) as file, pytest.raises(BlockingIOError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    held.close()
 
 
 def test_rows_to_do_are_tried_again_and_nothing_else(tmp_path):

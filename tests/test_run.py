@@ -18,7 +18,7 @@ from conftest import ROOT, error_of, strict
 from PIL import Image
 
 import train_ldm
-from lib import cpu_ops, dist, run
+from lib import dist, run
 from lib.files import EXIT_STOPPED, command_line, write_atomic
 
 ALONE = dist.DistContext(0, 1, torch.device("cpu"), torch.float32, False)
@@ -47,13 +47,6 @@ def test_an_epoch_is_a_shuffle_filled_up_from_its_start(count, batch, world):
     assert count < 10 or len({*epochs, tuple(other_seed)}) == 4
 
 
-def test_ranks_share_what_one_process_with_the_whole_batch_sees():
-    for step in range(7):
-        whole, _ = dist.BatchOrder(20, 8, 1).indices(step)
-        parts = [dist.BatchOrder(20, 4, 1, rank, 2).indices(step)[0] for rank in (0, 1)]
-        assert np.array_equal(whole, np.concatenate(parts))
-
-
 def test_a_generator_is_a_function_of_its_key_alone():
     def draw(*key):
         return tuple(torch.randn(4, generator=ALONE.generator(*key)).tolist())
@@ -65,17 +58,6 @@ def test_a_generator_is_a_function_of_its_key_alone():
 
 
 # --- optimiser step ---
-
-
-@pytest.mark.parametrize("clip, factor", [(1.0, 0.2), (10.0, 1.0), (0.0, 1.0)])
-def test_clipping_scales_the_gradient_to_the_norm(clip, factor):
-    module = torch.nn.Linear(2, 1, bias=False)
-    before = module.weight.detach().clone()
-    optimizer = torch.optim.SGD(module.parameters(), 1.0, fused=True)
-    module.weight.grad = torch.tensor([[3.0, 4.0]])
-    norm, bad = dist.clip_and_step(module, optimizer, clip)
-    assert norm.item() == pytest.approx(5.0) and bad.item() == 0
-    assert torch.allclose(before - module.weight, factor * torch.tensor([[3.0, 4.0]]), atol=1e-5)
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
@@ -156,9 +138,7 @@ def test_running_means_leave_skipped_steps_out_and_count_them():
 # --- files and checkpoints ---
 
 
-@pytest.mark.parametrize("error", [
-    ValueError("x"), OSError(28, "No space left on device"), RuntimeError("disk"),
-    KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("disk")])
 def test_a_failed_write_keeps_the_old_file_and_nothing_else(tmp_path, error):
     path = tmp_path / "last.pt"
     path.write_bytes(b"old")
@@ -166,23 +146,12 @@ def test_a_failed_write_keeps_the_old_file_and_nothing_else(tmp_path, error):
     def write(f):
         f.write(b"half of the new")
         raise error
-    expected = SystemExit if isinstance(error, (OSError, RuntimeError)) else type(error)
-    with pytest.raises(expected) as e:
+    with pytest.raises(SystemExit) as e:
         write_atomic(path, write)
-    if isinstance(e.value, SystemExit):
-        assert "last.pt" in str(e.value) and len(str(e.value).splitlines()) == 1
+    assert "last.pt" in str(e.value) and len(str(e.value).splitlines()) == 1
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["last.pt"]
     write_atomic(path, lambda f: f.write(b"new"))
     assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["last.pt"]
-
-
-def test_what_was_written_can_be_read_by_others(tmp_path):
-    old = os.umask(0o027)
-    try:
-        write_atomic(tmp_path / "last.pt", lambda f: f.write(b"new"))
-    finally:
-        os.umask(old)
-    assert (tmp_path / "last.pt").stat().st_mode & 0o777 == 0o640
 
 
 class Bomb:
@@ -311,9 +280,8 @@ SIGNALLED = """
 import os, signal
 from lib import dist
 for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
-    stop = dist.StopSignal(7)
+    stop = dist.StopSignal()
     assert stop.name is None
-    stop.saved_step = 8
     os.kill(os.getpid(), getattr(signal, name))
     assert stop.name == name
 print("it goes on", flush=True)
@@ -328,37 +296,16 @@ def test_signals_ask_to_stop_and_a_second_interrupt_ends(monkeypatch, rank):
     out = subprocess.run([sys.executable, "-c", SIGNALLED], cwd=ROOT, capture_output=True,
                          text=True, check=False)
     assert (out.returncode, out.stdout) == (-signal.SIGINT, "it goes on\n"), out.stderr
-    assert out.stderr.split("\n")[1:] == ([] if rank else [
-        "saving after this step; Ctrl-C again ends at once and loses the steps since step 8", ""])
+    assert out.stderr == ("" if rank else
+                          "\nsaving after this step; Ctrl-C again ends without saving\n")
 
 
-def test_a_first_step_is_no_estimate(capsys, monkeypatch):
+def test_a_progress_line_estimates_the_time_without_the_first_steps(capsys, monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(run.time, "perf_counter", lambda: clock[0])
-    progress = run.Progress(ALONE, "step", 1000)
-    for seconds, done in ((1.0, 100), (90.0, 101), (31.0, 111)):  # the second compiles
+    progress = run.Progress("step", 1000)
+    for seconds, done in ((1.0, 100), (90.0, 101), (4.0, 103), (27.0, 111)):  # the second compiles
         clock[0] += seconds
         progress.update(done)
-    assert [line.split("%) ")[1] for line in capsys.readouterr().out.splitlines()] == [
-        "", " 0:45:55 left"]
-
-
-def test_compiling_is_said(capsys, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function: function)
-    assert cpu_ops.can_compile.__wrapped__()
-    assert "note: compiling" in capsys.readouterr().out
-
-
-def test_progress_writes_whole_lines_to_a_file(capsys, monkeypatch):
-    clock = [100.0]
-    monkeypatch.setattr(run.time, "perf_counter", lambda: clock[0])
-    progress = run.Progress(ALONE, "step", 10)
-    for done in range(1, 11):
-        clock[0] += 16.0
-        progress.update(done, "loss 1")
-    progress.clear()
-    out = capsys.readouterr().out
-    assert "\r" not in out and out.endswith("\n")
-    lines = out.splitlines()
-    assert len(lines) == 5 and lines[0] == "step 2/10 (20%) loss 1"
-    assert lines[1] == "step 4/10 (40%) loss 1 0:01:36 left"
+    assert capsys.readouterr().out.splitlines() == [
+        "step 101/1000 (10%)", "step 111/1000 (11%) 0:45:55 left"]

@@ -64,10 +64,6 @@ def to_folder(path):
     path.mkdir()
 
 
-def content(new):
-    return lambda path: path.write_bytes(new)
-
-
 def cut(path):
     path.write_bytes(path.read_bytes()[:-60])
 
@@ -90,9 +86,7 @@ def drop_a_key(path):
 
 DAMAGE = [  # file of a run, what happens to it, what the one line says
     ("run_meta.json", remove, "run_meta.json"),
-    ("run_meta.json", content(b""), "run_meta.json"),
-    ("run_meta.json", content(bytes(300)), "run_meta.json"),
-    ("run_meta.json", content(b"{}"), "run_meta.json"),
+    ("run_meta.json", lambda path: path.write_bytes(b"{}"), "run_meta.json"),
     ("run_meta.json", to_folder, "run_meta.json"),
     ("ckpts/last.pt", remove, "no checkpoint at"),
     ("ckpts/last.pt", cut, "is damaged"),
@@ -186,26 +180,23 @@ def test_a_model_of_real_images_is_not_measured_on_phantoms(workspace, quick):
 # --- which autoencoder ---
 
 
-def test_a_finished_autoencoder_comes_before_a_newer_one(workspace, quick):
+def test_the_newest_finished_autoencoder_is_used(workspace, quick):
     runs = workspace.out
     meta = strict(runs / "v/run_meta.json")
-    dates = {"v": "2026-01-01T10:30:00+0000", "newer": "2026-01-01T11:00:00+0000",
-             "unfinished": "2027-01-01T00:00:00+0000"}
-    for name, date in dates.items():
-        if name != "v":
-            shutil.copytree(runs / "v", runs / name)
+    for name, date in (("newer", "2026-01-02T11:00:00+0000"), ("unfinished", "2027")):
+        shutil.copytree(runs / "v", runs / name)
         (runs / name / "run_meta.json").write_text(json.dumps({**meta, "created": date}))
+    (runs / "v/run_meta.json").write_text(json.dumps({**meta, "created": "2026-01-01"}))
     (runs / "unfinished/summary.json").unlink()
     (runs / "broken").mkdir()
     (runs / "broken/run_meta.json").write_text("")
     check = ["find_latent_scale.py", *workspace.common, "--check"]
     result = quick(*check)
-    assert result.code == 0, result.err  # the broken one is passed over
-    assert f"autoencoder: {runs / 'newer'}, the newest finished of 3 runs" in result.out
+    assert result.code == 0, result.err
+    assert f"autoencoder: {runs / 'newer'}, the newest of 2 finished runs" in result.out
     for name in ("v", "newer"):
         (runs / name / "summary.json").unlink()
-    out = quick(*check).out
-    assert f"autoencoder: {runs / 'unfinished'}, the newest (unfinished) of 3 runs" in out
+    assert "no finished autoencoder" in only_error(quick(*check))
 
 
 # --- typed elsewhere ---
@@ -229,31 +220,10 @@ def test_commands_are_printed_so_that_they_can_be_pasted(workspace, quick):
 
 
 def test_a_bare_name_typed_beside_the_checkpoint_is_found(workspace, quick):
-    scale = workspace.out / "v/latent_scale.json"
-    before = scale.read_bytes()
-    scale.unlink()
-    bare = "--ae_ckpt_path=last.pt"
-    for folder, argv in (
-            ("v", ["find_latent_scale.py", *workspace.common, bare]),
-            ("v", workspace.ldm("b", "--max_steps=1", bare)),
-            ("l", ["sample.py", "--ckpt=last.pt", "--num_samples=1", "--num_sampling_steps=2"])):
-        result = quick(*argv, cwd=workspace.out / folder / "ckpts")
-        assert result.code == 0, result.err
-    assert scale.read_bytes() == before
+    result = quick("sample.py", "--ckpt=last.pt", "--num_samples=1", "--num_sampling_steps=2",
+                   cwd=workspace.out / "l/ckpts")
+    assert result.code == 0, result.err
     assert (workspace.out / "l/samples_ancestral_2_guidance1_seed0/grid.png").exists()
-
-
-def test_a_folder_of_runs_can_be_moved(workspace, quick):
-    relative = [a.replace(f"{workspace.root}/", "") for a in workspace.ldm("x", "--max_steps=1")]
-    assert quick(*relative, cwd=workspace.root).code == 0
-    moved = workspace.root / "elsewhere/runs"
-    moved.parent.mkdir()
-    workspace.out.rename(moved)
-    for argv in (["train_ldm.py", f"--resume_dir={moved / 'x'}", "--max_steps=2"],
-                 ["sample.py", f"--ckpt={moved / 'x/ckpts/last.pt'}", "--num_samples=1",
-                  "--num_sampling_steps=2"]):
-        result = quick(*argv, cwd=moved)
-        assert result.code == 0, result.err
 
 
 @pytest.mark.parametrize("kind", ["vae", "ldm"])
@@ -282,8 +252,7 @@ def test_a_reader_that_goes_does_not_end_training(workspace):
 def test_latents_of_another_size_are_noticed_before_training(workspace, quick):
     path = workspace.out / "v/latent_scale.json"
     scale = strict(path)
-    path.write_text(json.dumps({**scale, "latent_scale_factor": 3 * scale["latent_scale_factor"],
-                                "std": scale["std"] / 3}))
+    path.write_text(json.dumps({**scale, "latent_scale_factor": 3 * scale["latent_scale_factor"]}))
     result = quick(*workspace.ldm("x", "--max_steps=1"))
     assert result.code == 0 and "standard deviation of 3.0" in result.out, result.out
 

@@ -8,9 +8,6 @@ of a checkpoint, or of a cache that was removed before. After each kill every fi
 be absent or readable, and the checkpoint at least as far as before; then the same command is
 started again. Exit code 1 otherwise. With several processes a kill hits torchrun or one of them, by
 chance; the others must then end by themselves.
-
-Every fifth time the run folder is moved or removed instead, while the run lives, and the same name
-is started again: the old process must end in one line and leave the new folder alone.
 """
 import argparse
 import multiprocessing
@@ -27,14 +24,13 @@ import time
 TESTS = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
-from conftest import (  # noqa: E402
-    ROOT, TINY_LDM, TINY_VAE, _as_main, is_alive, python, tree_hashes)
+from conftest import ROOT, TINY_LDM, TINY_VAE, _as_main, is_alive, python  # noqa: E402
 from test_stages import assert_same_run  # noqa: E402
 from test_survival import workers  # noqa: E402
 
 from lib import run  # noqa: E402
 from lib.args import at_least  # noqa: E402
-from lib.files import EXIT_FAILED, read_json, read_meta  # noqa: E402
+from lib.files import read_json, read_meta  # noqa: E402
 
 MAX_STEPS = {"ldm": 120, "vae": 40}
 AIMED = 120.0  # seconds that a kill waits for its file, on a busy machine too
@@ -93,9 +89,9 @@ class Storm:
         (folder / "vae.py").write_text(TINY_VAE)
         (folder / "ldm.py").write_text(TINY_LDM)
 
-    def start(self, *argv, to=""):
-        """Start a stage; its output goes to the files out and err, with `to` appended."""
-        out, err = str(self.folder / f"out{to}"), str(self.folder / f"err{to}")
+    def start(self, *argv):
+        """Start a stage; its output goes to the files out and err."""
+        out, err = str(self.folder / "out"), str(self.folder / "err")
         if self.processes > 1 and argv[0] == self.script and "--run_name=v" not in argv:
             return Torchrun(argv, out, err, self.processes, self.rng)
         process = self.server.Process(target=_as_main, args=(argv, out, err, str(ROOT)))
@@ -172,47 +168,6 @@ class Storm:
                 return kind
         return "other"
 
-    def lose(self, how):
-        """Move or remove the folder of the living run, and start the same name again. The old
-        folder comes back in the end. Returns "lost", or "finished" if the run came to its end."""
-        def described():
-            meta = self.run / "run_meta.json"
-            return meta.stat().st_mtime_ns if meta.exists() else None
-
-        before, away = described(), self.folder / "away"
-        old = self.start(*self.command("storm"))
-        while old.is_alive() and described() == before:
-            time.sleep(0.001)
-        time.sleep(self.rng.uniform(0, 0.5))  # somewhere in a step, an evaluation, a checkpoint
-        if not old.is_alive():
-            old.join()
-            return "finished"
-        pid = old.pid
-        os.kill(pid, signal.SIGSTOP)
-        if how == "moved":
-            self.run.rename(away)
-        else:
-            shutil.copytree(self.run, away)
-            shutil.rmtree(self.run)
-        new = self.start(*self.command("storm"), to="_new")
-        while not (self.run / "ckpts/last.pt").exists():
-            assert new.is_alive(), (self.folder / "err_new").read_text()
-            time.sleep(0.001)
-        new.kill()
-        new.join()
-        files = tree_hashes(self.run)
-        os.kill(pid, signal.SIGCONT)
-        old.join()
-        lines = (self.folder / "err").read_text().splitlines()
-        said = [line for line in lines if line.startswith("error: ")]
-        if old.exitcode != 0 or lines:  # else it had written its last file already
-            assert len(said) == 1, lines
-            assert self.processes > 1 or (old.exitcode, lines) == (EXIT_FAILED, said), lines
-        assert tree_hashes(self.run) == files, "the old process wrote into the new folder"
-        shutil.rmtree(self.run)
-        away.rename(self.run)
-        return "lost"
-
     def check(self, step):
         """Read everything that exists; return the checkpoint's step, at least `step`."""
         ckpt = self.run / "ckpts/last.pt"
@@ -246,15 +201,11 @@ def storm(folder, stage, kills, seed, processes):
     horizon = times[1] + 5 * (times[0] - times[1]) / MAX_STEPS[stage]
     shutil.rmtree(s.out / "cache")
 
-    counts = dict.fromkeys(("checkpoint", "cache", "other", "finished", "lost"), 0)
+    counts = dict.fromkeys(("checkpoint", "cache", "other", "finished"), 0)
     step = 0
     for number in range(kills):
         if number % 10 == 9:
             shutil.rmtree(s.out / "cache", ignore_errors=True)
-        if number % 5 == 1:
-            counts[s.lose("moved" if number % 2 else "removed")] += 1
-            step = s.check(step)
-            continue
         missing = [kind for kind in s.caches
                    if not any(0 not in path.read_bytes()
                               for path in (s.out / "cache").glob(f"{kind}_*.status"))]
@@ -271,11 +222,10 @@ def storm(folder, stage, kills, seed, processes):
     assert_same_run(s.out / "whole", s.run, stage)
     stray = list(s.out.rglob(".*.tmp"))
     assert not stray, stray
-    return (f"kill storm {stage}, {processes} processes, seed {seed}: {kills - counts['lost']} "
-            f"kills, {counts['checkpoint']} inside checkpoint writing, {counts['cache']} inside "
-            f"cache building, {counts['finished']} too late; folder lost {counts['lost']} times; "
-            f"step {step} before the last start; no temporary file left; equal to the undisturbed "
-            "run")
+    return (f"kill storm {stage}, {processes} processes, seed {seed}: {kills} kills, "
+            f"{counts['checkpoint']} inside checkpoint writing, {counts['cache']} inside cache "
+            f"building, {counts['finished']} too late; step {step} before the last start; no "
+            "temporary file left; equal to the undisturbed run")
 
 
 def main():

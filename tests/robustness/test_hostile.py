@@ -1,16 +1,11 @@
 """Full disks, damaged files, random input: one clear line or the right result, no traceback."""
-import argparse
 import contextlib
 import io
-import json
-import math
 import os
 import random
 import resource
-import struct
 import subprocess
 import tempfile
-import zlib
 
 import hypothesis
 import numpy as np
@@ -22,7 +17,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_stages import assert_same_run, same
 
-import train_ldm
 from lib import decode, run
 from lib.files import EXIT_FAILED
 
@@ -139,21 +133,7 @@ def test_no_half_phantom_set_is_taken_for_one(disk, quick):
     assert tree_hashes(disk.folder).keys() == {"filler", "cache"}
 
 
-# --- damaged JSON -------------------------------------------------------------------------------
-
-NO_OBJECTS = [
-    b"", b"[]", b"null", b"5", b'"x"', b"NaN", b"1" * 6000, b'\xff\xfe{"args": {}}', bytes(40),
-    b"[" * 100_000, b'{"a":' * 100_000]
-
-
-def damaged(content, count, seed=0):
-    """The file cut at `count` positions, and with one bit flipped at as many."""
-    rng = random.Random(seed)
-    for position in rng.sample(range(len(content)), min(count, len(content))):
-        yield content[:position]
-        flipped = bytearray(content)
-        flipped[position] ^= 1 << rng.randrange(8)
-        yield bytes(flipped)
+# --- damaged checkpoints ------------------------------------------------------------------------
 
 
 def value_or_line(function, *args):
@@ -164,68 +144,24 @@ def value_or_line(function, *args):
         return None, line_of(e)
 
 
-def scale_in(folder, vae_sha256):
-    args = argparse.Namespace(task="TB", data_root=None, output_root="runs",
-                              latent_scale_factor=None, resume_dir=None, split="train")
-    return run.read_latent_scale(args, folder / "ckpts/last.pt", vae_sha256)[0]
+ODD = [  # settings or contents of a checkpoint that no trainer writes
+    ("vae", {"args": {}}), ("vae", {"ema": {}}), ("vae", {"base_ch": 10**7}),
+    ("vae", {"base_ch": "8"}), ("vae", {"patch_size": 0}), ("ldm", {"args": {}}),
+    ("ldm", {"ema": {}}), ("ldm", {"ldm_base_ch": 10**7}), ("ldm", {"prediction": "x"}),
+    ("ldm", {"latent_shape": (10**9, 8, 8)}), ("ldm", {"class_names": []}),
+    ("ldm", {"class_names": ["a/b", "c"]})]
 
 
-def test_a_damaged_latent_scale_is_never_another_factor(stages, tmp_path):
-    """One flipped bit cannot turn both the factor and the standard deviation, its inverse."""
-    path = tmp_path / "latent_scale.json"
-    content = (stages.out / "v/latent_scale.json").read_bytes()
-    stored = json.loads(content)
-    path.write_bytes(content)
-    assert scale_in(tmp_path, stored["vae_sha256"]) == stored["latent_scale_factor"]
-    wrong = [None, [], {}, "0.9", -0.9, 0.0, math.nan, math.inf, True, 1e308, 10**400]
-    wrong = [json.dumps({**stored, name: value}).encode()
-             for value in wrong for name in ("latent_scale_factor", "std")]
-    for broken in [*damaged(content, 300), *NO_OBJECTS, *wrong]:
-        path.write_bytes(broken)
-        value, line = value_or_line(scale_in, tmp_path, stored["vae_sha256"])
-        assert value is None or abs(value / stored["latent_scale_factor"] - 1) < 1e-9, broken
-        assert (value is None or broken not in wrong) and (value or "latent_scale.json" in line)
-
-
-# --- damaged checkpoints ------------------------------------------------------------------------
-
-
-ODD = {  # settings or contents of a checkpoint that no trainer writes
-    "vae": [{"args": 3}, {"args": {}}, {"args": {1: 2}}, {"ema": {}}, {"ema": {1: 2}},
-            {"ema": {"encoder.0.weight": "x"}}, {"ema": [1]}, {"base_ch": 10**7},
-            {"base_ch": "8"}, {"base_ch": -8}, {"num_res_blocks": None},
-            {"ch_mults": ()}, {"ch_mults": (1,) * 10**5}, {"ch_mults": "12"}, {"z_channels": 10**9},
-            {"patch_size": 0}, {"img_size": [32]}],
-    "ldm": [{"args": 3}, {"args": {}}, {"args": {1: 2}}, {"ema": {}}, {"ema": {1: 2}},
-            {"ema": {"unet.conv_in.weight": "x"}}, {"ema": [1]}, {"ldm_base_ch": 10**7},
-            {"ldm_base_ch": "8"}, {"ldm_base_ch": -8},
-            {"ldm_ch_mults": ()}, {"ldm_ch_mults": (1,) * 10**5}, {"ldm_attn_res": 4},
-            {"prediction": "x"}, {"noise_schedule": [1]}, {"latent_shape": (2,)},
-            {"latent_shape": (10**9, 8, 8)}, {"latent_shape": "288"}, {"class_names": []},
-            {"class_names": [1, 2]}, {"class_names": ["a/b", "c"]}, {"trained_classes": [7]},
-            {"trained_classes": "x"}, {"latent_scale_factor": "1"}, {"train_stats": {}}]}
-
-
-@pytest.mark.parametrize("kind, change", [(kind, c) for kind, cs in ODD.items() for c in cs],
-                         ids=lambda v: str(v)[:40])
-def test_an_odd_checkpoint_is_one_line(stages, together, tmp_path, kind, change):
-    path = {"vae": stages.vae_ckpt, "ldm": stages.ldm_ckpt}[kind]
-    state = torch.load(path, weights_only=True)
+@pytest.mark.parametrize("kind, change", ODD, ids=str)
+def test_an_odd_checkpoint_is_one_line(stages, quick, tmp_path, kind, change):
+    state = torch.load(getattr(stages, f"{kind}_ckpt"), weights_only=True)
     top = {name: value for name, value in change.items() if name in state}
-    state |= top or {"args": state["args"] | change}
     odd = tmp_path / "odd.pt"
-    torch.save(state, odd)
-    commands = {"vae": (["find_latent_scale.py", f"--ae_ckpt_path={odd}"],
-                        ["train_vae.py", f"--init_from={odd}", "--img_size=32", "--max_steps=1"]),
-                "ldm": (["sample.py", f"--ckpt={odd}", f"--ae_ckpt_path={stages.vae_ckpt}"],
-                        ["train_ldm.py", f"--init_from={odd}", "--max_steps=1",
-                         f"--ae_ckpt_path={stages.vae_ckpt}"])}[kind]
-    sampling = ["--num_samples=1", "--num_sampling_steps=1", f"--out_dir={tmp_path / 's'}"]
-    commands = [[*c, *(sampling if c[0] == "sample.py" else stages.common)] for c in commands]
-    for command, result in zip(commands, together(commands), strict=True):
-        used = change not in ({"train_stats": {}}, {"trained_classes": [7]})
-        if result.code or used:
-            assert "odd.pt" in only_error(result) or not used, command
+    torch.save(state | (top or {"args": state["args"] | change}), odd)
+    argv = {"vae": ["find_latent_scale.py", *stages.common, f"--ae_ckpt_path={odd}"],
+            "ldm": ["sample.py", f"--ckpt={odd}", f"--ae_ckpt_path={stages.vae_ckpt}",
+                    "--num_samples=1", "--num_sampling_steps=1", f"--out_dir={tmp_path / 's'}"]}
+    assert "odd.pt" in only_error(quick(*argv[kind]))
 
 
 @pytest.fixture(scope="module")
@@ -265,69 +201,36 @@ def pictures(tmp_path_factory):
     grey = Image.fromarray(np.kron(blocks, np.ones((4, 4), np.uint8)))
     wide = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
     bits, palette, rgb, rgba = (grey.convert(mode) for mode in ("1", "P", "RGB", "RGBA"))
-    exif = b"Exif\0\0II*\0\x08\0\0\0\0\0"
-    plain = {"grey.png": grey, "16.png": wide, "rgb.png": rgb, "rgba.png": rgba, "bits.png": bits,
-             "la.png": grey.convert("LA"), "grey.jpg": grey, "cmyk.jpg": grey.convert("CMYK"),
-             "grey.tif": grey, "16.tif": wide, "i.tif": wide.convert("I"), "grey.bmp": grey,
-             "rgb.bmp": rgb, "bits.bmp": bits, "rgb.webp": rgb}
-    saved = {
-        **{name: (image, {}) for name, image in plain.items()},
-        "palette.png": (palette, {"transparency": 3}),
-        "key.png": (grey, {"transparency": 9}),
-        "text.png": (grey, {"dpi": (72, 72), "icc_profile": b"profile" * 20, "exif": exif}),
-        "rgb.jpg": (rgb, {"progressive": True}),
-        "lzw.tif": (rgb, {"compression": "tiff_lzw"}),
-        "deflate.tif": (wide, {"compression": "tiff_adobe_deflate"}),
-        "bits.tif": (bits, {"compression": "group4"}),
-        "palette.gif": (palette, {"transparency": 3}),
-        "two.gif": (palette, {"save_all": True, "append_images": [palette]}),
-        "rgba.webp": (rgba, {"lossless": True})}
+    images = {"grey.png": grey, "16.png": wide, "rgb.png": rgb, "rgba.png": rgba, "bits.png": bits,
+              "la.png": grey.convert("LA"), "palette.png": palette, "grey.jpg": grey,
+              "cmyk.jpg": grey.convert("CMYK"), "grey.tif": grey, "16.tif": wide,
+              "i.tif": wide.convert("I"), "grey.bmp": grey, "bits.bmp": bits,
+              "palette.gif": palette, "rgb.webp": rgb}
     contents = {}
-    for name, (image, options) in saved.items():
+    for name, image in images.items():
         file = io.BytesIO()
         file.name = name
-        image.save(file, **options)
+        image.save(file)
         contents[name] = file.getvalue()
     return contents, tmp_path_factory.mktemp("picture") / "x.png"
 
 
-def with_checksums(png):
-    """The PNG with right checksums, so that what was changed is not refused for them alone."""
-    out, at = bytearray(png), 8
-    while at + 12 <= len(out):
-        length = struct.unpack(">I", out[at:at + 4])[0]
-        end = at + 8 + length
-        if end + 4 > len(out):
-            break
-        out[end:end + 4] = struct.pack(">I", zlib.crc32(out[at + 4:end]))
-        at = end + 4
-    return bytes(out)
-
-
-def mutated(contents, name, rng):
-    """A copy with bits flipped, bytes or lengths overwritten, and pieces cut, doubled or taken from
-    another file."""
-    out = bytearray(contents[name])
-    for _ in range(rng.choice((1, 1, 2, 4, 16))):
+def mutated(content, rng):
+    """A copy with bytes or numbers overwritten, and pieces cut out or doubled."""
+    out = bytearray(content)
+    for _ in range(rng.choice((1, 2, 4, 16))):
         at = rng.randrange(min(len(out), 200) if rng.random() < 0.6 else len(out)) if out else 0
-        kind = rng.randrange(5)
-        if kind == 0 and out:
-            out[at] = rng.choice((0, 127, 128, 255, out[at] ^ 1 << rng.randrange(8)))
+        kind = rng.randrange(4)
+        if kind == 0:
+            out[at:at + 1] = rng.choice((b"\0", b"\x7f", b"\x80", b"\xff"))
         elif kind == 1:
-            sizes = (0, 1, 8, 100, 2**15, 2**16 - 1, 2**20, 2**31 - 1, 2**31, 2**32 - 1)
-            number = rng.choice(sizes)
+            number = rng.choice((0, 1, 8, 2**15, 2**16 - 1, 2**20, 2**31 - 1, 2**31, 2**32 - 1))
             out[at:at + 4] = number.to_bytes(4, rng.choice(("little", "big")))
         elif kind == 2:
-            del out[at:at + rng.choice((1, 2, 4, 12, 50))]
-        elif kind == 3:
-            out[at:at] = out[at:at + rng.randrange(1, 60)]
+            del out[at:at + rng.choice((1, 2, 4, 12, 50, 10**6))]
         else:
-            other = contents[rng.choice(sorted(contents))]
-            start = rng.randrange(len(other))
-            out[at:at + rng.randrange(40)] = other[start:start + rng.randrange(1, 80)]
-    if rng.random() < 0.25:
-        del out[rng.randrange(len(out) + 1):]
-    return with_checksums(out) if out[:4] == b"\x89PNG" and rng.random() < 0.7 else bytes(out)
+            out[at:at] = out[at:at + rng.randrange(1, 60)]
+    return bytes(out)
 
 
 @pytest.mark.filterwarnings("ignore", "error::PIL.Image.DecompressionBombWarning")
@@ -336,35 +239,9 @@ def mutated(contents, name, rng):
 def test_a_random_image_is_decoded_or_refused(pictures, seed, which):
     contents, path = pictures
     names = sorted(contents)
-    path.write_bytes(mutated(contents, names[which % len(names)], random.Random(seed)))
+    path.write_bytes(mutated(contents[names[which % len(names)]], random.Random(seed)))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with contextlib.suppress(ValueError, OSError):
         decoded = decode.read_square(path, 16)
         assert decoded.shape == (16, 16) and decoded.dtype == np.uint16
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_500_000  # kB
-
-
-# --- random settings ----------------------------------------------------------------------------
-
-PARSER = train_ldm.build_parser()
-NAMES = sorted(a.dest for a in PARSER._actions if a.dest not in ("help", "config"))
-scalars = st.one_of(
-    st.integers(-3, 70), st.integers(), st.floats(), st.booleans(), st.none(), st.text(max_size=8),
-    st.sampled_from(["flow", "eps", "auto", "overfit_8", "1,2", 10**400, 2**64, -(10**30)]))
-literals = st.recursive(scalars, lambda inner: st.one_of(
-    st.lists(inner, max_size=4), st.lists(inner, max_size=4).map(tuple)), max_leaves=5)
-expressions = st.sampled_from([
-    "0x" + "f" * 6000, "1" * 5000, "(" * 300, "[" * 90 + "]" * 90, "'", "int", "...", "lambda: 1",
-    "1j", "frozenset({1})", "range(3)", "{1: 2}", "float('nan')"])
-sources = st.one_of(literals.map(repr).map(lambda s: s.replace("inf", "1e999")), expressions)
-config_names = st.sampled_from([*NAMES, "epoch", "π", "_x", "config", "help"])
-
-
-@settings(repeatable, max_examples=700)
-@given(st.lists(st.tuples(config_names, sources), min_size=1, max_size=3))
-def test_a_random_config_file_is_read_or_refused(tmp_path_factory, lines):
-    path = tmp_path_factory.getbasetemp() / "settings.py"
-    text = "".join(f"{name} = {value}\n" for name, value in lines)
-    path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    args, line = value_or_line(train_ldm.parse_args, [f"--config={path}"])
-    assert args or "settings.py" in line or "--" in line, line

@@ -130,16 +130,6 @@ def test_stops_at_awkward_moments_change_nothing(command, quick, tmp_path, stage
     assert len(left_over(folder)) <= 2  # of the two that were killed while they wrote
 
 
-def test_ctrl_c_is_answered_at_once(command, tmp_path):
-    process = start("train_ldm.py", *command("train_ldm", "run"), "--max_steps=100000",
-                    "--sample_every=100000")
-    wait_for(process, "step 3 ")
-    process.send_signal(signal.SIGINT)
-    assert process.stderr.readline() == "\n"
-    assert process.stderr.readline().startswith("saving after this step; Ctrl-C again ends at once")
-    assert "stopped (SIGINT) at step" in finished(process) and process.returncode == EXIT_STOPPED
-
-
 # --- two processes ------------------------------------------------------------------------------
 
 
@@ -349,6 +339,6 @@ def test_a_storm_of_kills_changes_nothing(tmp_path, stage, kills, processes):
     out, _ = run("tests/robustness/kill_storm.py", f"--stage={stage}", f"--kills={kills}",
                  f"--processes={processes}", f"--folder={tmp_path}", timeout=900)
     counts = re.search(r"kills, (\d+) inside checkpoint writing, (\d+) inside cache building, "
-                       r"\d+ too late; folder lost (\d+) times", out).groups()
+                       r"\d+ too late; ", out).groups()
     assert "equal to the undisturbed run" in out
     assert all(int(count) > 0 for count in counts)
