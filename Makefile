@@ -28,17 +28,14 @@ test-all: .venv/dev
 
 # If PyTorch is installed already, as on a cluster: make gpu-check PY=python. Every line has a time
 # limit of its own, and a line that fails does not stop the next.
-BENCH = $(PY) dev/bench.py --peer --repeats=5
+BENCH = $(PY) dev/bench.py
 gpu-check:
 	@status=0; set -x; \
 	timeout 210 $(PY) -m pytest tests/test_gpu.py -q -s -p no:cacheprovider || status=1; \
-	timeout 90 $(BENCH) --only=train,sample --latent_size=32 --json=gpu_check_16.json || status=1; \
-	timeout 60 $(BENCH) --only=train --latent_size=32 --batch=128 --json=gpu_check_128.json || \
-		status=1; \
-	timeout 60 $(BENCH) --only=train,sample --latent_size=32 --compile=off \
-		--json=gpu_check_eager.json || status=1; \
-	timeout 60 $(BENCH) --only=vae --img_size=256 --vae_base_ch=64 --vae_batch=8 \
-		--json=gpu_check_vae.json || status=1; \
+	timeout 90 $(BENCH) --only=train,sample --latent_size=32 || status=1; \
+	timeout 60 $(BENCH) --only=train --latent_size=32 --batch=128 || status=1; \
+	timeout 60 $(BENCH) --only=train,sample --latent_size=32 --compile=off || status=1; \
+	timeout 60 $(BENCH) --only=vae --img_size=256 --vae_base_ch=64 --vae_batch=8 || status=1; \
 	exit $$status
 
 .venv/runtime: requirements.txt

@@ -1,14 +1,9 @@
 """Measure speed on this machine: the training step of both trainers, and sampling.
 
     python dev/bench.py                 # about a minute on two idle CPU cores
-    python dev/bench.py --peer          # the UNet in turn with diffusers (pip install diffusers)
+    python dev/bench.py --only=train --latent_size=32 --repeats=10
 
-Everything runs in one process in turn, A B A B ...; `ratio` is the median over the rounds of a
-row's time divided by that of the first row of its part: above 1 is slower.
-
-The peer is the UNet of diffusers with the same channels, blocks and attention, in our loop and
-precision, compiled if ours is, and in the memory layout that is faster for it.
-docs/benchmarks.md: what we measured.
+docs/benchmarks.md: how to compare two versions of the code, and what we measured.
 """
 import os
 import pathlib
@@ -19,84 +14,25 @@ import time
 import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-import model
 import sample
 import train_ldm
 import train_vae
-from lib import diffusers_io, dist
-from lib.args import BooleanFlag, add_precision_arguments, at_least, make_parser, parse_settings
-from lib.files import fail, write_json
+from lib import dist
+from lib.args import add_precision_arguments, at_least, make_parser, parse_settings
+from lib.files import fail
 
 CLASSES = ("normal", "tb")
-ROW = "{part:<6} {name:<9} {images_per_second:8.2f} images/s, ratio {ratio:.2f}"
 
-# --- measuring ----------------------------------------------------------------------------------
-
-
-def clock(function, device):
-    """Seconds that a call takes, with all that it gave the device to do."""
-    start = time.perf_counter()
-    function()
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter() - start
-
-
-def measure(part, images, tasks, repeats, device):
-    """[row, a dict of numbers] of tasks {name: function} on a batch of `images`, which are called
-    in turn, two rounds untimed."""
-    rounds = [[clock(function, device) for function in tasks.values()]
-              for _ in range(2 + repeats)][2:]
-    rows = []
-    for i, name in enumerate(tasks):
-        seconds = [times[i] for times in rounds]
-        rows.append({"part": part, "name": name, "seconds": seconds,
-                     "images_per_second": images / statistics.median(seconds),
-                     "ratio": statistics.median(times[i] / times[0] for times in rounds)})
-    return rows
-
-
-# --- the work: the stages' own functions, with our UNet or the peer's -----------------------------
-
-
-class PeerContext(dist.DistContext):
-    """DistContext in the memory layout in which diffusers is faster: on CPUs PyTorch's group norm
-    is slow in channels_last."""
-
-    @property
-    def memory_format(self):
-        return torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
-
-
-def peer_unet(settings, latent_shape):
-    """UNet2DModel of diffusers with the blocks and the interface of model.UNet."""
-    try:
-        import diffusers
-    except ImportError:
-        fail("--peer compares with diffusers: pip install diffusers")
-
-    class UNet(diffusers.UNet2DModel):
-        null_class = len(CLASSES)
-
-        def forward(self, x, t, y):
-            return super().forward(x, 1000 * t, class_labels=y).sample.float()
-    return UNet(**diffusers_io.unet_config(vars(settings), latent_shape, len(CLASSES)))
+# --- the work: the stages' own functions ---------------------------------------------------------
 
 
 def ldm_models(args, ctx):
-    """((Denoiser, EMA, AdamW), settings of train_ldm.py without guidance, shape of a latent); the
-    peer's in a PeerContext."""
+    """((Denoiser, EMA, AdamW), settings of train_ldm.py without guidance, shape of a latent)."""
     settings = train_ldm.parse_args([
         f"--ldm_base_ch={args.base_ch}", f"--batch_per_device={args.batch}", "--sampler=dpmpp_2m",
         f"--num_sampling_steps={args.sampling_steps}", "--guidance_scale=1"])
     shape = (4, args.latent_size, args.latent_size)
-    denoiser, ema, optimizer = train_ldm.build_models(settings, ctx, shape, len(CLASSES))
-    if isinstance(ctx, PeerContext):
-        denoiser.unet = peer_unet(settings, shape)
-        denoiser = denoiser.to(ctx.device, memory_format=ctx.memory_format)
-        ema = model.EMA(denoiser, settings.ema_decay)
-        optimizer = torch.optim.AdamW(denoiser.parameters(), settings.lr, fused=True)
-    return (denoiser, ema, optimizer), settings, shape
+    return train_ldm.build_models(settings, ctx, shape, len(CLASSES)), settings, shape
 
 
 def ldm_step(args, ctx):
@@ -135,15 +71,26 @@ def sampling(args, ctx):
 PARTS = {"train": ldm_step, "vae": vae_step, "sample": sampling}
 
 
+def measure(function, repeats, device):
+    """Seconds of each of `repeats` calls, with all that they gave the device to do; two calls
+    before them are not timed."""
+    seconds = []
+    for _ in range(2 + repeats):
+        start = time.perf_counter()
+        function()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return seconds[2:]
+
+
 def build_parser():
     """Parser of this program."""
     parser = make_parser(__doc__)
     add_precision_arguments(parser)
     add = parser.add_argument_group("benchmark").add_argument
     add("--only", default=",".join(PARTS), help="comma list of parts")
-    add("--peer", action=BooleanFlag, default=False, help="the UNet in turn with that of diffusers")
     add("--repeats", type=at_least(1), default=5, help="timed rounds")
-    add("--json", help="file for all numbers")
     add("--latent_size", type=at_least(1), default=16, help="side of the latents")
     add("--base_ch", type=at_least(1), default=96, help="channels of the UNet's first level")
     add("--batch", type=at_least(1), default=16, help="latents per step, and sampled at once")
@@ -166,17 +113,11 @@ def main(argv=None):
              "compile": ctx.compile, "torch": torch.__version__,
              "load average": os.getloadavg()[0]}
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
-    rows = []
     for part in parts:
-        tasks = {"ours": PARTS[part](args, ctx)}
-        if args.peer and part != "vae":
-            tasks["diffusers"] = PARTS[part](args, PeerContext(*ctx))
         images = args.vae_batch if part == "vae" else args.batch
-        for row in measure(part, images, tasks, args.repeats, ctx.device):
-            print(ROW.format(**row), flush=True)
-            rows.append(row)
-        if args.json:  # after each part: a run that is cut off keeps what it measured
-            write_json(args.json, {"facts": facts, "args": vars(args), "rows": rows})
+        seconds = measure(PARTS[part](args, ctx), args.repeats, ctx.device)
+        print(f"{part:<6} {images / statistics.median(seconds):8.2f} images/s, rounds of "
+              f"{min(seconds):.3g} to {max(seconds):.3g} s", flush=True)
 
 
 if __name__ == "__main__":
