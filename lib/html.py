@@ -22,11 +22,6 @@ path { fill: none; stroke: currentColor; stroke-width: 1.6; stroke-linecap: roun
 .c4 { color: #8b7a1e } .c5 { color: #d6336c } .c6 { color: #14a3b8 } .c7 { color: #7a6ff0 }
 """
 
-# No network and no script, even if a name were not escaped.
-HEAD = """<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-"""
 VOID = ("img", "meta", "br")  # elements without an end tag
 WIDTH, HEIGHT = 400, 220  # of a figure with curves
 LEFT, RIGHT, TOP, BOTTOM = 46, 22, 8, 22  # its margins, for the numbers at the axes
@@ -84,11 +79,14 @@ def image(png, text):
     return tag("figure", tag("figcaption", text), tag("img", src=source, alt=text))
 
 
-def page(title, *sections):
-    """Bytes of a whole page."""
-    head = tag("head", Html(HEAD), tag("title", title), tag("style", Html(STYLE)))
-    text = "<!DOCTYPE html>\n" + tag("html", head, tag("body", *sections), lang="en")
-    return text.encode("utf-8", "backslashreplace")  # a folder's name may not be UTF-8
+def page(title, sections):
+    """Bytes of a whole page of {heading: Html}."""
+    head = tag("head", tag("meta", charset="utf-8"), tag("title", title),
+               tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+               tag("style", Html(STYLE)))
+    parts = [part for heading, body in sections.items() for part in (tag("h2", heading), body)]
+    text = tag("html", head, tag("body", tag("h1", title), *parts), lang="en")
+    return f"<!DOCTYPE html>\n{text}".encode("utf-8", "backslashreplace")  # a name may not be UTF-8
 
 
 def draw(title, curves, dashed=()):
