@@ -35,8 +35,7 @@ def can_compile():
     """Whether torch.compile works, for which it needs a C++ compiler and a place for its files."""
     notice("compiling for bf16, once per start: up to two minutes")
     try:
-        with torch.compiler.set_stance("default"):  # the caller may have forced eager mode
-            torch.compile(torch.neg)(torch.zeros(8))
+        torch.compile(torch.neg)(torch.zeros(8))
         return True
     except torch._dynamo.exc.TorchDynamoException as e:
         notice(f"torch.compile does not work, so bf16 is slower: {first_line(e)}")

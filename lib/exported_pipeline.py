@@ -6,7 +6,6 @@ Or, in Python, `DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True
 export.py wrote the folder. Needs torch, diffusers, safetensors and pillow.
 """
 import argparse
-import json
 import pathlib
 
 import diffusers
@@ -15,8 +14,6 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
 from PIL import Image
-
-HERE = pathlib.Path(__file__).resolve().parent
 
 
 class CXRAutoencoder(diffusers.AutoencoderKL):
@@ -104,16 +101,6 @@ class CXRPipeline(diffusers.DiffusionPipeline):
         return diffusers.ImagePipelineOutput(images=[Image.fromarray(image) for image in grey])
 
 
-def load_pipeline(folder=HERE):
-    """The CXRPipeline in a folder; from_pretrained would copy this file into a cache."""
-    index = json.loads((folder / "model_index.json").read_text())
-    arguments = {name: value for name, value in index.items() if name[0] != "_"}
-    for name in ("unet", "vae", "scheduler"):
-        kind = getattr(diffusers, index[name][1], CXRAutoencoder)
-        arguments[name] = kind.from_pretrained(folder / name)
-    return CXRPipeline(**arguments)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--classes", help="comma list of class names; None: all")
@@ -124,7 +111,9 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("samples"))
     args = parser.parse_args()
-    pipeline = load_pipeline().to(args.device)
+    folder = pathlib.Path(__file__).resolve().parent
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    pipeline.to(args.device)
     known = list(pipeline.config.classes)
     names = args.classes.split(",") if args.classes else known
     if not set(names) <= set(known):

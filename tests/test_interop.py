@@ -52,7 +52,8 @@ def exported(folder, ldm=None, vae=None):
     export.write_parts(folder, denoiser, net, vae, {
         "args": ldm, "class_names": ["normal", "tb"], "trained_classes": [0, 1],
         "latent_shape": net.latent_shape, "latent_scale_factor": 0.7})
-    return denoiser, net, exported_pipeline.load_pipeline(folder)
+    return denoiser, net, diffusers.DiffusionPipeline.from_pretrained(
+        folder, trust_remote_code=True)
 
 
 def largest(a, b):
