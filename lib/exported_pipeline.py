@@ -64,16 +64,10 @@ class CXRPipeline(diffusers.DiffusionPipeline):
         self.register_to_config(classes=classes, guidance_scale=guidance_scale,
                                 guidance_interval=guidance_interval)
 
-    def noise(self, num_samples, generator=None):
-        """Standard normal noise [N, C, h, w] to start from; generator: on the CPU."""
-        config = self.unet.config
-        shape = (num_samples, config.in_channels, config.sample_size, config.sample_size)
-        return torch.randn(shape, generator=generator).to(self.unet.device)
-
     @torch.no_grad()
     def sample(self, noise, class_name, steps=50):
-        """Images [N, 1, H, W] in [-1, 1] of a class. steps: network evaluations; must divide 1000
-        if the scheduler is DDIM."""
+        """Images [N, 1, H, W] in [-1, 1] of a class, from standard normal noise [N, C, h, w].
+        steps: network evaluations; must divide 1000 if the scheduler is DDIM."""
         x, scale, (low, high) = noise, self.config.guidance_scale, self.config.guidance_interval
         y = torch.full((len(x),), self.config.classes[class_name], device=x.device)
         null = torch.full_like(y, self.unet.config.num_class_embeds - 1)
@@ -96,7 +90,9 @@ class CXRPipeline(diffusers.DiffusionPipeline):
 
     def __call__(self, class_name, num_samples=1, steps=50, generator=None):
         """ImagePipelineOutput of grey PIL images of a class; generator: torch.Generator, CPU."""
-        x = self.sample(self.noise(num_samples, generator), class_name, steps)
+        size, channels = self.unet.config.sample_size, self.unet.config.in_channels
+        noise = torch.randn(num_samples, channels, size, size, generator=generator)
+        x = self.sample(noise.to(self.unet.device), class_name, steps)
         grey = ((x[:, 0] + 1) * 127.5).round().byte().cpu().numpy()
         return diffusers.ImagePipelineOutput(images=[Image.fromarray(image) for image in grey])
 
