@@ -19,8 +19,6 @@ from lib.html import Html, draw, image, leaves, page, show, table, tag, verdict_
 from lib.run import read_records, time_text
 
 REAL = "sample_diversity/real_pairwise_mse_mean"
-REFERENCES = (REAL, metrics.TARGET_STD, metrics.REAL_ROUND_TRIP, verdicts.COPIES_EXPECTED,
-              verdicts.PSNR_LINEAR)  # what another curve should be at, or above
 CHARTS = {  # {title: metrics}
     "Loss": (verdicts.LOSS, "train/rec", verdicts.VAL, verdicts.VAL_TRAIN),
     "Loss by noise level, t0 is detail, t3 layout": [f"train/loss_t{q}" for q in range(4)],
@@ -132,7 +130,7 @@ def evaluation(run):
 
 def report(run):
     """The page of one run."""
-    curves = [draw(title, {name: run.points(name) for name in names}, REFERENCES)
+    curves = [draw(title, {name: run.points(name) for name in names})
               for title, names in CHARTS.items()]
     return page(run.folder.resolve().name, {
         "Verdicts": verdict_list(judge(run)), "Run": table(facts(run).items()),
@@ -157,7 +155,7 @@ def differences(runs):
 def comparison(runs):
     """The page of several runs, {path: LoggedRun}."""
     curves = [draw(name, {path: run.points(name) for path, run in runs.items()})
-              for name in CHARTED if name not in REFERENCES]
+              for name in CHARTED]
     last = [run.picture(names[max(names)], f"{path}: {kind} epoch {max(names)}")
             for path, run in runs.items() for kind, names in run.grids().items()]
     return page(f"{len(runs)} runs", {

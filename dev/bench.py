@@ -107,12 +107,10 @@ def main(argv=None):
     if not PARTS.keys() >= set(parts):
         fail(f"--only={args.only}: choose from {','.join(PARTS)}")
     ctx = dist.setup(args)
-    name = torch.cuda.get_device_name() if ctx.device.type == "cuda" else (
+    device = torch.cuda.get_device_name() if ctx.device.type == "cuda" else (
         f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
-    facts = {"device": name, "precision": str(ctx.dtype), "layout": str(ctx.memory_format),
-             "compile": ctx.compile, "torch": torch.__version__,
-             "load average": os.getloadavg()[0]}
-    print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
+    print(f"{device}, {ctx.dtype}, {ctx.memory_format}, compile {ctx.compile}, "
+          f"torch {torch.__version__}, load average {os.getloadavg()[0]:.1f}", flush=True)
     for part in parts:
         images = args.vae_batch if part == "vae" else args.batch
         seconds = measure(PARTS[part](args, ctx), args.repeats, ctx.device)

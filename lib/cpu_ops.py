@@ -136,11 +136,7 @@ class NormFunction(torch.autograd.Function):
 
 # --- 3x3 convolution ----------------------------------------------------------------------------
 
-
-def conv3x3_usable(x, weight):
-    """Whether conv3x3 is faster than oneDNN: a thousand weights for each pixel."""
-    B, _, H, W = x.shape
-    return usable(x) and weight.numel() > 1000 * B * H * W
+WEIGHTS_PER_PIXEL = 1000  # above it conv3x3 is faster than oneDNN
 
 
 def conv3x3(x, weight, bias):
@@ -178,7 +174,8 @@ class FastConv2d(torch.nn.Conv2d):
 
     def forward(self, x):
         same_size = self.kernel_size == (3, 3) and self.stride == self.padding == (1, 1)
-        if same_size and conv3x3_usable(x, self.weight):
+        pixels = x.numel() // x.shape[1]
+        if usable(x) and same_size and self.weight.numel() > WEIGHTS_PER_PIXEL * pixels:
             return conv3x3(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
         return super().forward(x)
 

@@ -126,9 +126,8 @@ def vae_config(settings, latent_scale_factor):
               "use_quant_conv": settings["quant_conv"],
               "use_post_quant_conv": settings["quant_conv"]}
     if patch > 1 or settings["linear_path"]:
-        config |= {"patch_size": patch, "linear_path": settings["linear_path"]} | {
-            name: [f"CXRAutoencoder.{kind}" for kind in config[name]]
-            for name in ("down_block_types", "up_block_types")}
+        config |= {"patch_size": patch, "linear_path": settings["linear_path"],
+                   "act_fn": "CXRAutoencoder"}
     return config
 
 

@@ -18,22 +18,20 @@ from PIL import Image
 
 class CXRAutoencoder(diffusers.AutoencoderKL):
     """AutoencoderKL on patches of patch_size x patch_size pixels as channels; linear_path adds a
-    linear map beside the encoder and the decoder. In its config the blocks' names begin with
-    `CXRAutoencoder.`, so that nothing takes its weights for those of an AutoencoderKL."""
+    linear map beside the encoder and the decoder. The act_fn in its config is one that no
+    AutoencoderKL has, so that nothing takes its weights for those of an AutoencoderKL."""
 
-    ignore_for_config = ("act_fn", "force_upcast", "latents_mean", "latents_std", "shift_factor",
+    ignore_for_config = ("force_upcast", "latents_mean", "latents_std", "shift_factor",
                          "mid_block_add_attention")  # an AutoencoderKL's, never other than default
 
     @register_to_config
     def __init__(self, in_channels, out_channels, down_block_types, up_block_types,
                  block_out_channels, layers_per_block, latent_channels, norm_num_groups,
-                 sample_size, scaling_factor, use_quant_conv, use_post_quant_conv, patch_size,
-                 linear_path):
+                 sample_size, scaling_factor, use_quant_conv, use_post_quant_conv, act_fn,
+                 patch_size, linear_path):
         given = {name: value for name, value in self.config.items() if name[0] != "_"}
-        super().__init__(**{
-            name: [kind.removeprefix("CXRAutoencoder.") for kind in value]
-            if name.endswith("block_types") else value
-            for name, value in given.items() if name not in ("patch_size", "linear_path")})
+        ours = ("act_fn", "patch_size", "linear_path")
+        super().__init__(**{name: value for name, value in given.items() if name not in ours})
         self.register_to_config(**given)
         self.linear_encoder = self.linear_decoder = None
         if linear_path:

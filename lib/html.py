@@ -17,7 +17,7 @@ td, th { padding: 3px 14px 3px 0; min-width: 64px; font-size: 13px; text-align: 
 figure { margin: 8px } figcaption span { margin-right: 12px; font-size: 13px }
 text { fill: currentColor; font-size: 11px } line { stroke: #8885 }
 path { fill: none; stroke: currentColor; stroke-width: 1.6; stroke-linecap: round }
-.dashed { stroke-dasharray: 4 4 } .dots { stroke-width: 6 }
+.dots { stroke-width: 6 }
 .c0 { color: #2f7ed8 } .c1 { color: #e4761b } .c2 { color: #22a06b } .c3 { color: #b04bc9 }
 .c4 { color: #8b7a1e } .c5 { color: #d6336c } .c6 { color: #14a3b8 } .c7 { color: #7a6ff0 }
 """
@@ -89,9 +89,9 @@ def page(title, sections):
     return f"<!DOCTYPE html>\n{text}".encode("utf-8", "backslashreplace")  # a name may not be UTF-8
 
 
-def draw(title, curves, dashed=()):
+def draw(title, curves):
     """Figure of {label: [(x, y)]} with x >= 0, where a y that is not finite is a gap; empty Html if
-    none is finite. dashed: labels of dashed curves."""
+    none is finite."""
     finite = [point for points in curves.values() for point in points if math.isfinite(point[1])]
     if not finite:
         return Html("")
@@ -117,8 +117,8 @@ def draw(title, curves, dashed=()):
         for is_curve, part in itertools.groupby(points, lambda point: math.isfinite(point[1])):
             if is_curve:  # h0 makes a point between two gaps a dot
                 path += "M" + "L".join(f"{across(x)} {down(y)}" for x, y in part) + "h0"
-        style = "dashed" if label in dashed else "solid" if "L" in path else "dots"
         if points:
+            style = "solid" if "L" in path else "dots"
             parts.append(tag("path", tag("title", label), d=path, class_=f"c{i % 8} {style}"))
             legend.append(tag("span", f"━ {label} {show(points[-1][1])}", class_=f"c{i % 8}"))
     svg = tag("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=title)

@@ -81,9 +81,12 @@ def test_layers_choose_by_dtype_layout_and_size(monkeypatch):
     assert cpu_ops.usable(bf16(2, 8, 4, 4))
     assert not cpu_ops.usable(bf16(2, 8, 4, 4).float())
     assert not cpu_ops.usable(bf16(2, 8, 4, 4).contiguous())
+    called = []
+    monkeypatch.setattr(cpu_ops, "conv3x3", lambda *inputs: called.append(inputs))
     for channels, side, few_pixels in [(64, 4, True), (64, 8, False), (32, 4, False)]:
-        weight = torch.zeros(channels, channels, 3, 3, device="meta")
-        assert cpu_ops.conv3x3_usable(bf16(1, channels, side, side), weight) == few_pixels
+        called.clear()
+        cpu_ops.FastConv2d(channels, channels, 3, padding=1).bfloat16()(bf16(1, channels, side, side))
+        assert bool(called) == few_pixels
     monkeypatch.setattr(cpu_ops, "can_compile", lambda: True)
     for side, trained, large in [(64, True, True), (32, True, False), (64, False, False)]:
         assert cpu_ops.group_norm_usable(bf16(1, 64, side, side).requires_grad_(trained)) == large
@@ -136,7 +139,7 @@ def test_bf16_equals_plain_float32_within_rounding(each_way, everywhere, monkeyp
     torch.manual_seed(0)
     if everywhere:  # also on maps too small for it to gain
         monkeypatch.setattr(cpu_ops, "group_norm_usable", cpu_ops.usable)
-        monkeypatch.setattr(cpu_ops, "conv3x3_usable", lambda x, weight: cpu_ops.usable(x))
+        monkeypatch.setattr(cpu_ops, "WEIGHTS_PER_PIXEL", 0)
     for net, call, shape in networks():
         x = torch.randn(shape)
         out, grads = output_and_gradients(net, call, x, bf16=False)

@@ -129,7 +129,7 @@ def test_a_process_without_a_scheduler_there_is_refused(tmp_path, capsys, proces
 @pytest.mark.parametrize("vae", [{"patch_size": 2}, {"linear_path": True}])
 def test_plain_autoencoders_do_not_take_these_weights(tmp_path, vae):
     exported(tmp_path, vae=vae)
-    with pytest.raises(ValueError, match="CXRAutoencoder"):
+    with pytest.raises(ValueError, match="cxrautoencoder"):
         diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae")
 
 
@@ -300,25 +300,26 @@ def test_attention_names_before_diffusers_018_are_read(tmp_path):
     from safetensors.torch import load_file, save_file
     theirs = make_theirs(tmp_path)
     path = tmp_path / "diffusion_pytorch_model.safetensors"
-    new_names = {new: old for old, new in diffusers_io.OLD_NAMES.items()}
-    pattern = re.compile(rf"(\.attentions\.\d+\.)({'|'.join(map(re.escape, new_names))})\.")
-    renamed = {pattern.sub(lambda m: f"{m[1]}{new_names[m[2]]}.", key): value
-               for key, value in load_file(path).items()}
-    assert renamed.keys() != theirs.state_dict().keys()
-    save_file(renamed, path)
+    weights = load_file(path)
+    for old, new in diffusers_io.OLD_NAMES.items():
+        weights = {key.replace(f".{new}.", f".{old}."): value for key, value in weights.items()}
+    assert len(weights.keys() - theirs.state_dict().keys()) == 16
+    save_file(weights, path)
     vae = started(tmp_path).vae
     z = torch.randn(1, *vae.latent_shape)
     assert largest(vae.decode(z), theirs.decode(z).sample.mean(1, keepdim=True)) < 1e-5
 
 
-@pytest.mark.parametrize("change, reason", [
-    ({"norm_num_groups": 16}, "norm_num_groups=16"), ({"_class_name": "VQModel"}, "VQModel"),
-    ({"act_fn": "gelu"}, "act_fn"), ({"in_channels": 4}, "in_channels=4")])
-def test_another_architecture_is_refused_by_name(tmp_path, capsys, change, reason):
+@pytest.mark.parametrize("change, flags, reason", [
+    ({"norm_num_groups": 16}, [], "norm_num_groups=16"),
+    ({"_class_name": "VQModel"}, [], "VQModel"), ({"act_fn": "gelu"}, [], "act_fn"),
+    ({"in_channels": 4}, [], "in_channels=4"),
+    ({}, ["--z_channels=8"], "z_channels=4: leave --z_channels out")])
+def test_another_architecture_is_refused_by_name(tmp_path, capsys, change, flags, reason):
     make_theirs(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    assert reason in error_of(capsys, train_vae.parse_args, [f"--init_from={tmp_path}"])
+    assert reason in error_of(capsys, train_vae.parse_args, [f"--init_from={tmp_path}", *flags])
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path, capsys):
@@ -328,12 +329,6 @@ def test_weights_that_do_not_fit_are_named(tmp_path, capsys):
     assert "do not fit its config.json" in error_of(capsys, started, tmp_path)
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"x" * 99)
     assert "download it again" in error_of(capsys, started, tmp_path)
-
-
-def test_another_shape_than_that_of_the_start_is_refused(tmp_path, capsys):
-    make_theirs(tmp_path)
-    message = error_of(capsys, train_vae.parse_args, [f"--init_from={tmp_path}", "--z_channels=8"])
-    assert "z_channels=4: leave --z_channels out" in message
 
 
 def test_the_stages_go_on_from_it_without_training(stages, tmp_path):
