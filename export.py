@@ -117,9 +117,12 @@ def write_parts(folder, denoiser, vae, vae_settings, checkpoint):
     unet = diffusers.UNet2DModel(**unet_config(settings, vae.latent_shape, num_classes))
     unet.load_state_dict(to_diffusers(denoiser.unet, unet_names(denoiser.unet)))
     config = vae_config(vae_settings, checkpoint["latent_scale_factor"])
-    plain = "patch_size" not in config
+    plain, weights = "patch_size" not in config, to_diffusers(vae, vae_names(vae))
+    if not plain:
+        weights = {name if name.startswith("linear_") else f"network.{name}": weight
+                   for name, weight in weights.items()}
     autoencoder = (diffusers.AutoencoderKL if plain else exported_pipeline.CXRAutoencoder)(**config)
-    autoencoder.load_state_dict(to_diffusers(vae, vae_names(vae)))
+    autoencoder.load_state_dict(weights)
     parts = {"unet": unet, "vae": autoencoder, "scheduler": make_scheduler(denoiser)}
     for name, part in parts.items():
         part.save_pretrained(folder / name)

@@ -126,8 +126,8 @@ def vae_config(settings, latent_scale_factor):
               "use_quant_conv": settings["quant_conv"],
               "use_post_quant_conv": settings["quant_conv"]}
     if patch > 1 or settings["linear_path"]:
-        config |= {"patch_size": patch, "linear_path": settings["linear_path"],
-                   "act_fn": "CXRAutoencoder"}
+        return {"autoencoder": config, "patch_size": patch, "linear_path": settings["linear_path"],
+                "scaling_factor": latent_scale_factor}
     return config
 
 

@@ -13,43 +13,39 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from PIL import Image
 
 
-class CXRAutoencoder(diffusers.AutoencoderKL):
-    """AutoencoderKL on patches of patch_size x patch_size pixels as channels; linear_path adds a
-    linear map beside the encoder and the decoder. The act_fn in its config is one that no
-    AutoencoderKL has, so that nothing takes its weights for those of an AutoencoderKL."""
-
-    ignore_for_config = ("force_upcast", "latents_mean", "latents_std", "shift_factor",
-                         "mid_block_add_attention")  # an AutoencoderKL's, never other than default
+class CXRAutoencoder(diffusers.ModelMixin, diffusers.ConfigMixin):
+    """An AutoencoderKL on patches of patch_size x patch_size pixels as channels; linear_path adds a
+    linear map beside its encoder and its decoder. act_fn is one that no AutoencoderKL has, so that
+    nothing takes these weights for those of one."""
 
     @register_to_config
-    def __init__(self, in_channels, out_channels, down_block_types, up_block_types,
-                 block_out_channels, layers_per_block, latent_channels, norm_num_groups,
-                 sample_size, scaling_factor, use_quant_conv, use_post_quant_conv, act_fn,
-                 patch_size, linear_path):
-        given = {name: value for name, value in self.config.items() if name[0] != "_"}
-        ours = ("act_fn", "patch_size", "linear_path")
-        super().__init__(**{name: value for name, value in given.items() if name not in ours})
-        self.register_to_config(**given)
-        self.linear_encoder = self.linear_decoder = None
+    def __init__(self, autoencoder, patch_size, linear_path, scaling_factor,
+                 act_fn="CXRAutoencoder"):
+        super().__init__()
+        self.network = diffusers.AutoencoderKL(**autoencoder)
         if linear_path:
-            factor = patch_size * 2 ** (len(block_out_channels) - 1)
-            self.linear_encoder = torch.nn.Conv2d(1, latent_channels, factor, factor)
-            self.linear_decoder = torch.nn.ConvTranspose2d(latent_channels, 1, factor, factor)
+            channels = autoencoder["latent_channels"]
+            factor = patch_size * 2 ** (len(autoencoder["block_out_channels"]) - 1)
+            self.linear_encoder = torch.nn.Conv2d(1, channels, factor, factor)
+            self.linear_decoder = torch.nn.ConvTranspose2d(channels, 1, factor, factor)
 
-    def _encode(self, x):
-        mean, logvar = super()._encode(F.pixel_unshuffle(x, self.config.patch_size)).chunk(2, 1)
-        if self.linear_encoder is not None:
-            mean = mean + self.linear_encoder(x)
-        return torch.cat([mean, logvar], 1)
+    def encode(self, x):
+        """Images [B, 1, H, W] in [-1, 1] to an AutoencoderKLOutput, as of AutoencoderKL."""
+        posterior = self.network.encode(F.pixel_unshuffle(x, self.config.patch_size)).latent_dist
+        if self.config.linear_path:
+            posterior.mean = posterior.mean + self.linear_encoder(x)
+        return AutoencoderKLOutput(latent_dist=posterior)
 
-    def _decode(self, z, return_dict=True):
-        x = F.pixel_shuffle(super()._decode(z).sample, self.config.patch_size)
-        if self.linear_decoder is not None:
+    def decode(self, z):
+        """Unscaled latents [B, C, h, w] to a DecoderOutput, as of AutoencoderKL."""
+        x = F.pixel_shuffle(self.network.decode(z).sample, self.config.patch_size)
+        if self.config.linear_path:
             x = x + self.linear_decoder(z)
-        return DecoderOutput(sample=x) if return_dict else (x,)
+        return DecoderOutput(sample=x)
 
 
 class CXRPipeline(diffusers.DiffusionPipeline):
