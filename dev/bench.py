@@ -1,17 +1,16 @@
 """Measure speed on this machine: the training step of both trainers, and sampling.
 
     python dev/bench.py                 # about a minute on two idle CPU cores
-    python dev/bench.py --only=train --latent_size=32 --repeats=10
+    python dev/bench.py --only=train --latent_size=32 --seconds=20
 
 docs/benchmarks.md: how to compare two versions of the code, and what we measured.
 """
 import os
 import pathlib
-import statistics
 import sys
-import time
 
 import torch
+from torch.utils import benchmark
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import sample
@@ -71,26 +70,13 @@ def sampling(args, ctx):
 PARTS = {"train": ldm_step, "vae": vae_step, "sample": sampling}
 
 
-def measure(function, repeats, device):
-    """Seconds of each of `repeats` calls, with all that they gave the device to do; two calls
-    before them are not timed."""
-    seconds = []
-    for _ in range(2 + repeats):
-        start = time.perf_counter()
-        function()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return seconds[2:]
-
-
 def build_parser():
     """Parser of this program."""
     parser = make_parser(__doc__)
     add_precision_arguments(parser)
     add = parser.add_argument_group("benchmark").add_argument
     add("--only", default=",".join(PARTS), help="comma list of parts")
-    add("--repeats", type=at_least(1), default=5, help="timed rounds")
+    add("--seconds", type=at_least(0, float), default=10.0, help="of measuring, for each part")
     add("--latent_size", type=at_least(1), default=16, help="side of the latents")
     add("--base_ch", type=at_least(1), default=96, help="channels of the UNet's first level")
     add("--batch", type=at_least(1), default=16, help="latents per step, and sampled at once")
@@ -112,10 +98,14 @@ def main(argv=None):
     print(f"{device}, {ctx.dtype}, {ctx.memory_format}, compile {ctx.compile}, "
           f"torch {torch.__version__}, load average {os.getloadavg()[0]:.1f}", flush=True)
     for part in parts:
+        function = PARTS[part](args, ctx)
+        function()  # compiles
+        timer = benchmark.Timer("function()", globals={"function": function},
+                                num_threads=torch.get_num_threads())
+        took = timer.blocked_autorange(min_run_time=args.seconds)
         images = args.vae_batch if part == "vae" else args.batch
-        seconds = measure(PARTS[part](args, ctx), args.repeats, ctx.device)
-        print(f"{part:<6} {images / statistics.median(seconds):8.2f} images/s, rounds of "
-              f"{min(seconds):.3g} to {max(seconds):.3g} s", flush=True)
+        print(f"{part:<6} {images / took.median:8.2f} images/s, median of {len(took.times)}, "
+              f"interquartile range {100 * took.iqr / took.median:.0f} %", flush=True)
 
 
 if __name__ == "__main__":
