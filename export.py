@@ -182,8 +182,7 @@ def model_card(checkpoint, vae_settings, meta, report):
                     f"{settings['augment']} augmented copies per image",
         "autoencoder": describe_data(vae_settings),
         "code": f"commit {meta['git_commit'] or 'unknown'}"}
-    # On one line each, whatever the name of a class holds.
-    lines = (f"- {name}: {' '.join(str(fact).split())}" for name, fact in facts.items())
+    lines = [f"- {name}: {fact}" for name, fact in facts.items()]
     return CARD.format(facts="\n".join(lines), evaluation=describe_evaluation(report),
                        name=next(iter(trained)))
 

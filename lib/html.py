@@ -16,8 +16,7 @@ td, th { padding: 3px 14px 3px 0; min-width: 64px; font-size: 13px; text-align: 
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)) }
 figure { margin: 8px } figcaption span { margin-right: 12px; font-size: 13px }
 text { fill: currentColor; font-size: 11px } line { stroke: #8885 }
-path { fill: none; stroke: currentColor; stroke-width: 1.6; stroke-linecap: round }
-.dots { stroke-width: 6 }
+path { fill: none; stroke: currentColor; stroke-width: 2; stroke-linecap: round }
 .c0 { color: #2f7ed8 } .c1 { color: #e4761b } .c2 { color: #22a06b } .c3 { color: #b04bc9 }
 .c4 { color: #8b7a1e } .c5 { color: #d6336c } .c6 { color: #14a3b8 } .c7 { color: #7a6ff0 }
 """
@@ -118,8 +117,7 @@ def draw(title, curves):
             if is_curve:  # h0 makes a point between two gaps a dot
                 path += "M" + "L".join(f"{across(x)} {down(y)}" for x, y in part) + "h0"
         if points:
-            style = "solid" if "L" in path else "dots"
-            parts.append(tag("path", tag("title", label), d=path, class_=f"c{i % 8} {style}"))
+            parts.append(tag("path", tag("title", label), d=path, class_=f"c{i % 8}"))
             legend.append(tag("span", f"━ {label} {show(points[-1][1])}", class_=f"c{i % 8}"))
     svg = tag("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=title)
     return tag("figure", tag("figcaption", *legend), svg)

@@ -236,19 +236,18 @@ def test_a_model_that_was_not_evaluated_is_not_handed_on(evaluated, tmp_path, ca
 
 def test_the_card_says_what_the_model_was_made_of(evaluated):
     checkpoint = load_checkpoint(evaluated.ldm_ckpt, "ldm")
-    nasty = "tb\n\n# Approved | for diagnosis\r\n"
     checkpoint["args"] |= {"init_from": "/home/me/runs/parent/ckpts/best.pt", "augment": 2,
                            "overfit_k": 8}
-    checkpoint |= {"class_names": ["normal", nasty], "trained_classes": [1]}
-    meta = {"data": [["normal", 5, ""], [nasty, 8, ""]], "world_size": 3, "git_commit": "abc"}
+    checkpoint |= {"class_names": ["normal", "tb"], "trained_classes": [1]}
+    meta = {"data": [["normal", 5, ""], ["tb", 8, ""]], "world_size": 3, "git_commit": "abc"}
     vae_settings = load_checkpoint(evaluated.vae_ckpt, "vae")["args"]
     card = export.model_card(checkpoint, vae_settings, meta, None)
-    for text in (": tb # Approved | for diagnosis (8)", "started from another model",
+    for text in (": tb (8)", "started from another model",
                  "2 augmented copies", "- autoencoder: phantom/TB, split train", "steps of 24",
                  "- memorised on purpose: 8", "Not evaluated"):
         assert text in card
     assert "/home" not in card and "normal" not in card
-    assert f"pipeline({nasty!r}, num_samples=4)" in card
+    assert "pipeline('tb', num_samples=4)" in card
 
 
 # --- from diffusers ---

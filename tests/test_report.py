@@ -165,8 +165,6 @@ def test_gaps_and_single_points_are_drawn(make_run, capsys):
     seen = made(capsys, make_run("r", [*records, '{"step": 7, "train']))
     path = seen.curves["Loss"]["train/loss"]
     assert re.findall("[ML]", path) == ["M", "M", "L"] and path.count("h0") == 2
-    one = made(capsys, make_run("one", logged(1)))
-    assert 'class="c0 solid"' in seen.text and 'class="c0 dots"' in one.text
     # Nothing to draw in a figure with nothing but NaN.
     assert not made(capsys, make_run("n", logged(3, "val/psnr", lambda i: None))).curves
 
