@@ -75,23 +75,6 @@ def test_convolution_equals_pytorchs(batch, height, width):
     assert got[0].is_contiguous(memory_format=CL) and got[2].is_contiguous(memory_format=CL)
 
 
-def test_layers_choose_by_dtype_layout_and_size(monkeypatch):
-    def bf16(*shape):
-        return torch.zeros(shape, dtype=torch.bfloat16).contiguous(memory_format=CL)
-    assert cpu_ops.usable(bf16(2, 8, 4, 4))
-    assert not cpu_ops.usable(bf16(2, 8, 4, 4).float())
-    assert not cpu_ops.usable(bf16(2, 8, 4, 4).contiguous())
-    called = []
-    monkeypatch.setattr(cpu_ops, "conv3x3", lambda *inputs: called.append(inputs))
-    for channels, side, few_pixels in [(64, 4, True), (64, 8, False), (32, 4, False)]:
-        called.clear()
-        cpu_ops.FastConv2d(channels, channels, 3, padding=1).bfloat16()(bf16(1, channels, side, side))
-        assert bool(called) == few_pixels
-    monkeypatch.setattr(cpu_ops, "can_compile", lambda: True)
-    for side, trained, large in [(64, True, True), (32, True, False), (64, False, False)]:
-        assert cpu_ops.group_norm_usable(bf16(1, 64, side, side).requires_grad_(trained)) == large
-
-
 @pytest.mark.slow
 def test_without_a_compiler_bf16_gives_the_same(tmp_path):
     code = """
