@@ -6,7 +6,6 @@
 The page embeds its pictures and needs neither a network nor a script, so it can be sent as it is.
 It can be made during a run, and of a run with missing or damaged files: what is left is shown.
 """
-import itertools
 import math
 import pathlib
 import re
@@ -148,7 +147,7 @@ def differences(runs):
                | {f"verdict on {v.metric}": f"{v.value} {v.level}" for v in judge(run)}
                for run in runs.values()]
     rows = [[name, *(show(column.get(name)) for column in columns)]
-            for name in dict.fromkeys(itertools.chain(*columns))]
+            for name in dict.fromkeys(name for column in columns for name in column)]
     return table([row for row in rows if len(set(row[1:])) > 1], ["", *runs])
 
 

@@ -75,7 +75,7 @@ def largest(a, b):
     {"ldm_attn_res": (8, 4), "ldm_base_ch": 48}, {"ldm_num_res_blocks": 1, "augment": 7},
     {"ldm_ch_mults": (1, 1, 2), "ldm_attn_res": ()}])
 def test_the_unet_gives_the_same_output_there(tmp_path, ldm):
-    denoiser, _, pipeline = exported(tmp_path, ldm)
+    denoiser, _, _ = exported(tmp_path, ldm)
     theirs = diffusers.UNet2DModel.from_pretrained(tmp_path / "unet")
     x, t = torch.randn(3, *LATENT), torch.tensor([0.0, 0.37, 1.0])
     for y in ([0, 1, 2], [2, 0, 1]):
