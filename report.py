@@ -6,7 +6,6 @@
 The page embeds its pictures and needs neither a network nor a script, so it can be sent as it is.
 It can be made during a run, and of a run with missing or damaged files: what is left is shown.
 """
-import itertools
 import math
 import pathlib
 import re
@@ -14,13 +13,11 @@ import shlex
 
 from lib import metrics, verdicts
 from lib.args import Parser, file_path, parse_settings
-from lib.files import fail, first_line, read_json, write_atomic
-from lib.html import draw, image, leaves, page, show, table, tag, verdict_list
+from lib.files import fail, read_json, write_atomic
+from lib.html import Html, draw, image, leaves, page, show, table, tag, verdict_list
 from lib.run import read_records, time_text
 
 REAL = "sample_diversity/real_pairwise_mse_mean"
-REFERENCES = (REAL, metrics.TARGET_STD, metrics.REAL_ROUND_TRIP, verdicts.COPIES_EXPECTED,
-              verdicts.PSNR_LINEAR)  # what another curve should be at, or above
 CHARTS = {  # {title: metrics}
     "Loss": (verdicts.LOSS, "train/rec", verdicts.VAL, verdicts.VAL_TRAIN),
     "Loss by noise level, t0 is detail, t3 layout": [f"train/loss_t{q}" for q in range(4)],
@@ -41,11 +38,6 @@ CHARTED = [name for names in CHARTS.values() for name in names]
 # --- a run folder -------------------------------------------------------------------------------
 
 
-def number(value):
-    """A number as it is, NaN for anything that cannot be drawn."""
-    return value if isinstance(value, (int, float)) and abs(value) < 1e300 else math.nan
-
-
 class LoggedRun:
     """What a run folder holds; a file that is missing or damaged counts as empty."""
 
@@ -54,23 +46,22 @@ class LoggedRun:
         names = ("run_meta.json", "summary.json", "evaluation.json")
         self.meta, self.summary, self.evaluation = (read_json(self.folder / n) for n in names)
         self.settings = self.meta.get("args", {})
-        self.records = [{name: number(value) for name, value in record.items()}
-                        for record in read_records(self.folder / "metrics.jsonl")]
+        self.records = read_records(self.folder / "metrics.jsonl")
         if not self.meta and not self.records:
             fail(f"{path} is not a run folder: give one such as runs/ldm_tb")
         # The last number of each metric, and the record with the lowest val/loss.
         self.latest = {name: value for record in self.records for name, value in record.items()}
-        validated = [r for r in self.records if math.isfinite(r.get(verdicts.VAL, math.nan))]
+        validated = [record for record in self.records if record.get(verdicts.VAL) is not None]
         self.best = min(validated, key=lambda record: record[verdicts.VAL], default={})
-        if not number(self.summary.get("step")) >= self.latest.get("step", 0):
+        if self.summary.get("step", -1) < self.latest.get("step", 0):
             self.summary = {}  # the run has gone on since
 
     def points(self, name):
-        """[(step, value)] of a metric; NaN if it was not finite."""
+        """[(step, value)] of a metric; NaN if it was not finite, which the log has as null."""
         points = [(record["step"], record[name]) for record in self.records if name in record]
         if name == verdicts.GRAD:
-            points = [(step, math.log10(y) if y > 0 else math.nan) for step, y in points]
-        return points
+            points = [(step, math.log10(norm) if norm else None) for step, norm in points]
+        return [(step, math.nan if value is None else value) for step, value in points]
 
     def grids(self):
         """{kind: {epoch: name}} of samples/: up to six grids of each class, or reconstructions."""
@@ -86,11 +77,9 @@ class LoggedRun:
         return dict(sorted(grids.items()))
 
     def picture(self, name, text):
-        """A PNG file of the folder, embedded; no links, since the page may be sent to others."""
+        """A PNG file of the folder, embedded; empty Html if it is not there."""
         path = self.folder / name
-        if path.is_file() and path.resolve() == self.folder.resolve() / name:
-            return image(path.read_bytes(), text)
-        return tag("p", f"{text}: {name} is not a regular file")
+        return image(path.read_bytes(), text) if path.is_file() else Html("")
 
 
 # --- one run ------------------------------------------------------------------------------------
@@ -124,8 +113,7 @@ def samples(run):
     """Grids over the epochs; real images above those of a class."""
     parts = []
     for kind, names in run.grids().items():
-        if (run.folder / f"samples/real_{kind}.png").exists():
-            parts.append(run.picture(f"samples/real_{kind}.png", f"{kind}, real"))
+        parts.append(run.picture(f"samples/real_{kind}.png", f"{kind}, real"))
         parts += [run.picture(name, f"{kind} epoch {epoch}") for epoch, name in names.items()]
     return tag("div", *parts)
 
@@ -142,26 +130,12 @@ def evaluation(run):
 
 def report(run):
     """The page of one run."""
-    return build(run.folder.resolve().name, {
-        "Verdicts": lambda: verdict_list(judge(run)), "Run": lambda: table(facts(run).items()),
-        "Curves": lambda: tag("div", *(
-            draw(title, {name: run.points(name) for name in names}, REFERENCES)
-            for title, names in CHARTS.items()), class_="grid"),
-        "Samples": lambda: samples(run), "Evaluation": lambda: evaluation(run),
-        "Settings": lambda: table(run.settings.items())})
-
-
-def build(title, sections):
-    """Bytes of a page of {heading: function that makes the Html below it}."""
-    parts = [tag("h1", title)]
-    for heading, section in sections.items():
-        try:
-            body = section()
-        except Exception as e:  # whatever JSON of another shape raises
-            body = tag("p", "Not shown, since a file in the run folder is damaged "
-                       f"({type(e).__name__}: {first_line(e)}).")
-        parts += [tag("h2", heading), body]
-    return page(title, *parts)
+    curves = [draw(title, {name: run.points(name) for name in names})
+              for title, names in CHARTS.items()]
+    return page(run.folder.resolve().name, {
+        "Verdicts": verdict_list(judge(run)), "Run": table(facts(run).items()),
+        "Curves": tag("div", *curves, class_="grid"), "Samples": samples(run),
+        "Evaluation": evaluation(run), "Settings": table(run.settings.items())})
 
 
 # --- several runs -------------------------------------------------------------------------------
@@ -174,20 +148,19 @@ def differences(runs):
                | {f"verdict on {v.metric}": f"{v.value} {v.level}" for v in judge(run)}
                for run in runs.values()]
     rows = [[name, *(show(column.get(name)) for column in columns)]
-            for name in dict.fromkeys(itertools.chain(*columns))]
+            for name in dict.fromkeys(name for column in columns for name in column)]
     return table([row for row in rows if len(set(row[1:])) > 1], ["", *runs])
 
 
 def comparison(runs):
     """The page of several runs, {path: LoggedRun}."""
-    return build(f"{len(runs)} runs", {
-        "Differences": lambda: differences(runs),
-        "Curves": lambda: tag("div", *(
-            draw(name, {path: run.points(name) for path, run in runs.items()})
-            for name in CHARTED if name not in REFERENCES), class_="grid"),
-        "Last samples": lambda: tag("div", *(
-            run.picture(names[max(names)], f"{path}: {kind} epoch {max(names)}")
-            for path, run in runs.items() for kind, names in run.grids().items()))})
+    curves = [draw(name, {path: run.points(name) for path, run in runs.items()})
+              for name in CHARTED]
+    last = [run.picture(names[max(names)], f"{path}: {kind} epoch {max(names)}")
+            for path, run in runs.items() for kind, names in run.grids().items()]
+    return page(f"{len(runs)} runs", {
+        "Differences": differences(runs), "Curves": tag("div", *curves, class_="grid"),
+        "Last samples": tag("div", *last)})
 
 
 def main(argv=None):

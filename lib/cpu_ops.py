@@ -35,8 +35,7 @@ def can_compile():
     """Whether torch.compile works, for which it needs a C++ compiler and a place for its files."""
     notice("compiling for bf16, once per start: up to two minutes")
     try:
-        with torch.compiler.set_stance("default"):  # the caller may have forced eager mode
-            torch.compile(torch.neg)(torch.zeros(8))
+        torch.compile(torch.neg)(torch.zeros(8))
         return True
     except torch._dynamo.exc.TorchDynamoException as e:
         notice(f"torch.compile does not work, so bf16 is slower: {first_line(e)}")
@@ -51,8 +50,7 @@ def fused(function):
 
     def run(*args):
         # Tensors with and without a gradient would be compiled apart.
-        args = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
-        return (compiled() if can_compile() else function)(*args)
+        return compiled()(*(a.detach() if isinstance(a, torch.Tensor) else a for a in args))
     return run
 
 
@@ -138,46 +136,18 @@ class NormFunction(torch.autograd.Function):
 
 # --- 3x3 convolution ----------------------------------------------------------------------------
 
-
-def conv3x3_usable(x, weight):
-    """Whether ConvFunction is faster than oneDNN: a thousand weights for each pixel."""
-    B, _, H, W = x.shape
-    return usable(x) and weight.numel() > 1000 * B * H * W
+WEIGHTS_PER_PIXEL = 1000  # above it conv3x3 is faster than oneDNN
 
 
-@fused
-def sum_over_neighbours(products):
-    """[B, H, W, C]: for each pixel the sum of what it has in its neighbours' products
-    [B, H, W, 3, 3, C]."""
-    H, W = products.shape[1:3]
-    padded = F.pad(products, (0, 0, 0, 0, 0, 0, 1, 1, 1, 1))
-    return sum(padded[:, 2 - i:2 - i + H, 2 - j:2 - j + W, i, j]
-               for i in range(3) for j in range(3))
-
-
-class ConvFunction(torch.autograd.Function):
+def conv3x3(x, weight, bias):
     """3x3 convolution with padding 1 as one matrix product: x [B, in, H, W], weight
-    [out, in, 3, 3] in channels_last and bias [out], all bf16, to [B, out, H, W]."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        B, C, H, W = x.shape
-        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
-        neighbours = padded.unfold(1, 3, 1).unfold(2, 3, 1)  # [B, H, W, in, 3, 3]
-        columns = neighbours.permute(0, 1, 2, 4, 5, 3).reshape(B * H * W, 9 * C)
-        matrix = weight.permute(0, 2, 3, 1).flatten(1)  # [out, 9 in]
-        ctx.save_for_backward(columns, matrix)
-        return as_images(torch.addmm(bias, columns, matrix.t()).view(B, H * W, -1), H, W)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        columns, matrix = ctx.saved_tensors
-        B, out, H, W = grad.shape
-        grad = as_rows(grad).flatten(0, 1)  # [BHW, out]
-        grad_weight = (grad.t().contiguous() @ columns).view(out, 3, 3, -1).permute(0, 3, 1, 2)
-        products = (grad @ matrix).view(B, H, W, 3, 3, -1)
-        return sum_over_neighbours(products).permute(0, 3, 1, 2), grad_weight, grad.sum(0)
+    [out, in, 3, 3] and bias [out], all bf16, to [B, out, H, W]."""
+    B, C, H, W = x.shape
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+    neighbours = [padded[:, i:i + H, j:j + W] for i in range(3) for j in range(3)]
+    columns = torch.stack(neighbours, 3).view(B, H * W, 9 * C)
+    matrix = weight.permute(0, 2, 3, 1).flatten(1)  # [out, 9 in]
+    return as_images(F.linear(columns, matrix, bias), H, W)
 
 
 # --- layers -------------------------------------------------------------------------------------
@@ -200,12 +170,13 @@ class FastGroupNorm(model.GroupNorm):
 
 
 class FastConv2d(torch.nn.Conv2d):
-    """3x3 convolutions by ConvFunction for small maps with many channels."""
+    """3x3 convolutions as one matrix product for small maps with many channels."""
 
     def forward(self, x):
         same_size = self.kernel_size == (3, 3) and self.stride == self.padding == (1, 1)
-        if same_size and conv3x3_usable(x, self.weight):
-            return ConvFunction.apply(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        pixels = x.numel() // x.shape[1]
+        if usable(x) and same_size and self.weight.numel() > WEIGHTS_PER_PIXEL * pixels:
+            return conv3x3(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
         return super().forward(x)
 
 

@@ -126,17 +126,15 @@ def vae_config(settings, latent_scale_factor):
               "use_quant_conv": settings["quant_conv"],
               "use_post_quant_conv": settings["quant_conv"]}
     if patch > 1 or settings["linear_path"]:
-        config |= {"patch_size": patch, "linear_path": settings["linear_path"]} | {
-            name: [f"CXRAutoencoder.{kind}" for kind in config[name]]
-            for name in ("down_block_types", "up_block_types")}
+        return {"autoencoder": config, "patch_size": patch, "linear_path": settings["linear_path"],
+                "scaling_factor": latent_scale_factor}
     return config
 
 
 # --- an autoencoder of diffusers ----------------------------------------------------------------
 
 FIXED = {"act_fn": "silu", "mid_block_add_attention": True}  # what ours cannot have otherwise
-DEFAULTS = {"use_quant_conv": True, "use_post_quant_conv": True, "patch_size": 1,
-            "linear_path": False, **FIXED}  # of a config.json that lacks them
+DEFAULTS = {"use_quant_conv": True, "use_post_quant_conv": True, **FIXED}  # if config.json has none
 
 
 def vae_folder(path):
@@ -149,16 +147,15 @@ def vae_settings(folder, img_size):
     """Settings of train_vae.py, {name: value}, for the shape of the autoencoder in a folder; exits
     with an error if model.AutoencoderKL cannot have it."""
     config = {**DEFAULTS, **read_json(folder / "config.json", "diffusers config")}
-    if config.get("_class_name") not in ("AutoencoderKL", "CXRAutoencoder"):
+    if config.get("_class_name") != "AutoencoderKL":
         fail(f"{folder} has _class_name={config.get('_class_name')}: give an AutoencoderKL")
-    widths, patch = config["block_out_channels"], config["patch_size"]
+    widths = config["block_out_channels"]
     settings = {"z_channels": config["latent_channels"], "base_ch": widths[0],
                 "ch_mults": tuple(width // widths[0] for width in widths),
                 "num_res_blocks": config["layers_per_block"],
-                "attn_res": tuple(img_size // patch >> level for level, name
+                "attn_res": tuple(img_size >> level for level, name
                                   in enumerate(config["down_block_types"]) if "Attn" in name),
-                "patch_size": patch, "linear_path": config["linear_path"],
-                "quant_conv": config["use_quant_conv"]}
+                "patch_size": 1, "linear_path": False, "quant_conv": config["use_quant_conv"]}
     ours = {**vae_config({**settings, "img_size": img_size}, 1.0), **FIXED}
     del ours["sample_size"], ours["scaling_factor"]
     if config["in_channels"] == 3:  # becomes 1 channel in vae_weights
@@ -169,30 +166,24 @@ def vae_settings(folder, img_size):
     return settings
 
 
-def read_weights(folder):
-    """{their key: tensor} of the safetensors in a diffusers folder, with today's names."""
+def vae_weights(args, folder):
+    """Weights {our key: tensor} from a diffusers folder for the autoencoder of train_vae.py's
+    settings; exits with an error if they do not fit. One of three channels becomes one of gray
+    images: its first convolution sees them in all three, and its last one returns their mean."""
     path = folder / "diffusion_pytorch_model.safetensors"
     try:
         from safetensors.torch import load_file
-        state = load_file(path)
+        state = {key: value.float() for key, value in load_file(path).items()}
     except Exception as e:  # whatever a damaged file raises
         fail(f"cannot read {path} ({first_line(e)}): pip install safetensors, download it again, "
              "or save the model with diffusers' save_pretrained")
     for key in [key for key in state if ".attentions." in key]:
         prefix, name, leaf = key.rsplit(".", 2)
         state[f"{prefix}.{OLD_NAMES.get(name, name)}.{leaf}"] = state.pop(key)
-    return {key: value.float() for key, value in state.items()}
-
-
-def vae_weights(args, folder):
-    """Weights {our key: tensor} from a diffusers folder for the autoencoder of train_vae.py's
-    settings; exits with an error if they do not fit. One of three channels becomes one of gray
-    images: its first convolution sees them in all three, and its last one returns their mean."""
-    state = read_weights(folder)
     with torch.device("meta"):
         vae = model.build_vae(vars(args))
     try:
-        if vae.patch_size == 1 and state["encoder.conv_in.weight"].shape[1] == 3:
+        if state["encoder.conv_in.weight"].shape[1] == 3:
             state["encoder.conv_in.weight"] = state["encoder.conv_in.weight"].sum(1, keepdim=True)
             for key in ("decoder.conv_out.weight", "decoder.conv_out.bias"):
                 state[key] = state[key].mean(0, keepdim=True)

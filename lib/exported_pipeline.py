@@ -6,7 +6,6 @@ Or, in Python, `DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True
 export.py wrote the folder. Needs torch, diffusers, safetensors and pillow.
 """
 import argparse
-import json
 import pathlib
 
 import diffusers
@@ -14,47 +13,39 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from PIL import Image
 
-HERE = pathlib.Path(__file__).resolve().parent
 
-
-class CXRAutoencoder(diffusers.AutoencoderKL):
-    """AutoencoderKL on patches of patch_size x patch_size pixels as channels; linear_path adds a
-    linear map beside the encoder and the decoder. In its config the blocks' names begin with
-    `CXRAutoencoder.`, so that nothing takes its weights for those of an AutoencoderKL."""
-
-    ignore_for_config = ("act_fn", "force_upcast", "latents_mean", "latents_std", "shift_factor",
-                         "mid_block_add_attention")  # an AutoencoderKL's, never other than default
+class CXRAutoencoder(diffusers.ModelMixin, diffusers.ConfigMixin):
+    """An AutoencoderKL on patches of patch_size x patch_size pixels as channels; linear_path adds a
+    linear map beside its encoder and its decoder. act_fn is one that no AutoencoderKL has, so that
+    nothing takes these weights for those of one."""
 
     @register_to_config
-    def __init__(self, in_channels, out_channels, down_block_types, up_block_types,
-                 block_out_channels, layers_per_block, latent_channels, norm_num_groups,
-                 sample_size, scaling_factor, use_quant_conv, use_post_quant_conv, patch_size,
-                 linear_path):
-        given = {name: value for name, value in self.config.items() if name[0] != "_"}
-        super().__init__(**{
-            name: [kind.removeprefix("CXRAutoencoder.") for kind in value]
-            if name.endswith("block_types") else value
-            for name, value in given.items() if name not in ("patch_size", "linear_path")})
-        self.register_to_config(**given)
-        self.linear_encoder = self.linear_decoder = None
+    def __init__(self, autoencoder, patch_size, linear_path, scaling_factor,
+                 act_fn="CXRAutoencoder"):
+        super().__init__()
+        self.network = diffusers.AutoencoderKL(**autoencoder)
         if linear_path:
-            factor = patch_size * 2 ** (len(block_out_channels) - 1)
-            self.linear_encoder = torch.nn.Conv2d(1, latent_channels, factor, factor)
-            self.linear_decoder = torch.nn.ConvTranspose2d(latent_channels, 1, factor, factor)
+            channels = autoencoder["latent_channels"]
+            factor = patch_size * 2 ** (len(autoencoder["block_out_channels"]) - 1)
+            self.linear_encoder = torch.nn.Conv2d(1, channels, factor, factor)
+            self.linear_decoder = torch.nn.ConvTranspose2d(channels, 1, factor, factor)
 
-    def _encode(self, x):
-        mean, logvar = super()._encode(F.pixel_unshuffle(x, self.config.patch_size)).chunk(2, 1)
-        if self.linear_encoder is not None:
-            mean = mean + self.linear_encoder(x)
-        return torch.cat([mean, logvar], 1)
+    def encode(self, x):
+        """Images [B, 1, H, W] in [-1, 1] to an AutoencoderKLOutput, as of AutoencoderKL."""
+        posterior = self.network.encode(F.pixel_unshuffle(x, self.config.patch_size)).latent_dist
+        if self.config.linear_path:
+            posterior.mean = posterior.mean + self.linear_encoder(x)
+        return AutoencoderKLOutput(latent_dist=posterior)
 
-    def _decode(self, z, return_dict=True):
-        x = F.pixel_shuffle(super()._decode(z).sample, self.config.patch_size)
-        if self.linear_decoder is not None:
+    def decode(self, z):
+        """Unscaled latents [B, C, h, w] to a DecoderOutput, as of AutoencoderKL."""
+        x = F.pixel_shuffle(self.network.decode(z).sample, self.config.patch_size)
+        if self.config.linear_path:
             x = x + self.linear_decoder(z)
-        return DecoderOutput(sample=x) if return_dict else (x,)
+        return DecoderOutput(sample=x)
 
 
 class CXRPipeline(diffusers.DiffusionPipeline):
@@ -67,16 +58,10 @@ class CXRPipeline(diffusers.DiffusionPipeline):
         self.register_to_config(classes=classes, guidance_scale=guidance_scale,
                                 guidance_interval=guidance_interval)
 
-    def noise(self, num_samples, generator=None):
-        """Standard normal noise [N, C, h, w] to start from; generator: on the CPU."""
-        config = self.unet.config
-        shape = (num_samples, config.in_channels, config.sample_size, config.sample_size)
-        return torch.randn(shape, generator=generator).to(self.unet.device)
-
     @torch.no_grad()
     def sample(self, noise, class_name, steps=50):
-        """Images [N, 1, H, W] in [-1, 1] of a class. steps: network evaluations; must divide 1000
-        if the scheduler is DDIM."""
+        """Images [N, 1, H, W] in [-1, 1] of a class, from standard normal noise [N, C, h, w].
+        steps: network evaluations; must divide 1000 if the scheduler is DDIM."""
         x, scale, (low, high) = noise, self.config.guidance_scale, self.config.guidance_interval
         y = torch.full((len(x),), self.config.classes[class_name], device=x.device)
         null = torch.full_like(y, self.unet.config.num_class_embeds - 1)
@@ -99,19 +84,11 @@ class CXRPipeline(diffusers.DiffusionPipeline):
 
     def __call__(self, class_name, num_samples=1, steps=50, generator=None):
         """ImagePipelineOutput of grey PIL images of a class; generator: torch.Generator, CPU."""
-        x = self.sample(self.noise(num_samples, generator), class_name, steps)
+        size, channels = self.unet.config.sample_size, self.unet.config.in_channels
+        noise = torch.randn(num_samples, channels, size, size, generator=generator)
+        x = self.sample(noise.to(self.unet.device), class_name, steps)
         grey = ((x[:, 0] + 1) * 127.5).round().byte().cpu().numpy()
         return diffusers.ImagePipelineOutput(images=[Image.fromarray(image) for image in grey])
-
-
-def load_pipeline(folder=HERE):
-    """The CXRPipeline in a folder; from_pretrained would copy this file into a cache."""
-    index = json.loads((folder / "model_index.json").read_text())
-    arguments = {name: value for name, value in index.items() if name[0] != "_"}
-    for name in ("unet", "vae", "scheduler"):
-        kind = getattr(diffusers, index[name][1], CXRAutoencoder)
-        arguments[name] = kind.from_pretrained(folder / name)
-    return CXRPipeline(**arguments)
 
 
 def main():
@@ -124,7 +101,9 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("samples"))
     args = parser.parse_args()
-    pipeline = load_pipeline().to(args.device)
+    folder = pathlib.Path(__file__).resolve().parent
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    pipeline.to(args.device)
     known = list(pipeline.config.classes)
     names = args.classes.split(",") if args.classes else known
     if not set(names) <= set(known):

@@ -16,17 +16,11 @@ td, th { padding: 3px 14px 3px 0; min-width: 64px; font-size: 13px; text-align: 
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)) }
 figure { margin: 8px } figcaption span { margin-right: 12px; font-size: 13px }
 text { fill: currentColor; font-size: 11px } line { stroke: #8885 }
-path { fill: none; stroke: currentColor; stroke-width: 1.6; stroke-linecap: round }
-.dashed { stroke-dasharray: 4 4 } .dots { stroke-width: 6 }
+path { fill: none; stroke: currentColor; stroke-width: 2; stroke-linecap: round }
 .c0 { color: #2f7ed8 } .c1 { color: #e4761b } .c2 { color: #22a06b } .c3 { color: #b04bc9 }
 .c4 { color: #8b7a1e } .c5 { color: #d6336c } .c6 { color: #14a3b8 } .c7 { color: #7a6ff0 }
 """
 
-# No network and no script, even if a name were not escaped.
-HEAD = """<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-"""
 VOID = ("img", "meta", "br")  # elements without an end tag
 WIDTH, HEIGHT = 400, 220  # of a figure with curves
 LEFT, RIGHT, TOP, BOTTOM = 46, 22, 8, 22  # its margins, for the numbers at the axes
@@ -84,16 +78,19 @@ def image(png, text):
     return tag("figure", tag("figcaption", text), tag("img", src=source, alt=text))
 
 
-def page(title, *sections):
-    """Bytes of a whole page."""
-    head = tag("head", Html(HEAD), tag("title", title), tag("style", Html(STYLE)))
-    text = "<!DOCTYPE html>\n" + tag("html", head, tag("body", *sections), lang="en")
-    return text.encode("utf-8", "backslashreplace")  # a folder's name may not be UTF-8
+def page(title, sections):
+    """Bytes of a whole page of {heading: Html}."""
+    head = tag("head", tag("meta", charset="utf-8"), tag("title", title),
+               tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+               tag("style", Html(STYLE)))
+    parts = [part for heading, body in sections.items() for part in (tag("h2", heading), body)]
+    text = tag("html", head, tag("body", tag("h1", title), *parts), lang="en")
+    return f"<!DOCTYPE html>\n{text}".encode("utf-8", "backslashreplace")  # a name may not be UTF-8
 
 
-def draw(title, curves, dashed=()):
+def draw(title, curves):
     """Figure of {label: [(x, y)]} with x >= 0, where a y that is not finite is a gap; empty Html if
-    none is finite. dashed: labels of dashed curves."""
+    none is finite."""
     finite = [point for points in curves.values() for point in points if math.isfinite(point[1])]
     if not finite:
         return Html("")
@@ -119,9 +116,8 @@ def draw(title, curves, dashed=()):
         for is_curve, part in itertools.groupby(points, lambda point: math.isfinite(point[1])):
             if is_curve:  # h0 makes a point between two gaps a dot
                 path += "M" + "L".join(f"{across(x)} {down(y)}" for x, y in part) + "h0"
-        style = "dashed" if label in dashed else "solid" if "L" in path else "dots"
         if points:
-            parts.append(tag("path", tag("title", label), d=path, class_=f"c{i % 8} {style}"))
+            parts.append(tag("path", tag("title", label), d=path, class_=f"c{i % 8}"))
             legend.append(tag("span", f"━ {label} {show(points[-1][1])}", class_=f"c{i % 8}"))
     svg = tag("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=title)
     return tag("figure", tag("figcaption", *legend), svg)

@@ -32,6 +32,14 @@ VAE = {"img_size": 32, "z_channels": 3, "base_ch": 16, "ch_mults": (1, 2, 3), "n
 LATENT = (3, 8, 8)
 
 
+@pytest.fixture(autouse=True)
+def one_seed_and_cache(tmp_path, monkeypatch):
+    torch.manual_seed(3)
+    cache = "diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE"
+    monkeypatch.setattr(cache, str(tmp_path / "hf"))
+    monkeypatch.setattr(sys, "path", sys.path.copy())  # the cache is added to it
+
+
 def randomised(module, seed=0):
     """Random weights of about the size that training leaves, also where they start at zero."""
     rng = torch.Generator().manual_seed(seed)
@@ -44,7 +52,7 @@ def randomised(module, seed=0):
 
 
 def exported(folder, ldm=None, vae=None):
-    """(Denoiser, AutoencoderKL, module of the pipeline.py there) of random networks in a folder."""
+    """(Denoiser, AutoencoderKL, pipeline that diffusers opens) of random networks in a folder."""
     ldm, vae = {**LDM, **(ldm or {})}, {**VAE, **(vae or {})}
     net = randomised(model.AutoencoderKL(*(vae[name] for name in model.VAE_SHAPE)))
     denoiser = model.build_denoiser(ldm, net.latent_shape, 2)
@@ -52,7 +60,8 @@ def exported(folder, ldm=None, vae=None):
     export.write_parts(folder, denoiser, net, vae, {
         "args": ldm, "class_names": ["normal", "tb"], "trained_classes": [0, 1],
         "latent_shape": net.latent_shape, "latent_scale_factor": 0.7})
-    return denoiser, net, exported_pipeline.load_pipeline(folder)
+    return denoiser, net, diffusers.DiffusionPipeline.from_pretrained(
+        folder, trust_remote_code=True)
 
 
 def largest(a, b):
@@ -66,7 +75,7 @@ def largest(a, b):
     {"ldm_attn_res": (8, 4), "ldm_base_ch": 48}, {"ldm_num_res_blocks": 1, "augment": 7},
     {"ldm_ch_mults": (1, 1, 2), "ldm_attn_res": ()}])
 def test_the_unet_gives_the_same_output_there(tmp_path, ldm):
-    denoiser, _, pipeline = exported(tmp_path, ldm)
+    denoiser, _, _ = exported(tmp_path, ldm)
     theirs = diffusers.UNet2DModel.from_pretrained(tmp_path / "unet")
     x, t = torch.randn(3, *LATENT), torch.tensor([0.0, 0.37, 1.0])
     for y in ([0, 1, 2], [2, 0, 1]):
@@ -95,15 +104,15 @@ def test_the_autoencoder_gives_the_same_output_there(tmp_path, kind, vae):
     assert theirs.config.scaling_factor == 0.7
 
 
-@pytest.mark.parametrize("process", [
-    {}, {"prediction": "v", "noise_schedule": "cosine"},
-    {"prediction": "x0", "noise_schedule": "linear"},
-    {"prediction": "eps", "noise_schedule": "linear", "zero_terminal_snr": False},
-    {"guidance_scale": 1.0}])
-def test_a_sample_is_the_same_image_there(tmp_path, process):
-    denoiser, vae, pipeline = exported(tmp_path, process)
+@pytest.mark.parametrize("process, vae", [
+    ({}, {}), ({"prediction": "v", "noise_schedule": "cosine"}, {}),
+    ({"prediction": "x0", "noise_schedule": "linear"}, {}),
+    ({"prediction": "eps", "noise_schedule": "linear", "zero_terminal_snr": False}, {}),
+    ({"guidance_scale": 1.0}, {"patch_size": 2, "ch_mults": (1, 2), "linear_path": True})])
+def test_a_sample_is_the_same_image_there(tmp_path, process, vae):
+    denoiser, vae, pipeline = exported(tmp_path, process, vae)
     settings = {**LDM, **process}
-    noise, y = pipeline.noise(2, torch.Generator().manual_seed(3)), torch.tensor([1, 1])
+    noise, y = torch.randn(2, *LATENT), torch.tensor([1, 1])
     z = diffusion.sample(denoiser, y, lambda: noise, "ddim", 20, settings["guidance_scale"],
                          settings["guidance_interval"])
     ours = vae.decode(z / 0.7).clamp(-1, 1)
@@ -117,23 +126,10 @@ def test_a_process_without_a_scheduler_there_is_refused(tmp_path, capsys, proces
     assert "no scheduler" in error_of(capsys, exported, tmp_path, process)
 
 
-def test_diffusers_opens_the_folder_as_the_card_says(tmp_path, monkeypatch):
-    cache = "diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE"
-    monkeypatch.setattr(cache, str(tmp_path / "hf"))
-    monkeypatch.setattr(sys, "path", sys.path.copy())  # the cache is added to it
-    for name, vae in (("plain", {}), ("patches", {"patch_size": 2, "linear_path": True})):
-        _, _, ours = exported(tmp_path / name, vae=vae)
-        theirs = diffusers.DiffusionPipeline.from_pretrained(
-            str(tmp_path / name), trust_remote_code=True)
-        first, second = (pipeline("tb", 2, 4, torch.Generator().manual_seed(1)).images
-                         for pipeline in (ours, theirs))
-        assert [image.tobytes() for image in first] == [image.tobytes() for image in second]
-
-
 @pytest.mark.parametrize("vae", [{"patch_size": 2}, {"linear_path": True}])
 def test_plain_autoencoders_do_not_take_these_weights(tmp_path, vae):
     exported(tmp_path, vae=vae)
-    with pytest.raises(ValueError, match="CXRAutoencoder"):
+    with pytest.raises(ValueError, match="cxrautoencoder"):
         diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae")
 
 
@@ -143,7 +139,7 @@ def test_plain_autoencoders_do_not_take_these_weights(tmp_path, vae):
 def test_their_own_loop_starts_at_full_noise(tmp_path, process):
     _, _, pipeline = exported(tmp_path, {**process, "guidance_scale": 1.0})
     scheduler = pipeline.scheduler
-    noise = x = pipeline.noise(8, torch.Generator().manual_seed(0))
+    noise = x = torch.randn(8, *LATENT)
     y = torch.zeros(8, dtype=torch.long)
     scheduler.set_timesteps(50)
     if process.get("prediction") in ("v", "eps"):
@@ -186,16 +182,18 @@ def test_export_writes_a_folder_that_samples_by_itself(evaluated, tmp_path):
     assert str(folder) in out
     moved = shutil.move(folder, tmp_path / "elsewhere")
     shutil.rmtree(evaluated.out)  # it needs nothing of ours
-    subprocess.run([sys.executable, moved / "pipeline.py", "--num_samples=3", "--batch_size=2",
-                    "--steps=4"], cwd=tmp_path, check=True, env={"CUDA_VISIBLE_DEVICES": ""})
+    env = {"CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(tmp_path / "cache")}
+
+    def sampled(*argv, code=0):
+        done = subprocess.run([sys.executable, moved / "pipeline.py", *argv], cwd=tmp_path, env=env,
+                              capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stderr
+        return done.stderr
+    sampled("--num_samples=3", "--batch_size=2", "--steps=4")
     made = sorted(path.name for path in (tmp_path / "samples").iterdir())
     assert made == [f"{name}_{i:05d}.png" for name in ("normal", "tb") for i in range(3)]
-    for names, code in (("tb", 0), ("tb,x", 2)):
-        result = subprocess.run([
-            sys.executable, moved / "pipeline.py", f"--classes={names}", "--num_samples=1",
-            "--steps=1", "--out=one"], cwd=tmp_path, capture_output=True, text=True)
-        assert result.returncode == code, result.stderr
-        assert code == 0 or "knows normal, tb" in result.stderr
+    assert "knows normal, tb" in sampled("--classes=tb,x", code=2)
+    sampled("--classes=tb", "--num_samples=1", "--steps=1", "--out=one")
     assert [path.name for path in (tmp_path / "one").iterdir()] == ["tb_00000.png"]
     drawn = [np.asarray(Image.open(tmp_path / "samples" / name)).astype(int) for name in made]
     assert drawn[0].shape == (32, 32) and drawn[0].std() > 1
@@ -204,7 +202,7 @@ def test_export_writes_a_folder_that_samples_by_itself(evaluated, tmp_path):
     card = (moved / "README.md").read_text()
     code = re.search("```python\n(.*?)```", card, re.DOTALL)[1]
     subprocess.run([sys.executable, "-c", f"{code}assert images[3].size == (32, 32)"], cwd=moved,
-                   check=True, env={"CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(tmp_path)})
+                   check=True, env=env)
     for text in ("license: ", "normal (8), tb (8)", "synthetic", "2.0 % of 200", "0.8 to 5.0 %",
                  "OK     fid (vae)  1.25  as 0.75"):
         assert text in card, text
@@ -238,19 +236,18 @@ def test_a_model_that_was_not_evaluated_is_not_handed_on(evaluated, tmp_path, ca
 
 def test_the_card_says_what_the_model_was_made_of(evaluated):
     checkpoint = load_checkpoint(evaluated.ldm_ckpt, "ldm")
-    nasty = "tb\n\n# Approved | for diagnosis\r\n"
     checkpoint["args"] |= {"init_from": "/home/me/runs/parent/ckpts/best.pt", "augment": 2,
                            "overfit_k": 8}
-    checkpoint |= {"class_names": ["normal", nasty], "trained_classes": [1]}
-    meta = {"data": [["normal", 5, ""], [nasty, 8, ""]], "world_size": 3, "git_commit": "abc"}
+    checkpoint |= {"class_names": ["normal", "tb"], "trained_classes": [1]}
+    meta = {"data": [["normal", 5, ""], ["tb", 8, ""]], "world_size": 3, "git_commit": "abc"}
     vae_settings = load_checkpoint(evaluated.vae_ckpt, "vae")["args"]
     card = export.model_card(checkpoint, vae_settings, meta, None)
-    for text in (": tb # Approved | for diagnosis (8)", "started from another model",
+    for text in (": tb (8)", "started from another model",
                  "2 augmented copies", "- autoencoder: phantom/TB, split train", "steps of 24",
                  "- memorised on purpose: 8", "Not evaluated"):
         assert text in card
     assert "/home" not in card and "normal" not in card
-    assert f"pipeline({nasty!r}, num_samples=4)" in card
+    assert "pipeline('tb', num_samples=4)" in card
 
 
 # --- from diffusers ---
@@ -302,25 +299,26 @@ def test_attention_names_before_diffusers_018_are_read(tmp_path):
     from safetensors.torch import load_file, save_file
     theirs = make_theirs(tmp_path)
     path = tmp_path / "diffusion_pytorch_model.safetensors"
-    new_names = {new: old for old, new in diffusers_io.OLD_NAMES.items()}
-    pattern = re.compile(rf"(\.attentions\.\d+\.)({'|'.join(map(re.escape, new_names))})\.")
-    renamed = {pattern.sub(lambda m: f"{m[1]}{new_names[m[2]]}.", key): value
-               for key, value in load_file(path).items()}
-    assert renamed.keys() != theirs.state_dict().keys()
-    save_file(renamed, path)
+    weights = load_file(path)
+    for old, new in diffusers_io.OLD_NAMES.items():
+        weights = {key.replace(f".{new}.", f".{old}."): value for key, value in weights.items()}
+    assert len(weights.keys() - theirs.state_dict().keys()) == 16
+    save_file(weights, path)
     vae = started(tmp_path).vae
     z = torch.randn(1, *vae.latent_shape)
     assert largest(vae.decode(z), theirs.decode(z).sample.mean(1, keepdim=True)) < 1e-5
 
 
-@pytest.mark.parametrize("change, reason", [
-    ({"norm_num_groups": 16}, "norm_num_groups=16"), ({"_class_name": "VQModel"}, "VQModel"),
-    ({"act_fn": "gelu"}, "act_fn"), ({"in_channels": 4}, "in_channels=4")])
-def test_another_architecture_is_refused_by_name(tmp_path, capsys, change, reason):
+@pytest.mark.parametrize("change, flags, reason", [
+    ({"norm_num_groups": 16}, [], "norm_num_groups=16"),
+    ({"_class_name": "VQModel"}, [], "VQModel"), ({"act_fn": "gelu"}, [], "act_fn"),
+    ({"in_channels": 4}, [], "in_channels=4"),
+    ({}, ["--z_channels=8"], "z_channels=4: leave --z_channels out")])
+def test_another_architecture_is_refused_by_name(tmp_path, capsys, change, flags, reason):
     make_theirs(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    assert reason in error_of(capsys, train_vae.parse_args, [f"--init_from={tmp_path}"])
+    assert reason in error_of(capsys, train_vae.parse_args, [f"--init_from={tmp_path}", *flags])
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path, capsys):
@@ -330,12 +328,6 @@ def test_weights_that_do_not_fit_are_named(tmp_path, capsys):
     assert "do not fit its config.json" in error_of(capsys, started, tmp_path)
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"x" * 99)
     assert "download it again" in error_of(capsys, started, tmp_path)
-
-
-def test_another_shape_than_that_of_the_start_is_refused(tmp_path, capsys):
-    make_theirs(tmp_path)
-    message = error_of(capsys, train_vae.parse_args, [f"--init_from={tmp_path}", "--z_channels=8"])
-    assert "z_channels=4: leave --z_channels out" in message
 
 
 def test_the_stages_go_on_from_it_without_training(stages, tmp_path):
