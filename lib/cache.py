@@ -43,10 +43,9 @@ def cached_array(ctx, folder, name, shape, dtype, make, label, needed=True):
     def begin():
         nonlocal lock  # on rank 0 until all ranks are done; other runs wait for it
         status = _read_status(path, shape, dtype)
-        if status is not None and not ((status == TODO) & needed).any():
-            return status
-        lock = take_lock(make_folder(folder) / f"{name}.lock", path, True)
-        status = _read_status(path, shape, dtype)  # perhaps made meanwhile
+        if status is None or ((status == TODO) & needed).any():
+            lock = take_lock(make_folder(folder) / f"{name}.lock", path, True)
+            status = _read_status(path, shape, dtype)  # perhaps made meanwhile
         if status is None:
             status = np.zeros(shape[0], np.uint8)
             with _writing(path):
@@ -70,7 +69,6 @@ def cached_array(ctx, folder, name, shape, dtype, make, label, needed=True):
         progress.clear()
         # Not from the file: a network disk may show what other machines wrote late.
         status = np.maximum.reduce(ctx.gather_objects(status))
-        ctx.on_main(lambda: _write(status_path, 0, np.zeros(1, int), status[None]))
     if lock:
         lock.close()
     return CachedArray(str(path), status)
