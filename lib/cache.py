@@ -79,8 +79,8 @@ def _read_status(path, shape, dtype):
     try:
         array = np.lib.format.open_memmap(path, "r")
         status = np.fromfile(path.with_suffix(".status"), np.uint8)
-        found = array.shape, array.dtype, array.offset + array.nbytes, len(status)
-        return status if found == (shape, dtype, path.stat().st_size, shape[0]) else None
+        found = array.shape, array.dtype, len(status)
+        return status if found == (shape, dtype, shape[0]) else None
     except Exception:  # whatever NumPy raises on a damaged header
         return None
 

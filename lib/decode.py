@@ -136,11 +136,9 @@ def _refuse(dataset):
     voi = dataset.get("VOILUTSequence")
     # In tables of 8-bit entries pydicom lets the index overflow.
     narrow = voi and voi[0].LUTDescriptor[2] == 8 and dataset.BitsStored > 8
-    pixels = dataset.get("Rows", 0) * dataset.get("Columns", 0)
     for refused, reason in (
             ("PixelData" not in dataset, "without an image: a report, a plan or an index"),
             (int(dataset.get("NumberOfFrames") or 1) > 1, "of several frames: export one"),
-            (pixels > Image.MAX_IMAGE_PIXELS, f"of {pixels} pixels: too many"),
             ("MONOCHROME" not in dataset.get("PhotometricInterpretation", "MONOCHROME"),
              "in colour: export it as grey"),
             (dataset.get("ViewPosition") in ("LL", "RL", "LATERAL"), "of a lateral view"),
