@@ -7,7 +7,6 @@ Without a data root: the phantom set.
 import collections
 import dataclasses
 import hashlib
-import itertools
 import os
 import pathlib
 import re
@@ -140,9 +139,9 @@ def check_folders(args):
 
 # --- images -------------------------------------------------------------------------------------
 
-# Bits of the status of decoded pixels beside DONE, for no value over a quarter of the range or
-# hardly two values. In caches of earlier versions either of them stands for both.
-ODD = 2 | 4
+# Status of decoded pixels, beside DONE: no value over a quarter of the range. Either bit stands for
+# it in caches of earlier versions, in which other bits are of files that could not be decoded.
+DARK = 2 | 4
 
 
 @dataclasses.dataclass
@@ -219,9 +218,7 @@ def open_images(args, ctx, split, optional=False, class_names=None, train=None):
         except (OSError, ValueError) as e:
             reasons[index] = getattr(e, "strerror", None) or str(e)
             return np.zeros((args.img_size, args.img_size), np.uint16), TODO
-        low, high = int(pixels.min()), int(pixels.max())
-        odd = high < 65535 // 4 or high - low < 655  # 1 % of the range
-        return pixels, DONE | ODD * odd
+        return pixels, DONE | DARK * int(pixels.max() < 65535 // 4)
 
     def make(indices):
         pixels, status = zip(*pool.map(read, indices), strict=True)
@@ -249,20 +246,19 @@ def open_images(args, ctx, split, optional=False, class_names=None, train=None):
 def _image_set(listing, pixels, args, key, reasons):
     """ImageSet of the files that could be decoded and are of the chosen class; names those that
     could not, and ends the program for them unless args.skip_bad_images. pixels: CachedArray."""
-    bad = pixels.status & (0xFF ^ ODD) != DONE  # other bits: undecodable, in earlier versions
-    odd = pixels.status & ODD > 0
+    bad, dark = pixels.status & (0xFF ^ DARK) != DONE, pixels.status & DARK > 0
     names = np.array([file.path for file in listing.files], object)
     counted = f"of {len(names)} images in {listing.folder}"
     if bad.any():
-        lines = _first_lines(f"{names[i]}: {reasons.get(i, 'no image')}"
-                             for i in np.flatnonzero(bad))
+        lines = _first_lines([f"{names[i]}: {reasons.get(i, 'no image')}"
+                              for i in np.flatnonzero(bad)])
         if not args.skip_bad_images:
             fail(f"{bad.sum()} {counted} cannot be decoded; repair or remove them, or leave them "
                  f"out with --skip_bad_images:{lines}")
         notice(f"{bad.sum()} {counted} cannot be decoded and are left out:{lines}")
-    if odd.any():
-        notice(f"{odd.sum()} {counted}, such as {names[odd][0]}, have no value over a quarter of "
-               "their range, or no contrast. 12-bit values in 16-bit files? Scale them up")
+    if dark.any():
+        notice(f"{dark.sum()} {counted}, such as {names[dark][0]}, have no value over a quarter of "
+               "their range. 12-bit values in 16-bit files? Scale them up")
     labels = np.array([listing.class_names.index(file.class_name) for file in listing.files])
     rows = np.flatnonzero(~bad & ((labels == args.class_filter) | (args.class_filter < 0)))
     return ImageSet(pixels, rows, labels[rows], names[rows], listing.class_names, key,
@@ -271,7 +267,7 @@ def _image_set(listing, pixels, args, key, reasons):
 
 def _first_lines(lines):
     """The first twenty lines for the end of a message that says how many there are."""
-    return "".join(f"\n  {line}" for line in itertools.islice(lines, 20))
+    return "".join(f"\n  {line}" for line in lines[:20])
 
 
 def class_summary(listing):
@@ -362,7 +358,7 @@ def _without_copies(images, train, folder, ctx, where):
         "looking for copies").rows(np.arange(len(images)))  # position in train, or -1
     copies = np.flatnonzero(originals >= 0)
     if len(copies):
-        lines = (f"{images.names[i]} is {train.names[originals[i]]}" for i in copies)
+        lines = [f"{images.names[i]} is {train.names[originals[i]]}" for i in copies]
         notice(f"{len(copies)} images of {where} duplicate or nearly duplicate training images and "
                f"are excluded:{_first_lines(lines)}")
     return images.subset(np.flatnonzero(originals < 0))
