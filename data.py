@@ -411,10 +411,8 @@ class LatentSet:
             "encoding latents", lambda x, rows: self._encode(x, rows).cpu(), num_augmented + 1)
         if ctx.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(ctx.device)
-            variants = np.arange(num_augmented + 1)[:, None]
-            own = (images.rows + variants * self.num_files).ravel()
-            if len(own) * 4 * 2 * np.prod(vae.latent_shape) < 0.1 * free:
-                self.resident = torch.from_numpy(self.cache.rows(own)).to(ctx.device)
+            if os.path.getsize(self.cache.path) < 0.1 * free:
+                self.resident = torch.from_numpy(self.cache.rows(slice(None))).to(ctx.device)
 
     @torch.no_grad()
     def _encode(self, x, rows):
@@ -430,8 +428,7 @@ class LatentSet:
         """(mean, logvar), each float32 [B, C, h, w] on the device. variants [B]: of each image."""
         rows = self.images.rows[indices] + variants * self.num_files
         if self.resident is not None:
-            index = torch.from_numpy(indices + variants * len(self.images))
-            both = self.resident[self.ctx.to_device(index)]
+            both = self.resident[self.ctx.to_device(torch.from_numpy(rows))]
         elif self.cache is not None:
             both = self.ctx.to_device(torch.from_numpy(self.cache.rows(rows)))
         else:

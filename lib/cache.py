@@ -24,7 +24,7 @@ class CachedArray(NamedTuple):
     status: np.ndarray
 
     def rows(self, indices):
-        """Copy of some rows, for an array of indices."""
+        """Copy of some rows, for an array of indices or a slice."""
         try:  # a map that lives on would keep what was read in memory
             return np.array(np.lib.format.open_memmap(self.path, "r")[indices])
         except (OSError, ValueError) as e:

@@ -443,7 +443,9 @@ def test_latents_of_subsets_share_a_cache_other_vaes_do_not(image_tree, tmp_path
     last = data.LatentSet(tb.subset([2]), vae, "a", tmp_path / "cache", ALONE)  # builds it for all
     whole = data.LatentSet(images, vae, "a", tmp_path / "cache", ALONE)
     assert len(list((tmp_path / "cache").glob("latents_*.npy"))) == 1
-    assert torch.equal(last.posterior(np.array([0]))[0], whole.posterior(np.array([5]))[0])
+    for _ in range(2):
+        assert torch.equal(last.posterior(np.array([0]))[0], whole.posterior(np.array([5]))[0])
+        last.resident = torch.from_numpy(last.cache.rows(slice(None)))  # as on a GPU
     other = model.AutoencoderKL(16, 2, 4, (1, 2), 1).eval()
     mean = data.LatentSet(images, other, "b", tmp_path / "cache", ALONE).posterior(np.array([5]))[0]
     assert torch.allclose(mean, other.encode(images.images([5])).mean, atol=1e-5)
