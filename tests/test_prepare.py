@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, only_error, start
 from PIL import Image
+from test_files import write_dicom
 
 import data
 
@@ -30,20 +31,7 @@ def film(path):
     rng = np.random.default_rng(list(path.name.encode()))
     pixels = rng.integers(0, 256, (16, 16), dtype=np.uint8)
     if path.suffix in (".dcm", ".dicom"):
-        import pydicom
-        dataset = pydicom.Dataset()
-        dataset.file_meta = pydicom.dataset.FileMetaDataset()
-        dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-        dataset.SOPClassUID = pydicom.uid.SecondaryCaptureImageStorage
-        dataset.SOPInstanceUID = pydicom.uid.generate_uid()
-        dataset.Rows, dataset.Columns = pixels.shape
-        dataset.BitsAllocated = dataset.BitsStored = 8
-        dataset.HighBit, dataset.PixelRepresentation, dataset.SamplesPerPixel = 7, 0, 1
-        dataset.PhotometricInterpretation = "MONOCHROME2"
-        dataset.PixelData = pixels.tobytes()
-        if view:
-            dataset.ViewPosition = view
-        dataset.save_as(path, enforce_file_format=True)
+        write_dicom(path, pixels, 8, **({"ViewPosition": view} if view else {}))
     else:
         Image.fromarray(pixels).save(path)
     return path
@@ -323,6 +311,13 @@ def linked(root):
     return ["--images=."]  # which has the links of the first --out, too
 
 
+def in_two_files(root):
+    header, *lines = (root / "set.csv").read_text().splitlines()
+    for name, part in (("train.csv", lines[:13]), ("valid.csv", lines[13:])):
+        (root / name).write_text("\n".join([header, *part]))
+    return ["--csv=train.csv, valid.csv"]
+
+
 VARIATIONS = {
     "BOM": edited(lambda text: b"\xef\xbb\xbf" + text),
     "CRLF": edited(lambda text: text.replace(b"\n", b"\r\n")),
@@ -334,6 +329,7 @@ VARIATIONS = {
     "no suffix": edited(lambda text: text.replace(b".png", b"")),
     "no UTF-8": edited(lambda text: text.replace(b"finding", b"finding,gr\xf6\xdfe")),
     "folders": nested,
+    "two files": in_two_files,
     "upper case": capitals,
     "links": linked,
     "absolute": lambda root: [f"--images={root}/films", f"--out={root}/data/SET/"],
@@ -350,16 +346,6 @@ def test_how_a_set_is_written_changes_nothing(name, tmp_path, quick):
         paths = [re.split("/|__", path.lower()) for path in tree(tmp_path / "data" / task)]
         groups.append(sorted((split, of, name) for split, of, *_, name in paths))
     assert groups[0] == groups[1]
-
-
-def test_csv_files_of_the_same_columns_follow_one_another(tmp_path, quick):
-    argv = small(tmp_path)
-    header, *lines = (tmp_path / "set.csv").read_text().splitlines()
-    for name, part in (("train.csv", lines[:13]), ("valid.csv", lines[13:])):
-        (tmp_path / name).write_text("\n".join([header, *part]))
-    assert quick("prepare.py", *argv, "--out=data/WHOLE", cwd=tmp_path).code == 0
-    assert quick("prepare.py", *argv, "--csv=train.csv, valid.csv", cwd=tmp_path).code == 0
-    assert tree(tmp_path / "data/WHOLE") == tree(tmp_path / "data/SET")
 
 
 def test_the_seed_decides_who_is_where(tmp_path, quick):
