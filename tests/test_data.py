@@ -258,10 +258,10 @@ def test_a_damaged_cache_is_built_again(image_tree, tmp_path, monkeypatch, damag
     data.open_images(settings(root, tmp_path), ALONE, "train")
 
 
-def build(folder, rows, make=None, needed=True):
+def build(folder, rows, make=None):
     """CachedArray of `rows`; make: what gives some of them, else plain copies."""
     make = make or (lambda indices: (rows[indices], np.full(len(indices), cache.DONE, np.uint8)))
-    return cache.cached_array(ALONE, folder, "a", rows.shape, rows.dtype, make, "x", needed)
+    return cache.cached_array(ALONE, folder, "a", rows.shape, rows.dtype, make, "x")
 
 
 def test_cache_rows_and_status_across_chunks(tmp_path):
@@ -327,23 +327,7 @@ def test_a_leftover_lock_of_another_user_blocks_nobody(tmp_path, monkeypatch):
     held.close()
 
 
-def test_rows_to_do_are_tried_again_and_nothing_else(tmp_path):
-    rows, made = np.arange(300, dtype=np.uint16).reshape(-1, 1), []
-
-    def make(indices):
-        made.append(indices.tolist())
-        return rows[indices], (np.isin(indices, (5, 200), invert=True) | (len(made) > 3)).astype(
-            np.uint8)
-    assert np.flatnonzero(build(tmp_path, rows, make).status == cache.TODO).tolist() == [5, 200]
-    assert len(made) == 3
-    needed = np.arange(300) != 200
-    assert np.flatnonzero(build(tmp_path, rows, make, needed).status == 0).tolist() == [200]
-    assert np.array_equal(build(tmp_path, rows, make).rows(range(300)), rows)
-    assert made[3:] == [[5, 200]] or made[3:] == [[5], [200]]
-
-
 def test_a_file_that_cannot_be_read_now_is_read_later(image_tree, tmp_path, monkeypatch, capsys):
-    """Nothing that is made of images keeps its place black, either."""
     root = image_tree({"TB/train/normal": 2, "TB/train/tb": 2})
     args = settings(root, tmp_path, skip_bad_images=True)
     read = decode.read_grey
@@ -354,7 +338,8 @@ def test_a_file_that_cannot_be_read_now_is_read_later(image_tree, tmp_path, monk
         return read(path)
     monkeypatch.setattr(decode, "read_grey", failing)
     some = data.open_images(args, ALONE, "train")
-    data.cached_thumbnails(some, tmp_path / "cache", ALONE)
+    made = data.cached_thumbnails(some, tmp_path / "cache", ALONE)
+    assert made.status.tolist() == [cache.DONE, cache.DONE, cache.TODO, cache.DONE]
     out = capsys.readouterr().out
     assert len(some) == 3 and "1 of 4 images in" in out and "pip install" in out
     monkeypatch.undo()
