@@ -67,8 +67,6 @@ def read_rows(args, files):
 def judge(path, rows, args):
     """(class, patient) of an image by the rows that name it. Of several rows, as of several
     readers, more than half must agree. Raises ValueError with the reason if it is left out."""
-    if not rows:
-        raise ValueError("without a row")
     view = rows[0].get(args.view_column) or find_view(args.images, path) or (
         "not given" if args.view_column else "frontal")
     if not re.match("(?i)(ap|pa|frontal)(?![a-z])", view):

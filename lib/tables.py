@@ -80,8 +80,7 @@ def match_rows(rows, column, files, left_out):
     # An end of several paths or names is never guessed.
     clear = {key: paths[0] for key, paths in paths_of.items()
              if len(paths) == 1 and len(names_of[key]) < 2}
-    rows_of = {path: [] for path in clear.values()}
-    left_out["images: others have the same name"] = len(files) - len(rows_of)
+    rows_of = collections.defaultdict(list)
     for row in rows:
         key = end(row[column])
         if key in clear:
@@ -89,4 +88,6 @@ def match_rows(rows, column, files, left_out):
         else:
             left_out["rows whose image is not clear" if key in paths_of else
                      "rows without an image"] += 1
+    left_out["images: others have the same name"] = len(files) - len(clear)
+    left_out["images: without a row"] = len(clear) - len(rows_of)
     return rows_of
