@@ -70,8 +70,14 @@ def read_grey(path):
         with open(path, "rb") as file, Image.open(file) as image:
             image.load()
             turned = ImageOps.exif_transpose(image)
-            if image.mode[0] in "IF":
-                return _deep_grey(turned, image)
+            if image.mode[0] in "IF":  # 16 bits, perhaps written as 32
+                values = np.asarray(turned)
+                if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+                    raise ValueError("negative, 32-bit or floating-point values, their black and "
+                                     "white are unknown: export the image with 16 bits")
+                grey = values.astype(np.float32) / 65535
+                white_is_zero = image.format == "TIFF" and image.tag_v2.get(262) == 0
+                return 1 - grey if white_is_zero else grey
             if turned.has_transparency_data:
                 turned = turned.convert("RGBA")
                 black = Image.new("RGBA", turned.size, (0, 0, 0, 255))
@@ -83,18 +89,6 @@ def read_grey(path):
         raise
     except Exception as e:  # parsers on damaged files, decompression bombs
         raise ValueError(f"{type(e).__name__}: {e}") from e
-
-
-def _deep_grey(turned, image):
-    """The same for 16 bits, and for 16-bit values that NumPy or a viewer wrote as 32 bits.
-    turned: the image, upright."""
-    values = np.asarray(turned)
-    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        raise ValueError("negative, 32-bit or floating-point values, their black and white are "
-                         "unknown: export the image with 16 bits")
-    grey = values.astype(np.float32) / 65535
-    white_is_zero = image.format == "TIFF" and image.tag_v2.get(262) == 0
-    return 1 - grey if white_is_zero else grey
 
 
 # --- DICOM --------------------------------------------------------------------------------------
