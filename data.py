@@ -322,16 +322,16 @@ def thumbnails(x):
 def _derived_array(images, folder, ctx, name, row_shape, label, function, per_file=1):
     """CachedArray float32 [per_file num_files, *row_shape]: function(x, rows) of the decoded files
     of an ImageSet, x [B, 1, S, S]; row r is of file r % num_files. All ranks must call it. Of all
-    files, so that subsets share the cache; one that could not be read yet has no row."""
+    files, so that subsets share the cache; the row of one that could not be read stays TODO."""
     num_files = len(images.cache.status)
 
     def make(indices):
         x = to_float(images.cache.rows(indices % num_files))
-        return function(x, indices).numpy(), DONE
+        read = images.cache.status[indices % num_files] != TODO
+        return function(x, indices).numpy(), DONE * read
 
     return cache.cached_array(
-        ctx, folder, name, (per_file * num_files, *row_shape), np.float32, make, label,
-        np.tile(images.cache.status != TODO, per_file))
+        ctx, folder, name, (per_file * num_files, *row_shape), np.float32, make, label)
 
 
 def cached_thumbnails(images, folder, ctx):

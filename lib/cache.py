@@ -32,18 +32,18 @@ class CachedArray(NamedTuple):
                  "command again")
 
 
-def cached_array(ctx, folder, name, shape, dtype, make, label, needed=True):
+def cached_array(ctx, folder, name, shape, dtype, make, label):
     """CachedArray `name` of this shape and dtype in `folder`, whose missing rows all ranks make
     together. make(indices) returns (rows, status of each or of all); a row of status TODO is tried
-    again by the next start. needed: bool [N], rows that must be there. label: of the progress line.
-    Exits with an error if a file cannot be written; what is done stays."""
+    again by the next start. label: of the progress line. Exits with an error if a file cannot be
+    written; what is done stays."""
     path = pathlib.Path(folder, f"{name}.npy")
     status_path, lock = path.with_suffix(".status"), None
 
     def begin():
         nonlocal lock  # on rank 0 until all ranks are done; other runs wait for it
         status = _read_status(path, shape, dtype)
-        if status is None or ((status == TODO) & needed).any():
+        if status is None or TODO in status:
             lock = take_lock(make_folder(folder) / f"{name}.lock", path, True)
             status = _read_status(path, shape, dtype)  # perhaps made meanwhile
         if status is None:
@@ -56,7 +56,7 @@ def cached_array(ctx, folder, name, shape, dtype, make, label, needed=True):
         return status
 
     status = ctx.on_main(begin)
-    todo = np.flatnonzero((status == TODO) & needed)
+    todo = np.flatnonzero(status == TODO)
     if len(todo):
         header = np.lib.format.open_memmap(path, "r").offset
         progress, stride = run.Progress(ctx, label, len(todo)), CHUNK * ctx.world_size

@@ -348,20 +348,14 @@ def test_how_a_set_is_written_changes_nothing(name, tmp_path, quick):
     assert groups[0] == groups[1]
 
 
-def test_the_seed_decides_who_is_where(tmp_path, quick):
+def test_the_seed_decides_who_is_where_of_links_and_copies_alike(tmp_path, quick):
     argv = small(tmp_path)
-    for task, seed in (("A", 0), ("B", 0), ("C", 1)):
-        assert quick("prepare.py", *argv, f"--out=data/{task}", f"--seed={seed}",
-                     cwd=tmp_path).code == 0
-    a, b, c = (tree(tmp_path / "data" / task) for task in "ABC")
-    assert a == b and a.keys() != c.keys() and len(a) == len(c) == 24
-
-
-def test_copies_do_not_need_the_download(tmp_path, quick):
-    assert quick("prepare.py", *small(tmp_path), "--copy", "--test=0", cwd=tmp_path).code == 0
-    files = tree(tmp_path / "data/SET")
-    assert len(files) == 24 and not any(files.values())
-    assert {path.split("/")[0] for path in files} == {"train", "val"}
+    for task, more in (("A", ()), ("B", ["--copy"]), ("C", ["--seed=1"]), ("D", ["--test=0"])):
+        assert quick("prepare.py", *argv, f"--out=data/{task}", *more, cwd=tmp_path).code == 0
+    a, b, c, d = (tree(tmp_path / "data" / task) for task in "ABCD")
+    assert a.keys() == b.keys() != c.keys() and len(a) == len(c) == len(d) == 24
+    assert all(a.values()) and not any(b.values())  # copies do not need the download
+    assert {path.split("/")[0] for path in d} == {"train", "val"}
 
 
 def test_splits_are_even_with_large_and_two_class_patients(tmp_path, quick):
