@@ -34,14 +34,13 @@ def find_images(folder, left_out):
         for name in names:
             path = os.path.join(parent, name)[start:].split("/")
             suffix = os.path.splitext(name)[1].lower()
-            # Archives hand out DICOM files as IM0001 or by UID, 1.2.840.4.
-            may_be_image = suffix in EXTENSIONS or not suffix or suffix[1:].isdigit()
             if any(map(IGNORED.match, path)):
                 left_out["hidden or masks"] += 1
-            elif not may_be_image:
-                left_out[f"*{suffix}"] += 1
-            else:
+            # Archives hand out DICOM files as IM0001 or by UID, 1.2.840.4.
+            elif suffix in EXTENSIONS or not suffix or suffix[1:].isdigit():
                 paths.append(path)
+            else:
+                left_out[f"*{suffix}"] += 1
     return sorted(paths)
 
 
