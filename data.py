@@ -7,11 +7,9 @@ Without a data root: the phantom set.
 import collections
 import dataclasses
 import hashlib
-import itertools
 import os
 import pathlib
 import re
-import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -22,9 +20,6 @@ from lib import cache, decode, dist, phantom
 from lib.cache import DONE, TODO
 from lib.files import command_line, fail, notice
 
-# Hidden files, thumbnails, and the masks that some sets have beside the images.
-IGNORED = re.compile(r"\.|@eadir$|__macosx$|.*(mask|segmentation)s?(\.\w+)?$", re.IGNORECASE)
-LATERAL = re.compile(r"(?<![a-z])lat(eral)?(?![a-z])", re.IGNORECASE)  # view2_lateral.jpg
 # Folders of patients, studies and archives, as CheXpert, MIMIC and NIH have them.
 NO_CLASS = re.compile(r"(patient|subject|case|study|images)[ _-]?\d+|[ps]?\d{2,}", re.IGNORECASE)
 MOST_CLASSES = 20
@@ -33,28 +28,18 @@ SPLITS = ("train", "test", "val", "valid", "validation")
 
 # --- folders ------------------------------------------------------------------------------------
 
-# path: below the data root. size -1: a link without a target.
+# path: below the data root. size -1: such as a link without a target.
 ImageFile = collections.namedtuple("ImageFile", "path class_name size mtime_ns")
 # The images of one split. folder: ROOT/TASK/SPLIT, for messages.
 Listing = collections.namedtuple("Listing", "root folder files class_names")
 
 
-def class_name(folder_name):
-    """A class's name as it is shown and stored: valid text, in one Unicode form."""
-    text = os.fsencode(folder_name).decode("utf-8", "backslashreplace")
-    return unicodedata.normalize("NFC", text)
-
-
-def _cannot_read(error):
-    fail(f"cannot read {error.filename}: {error.strerror}; mend or remove it")
-
-
 def _subfolders(folder):
     """Names of the folders in a folder, and of links without a target or suffix in their place."""
-    _, folders, names = next(os.walk(folder, onerror=_cannot_read))
+    _, folders, names = next(os.walk(folder, onerror=decode.cannot_read))
     folders += [name for name in names if not os.path.splitext(name)[1]
                 and not os.path.exists(os.path.join(folder, name))]
-    return sorted(name for name in folders if not IGNORED.match(name))
+    return sorted(name for name in folders if not decode.IGNORED.match(name))
 
 
 def split_folders(root, task, split, optional=False):
@@ -103,30 +88,24 @@ def scan(root, task, split, class_names=None, optional=False, class_filter=0):
     for folder in folders:
         top = os.path.join(root, folder)
         classes = _subfolders(top)
-        counts.update(dict.fromkeys(map(class_name, classes), 0))
-        walk = os.walk(top, onerror=_cannot_read, followlinks=True)
-        for path in sorted(os.path.join(parent, name)[len(top) + 1:].split("/")
-                           for parent, _, names in walk for name in names):
-            suffix = os.path.splitext(path[-1])[1].lower()
+        counts.update(dict.fromkeys(classes, 0))
+        for path in decode.find_images(top, left_out):
             if inner := [i for i, part in enumerate(path[:-1][:2], 1) if part in SPLITS]:
                 fail(f"{where} is no split: give {os.path.join(top, *path[:inner[0]])}")
-            reason = ("hidden or masks" if any(map(IGNORED.match, path))
-                      else f"*{suffix}" if not decode.may_be_image(path[-1])
-                      else "beside the class folders" if classes and path[0] not in classes
-                      else "lateral views" if LATERAL.search("/".join(path[1:] or path)) else "")
-            if reason:
-                left_out[reason] += 1
+            if classes and path[0] not in classes:
+                left_out["beside the class folders"] += 1
+                continue
+            if decode.LATERAL.search("/".join(path[1:] or path)):
+                left_out["lateral views"] += 1
                 continue
             flat = "tb" if path[0].startswith("TB.") else "normal"
-            name = class_name(path[0]) if classes else flat
+            name = path[0] if classes else flat
             counts[name] += 1
             try:
                 stat = os.stat(os.path.join(top, *path))
                 size, mtime_ns = stat.st_size, stat.st_mtime_ns
-            except FileNotFoundError:  # a link without a target
+            except OSError:  # a link without a target, or back to a folder above it
                 size, mtime_ns = -1, 0
-            except OSError as e:  # such as a link back to a folder above it
-                _cannot_read(e)
             files.append(ImageFile("/".join((folder, *path)), name, size, mtime_ns))
     if left_out:
         reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(left_out.items()))
@@ -142,7 +121,7 @@ def scan(root, task, split, class_names=None, optional=False, class_filter=0):
             fail(f"{len(counts)} folders in {where} (images: {some}) do not look like classes; 2 "
                  f"to {MOST_CLASSES} are needed, or --class_filter=0 for one. Mend them, or type: "
                  f"{_prepare_line(root, *folders[0].split('/'))}")
-    elif class_name(split) in class_names:
+    elif split in class_names:
         fail(f"{where} is the folder of a class: give {os.path.dirname(where)}")
     if unknown := sorted(name for name in +counts if name not in class_names):
         fail(f"class {unknown[0]!r} in {where} is not one of the training classes, "
@@ -160,10 +139,9 @@ def check_folders(args):
 
 # --- images -------------------------------------------------------------------------------------
 
-# Status of a row of decoded pixels, beside TODO (it could not be read now) and DONE.
-# Either bit stands for the whole in caches of earlier versions.
-ODD = 2 | 4  # no value over a quarter of the range, or hardly two values
-BAD = 8 | 16  # read, and no image
+# Status of decoded pixels, beside DONE: no value over a quarter of the range. Either bit stands for
+# it in caches of earlier versions, in which other bits are of files that could not be decoded.
+DARK = 2 | 4
 
 
 @dataclasses.dataclass
@@ -231,10 +209,19 @@ def open_images(args, ctx, split, optional=False, class_names=None, train=None):
     if listing is None:
         return None
     pool = ThreadPoolExecutor(args.num_workers or dist.own_cores())
+    reasons = {}  # why this rank could not decode a file, by its index
+
+    def read(index):
+        path = os.path.join(listing.root, listing.files[index].path)
+        try:
+            pixels = decode.read_square(path, args.img_size)
+        except (OSError, ValueError) as e:
+            reasons[index] = getattr(e, "strerror", None) or str(e)
+            return np.zeros((args.img_size, args.img_size), np.uint16), TODO
+        return pixels, DONE | DARK * int(pixels.max() < 65535 // 4)
 
     def make(indices):
-        paths = [os.path.join(listing.root, listing.files[i].path) for i in indices]
-        pixels, status, _ = zip(*pool.map(_read, paths, [args.img_size] * len(paths)), strict=True)
+        pixels, status = zip(*pool.map(read, indices), strict=True)
         return np.stack(pixels), np.array(status, np.uint8)
 
     digest = hashlib.sha256(f"decoder 3 {args.img_size}".encode())
@@ -244,50 +231,34 @@ def open_images(args, ctx, split, optional=False, class_names=None, train=None):
     pixels = cache.cached_array(
         ctx, folder, f"images_{key[:16]}", (len(listing.files), args.img_size, args.img_size),
         np.uint16, make, f"decoding {listing.folder}")
-    images = ctx.on_main(lambda: _image_set(listing, pixels, args, key))
+    reasons = collections.ChainMap(*ctx.gather_objects(reasons))
+    images = ctx.on_main(lambda: _image_set(listing, pixels, args, key, reasons))
     if train is not None and len(images):
         images = _without_copies(images, train, folder, ctx, listing.folder)
     lost = [name for c, name in enumerate(listing.class_names)
             if c not in images.labels and args.class_filter in (-1, c)]
-    if len(images) and (class_names or not lost):
-        return images
-    message = f"no images of class {', '.join(lost)} are left in {listing.folder}"
-    if not optional:
-        ctx.on_main(lambda: fail(message))
-    notice(f"{message}. Validation is skipped")
-    return None
+    if lost and (class_names is None or not len(images)):
+        ctx.on_main(lambda: fail(f"no images of class {', '.join(lost)} are left in "
+                                 f"{listing.folder}: add some, or move it away"))
+    return images
 
 
-def _read(path, img_size):
-    """(pixels, status, reason) of a file; if it cannot be decoded, black and why."""
-    try:
-        pixels = decode.read_square(path, img_size)
-    except (OSError, ValueError) as e:
-        black = np.zeros((img_size, img_size), np.uint16)
-        status = TODO if decode.may_pass(e) else DONE | BAD
-        return black, status, getattr(e, "strerror", None) or e
-    low, high = int(pixels.min()), int(pixels.max())
-    odd = high < 65535 // 4 or high - low < 655  # 1 % of the range
-    return pixels, DONE | ODD * odd, "it could not be read for a moment: start again"
-
-
-def _image_set(listing, pixels, args, key):
+def _image_set(listing, pixels, args, key, reasons):
     """ImageSet of the files that could be decoded and are of the chosen class; names those that
     could not, and ends the program for them unless args.skip_bad_images. pixels: CachedArray."""
-    bad, odd = (pixels.status == TODO) | (pixels.status & BAD > 0), pixels.status & ODD > 0
+    bad, dark = pixels.status & (0xFF ^ DARK) != DONE, pixels.status & DARK > 0
     names = np.array([file.path for file in listing.files], object)
     counted = f"of {len(names)} images in {listing.folder}"
-    if bad.any() and not args.skip_bad_images:  # caches do not store the reasons
-        reasons = (f"{name}: {_read(os.path.join(listing.root, name), args.img_size)[2]}"
-                   for name in names[bad])
-        fail(f"{bad.sum()} {counted} cannot be decoded; repair or remove them, or leave them out "
-             f"with --skip_bad_images:{_first_lines(reasons)}")
     if bad.any():
-        notice(f"{bad.sum()} {counted} cannot be decoded and are left out:"
-               f"{_first_lines(names[bad])}")
-    if odd.any():
-        notice(f"{odd.sum()} {counted}, such as {names[odd][0]}, have no value over a quarter of "
-               "their range, or no contrast. 12-bit values in 16-bit files? Scale them up")
+        lines = _first_lines([f"{names[i]}: {reasons.get(i, 'no image')}"
+                              for i in np.flatnonzero(bad)])
+        if not args.skip_bad_images:
+            fail(f"{bad.sum()} {counted} cannot be decoded; repair or remove them, or leave them "
+                 f"out with --skip_bad_images:{lines}")
+        notice(f"{bad.sum()} {counted} cannot be decoded and are left out:{lines}")
+    if dark.any():
+        notice(f"{dark.sum()} {counted}, such as {names[dark][0]}, have no value over a quarter of "
+               "their range. 12-bit values in 16-bit files? Scale them up")
     labels = np.array([listing.class_names.index(file.class_name) for file in listing.files])
     rows = np.flatnonzero(~bad & ((labels == args.class_filter) | (args.class_filter < 0)))
     return ImageSet(pixels, rows, labels[rows], names[rows], listing.class_names, key,
@@ -296,20 +267,17 @@ def _image_set(listing, pixels, args, key):
 
 def _first_lines(lines):
     """The first twenty lines for the end of a message that says how many there are."""
-    first = [f"\n  {line}" for line in itertools.islice(lines, 21)]
-    return "".join(first[:20]) + "\n  ..." * (len(first) > 20)
+    return "".join(f"\n  {line}" for line in lines[:20])
 
 
 def class_summary(listing):
     """[[class name, number of files, digest of their names, sizes and times]]: to see what has
     changed between two starts of a run."""
-    summary = []
-    for name in listing.class_names:
-        members = [f for f in listing.files if f.class_name == name]
-        lines = sorted(f"{os.path.basename(f.path)} {f.size} {f.mtime_ns}" for f in members)
-        text = "\n".join(lines).encode("utf-8", "surrogateescape")
-        summary.append([name, len(members), hashlib.sha256(text).hexdigest()[:16]])
-    return summary
+    lines = {name: [] for name in listing.class_names}
+    for f in listing.files:
+        lines[f.class_name].append(f"{os.path.basename(f.path)} {f.size} {f.mtime_ns}")
+    digests = {name: hashlib.sha256(os.fsencode("\n".join(sorted(lines[name])))) for name in lines}
+    return [[name, len(lines[name]), digests[name].hexdigest()[:16]] for name in lines]
 
 
 def notice_changes(before, images, since, split="training"):
@@ -354,16 +322,16 @@ def thumbnails(x):
 def _derived_array(images, folder, ctx, name, row_shape, label, function, per_file=1):
     """CachedArray float32 [per_file num_files, *row_shape]: function(x, rows) of the decoded files
     of an ImageSet, x [B, 1, S, S]; row r is of file r % num_files. All ranks must call it. Of all
-    files, so that subsets share the cache; one that could not be read yet has no row."""
+    files, so that subsets share the cache; the row of one that could not be read stays TODO."""
     num_files = len(images.cache.status)
 
     def make(indices):
         x = to_float(images.cache.rows(indices % num_files))
-        return function(x, indices).numpy(), DONE
+        read = images.cache.status[indices % num_files] != TODO
+        return function(x, indices).numpy(), DONE * read
 
     return cache.cached_array(
-        ctx, folder, name, (per_file * num_files, *row_shape), np.float32, make, label,
-        np.tile(images.cache.status != TODO, per_file))
+        ctx, folder, name, (per_file * num_files, *row_shape), np.float32, make, label)
 
 
 def cached_thumbnails(images, folder, ctx):
@@ -390,7 +358,7 @@ def _without_copies(images, train, folder, ctx, where):
         "looking for copies").rows(np.arange(len(images)))  # position in train, or -1
     copies = np.flatnonzero(originals >= 0)
     if len(copies):
-        lines = (f"{images.names[i]} is {train.names[originals[i]]}" for i in copies)
+        lines = [f"{images.names[i]} is {train.names[originals[i]]}" for i in copies]
         notice(f"{len(copies)} images of {where} duplicate or nearly duplicate training images and "
                f"are excluded:{_first_lines(lines)}")
     return images.subset(np.flatnonzero(originals < 0))
@@ -443,10 +411,8 @@ class LatentSet:
             "encoding latents", lambda x, rows: self._encode(x, rows).cpu(), num_augmented + 1)
         if ctx.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(ctx.device)
-            variants = np.arange(num_augmented + 1)[:, None]
-            own = (images.rows + variants * self.num_files).ravel()
-            if len(own) * 4 * 2 * np.prod(vae.latent_shape) < 0.1 * free:
-                self.resident = torch.from_numpy(self.cache.rows(own)).to(ctx.device)
+            if os.path.getsize(self.cache.path) < 0.1 * free:
+                self.resident = torch.from_numpy(self.cache.rows(slice(None))).to(ctx.device)
 
     @torch.no_grad()
     def _encode(self, x, rows):
@@ -462,8 +428,7 @@ class LatentSet:
         """(mean, logvar), each float32 [B, C, h, w] on the device. variants [B]: of each image."""
         rows = self.images.rows[indices] + variants * self.num_files
         if self.resident is not None:
-            index = torch.from_numpy(indices + variants * len(self.images))
-            both = self.resident[self.ctx.to_device(index)]
+            both = self.resident[self.ctx.to_device(torch.from_numpy(rows))]
         elif self.cache is not None:
             both = self.ctx.to_device(torch.from_numpy(self.cache.rows(rows)))
         else:

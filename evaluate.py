@@ -132,8 +132,8 @@ def read_samples(folder, class_names, img_size):
 
     def class_of(path):
         if path.parent != folder:
-            return data.class_name(path.parent.name)
-        fits = [c for c in class_names if data.class_name(path.name).startswith(f"{c}_")]
+            return path.parent.name
+        fits = [c for c in class_names if path.name.startswith(f"{c}_")]
         return max(fits, key=len, default=None)  # one class name may begin another
 
     if manifest.is_file():

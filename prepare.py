@@ -17,7 +17,7 @@ import tempfile
 
 from lib.args import BooleanFlag, Parser, at_least, file_path, folder_name, parse_settings
 from lib.files import command_line, fail, say
-from lib.tables import find_images, find_view, match_rows, read_tables
+from lib.tables import each_once, find_view, match_rows, read_tables
 
 VIEW_COLUMNS = ("ViewPosition", "View Position", "Frontal/Lateral", "Projection")
 
@@ -76,19 +76,18 @@ def read_rows(args, files):
         args.patient_column = args.patient_column or "path"  # each image is a patient of its own
     if args.view_column is None:
         args.view_column = next((name for name in VIEW_COLUMNS if name in rows[0]), None)
-    asked = [args.file_column or "for --file_column", args.view_column,
-             args.patient_column or not args.patient_pattern and "for --patient_column",
-             *([args.label_column] if args.label_column else args.classes)]
-    if missing := [name for name in asked if name and name not in rows[0]]:
-        fail(f"no column {', '.join(missing)}; there: {', '.join(rows[0])}")
+    patient = [] if args.patient_pattern else [args.patient_column]
+    labels = [args.label_column] if args.label_column else args.classes
+    for name in (args.file_column, *patient, *labels):
+        if name not in rows[0]:
+            fail(f"no column {name}: give --file_column, --patient_column and --label_column of "
+                 + ", ".join(rows[0]))
     return rows
 
 
 def judge(path, rows, args):
     """(class, patient) of an image by the rows that name it. Of several rows, as of several
     readers, more than half must agree. Raises ValueError with the reason if it is left out."""
-    if not rows:
-        raise ValueError("without a row")
     view = rows[0].get(args.view_column) or find_view(args.images, path) or (
         "not given" if args.view_column else "frontal")
     if not re.match("(?i)(ap|pa|frontal)(?![a-z])", view):
@@ -154,7 +153,7 @@ def main(argv=None):
     if os.path.isdir(args.out) and os.listdir(args.out):
         fail(f"--out={args.out} is not empty: choose another, or remove it first")
     left_out, images = collections.Counter(), []
-    files = find_images(args.images, left_out) or fail(f"no images in --images={args.images}")
+    files = each_once(args.images, left_out) or fail(f"no images in --images={args.images}")
     rows = read_rows(args, files)
     for path, of_path in match_rows(rows, args.file_column, files, left_out).items():
         try:

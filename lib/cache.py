@@ -24,7 +24,7 @@ class CachedArray(NamedTuple):
     status: np.ndarray
 
     def rows(self, indices):
-        """Copy of some rows, for an array of indices."""
+        """Copy of some rows, for an array of indices or a slice."""
         try:  # a map that lives on would keep what was read in memory
             return np.array(np.lib.format.open_memmap(self.path, "r")[indices])
         except (OSError, ValueError) as e:
@@ -32,21 +32,20 @@ class CachedArray(NamedTuple):
                  "command again")
 
 
-def cached_array(ctx, folder, name, shape, dtype, make, label, needed=True):
+def cached_array(ctx, folder, name, shape, dtype, make, label):
     """CachedArray `name` of this shape and dtype in `folder`, whose missing rows all ranks make
     together. make(indices) returns (rows, status of each or of all); a row of status TODO is tried
-    again by the next start. needed: bool [N], rows that must be there. label: of the progress line.
-    Exits with an error if a file cannot be written; what is done stays."""
+    again by the next start. label: of the progress line. Exits with an error if a file cannot be
+    written; what is done stays."""
     path = pathlib.Path(folder, f"{name}.npy")
     status_path, lock = path.with_suffix(".status"), None
 
     def begin():
         nonlocal lock  # on rank 0 until all ranks are done; other runs wait for it
         status = _read_status(path, shape, dtype)
-        if status is not None and not ((status == TODO) & needed).any():
-            return status
-        lock = take_lock(make_folder(folder) / f"{name}.lock", path, True)
-        status = _read_status(path, shape, dtype)  # perhaps made meanwhile
+        if status is None or TODO in status:
+            lock = take_lock(make_folder(folder) / f"{name}.lock", path, True)
+            status = _read_status(path, shape, dtype)  # perhaps made meanwhile
         if status is None:
             status = np.zeros(shape[0], np.uint8)
             with _writing(path):
@@ -57,7 +56,7 @@ def cached_array(ctx, folder, name, shape, dtype, make, label, needed=True):
         return status
 
     status = ctx.on_main(begin)
-    todo = np.flatnonzero((status == TODO) & needed)
+    todo = np.flatnonzero(status == TODO)
     if len(todo):
         header = np.lib.format.open_memmap(path, "r").offset
         progress, stride = run.Progress(label, len(todo)), CHUNK * ctx.world_size
@@ -69,7 +68,6 @@ def cached_array(ctx, folder, name, shape, dtype, make, label, needed=True):
             progress.update(min(start + stride, len(todo)))
         # Not from the file: a network disk may show what other machines wrote late.
         status = np.maximum.reduce(ctx.gather_objects(status))
-        ctx.on_main(lambda: _write(status_path, 0, np.zeros(1, int), status[None]))
     if lock:
         lock.close()
     return CachedArray(str(path), status)
@@ -80,8 +78,8 @@ def _read_status(path, shape, dtype):
     try:
         array = np.lib.format.open_memmap(path, "r")
         status = np.fromfile(path.with_suffix(".status"), np.uint8)
-        found = array.shape, array.dtype, array.offset + array.nbytes, len(status)
-        return status if found == (shape, dtype, path.stat().st_size, shape[0]) else None
+        found = array.shape, array.dtype, len(status)
+        return status if found == (shape, dtype, shape[0]) else None
     except Exception:  # whatever NumPy raises on a damaged header
         return None
 

@@ -1,11 +1,14 @@
-"""Image files as grey squares: what Pillow reads, and DICOM."""
+"""Which files of a folder are images, and images as grey squares: what Pillow reads, and DICOM."""
 import functools
 import logging
 import os
+import re
 import warnings
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from lib.files import fail
 
 # For Pillow an image of up to 179 megapixels is only worth a warning.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
@@ -13,13 +16,35 @@ warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 DICOM = {".dcm", ".dicom"}
 EXTENSIONS = DICOM | {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".bmp", ".tif", ".tiff",
                       ".webp", ".gif", ".pgm"}
+# Hidden files, thumbnails, and the masks that some sets have beside the images.
+IGNORED = re.compile(r"\.|@eadir$|__macosx$|.*(mask|segmentation)s?(\.\w+)?$", re.IGNORECASE)
+LATERAL = re.compile(r"(?<![a-z])lat(eral)?(?![a-z])", re.IGNORECASE)  # view2_lateral.jpg
 
 
-def may_be_image(path):
-    """Whether a file has the suffix of an image, or none, or a number: archives hand out DICOM
-    files as IM0001 or by UID, 1.2.840.4."""
-    suffix = os.path.splitext(path)[1].lower()
-    return suffix in EXTENSIONS or not suffix or suffix[1:].isdigit()
+def cannot_read(error):
+    """End the program because of an OSError; for os.walk."""
+    fail(f"cannot read {error.filename}: {error.strerror}; mend or remove it")
+
+
+def find_images(folder, left_out):
+    """Sorted paths of the images below a folder, as lists of their parts, by their names alone;
+    left_out counts the other files by reason. Links are followed."""
+    paths, start = [], len(os.path.join(folder, ""))
+    for parent, _, names in os.walk(folder, onerror=cannot_read, followlinks=True):
+        around = os.path.join(os.path.realpath(os.path.dirname(parent)), "")
+        if os.path.islink(parent) and around.startswith(os.path.join(os.path.realpath(parent), "")):
+            fail(f"{parent} is a link to a folder around it: remove the link")
+        for name in names:
+            path = os.path.join(parent, name)[start:].split("/")
+            suffix = os.path.splitext(name)[1].lower()
+            if any(map(IGNORED.match, path)):
+                left_out["hidden or masks"] += 1
+            # Archives hand out DICOM files as IM0001 or by UID, 1.2.840.4.
+            elif suffix in EXTENSIONS or not suffix or suffix[1:].isdigit():
+                paths.append(path)
+            else:
+                left_out[f"*{suffix}"] += 1
+    return sorted(paths)
 
 
 def read_square(path, img_size):
@@ -28,8 +53,6 @@ def read_square(path, img_size):
     grey = read_grey(path)
     height, width = grey.shape
     side = min(height, width)
-    if side < 8:
-        raise ValueError(f"{width}x{height} pixels are too few")
     top, left = (height - side) // 2, (width - side) // 2
     image = Image.fromarray(grey[top:top + side, left:left + side])
     if side != img_size:
@@ -49,10 +72,14 @@ def read_grey(path):
         with open(path, "rb") as file, Image.open(file) as image:
             image.load()
             turned = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):
-                return _deep_grey(turned, image)
-            if image.mode == "F":
-                raise ValueError("floating-point image, its black and white are unknown")
+            if image.mode[0] in "IF":  # 16 bits, perhaps written as 32
+                values = np.asarray(turned)
+                if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+                    raise ValueError("negative, 32-bit or floating-point values, their black and "
+                                     "white are unknown: export the image with 16 bits")
+                grey = values.astype(np.float32) / 65535
+                white_is_zero = image.format == "TIFF" and image.tag_v2.get(262) == 0
+                return 1 - grey if white_is_zero else grey
             if turned.has_transparency_data:
                 turned = turned.convert("RGBA")
                 black = Image.new("RGBA", turned.size, (0, 0, 0, 255))
@@ -64,24 +91,6 @@ def read_grey(path):
         raise
     except Exception as e:  # parsers on damaged files, decompression bombs
         raise ValueError(f"{type(e).__name__}: {e}") from e
-
-
-def may_pass(error):
-    """Whether a file may be readable later: with the disk back, or once a package is installed."""
-    return getattr(error, "errno", None) is not None or "pip install" in str(error)
-
-
-def _deep_grey(turned, image):
-    """The same for 16 bits, and for 16-bit values that NumPy or a viewer wrote as 32 bits.
-    turned: the image, upright."""
-    values = np.asarray(turned)
-    tags = image.tag_v2 if image.format == "TIFF" else {}
-    signed_16 = tags.get(258) == (16,) and tags.get(339) == (2,)  # BitsPerSample, SampleFormat
-    if signed_16 or values.min() < 0 or values.max() > 65535:
-        raise ValueError("signed or 32-bit values, their black and white are unknown: export the "
-                         "image with 16 bits")
-    grey = values.astype(np.float32) / 65535
-    return 1 - grey if tags.get(262) == 0 else grey  # WhiteIsZero
 
 
 # --- DICOM --------------------------------------------------------------------------------------
@@ -123,11 +132,9 @@ def _refuse(dataset):
     voi = dataset.get("VOILUTSequence")
     # In tables of 8-bit entries pydicom lets the index overflow.
     narrow = voi and voi[0].LUTDescriptor[2] == 8 and dataset.BitsStored > 8
-    pixels = dataset.get("Rows", 0) * dataset.get("Columns", 0)
     for refused, reason in (
             ("PixelData" not in dataset, "without an image: a report, a plan or an index"),
             (int(dataset.get("NumberOfFrames") or 1) > 1, "of several frames: export one"),
-            (pixels > Image.MAX_IMAGE_PIXELS, f"of {pixels} pixels: too many"),
             ("MONOCHROME" not in dataset.get("PhotometricInterpretation", "MONOCHROME"),
              "in colour: export it as grey"),
             (dataset.get("ViewPosition") in ("LL", "RL", "LATERAL"), "of a lateral view"),
@@ -164,7 +171,5 @@ def _display(pixels, dataset):
             or dataset.get("PresentationLUTShape") == "INVERSE"):
         grey = 1 - grey
     if "PixelPaddingValue" in dataset:
-        padding = dataset.PixelPaddingValue
-        first, last = sorted((padding, dataset.get("PixelPaddingRangeLimit", padding)))
-        grey[(stored >= first) & (stored <= last)] = 0
+        grey[stored == dataset.PixelPaddingValue] = 0
     return grey.astype(np.float32)

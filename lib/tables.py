@@ -1,39 +1,22 @@
-"""What a data set ships: images and their views, CSV files, and which row names which image."""
+"""What a data set says about its images: views, CSV files, and which row names which image."""
 import collections
 import csv
 import gzip
 import os
-import re
 import zlib
 
-from lib.decode import DICOM, EXTENSIONS, import_pydicom, may_be_image
+from lib.decode import DICOM, EXTENSIONS, LATERAL, find_images, import_pydicom
 from lib.files import fail
 
 
-def find_images(folder, left_out):
-    """Paths below `folder` of its images, each file once; left_out counts the others by reason."""
-    def unreadable(e):
-        fail(f"cannot read {e.filename}: {e.strerror}")
-
-    found, seen = {}, set()
-    for where, folders, names in os.walk(folder, followlinks=True, onerror=unreadable):
-        folders.sort()
-        if os.path.realpath(where) in seen:  # by a link, which may lead to a folder above it
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(where))
-        for name in sorted(names):
-            path = os.path.relpath(os.path.join(where, name), folder)
-            target = os.path.realpath(os.path.join(where, name))
-            if re.search(r"(?i)/\.|masks?[/.]|/(segmentations?|@eadir)/", f"/{path}"):
-                left_out["hidden files or masks"] += 1
-            elif not os.path.exists(target):
-                left_out["links without a target"] += 1
-            elif not may_be_image(path):
-                left_out["files that are no images by their suffix"] += 1
-            elif found.setdefault(target, path) != path:
-                left_out["links to an image that is there itself"] += 1
-    return sorted(found.values())
+def each_once(folder, left_out):
+    """Paths of the images below a folder. Of a file and links to it, such as those of an earlier
+    --out, the file alone: a film is not in two splits."""
+    paths = ["/".join(parts) for parts in find_images(folder, left_out)]
+    paths.sort(key=lambda path: not os.path.islink(os.path.join(folder, path)))
+    files = {os.path.realpath(os.path.join(folder, path)): path for path in paths}
+    left_out["links to other images"] = len(paths) - len(files)
+    return sorted(files.values())
 
 
 def find_view(folder, path):
@@ -47,8 +30,7 @@ def find_view(folder, path):
             view = str(dataset.get("ViewPosition") or "")
         except Exception as e:  # it has many for damaged files
             raise ValueError("damaged DICOM") from e
-    named = re.search("(?i)(?<![a-z])lat(eral)?(?![a-z])", path)
-    return view or ("lateral" if named else "")
+    return view or ("lateral" if LATERAL.search(path) else "")
 
 
 def read_tables(paths):
@@ -95,12 +77,17 @@ def match_rows(rows, column, files, left_out):
         names_of[end(row[column])].add(row[column])
     for path in files:
         paths_of[end(path)].append(path)
-    rows_of = {paths[0]: [] for paths in paths_of.values() if len(paths) == 1}
-    left_out["images: others have the same name"] += len(files) - len(rows_of)
+    # An end of several paths or names is never guessed.
+    clear = {key: paths[0] for key, paths in paths_of.items()
+             if len(paths) == 1 and len(names_of[key]) < 2}
+    rows_of = collections.defaultdict(list)
     for row in rows:
-        paths = paths_of.get(end(row[column]), [])
-        if len(paths) == len(names_of[end(row[column])]) == 1:
-            rows_of[paths[0]].append(row)
+        key = end(row[column])
+        if key in clear:
+            rows_of[clear[key]].append(row)
         else:
-            left_out["rows whose image is not clear" if paths else "rows without an image"] += 1
+            left_out["rows whose image is not clear" if key in paths_of else
+                     "rows without an image"] += 1
+    left_out["images: others have the same name"] = len(files) - len(clear)
+    left_out["images: without a row"] = len(clear) - len(rows_of)
     return rows_of

@@ -108,7 +108,7 @@ def test_8_and_16_bit_keep_their_full_range(tmp_path):
     assert np.abs(decode_array(tmp_path, fine, name="x.tif") - fine / 65535).max() < 1.1 / 65535
 
 
-def test_colour_and_transparency(tmp_path):
+def test_colour_palette_transparency_and_1_bit(tmp_path):
     grey = np.full((16, 16), 100, np.uint8)
     expected = 100 / 255
     shape = (16, 16)
@@ -123,17 +123,12 @@ def test_colour_and_transparency(tmp_path):
     assert decode_array(tmp_path, white_but_clear).max() == 0
     half = np.stack([opaque, opaque, opaque, np.full(shape, 128, np.uint8)], -1)
     assert np.abs(decode_array(tmp_path, half) - 128 / 255).max() < 1.5 / 255
-    opaque_as_clear = Image.merge("LA", [Image.fromarray(opaque), Image.fromarray(clear)])
-    assert decode_array(tmp_path, opaque_as_clear).max() == 0
-
-
-def test_palette_with_transparency_and_1_bit(tmp_path):
-    palette = Image.new("P", (16, 16), 0)
+    palette = Image.new("P", shape, 0)
     palette.putpalette([255, 255, 255, 200, 200, 200])
     palette.paste(1, (0, 0, 8, 16))
     decoded = decode_array(tmp_path, palette, transparency=0)
     assert np.abs(decoded[:, :8] - 200 / 255).max() < 1e-3 and decoded[:, 8:].max() == 0
-    bits = Image.new("1", (16, 16), 0)
+    bits = Image.new("1", shape, 0)
     bits.paste(1, (0, 0, 16, 4))
     decoded = decode_array(tmp_path, bits)
     assert decoded[:4].min() == 1 and decoded[4:].max() == 0
@@ -148,19 +143,14 @@ def test_the_centre_square_is_kept_unflipped(tmp_path, height, width):
     assert np.abs(decode_array(tmp_path, picture) - expected).max() < 1e-5
 
 
-def test_downsizing_averages_areas(tmp_path):
+def test_downsizing_averages_areas_and_upsizing_keeps_the_range(tmp_path):
     picture = np.random.default_rng(0).integers(0, 65536, (16, 16)).astype(np.uint16)
     expected = picture.reshape(4, 4, 4, 4).mean((1, 3)) / 65535
     assert np.abs(decode_array(tmp_path, picture, 4) - expected).max() < 2 / 65535
-
-
-def test_upsizing_keeps_orientation_and_range(tmp_path):
-    picture = np.zeros((8, 8), np.uint8)
-    picture[0, :4] = 255
-    decoded = decode_array(tmp_path, picture, 16)
-    assert decoded.shape == (16, 16)
-    assert decoded[0, 1] > 0.9 and decoded[0, 14] < 0.1 and decoded[15].max() < 0.1
-    assert decoded.min() >= 0 and decoded.max() <= 1
+    upsized = decode_array(tmp_path, picture, 32)
+    corners = upsized.reshape(16, 2, 16, 2).mean((1, 3))[::15, ::15]
+    assert np.abs(corners - picture[::15, ::15] / 65535).max() < 0.25
+    assert upsized.min() >= 0 and upsized.max() <= 1
 
 
 def bomb(path):
@@ -173,49 +163,32 @@ def bomb(path):
                      + chunk(b"IEND", b""))
 
 
-@pytest.fixture
-def broken_tree(image_tree):
-    """Four good images and six files that no one can decode."""
+def test_files_that_cannot_be_decoded_are_named_or_skipped_and_counted(image_tree, tmp_path,
+                                                                       capsys):
     root = image_tree({"TB/train/normal": 3, "TB/train/tb": 1})
     folder = root / "TB/train/normal"  # before the good one of class tb
     good = (folder / "0.png").read_bytes()
     (folder / "truncated.png").write_bytes(good[:len(good) // 2])
     (folder / "empty.png").touch()
     (folder / "text.png").write_text("Dear colleague, see attached.")
-    write_png(folder / "pixel.png", np.zeros((1, 1), np.uint8))
     Image.fromarray(np.zeros((40, 40), np.float32)).save(folder / "float.tif")
     bomb(folder / "bomb.png")
-    return root
-
-
-BROKEN = ["bomb.png", "empty.png", "float.tif", "pixel.png", "text.png", "truncated.png"]
-
-
-def test_one_error_names_all_files_that_cannot_be_decoded(broken_tree, tmp_path):
     for _ in range(2):  # the second time from the cache
-        text = message(data.open_images, settings(broken_tree, tmp_path), ALONE, "train")
-        assert "6 of 10 images" in text and "--skip_bad_images" in text
-        assert [line.split(": ")[0].split("/")[-1] for line in text.splitlines()[1:]] == BROKEN
-        assert "DecompressionBombError" in text and "1x1" in text
-
-
-def test_skip_bad_images_counts_them_and_keeps_the_labels(broken_tree, tmp_path, capsys):
-    images = data.open_images(settings(broken_tree, tmp_path, skip_bad_images=True), ALONE, "train")
+        text = message(data.open_images, settings(root, tmp_path), ALONE, "train")
+        assert "5 of 9 images" in text and "--skip_bad_images" in text
+        assert [line.split(": ")[0].split("/")[-1] for line in text.splitlines()[1:]] == [
+            "bomb.png", "empty.png", "float.tif", "text.png", "truncated.png"]
+        assert "DecompressionBombError" in text and "floating-point" in text
+    skipping = settings(root, tmp_path, skip_bad_images=True)
+    images = data.open_images(skipping, ALONE, "train")
     assert images.labels.tolist() == [0, 0, 0, 1]
     assert images.images(range(4)).shape == (4, 1, 16, 16)
-    assert "6 of 10 images in" in (out := capsys.readouterr().out) and "are left out" in out
-    expected = decode.read_square(broken_tree / "TB/train/tb/0.png", 16) / 32767.5 - 1
+    assert "5 of 9 images in" in (out := capsys.readouterr().out) and "are left out" in out
+    expected = decode.read_square(root / "TB/train/tb/0.png", 16) / 32767.5 - 1
     assert np.allclose(images.images([3])[0, 0], expected, atol=1e-6)
-
-
-def test_a_split_without_one_good_image_is_one_error(image_tree, tmp_path):
-    root = image_tree({"TB/train/normal": 1, "TB/train/tb": 1})
-    for path in root.rglob("*.png"):
-        path.write_text("nothing")
-    assert "2 of 2 images" in message(data.open_images, settings(root, tmp_path), ALONE, "train")
-    skipping = settings(root, tmp_path, skip_bad_images=True)
+    (root / "TB/train/tb/0.png").write_text("nothing")
     line = message(data.open_images, skipping, ALONE, "train")
-    assert "no images of class normal, tb are left" in line
+    assert "no images of class tb are left" in line
 
 
 # --- image cache ---
@@ -229,26 +202,17 @@ def marker_tree(image_tree):
     return root
 
 
-def test_images_are_minus_one_to_one_in_place_and_never_flipped(image_tree, tmp_path):
-    images = data.open_images(settings(marker_tree(image_tree), tmp_path), ALONE, "train")
-    x = images.images([2] * 20)
-    assert x.dtype == torch.float32 and x.shape == (20, 1, 16, 16)
-    expected = -torch.ones(16, 16)
-    expected[:4, :4] = 1
-    assert torch.equal(x, expected.expand_as(x))
-
-
-def test_a_second_open_decodes_nothing(image_tree, tmp_path):
+def test_a_second_start_reads_no_image_and_no_row_of_a_cache(image_tree, tmp_path, monkeypatch):
     root = marker_tree(image_tree)
     first = data.open_images(settings(root, tmp_path), ALONE, "train").images(range(4))
-    for path in (root / "TB/train/normal").glob("*.png"):  # same size and time, nothing to decode
-        stat = path.stat()
-        path.write_bytes(b"x" * stat.st_size)
-        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    second = data.open_images(settings(root, tmp_path), ALONE, "train").images(range(4))
-    assert torch.equal(second, first)
-    with pytest.raises(SystemExit):
-        data.open_images(settings(root, tmp_path / "other"), ALONE, "train")
+    expected = -torch.ones(16, 16)
+    expected[:4, :4] = 1  # in place, never flipped
+    assert first.dtype == torch.float32 and torch.equal(first[2, 0], expected)
+    monkeypatch.setattr(decode, "read_square", None)
+    with monkeypatch.context() as closed:
+        closed.setattr(cache.CachedArray, "rows", None)
+        second = data.open_images(settings(root, tmp_path), ALONE, "train")
+    assert torch.equal(second.images(range(4)), first)
 
 
 def test_a_changed_file_or_size_is_decoded_again(image_tree, tmp_path):
@@ -266,34 +230,32 @@ def test_a_changed_file_or_size_is_decoded_again(image_tree, tmp_path):
     assert len(data.open_images(settings(root, tmp_path), ALONE, "train")) == 5
 
 
-@pytest.mark.parametrize("damage", [
-    "cut", "longer", "empty", "header", "other shape", "short status", "no rows", "no status"])
+DAMAGE = {
+    "cut": lambda rows, status: rows.write_bytes(rows.read_bytes()[:-100]),
+    "empty": lambda rows, status: rows.write_bytes(b""),
+    "header": lambda rows, status: rows.write_bytes(bytes(80) + rows.read_bytes()[80:]),
+    "other shape": lambda rows, status: np.save(rows, np.zeros((4, 8, 8), np.uint16)),
+    "short status": lambda rows, status: status.write_bytes(b"\1\1"),
+    "no rows": lambda rows, status: rows.unlink(),
+    "no status": lambda rows, status: status.unlink()}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_cache_is_built_again(image_tree, tmp_path, monkeypatch, damage):
     root = marker_tree(image_tree)
     first = data.open_images(settings(root, tmp_path), ALONE, "train").images(range(4))
     rows, = (tmp_path / "cache").glob("*.npy")
-    status, content = rows.with_suffix(".status"), rows.read_bytes()
-    if damage == "other shape":
-        np.save(rows, np.zeros((4, 8, 8), np.uint16))
-    elif damage == "short status":
-        status.write_bytes(b"\1\1")
-    elif damage == "no rows":
-        rows.unlink()
-    elif damage == "no status":
-        status.unlink()
-    else:
-        rows.write_bytes({"cut": content[:-100], "longer": content + b"x", "empty": b"",
-                          "header": bytes(80) + content[80:]}[damage])
+    DAMAGE[damage](rows, rows.with_suffix(".status"))
     again = data.open_images(settings(root, tmp_path), ALONE, "train").images(range(4))
     assert torch.equal(again, first)
     monkeypatch.setattr(decode, "read_square", None)  # it is whole now
     data.open_images(settings(root, tmp_path), ALONE, "train")
 
 
-def build(folder, rows, make=None, needed=True):
+def build(folder, rows, make=None):
     """CachedArray of `rows`; make: what gives some of them, else plain copies."""
     make = make or (lambda indices: (rows[indices], np.full(len(indices), cache.DONE, np.uint8)))
-    return cache.cached_array(ALONE, folder, "a", rows.shape, rows.dtype, make, "x", needed)
+    return cache.cached_array(ALONE, folder, "a", rows.shape, rows.dtype, make, "x")
 
 
 def test_cache_rows_and_status_across_chunks(tmp_path):
@@ -346,63 +308,26 @@ def test_a_row_is_on_disk_before_the_byte_that_says_so(tmp_path, monkeypatch):
     assert np.array_equal(build(tmp_path, rows).rows(range(4)), rows)
 
 
-def test_rows_to_do_are_tried_again_and_nothing_else(tmp_path):
-    rows, made = np.arange(300, dtype=np.uint16).reshape(-1, 1), []
-
-    def make(indices):
-        made.append(indices.tolist())
-        return rows[indices], (np.isin(indices, (5, 200), invert=True) | (len(made) > 3)).astype(
-            np.uint8)
-    assert np.flatnonzero(build(tmp_path, rows, make).status == cache.TODO).tolist() == [5, 200]
-    assert len(made) == 3
-    needed = np.arange(300) != 200
-    assert np.flatnonzero(build(tmp_path, rows, make, needed).status == 0).tolist() == [200]
-    assert np.array_equal(build(tmp_path, rows, make).rows(range(300)), rows)
-    assert made[3:] == [[5, 200]] or made[3:] == [[5], [200]]
-
-
-def test_a_file_that_cannot_be_opened_now_is_read_later(image_tree, tmp_path, monkeypatch, capsys):
-    """Nothing that is made of images keeps its place black, either."""
+def test_a_file_that_cannot_be_read_now_is_read_later(image_tree, tmp_path, monkeypatch, capsys):
     root = image_tree({"TB/train/normal": 2, "TB/train/tb": 2})
     args = settings(root, tmp_path, skip_bad_images=True)
     read = decode.read_grey
-    errors = {"normal/1.png": OSError(24, "Too many open files"),
-              "tb/0.png": ValueError("DICOM compressed as X: pip install pylibjpeg")}
 
     def failing(path):
-        for name, error in errors.items():
-            if path.endswith(name):
-                raise error
+        if path.endswith("tb/0.png"):
+            raise ValueError("DICOM compressed as X: pip install pylibjpeg")
         return read(path)
     monkeypatch.setattr(decode, "read_grey", failing)
-    refused = message(data.open_images, settings(root, tmp_path), ALONE, "train")
-    assert "2 of 4 images" in refused and "Too many open" in refused and "pip install" in refused
     some = data.open_images(args, ALONE, "train")
-    data.cached_thumbnails(some, tmp_path / "cache", ALONE)
-    assert len(some) == 2 and "2 of 4 images in" in capsys.readouterr().out
+    made = data.cached_thumbnails(some, tmp_path / "cache", ALONE)
+    assert made.status.tolist() == [cache.DONE, cache.DONE, cache.TODO, cache.DONE]
+    out = capsys.readouterr().out
+    assert len(some) == 3 and "1 of 4 images in" in out and "pip install" in out
     monkeypatch.undo()
     images = data.open_images(args, ALONE, "train")
     assert len(images) == 4 and images.key == some.key
     found = data.cached_thumbnails(images, tmp_path / "cache", ALONE).rows(images.rows)
     assert np.allclose(found, data.thumbnails(images.images(range(4))), atol=1e-6)
-
-
-def test_a_start_reads_no_row_of_a_cache(image_tree, tmp_path, monkeypatch):
-    root = marker_tree(image_tree)
-    data.open_images(settings(root, tmp_path), ALONE, "train")
-    monkeypatch.setattr(cache.CachedArray, "rows", None)
-    monkeypatch.setattr(decode, "read_grey", None)
-    assert len(data.open_images(settings(root, tmp_path), ALONE, "train")) == 4
-
-
-def test_files_of_others_in_the_cache_folder_stay(image_tree, tmp_path):
-    folder = tmp_path / "cache"
-    (folder / "latents_paper.part").mkdir(parents=True)
-    for name in ("latents_paper.part/notes.txt", "images_mine.npy", ".b.json.0123.tmp"):
-        (folder / name).write_text("x")
-        os.utime(folder / name, (0, 0))
-    data.open_images(settings(marker_tree(image_tree), tmp_path), ALONE, "train")
-    assert sum(path.read_bytes() == b"x" for path in folder.rglob("*") if path.is_file()) == 3
 
 
 def open_at_once(barrier, root, out):
@@ -484,7 +409,9 @@ def test_latents_of_subsets_share_a_cache_other_vaes_do_not(image_tree, tmp_path
     last = data.LatentSet(tb.subset([2]), vae, "a", tmp_path / "cache", ALONE)  # builds it for all
     whole = data.LatentSet(images, vae, "a", tmp_path / "cache", ALONE)
     assert len(list((tmp_path / "cache").glob("latents_*.npy"))) == 1
-    assert torch.equal(last.posterior(np.array([0]))[0], whole.posterior(np.array([5]))[0])
+    for _ in range(2):
+        assert torch.equal(last.posterior(np.array([0]))[0], whole.posterior(np.array([5]))[0])
+        last.resident = torch.from_numpy(last.cache.rows(slice(None)))  # as on a GPU
     other = model.AutoencoderKL(16, 2, 4, (1, 2), 1).eval()
     mean = data.LatentSet(images, other, "b", tmp_path / "cache", ALONE).posterior(np.array([5]))[0]
     assert torch.allclose(mean, other.encode(images.images([5])).mean, atol=1e-5)

@@ -6,9 +6,7 @@ import pathlib
 import shutil
 import struct
 import sys
-import unicodedata
 import warnings
-import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,11 +20,6 @@ import data
 from lib import cache, decode
 
 RAMP = np.add.outer(np.arange(24) * 4, np.arange(16) * 9)  # no symmetry, 0 to 227
-
-
-def classes_of(listing):
-    """{file name: class} of a Listing, whose names differ."""
-    return {os.path.basename(file.path): file.class_name for file in listing.files}
 
 
 def notes(capsys):
@@ -68,28 +61,24 @@ def test_images_are_found_at_any_depth_in_order(image_tree, capsys):
 
 
 def test_one_notice_counts_by_reason_what_is_not_read(image_tree, capsys):
-    root = image_tree({"TB/train/normal": 1, "TB/train/normal/p1": 1, "TB/train/tb": 1,
-                       "TB/train/tb/.thumbnails": 2, "TB/train/tb/Masks": 2, "covid/p1": 2})
+    root = image_tree({"TB/train/bilateral": 1, "TB/train/bilateral/p1": 1, "TB/train/tb": 1,
+                       "TB/train/bilateral/lateral": 3, "TB/train/tb/.thumbnails": 2,
+                       "TB/train/tb/Masks": 2, "covid/p1": 2, "TB/train/ManualMask/leftMask": 2})
     split = root / "TB/train"
-    for name in ("tb/a.txt", "tb/b.TXT", "normal/p1/c.nii.gz", "normal/IM0001", "tb/1.2.840.7",
-                 "tb/._0.png", "beside.png", "README", ".hidden"):
+    for name in ("tb/a.txt", "tb/b.TXT", "bilateral/p1/c.nii.gz", "bilateral/IM0001",
+                 "tb/1.2.840.7", "tb/._0.png", "tb/0_mask.png", "tb/view2_lateral.png",
+                 "tb/a-LAT.png", "tb/flat_unilateral.png", "beside.png", "README", ".hidden"):
         (split / name).touch()
     (split / ".git").mkdir()
     link("me@here.1", split / ".#lock")  # an editor's, without a target
     link(root / "covid", split / "covid")  # a class that is a link
     listing = data.scan(root, "TB", "train")
-    assert listing.class_names == ["covid", "normal", "tb"]
+    assert listing.class_names == ["bilateral", "covid", "tb"]
     names = sorted(os.path.basename(file.path) for file in listing.files)
-    assert names == ["0.png"] * 4 + ["1.2.840.7", "1.png", "IM0001"]  # the two: DICOM, perhaps
-    note, = notes(capsys)
+    assert names == [*["0.png"] * 4, "1.2.840.7", "1.png", "IM0001", "flat_unilateral.png"]
+    note, = notes(capsys)  # the two without a suffix: DICOM, perhaps
     assert note.strip().split("not read: ")[1] == (
-        "1 *.gz, 2 *.txt, 2 beside the class folders, 7 hidden or masks")
-
-
-def test_a_link_back_to_a_folder_above_it_is_an_error(image_tree):
-    root = image_tree({"TB/train/normal": 1, "TB/train/tb/p1": 1})
-    link("..", root / "TB/train/tb/p1/up")
-    assert "up: Too many levels of symbolic links" in message(data.scan, root, "TB", "train")
+        "1 *.gz, 2 *.txt, 2 beside the class folders, 10 hidden or masks, 5 lateral views")
 
 
 @pytest.mark.parametrize("path", ["TB/train/covid", "TB/val", "OTHER"])
@@ -133,23 +122,6 @@ def test_a_class_or_a_number_in_its_name_is_no_patient(image_tree):
     assert len(data.scan(many, "M", "train").class_names) == 20
 
 
-def test_masks_beside_classes_are_no_class(image_tree, capsys):
-    root = image_tree({"T/train/normal": 2, "T/train/tb/lung masks": 2, "T/train/tb": 2,
-                       "T/train/ManualMask/leftMask": 2})
-    write_png(root / "T/train/tb/0_mask.png", RAMP.astype(np.uint8))
-    assert data.scan(root, "T", "train").class_names == ["normal", "tb"]
-    assert "not read: 5 hidden or masks" in notes(capsys)[0]
-
-
-def test_lateral_views_are_left_out_and_counted(image_tree, capsys):
-    root = image_tree({"T/train/normal/lateral": 3, "T/train/normal/p1": 1, "T/train/bilateral": 1})
-    for name in ("view1_frontal.png", "view2_lateral.png", "a-LAT.png", "flat_unilateral.png"):
-        write_png(root / "T/train/bilateral/p2" / name, RAMP.astype(np.uint8))
-    names = [os.path.basename(f.path) for f in data.scan(root, "T", "train").files]
-    assert names == ["0.png", "flat_unilateral.png", "view1_frontal.png", "0.png"]
-    assert notes(capsys)[0].strip().endswith("not read: 5 lateral views")
-
-
 @pytest.mark.parametrize("name", ["valid", "validation"])
 def test_val_may_be_called_otherwise(image_tree, tmp_path, name):
     root = image_tree({"T/train/a": 1, "T/train/b": 1, f"T/{name}/b": 1, "U/train/a": 1,
@@ -173,7 +145,7 @@ def test_in_a_flat_layout_names_with_TB_are_tb(image_tree, capsys):
     for name in names:
         write_png(root / "TB/train" / name, RAMP.astype(np.uint8))
     listing = data.scan(root, "TB", "train")
-    assert classes_of(listing) == names
+    assert {os.path.basename(file.path): file.class_name for file in listing.files} == names
     assert listing.class_names == ["normal", "tb"] and notes(capsys) == []
 
 
@@ -188,21 +160,13 @@ def open_both(root, out, **changes):
 
 
 def test_validation_keeps_the_class_index_of_training(image_tree, tmp_path):
-    root = image_tree({"TB/train/covid": 1, "TB/train/normal": 1, "TB/train/tb": 1})
-    val = image_tree({"TB/val/tb": 1, "TB/val/normal": 1}) / "TB/val"  # no covid
-    for i, folder in enumerate(("normal", "tb")):
-        write_png(val / folder / "0.png", np.roll(RAMP, 5 * i, 0).astype(np.uint8))
+    root = image_tree({"TB/train/covid": 1, "TB/train/normal": 1, "TB/train/tb": 1,
+                       "TB/val/covid": 0, "TB/val/tb": 1})  # an empty one, and no normal
+    write_png(root / "TB/val/tb/0.png", RAMP.astype(np.uint8))
     _, images = open_both(root, tmp_path)
-    assert images.class_names == ["covid", "normal", "tb"] and images.labels.tolist() == [1, 2]
-
-
-def test_unicode_forms_of_one_name_are_one_class(image_tree, tmp_path):
-    composed = unicodedata.normalize("NFC", "pneumothorax spontané")
-    decomposed = unicodedata.normalize("NFD", composed)
-    root = image_tree({f"TB/train/{composed}": 1, "TB/train/a": 1, f"TB/val/{decomposed}": 1})
-    write_png(root / f"TB/val/{decomposed}/0.png", RAMP.astype(np.uint8))
-    _, images = open_both(root, tmp_path)
-    assert images.class_names == ["a", composed] and images.labels.tolist() == [1]
+    assert images.class_names == ["covid", "normal", "tb"] and images.labels.tolist() == [2]
+    (root / "TB/train/tb/0.png").rename(root / "TB/train/tb/0.txt")
+    assert "(images: covid 1, normal 1, tb 0" in message(data.scan, root, "TB", "train")
 
 
 @pytest.mark.parametrize("name", ["tuberculosis", "TB"])
@@ -211,28 +175,6 @@ def test_a_class_that_training_does_not_know_is_an_error(image_tree, tmp_path, n
                        f"TB/val/{name}": 1})
     text = message(open_both, root, tmp_path)
     assert f"'{name}'" in text and "normal, tb" in text and str(root / "TB/val") in text
-
-
-def test_class_folders_that_are_no_utf8_stay_classes(image_tree, tmp_path):
-    root = image_tree({"TB/train/a": 1, "TB/train/b": 1, "TB/val/b": 1})
-    write_png(root / "TB/val/b/0.png", RAMP.astype(np.uint8))
-    for split, folder, name in (("train", "a", b"r\xf6ntgen"), ("train", "b", b"r\xe4ntgen"),
-                                ("val", "b", b"r\xe4ntgen")):
-        os.rename(root / "TB" / split / folder, os.fsencode(root / "TB" / split) + b"/" + name)
-    train, val = open_both(root, tmp_path)
-    assert train.class_names == val.class_names == [r"r\xe4ntgen", r"r\xf6ntgen"]
-    assert train.labels.tolist() == [0, 1] and val.labels.tolist() == [0]
-    json.dumps(train.class_names, ensure_ascii=False).encode()
-    json.dumps(train.summary, ensure_ascii=False).encode()
-
-
-def test_an_empty_class_folder_stops_training_and_not_validation(image_tree, tmp_path):
-    root = image_tree({"TB/train/normal": 1, "TB/train/tb": 1, "TB/val/normal": 1, "TB/val/tb": 0})
-    write_png(root / "TB/val/normal/0.png", RAMP.astype(np.uint8))
-    _, val = open_both(root, tmp_path)
-    assert val.labels.tolist() == [0]
-    (root / "TB/train/tb/0.png").rename(root / "TB/train/tb/0.txt")
-    assert f"in {root}/TB/train (images: normal 1, tb 0" in message(data.scan, root, "TB", "train")
 
 
 # --- what a file says about itself --------------------------------------------------------------
@@ -262,18 +204,10 @@ def test_orientation_is_followed(tmp_path, orientation, name, options, full):
     assert np.abs(grey - expected).max() < (0.02 if name == "x.jpg" else 1e-6)
 
 
-def packed(values, bits, order):
-    """Bytes of a TIFF strip: rows of values with this many bits, the first bits first."""
-    if bits % 8 == 0:
-        return values.astype(np.int64).astype(f"{order}u{bits // 8}").tobytes()
-    split = (values[..., None] >> np.arange(bits - 1, -1, -1)) & 1
-    return np.packbits(split.reshape(len(values), -1).astype(np.uint8), axis=1).tobytes()
-
-
 def write_tiff(path, values, bits, more, order="<"):
-    """Grey TIFF file of integers [H, W]; bits: BitsPerSample; more: {other tag: short}."""
-    body = packed(values, bits, order)
-    body = zlib.compress(body) if more.get(259) == 8 else body
+    """Grey TIFF file of integers [H, W]; bits: 1, 8, 16 or 32; more: {other tag: short}."""
+    body = (np.packbits(values.astype(bool), axis=1) if bits == 1 else
+            values.astype(np.int64).astype(f"{order}u{bits // 8}")).tobytes()
     height, width = values.shape
     tags = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 273: 0, 277: 1, 278: height,
             279: len(body), **more}
@@ -286,68 +220,42 @@ def write_tiff(path, values, bits, more, order="<"):
     pathlib.Path(path).write_bytes(out + bytes(4) + body)
 
 
-@pytest.mark.parametrize("bits, order", [
-    (1, "<"), (4, "<"), (8, "<"), (16, "<"), (1, ">"), (4, ">"), (8, ">")])
-@pytest.mark.parametrize("compression", [1, 8])
-def test_white_is_zero_and_bits_per_sample(tmp_path, bits, compression, order):
+@pytest.mark.parametrize("bits, order", [(1, "<"), (8, "<"), (16, "<"), (1, ">"), (8, ">")])
+def test_white_is_zero_and_bits_per_sample(tmp_path, bits, order):
     values = np.rint(RAMP / RAMP.max() * (2**bits - 1)).astype(np.int64)
     for photometric in (0, 1):
-        write_tiff(tmp_path / "x.tif", values, bits, {262: photometric, 259: compression}, order)
+        write_tiff(tmp_path / "x.tif", values, bits, {262: photometric}, order)
         grey = decode.read_grey(tmp_path / "x.tif")
         expected = values / (2**bits - 1)
         assert np.abs(grey - (expected if photometric else 1 - expected)).max() < 1e-6
 
 
-@pytest.mark.parametrize("order", ["<", ">"])
-@pytest.mark.parametrize("sample_format, lowest, highest, refused", [
-    (1, 0, 65535, False), (2, 0, 65535, False), (2, 0, 4095, False),  # widened by something
-    (1, 0, 70000, True), (1, 0, 2**32 - 1, True), (2, 0, 2**31 - 1, True), (2, -1, 300, True)])
-def test_32_bits_that_hold_16_are_read(tmp_path, sample_format, lowest, highest, refused, order):
+@pytest.mark.parametrize("bits, sample_format, lowest, highest, refused", [
+    (32, 1, 0, 65535, ""), (32, 2, 0, 65535, ""), (32, 2, 0, 4095, ""),  # widened by something
+    (32, 1, 0, 70000, "32-bit"), (32, 1, 0, 2**32 - 1, "32-bit"), (32, 2, -1, 300, "negative"),
+    (16, 2, -1, 300, "negative"), (64, 1, 0, 255, "identify")])
+def test_32_bits_that_hold_16_are_read_and_others_refused(tmp_path, bits, sample_format, lowest,
+                                                          highest, refused):
     values = np.rint(RAMP / RAMP.max() * (highest - lowest)).astype(np.int64) + lowest
-    write_tiff(tmp_path / "x.tif", values, 32, {339: sample_format}, order)
-    try:
+    write_tiff(tmp_path / "x.tif", values, bits, {339: sample_format})
+    if refused:
+        with pytest.raises((ValueError, OSError), match=refused):
+            decode.read_grey(tmp_path / "x.tif")
+    else:
         assert np.abs(decode.read_grey(tmp_path / "x.tif") - values / 65535).max() < 1e-6
-        assert not refused
-    except (OSError, ValueError) as e:
-        assert (refused or order == ">") and not decode.may_pass(e)
 
 
-@pytest.mark.parametrize("name, highest, kind", [
-    ("x.tif", 65535, np.int32), ("x.jp2", 65535, np.uint16), ("x.jp2", 255, np.uint8),
-    ("x.pgm", 255, np.uint8), ("x.jfif", 255, np.uint8), ("x.JPE", 255, np.uint8)])
-def test_formats_keep_their_range(tmp_path, name, highest, kind):
-    values = np.rint(RAMP / RAMP.max() * highest).astype(kind)
-    options = {"quality": 100} if kind == np.uint8 and name[2:] != "pgm" else {}
-    format_name = "JPEG" if name[2] in "jJ" and name[3] != "p" else None
-    Image.fromarray(values).save(tmp_path / name, format_name, **options)
-    assert os.path.splitext(name)[1].lower() in decode.EXTENSIONS
-    found = decode.read_grey(tmp_path / name)
-    assert np.abs(found - values / highest).max() < (0.03 if options else 1e-6)
-
-
-@pytest.mark.parametrize("values, bits, tags, reason", [
-    (RAMP - 1, 16, {339: 2}, "signed"), (RAMP, 16, {339: 2}, "signed"),
-    (RAMP - 1, 32, {339: 2}, "signed"), (RAMP, 8, {259: 99}, "identify")])
-def test_images_that_may_be_misread_are_refused(tmp_path, values, bits, tags, reason):
-    write_tiff(tmp_path / "x.tif", values, bits, tags)
-    with pytest.raises((ValueError, OSError), match=reason) as e:
-        decode.read_grey(tmp_path / "x.tif")
-    assert not decode.may_pass(e.value)
-
-
-@pytest.mark.parametrize("low, high, expected", [
-    (0, 4095, "no value over a quarter"), (0, 20000, ""), (50000, 50100, "or no contrast")])
-def test_one_notice_counts_dark_or_flat_images(tmp_path, capsys, low, high, expected):
+@pytest.mark.parametrize("high, dark", [(4095, True), (20000, False)])
+def test_one_notice_counts_dark_images(tmp_path, capsys, high, dark):
     for name, top in (("normal", 65535), ("tb", high)):
         for i in range(2):
-            values = np.linspace(min(low, top), top - i, 256).reshape(16, 16).astype(np.uint16)
+            values = np.linspace(0, top - i, 256).reshape(16, 16).astype(np.uint16)
             write_png(tmp_path / "data/TB/train" / name / f"{i}.png", values)
     for _ in range(2):  # the second time from the cache
         data.open_images(settings(tmp_path / "data", tmp_path), ALONE, "train")
         found = notes(capsys)
-        assert len(found) == bool(expected)
-        assert not found or expected in found[0] and (
-            "2 of 4 images in" in found[0] and "such as TB/train/tb/0.png" in found[0])
+        assert len(found) == dark
+        assert not dark or "2 of 4 images in" in found[0] and "as TB/train/tb/0.png" in found[0]
 
 
 # --- DICOM --------------------------------------------------------------------------------------
@@ -464,62 +372,48 @@ def test_dicom_look_up_tables(pydicom, tmp_path, kind, count, first, bits):
     assert np.abs(decode.read_grey(tmp_path / "x.dcm") - expected).max() < 1e-6
 
 
-def test_a_dicom_table_goes_on_from_rescaled_values(pydicom, tmp_path):
-    stored, table = values_of(12), np.arange(4096)
-    write_dicom(tmp_path / "x.dcm", stored, RescaleSlope="1", RescaleIntercept="-1024",
-                VOILUTSequence=lut(4096, -1024, 12, table))
-    assert np.abs(decode.read_grey(tmp_path / "x.dcm") - stored / 4095).max() < 1e-6
-
-
-def test_a_negative_slope_with_a_window_inverts_once(pydicom, tmp_path):
+@pytest.mark.parametrize("inverted, tags", [
+    (False, {"RescaleSlope": "1", "RescaleIntercept": "-1024",  # which a table goes on from
+             "VOILUTSequence": (4096, -1024, 12, range(4096))}),
+    (True, {"RescaleSlope": "-1", "RescaleIntercept": "4095", "WindowCenter": "2048",
+            "WindowWidth": "4096"}),
+    (True, {"PhotometricInterpretation": "MONOCHROME1", "PresentationLUTShape": "INVERSE"}),
+    (True, {"PhotometricInterpretation": "MONOCHROME2", "PresentationLUTShape": "INVERSE"})])
+def test_what_a_dicom_file_says_is_applied_once(pydicom, tmp_path, inverted, tags):
     stored = values_of(12)
-    write_dicom(tmp_path / "x.dcm", stored, RescaleSlope="-1", RescaleIntercept="4095",
-                WindowCenter="2048", WindowWidth="4096")
-    pixels = decode.read_grey(tmp_path / "x.dcm")
-    assert np.abs(pixels - (1 - stored / 4095)).max() < 1e-6
+    if "VOILUTSequence" in tags:
+        tags = tags | {"VOILUTSequence": lut(*tags["VOILUTSequence"])}
+    write_dicom(tmp_path / "x.dcm", stored, **tags)
+    expected = 1 - stored / 4095 if inverted else stored / 4095
+    assert np.abs(decode.read_grey(tmp_path / "x.dcm") - expected).max() < 1e-6
 
 
-@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
-def test_an_inverse_dicom_is_inverted_once(pydicom, tmp_path, photometric):
-    stored = values_of(12)
-    write_dicom(tmp_path / "x.dcm", stored, PhotometricInterpretation=photometric,
-                PresentationLUTShape="INVERSE")
-    assert np.abs(decode.read_grey(tmp_path / "x.dcm") - (1 - stored / 4095)).max() < 1e-6
-
-
-def test_dicom_that_cannot_be_displayed_is_refused_by_name(pydicom, tmp_path, monkeypatch):
+def test_dicom_that_cannot_be_displayed_is_refused_by_name(pydicom, tmp_path):
     table = lut(4, 0, 8, [0, 1, 2, 255])
-    for kind in ("PresentationLUTSequence", "VOILUTSequence"):
-        write_dicom(tmp_path / "x.dcm", values_of(12), **{kind: table})
-        with pytest.raises(ValueError, match="PresentationLUTSequence or an 8-bit table"):
+    for tags, reason in (({"PresentationLUTSequence": table}, "LUTSequence or an 8-bit table"),
+                         ({"VOILUTSequence": table}, "LUTSequence or an 8-bit table"),
+                         ({"ViewPosition": "LL"}, "DICOM of a lateral view")):
+        write_dicom(tmp_path / "x.dcm", values_of(12), **tags)
+        with pytest.raises(ValueError, match=reason):
             decode.read_grey(tmp_path / "x.dcm")
-    write_dicom(tmp_path / "x.dcm", values_of(12))
-    write_dicom(tmp_path / "lateral.dcm", values_of(12), ViewPosition="LL")
-    with pytest.raises(ValueError, match="DICOM of a lateral view"):
-        decode.read_grey(tmp_path / "lateral.dcm")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
-    with pytest.raises(ValueError, match="DICOM of 256 pixels: too many"):
-        decode.read_grey(tmp_path / "x.dcm")
 
 
-@pytest.mark.parametrize("error", [ValueError, RuntimeError, KeyError, NotImplementedError])
 @pytest.mark.parametrize("compressed", [True, False])
-def test_what_pydicom_says_of_a_file_is_not_repeated(pydicom, tmp_path, monkeypatch, error,
-                                                     compressed):
+def test_what_pydicom_says_of_a_file_is_not_repeated(pydicom, tmp_path, monkeypatch, compressed):
     path = shipped(pydicom, "MR_small_RLE.dcm") if compressed else tmp_path / "x.dcm"
     if not compressed:
         write_dicom(path, values_of(12))
 
     def damaged(dataset):
-        raise error("cannot read (0010,0010) SECRET^NAME")
+        raise NotImplementedError("cannot read (0010,0010) SECRET^NAME")
     monkeypatch.setattr(pydicom.dataset.Dataset, "pixel_array", property(damaged))
     with pytest.raises(ValueError) as e:
         decode.read_grey(path)
     if compressed:
         assert "RLE Lossless" in str(e.value) and "pip install pylibjpeg" in str(e.value)
     else:
-        assert str(e.value) == f"damaged DICOM ({error.__name__})"
-    assert "SECRET" not in str(e.value) and decode.may_pass(e.value) == compressed
+        assert str(e.value) == "damaged DICOM (NotImplementedError)"
+    assert "SECRET" not in str(e.value)
 
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
@@ -528,14 +422,12 @@ def test_dicom_padding_is_black(pydicom, tmp_path, photometric, signed):
     stored = values_of(12, signed)
     grey = (stored - stored.min()) / 4095
     grey = 1 - grey if photometric == "MONOCHROME1" else grey
-    value, limit = int(stored[9, 9]), int(stored[3, 2])
-    one, many = stored == value, (stored >= limit) & (stored <= value)
-    for tags, padding in (({}, one), ({"PixelPaddingRangeLimit": limit}, many)):
-        write_dicom(tmp_path / "x.dcm", stored, 12, signed, PixelPaddingValue=value,
-                    PhotometricInterpretation=photometric, **tags)
-        pixels = decode.read_grey(tmp_path / "x.dcm")
-        assert padding.any() and (pixels[padding] == 0).all()
-        assert np.abs(pixels - grey)[~padding].max() < 1e-6
+    padding = stored == stored[9, 9]
+    write_dicom(tmp_path / "x.dcm", stored, 12, signed, PixelPaddingValue=int(stored[9, 9]),
+                PhotometricInterpretation=photometric)
+    pixels = decode.read_grey(tmp_path / "x.dcm")
+    assert padding.any() and (pixels[padding] == 0).all()
+    assert np.abs(pixels - grey)[~padding].max() < 1e-6
 
 
 def shipped(pydicom, name):
@@ -546,29 +438,12 @@ def shipped(pydicom, name):
     return path
 
 
-@pytest.mark.parametrize("name", [
-    "CT_small.dcm", "MR_small.dcm", "MR_small_RLE.dcm", "MR_small_bigendian.dcm",
-    "MR_small_implicit.dcm", "MR_small_jp2klossless.dcm", "693_J2KI.dcm", "image_dfl.dcm",
-    "examples_overlay.dcm", "J2K_pixelrep_mismatch.dcm"])
-def test_dicom_files_of_pydicom(pydicom, name):
-    path = shipped(pydicom, name)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dataset = pydicom.dcmread(path)
-        stored = dataset.pixel_array
-        values = pydicom.pixels.apply_modality_lut(stored, dataset)
-        shown = pydicom.pixels.apply_voi_lut(values, dataset).astype(np.float64)
-    low = -(2 ** (dataset.BitsStored - 1)) if dataset.PixelRepresentation else 0
-    ends = np.array([low, low + 2**dataset.BitsStored - 1])
-    ends = ends * float(dataset.get("RescaleSlope", 1)) + float(dataset.get("RescaleIntercept", 0))
-    expected = (shown - ends[0]) / (ends[1] - ends[0])
-    if dataset.PhotometricInterpretation == "MONOCHROME1":
-        expected = 1 - expected
-    if "PixelPaddingValue" in dataset:
-        expected[stored == dataset.PixelPaddingValue] = 0
-    grey = decode.read_grey(path)
-    assert expected.std() > 1e-4
-    assert np.abs(grey - expected).max() < 1e-5
+@pytest.mark.parametrize("name", ["RLE", "bigendian", "implicit", "jp2klossless"])
+def test_encodings_of_one_dicom_image_are_read_alike(pydicom, name):
+    grey, same = (decode.read_grey(shipped(pydicom, f"MR_small{encoding}.dcm"))
+                  for encoding in ("", f"_{name}"))
+    assert grey.shape == (64, 64) and grey.std() > 1e-3
+    assert np.abs(grey - same).max() < 1e-6
 
 
 @pytest.mark.parametrize("name, reason", [
@@ -585,14 +460,7 @@ def test_damaged_dicom_files_raise_only_what_callers_expect(pydicom, tmp_path):
     path = tmp_path / "x.dcm"
     write_dicom(path, values_of(12), WindowCenter="700", WindowWidth="1500",
                 VOILUTSequence=lut(4, 0, 16, [0, 1, 2, 65535]), PatientName="A^B")
-    whole = path.read_bytes()
-    path.write_text("Dear colleague, see attached.")
-    with pytest.raises(ValueError, match="no DICOM file"):
-        decode.read_grey(path)
-    path.write_bytes(whole[:-100])
-    with pytest.raises(ValueError, match="damaged DICOM"):
-        decode.read_grey(path)
-    rng = np.random.default_rng(0)
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
     for _ in range(150):
         damaged = bytearray(whole[:rng.integers(len(whole) // 4, len(whole) + 1)])
         for _ in range(3):
@@ -618,19 +486,15 @@ def test_without_pydicom_the_error_says_how_to_install_it(image_tree, tmp_path, 
 
 
 def test_no_tag_of_a_patient_is_kept_or_printed(pydicom, image_tree, tmp_path, capfd, caplog):
-    root = image_tree({"TB/train/normal": 1, "TB/val/normal": 1})
+    root = image_tree({"TB/train/normal": 1, "TB/train/tb": 0})
     broken = {"window.dcm": (b"12345678", b"SECRET-1"), "slope.dcm": (b"87654321", b"SECRET-2"),
-              "date.dcm": (b"20200202", b"SECRET-3"), "frames.dcm": (b"11112222", b"SECRET-4"),
               "syntax.dcm": (b"1.2.840.10008.1.2.1", b"SECRET.1.2.3.4.5.6."),
               "text.dcm": (b"ISO_IR 100", b"SECRET-7  ")}  # of which pydicom warns
     for name in ("good.dcm", *broken):
         path = root / "TB/train/tb" / name
-        path.parent.mkdir(exist_ok=True)
-        frames = {"NumberOfFrames": "11112222"} if name == "frames.dcm" else {}
         write_dicom(path, values_of(12), PatientName="SECRET^NAME", PatientID="SECRET-5",
-                    StudyDate="20200202", WindowCenter="12345678", WindowWidth="900",
-                    RescaleSlope="87654321", RescaleIntercept="0",
-                    SpecificCharacterSet="ISO_IR 100", **frames)
+                    WindowCenter="12345678", WindowWidth="900", RescaleSlope="87654321",
+                    RescaleIntercept="0", SpecificCharacterSet="ISO_IR 100")
         if name in broken:
             content = path.read_bytes()
             assert broken[name][0] in content
@@ -639,14 +503,13 @@ def test_no_tag_of_a_patient_is_kept_or_printed(pydicom, image_tree, tmp_path, c
         warnings.simplefilter("always")
         text = message(data.open_images, settings(root, tmp_path), ALONE, "train")
         assert [line.split(": ")[0].strip() for line in text.splitlines()[1:]] == [
-            f"TB/train/tb/{name}.dcm" for name in ("frames", "slope", "syntax", "window")]
-        train, _ = open_both(root, tmp_path, skip_bad_images=True)
-    assert train.labels.tolist() == [0, 1, 1, 1]  # broken dates and texts do no harm
-    printed = "".join(capfd.readouterr())
-    spoken = [text, printed, caplog.text, repr(train.summary), *(str(w.message) for w in warned)]
+            f"TB/train/tb/{name}.dcm" for name in ("slope", "syntax", "window")]
+        train = data.open_images(settings(root, tmp_path, skip_bad_images=True), ALONE, "train")
+    assert train.labels.tolist() == [0, 1, 1]  # a broken text does no harm
+    spoken = [text, *capfd.readouterr(), caplog.text, repr(train.summary),
+              *(str(w.message) for w in warned)]
     stored = [path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file()]
-    assert len(stored) >= 4 and "left out" in printed
-    assert not any("SECRET" in words for words in spoken)
+    assert len(stored) >= 3 and not any("SECRET" in words for words in spoken)
     assert not any(b"SECRET" in content for content in stored)
 
 
@@ -698,15 +561,12 @@ def test_copies_of_training_images_are_named_and_left_out(leaky_tree, tmp_path, 
     assert np.allclose(val.images([2])[0, 0], expected, atol=1e-6)  # rows, labels, names agree
 
 
-def test_a_split_of_copies_alone_is_no_validation(leaky_tree, tmp_path, capsys):
+def test_a_split_of_copies_alone_is_an_error(leaky_tree, tmp_path, capsys):
     shutil.rmtree(leaky_tree / "TB/val")
     shutil.copytree(leaky_tree / "TB/train", leaky_tree / "TB/val")
-    train, val = open_both(leaky_tree, tmp_path)
-    assert val is None and len(train) == 12
-    assert "12 images of" in capsys.readouterr().out
-    args = settings(leaky_tree, tmp_path)
-    text = message(data.open_images, args, ALONE, "val", train=train)
+    text = message(open_both, leaky_tree, tmp_path)
     assert "no images of class normal, tb are left" in text
+    assert "12 images of" in capsys.readouterr().out
 
 
 def test_copies_are_looked_for_once(leaky_tree, tmp_path, capsys, monkeypatch):
@@ -732,21 +592,18 @@ def test_copies_are_looked_for_once(leaky_tree, tmp_path, capsys, monkeypatch):
     (lambda train: (train / "covid").rename(train / "effusion"),
      "effusion 2, normal 3, tb 4"),
     (lambda train: (train / "tb/p1/0.png").unlink(), "covid 2, normal 3, tb 3"),
-    (lambda train: os.utime(train / "tb/p1/2.png", ns=(0, 0)), "covid 2, normal 3, tb 4"),
-    (lambda train: (train / "tb/p1/2.png").rename(train / "tb/p1/20.png"),
-     "covid 2, normal 3, tb 4")])
-@pytest.mark.parametrize("split", ["training", "validation"])
-def test_changes_of_the_data_are_described(image_tree, capsys, change, expected, split):
+    (lambda train: os.utime(train / "tb/p1/2.png", ns=(0, 0)), "covid 2, normal 3, tb 4")])
+def test_changes_of_the_data_are_described(image_tree, capsys, change, expected):
     root = image_tree({"TB/train/covid": 2, "TB/train/normal": 3, "TB/train/tb/p1": 4})
     summary = data.class_summary(data.scan(root, "TB", "train"))
     before = json.loads(json.dumps(summary))  # as a run's JSON gives it back
     change(root / "TB/train")
     moved = root.rename(root.with_name("moved"))
     now = SimpleNamespace(summary=data.class_summary(data.scan(moved, "TB", "train")))
-    data.notice_changes(before, now, "X", split)
-    data.notice_changes(None, now, "X", split)  # not known
+    data.notice_changes(before, now, "X")
+    data.notice_changes(None, now, "X")  # not known
     found = notes(capsys)
     assert len(found) == bool(expected)
     assert not expected or found[0].startswith(
-        f"the {split} data (names, sizes, times) have changed since X: "
+        "the training data (names, sizes, times) have changed since X: "
         f"then covid 2, normal 3, tb 4, now {expected}")
