@@ -255,8 +255,7 @@ def write_report(folder, checkpoint, paths, z, real, vae, args, ctx):
         first = [i < 16 for _, i in paths]
         x = torch.stack([run.load_image(path) for (_, i), path in paths.items() if i < 16])
         values |= image_metrics(z[first], scale, x, vae, ctx, stats)
-    found = verdicts.health(values, train_stats=stats, overfit=overfit,
-                            guidance_scale=args.guidance_scale)
+    found = verdicts.health(values, train_stats=stats, overfit=overfit)
     write_json(folder / "metrics.json", values | {"verdicts": [v._asdict() for v in found]})
     rows, names = [], []
     for c in dict.fromkeys(labels):

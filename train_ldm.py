@@ -446,7 +446,6 @@ def main(argv=None):
                 verdicts = health(
                     train_metrics | sample_metrics, run.history("train/loss"), train_stats,
                     overfit=args.overfit_k > 0, best_epoch=monitor.best.epoch,
-                    guidance_scale=args.guidance_scale,
                     val_history=(run.history("val/loss"), run.history("val/train_loss")))
                 sample_metrics = sweep_objective(sample_metrics, verdicts)
                 pictures = save_pictures(run, epoch, x, x_labels, images, args)
