@@ -116,8 +116,8 @@ def as_saved(x):
 
 
 def read_samples(folder, class_names, img_size):
-    """Labelled pixels of the images CLASS/* and CLASS_NUMBER.* of a folder. img_size None: their
-    own. Exits if there are none, or of several sizes, or one cannot be decoded."""
+    """Labelled pixels of the images CLASS/* and CLASS_NUMBER.* of a folder. img_size None: the side
+    of the first. Exits if there are none, or one cannot be decoded."""
     folder, members = pathlib.Path(folder), []
     paths = [path for pattern in ("*", "*/*") for path in folder.glob(pattern)
              if path.suffix.lower() in decode.EXTENSIONS]
@@ -135,12 +135,10 @@ def read_samples(folder, class_names, img_size):
     rows = []
     for _, path in members:
         try:
-            size = img_size or min(decode.read_grey(path).shape)
-            rows.append(decode.read_square(path, size))
+            img_size = img_size or min(decode.read_grey(path).shape)
+            rows.append(decode.read_square(path, img_size))
         except (OSError, ValueError) as e:
             fail(f"{path} cannot be read ({e}): mend it, or remove it")
-    if len(sizes := sorted({len(row) for row in rows})) > 1:
-        fail(f"{folder} holds images of {', '.join(map(str, sizes))} pixels: give --img_size")
     return Labelled(np.array([c for c, _ in members]), data.to_float(np.stack(rows)))
 
 
@@ -445,8 +443,8 @@ def distance_verdicts(space, samples, baseline, bootstrap_std):
     """Yield Verdicts on the distances in one feature space."""
     excess = (samples["fid"] - baseline["fid"]) / max(bootstrap_std["fid"], 1e-9)
     yield verdict(
-        f"fid ({space})", samples["fid"], f"baseline {baseline['fid']:.3f}", excess >= 10,
-        excess >= 3, f"FID to held-out images, {excess:.1f} standard deviations above baseline.",
+        f"fid ({space})", samples["fid"], f"baseline {baseline['fid']:.3f}", not excess < 10,
+        not excess < 3, f"FID to held-out images, {excess:.1f} standard deviations above baseline.",
         f"Look at power and at the grid; {LESS_GUIDANCE}.")
     for name, meaning, advice in (
             ("precision", "samples among the held-out images",

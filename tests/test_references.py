@@ -132,18 +132,6 @@ def test_frechet_distance_has_the_matrix_root_of_scipy(n, m, dim, rel):
     assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=rel)
 
 
-def test_kernel_distance_has_the_kernel_of_sklearn():
-    a, b = feature_pair(60, 45, 16)
-
-    def kernel(u, v):
-        return sklearn.pairwise.polynomial_kernel(u, v, degree=3, gamma=1 / 16, coef0=1)
-
-    aa, bb = kernel(a, a), kernel(b, b)
-    within = [(k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (aa, bb)]
-    expected = sum(within) - 2 * kernel(a, b).mean()
-    assert metrics.kernel_distance(a, b) == pytest.approx(expected, rel=1e-12)
-
-
 @pytest.mark.parametrize("k", [3, 5])
 def test_manifold_metrics_are_those_of_prdc(k):
     real, samples = feature_pair(90, 120, 8)
