@@ -122,8 +122,7 @@ def read_samples(folder, class_names, img_size):
     paths = [path for pattern in ("*", "*/*") for path in folder.glob(pattern)
              if path.suffix.lower() in decode.EXTENSIONS]
     for path in paths:
-        flat = path.parent == folder
-        name = data.class_name(path.stem.rpartition("_")[0] if flat else path.parent.name)
+        name = path.parent.name if path.parent != folder else path.stem.rpartition("_")[0]
         if name in class_names:
             members.append((class_names.index(name), path))
     if not members:

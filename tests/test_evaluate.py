@@ -84,20 +84,17 @@ def test_folders_without_samples_are_refused(tmp_path, capsys):
 
 
 def test_the_name_of_a_file_or_folder_says_the_class_of_a_sample(tmp_path, capsys):
-    names = ["tb", "tb_old", "covid [PA]", "a, b", "x.y", "*", "none", "\u00f6"]
-    files = ["tb_0.png", "tb_old_0.png", "tb_old_1.png", "covid [PA]_0.png", "a, b_0.png",
-             "a, b/1.png", "x.y_0.png", "*_0.png", "\u00f6/1.png"]
-    files += ["o\u0308_0.png"]  # the other Unicode form of it
-    files += ["covid P_0.png", "tb.png", "old/tb_0.png"]
-    for file in files:
+    names = ["tb", "tb_old", "covid [PA]", "a, b", "x.y", "*", "none"]
+    for file in ("tb_0.png", "tb_old_0.png", "tb_old_1.png", "covid [PA]_0.png", "a, b_0.png",
+                 "a, b/1.png", "x.y_0.png", "*_0.png", "covid P_0.png", "tb.png", "old/tb_0.png"):
         grey(tmp_path / file)
     grey(tmp_path / "tb/wide.png", shape=(32, 40))
     (tmp_path / "tb/notes.txt").write_text("")
     samples = evaluate.read_samples(tmp_path, names, None)
-    assert np.bincount(samples.labels, minlength=8).tolist() == [2, 2, 1, 2, 1, 1, 0, 2]
+    assert np.bincount(samples.labels, minlength=7).tolist() == [2, 2, 1, 2, 1, 1, 0]
     assert samples.values.shape[1:] == (1, 32, 32) and (samples.values == -1).all()
     assert "3 images of no class of the data are left out" in capsys.readouterr().out
-    assert evaluate.read_samples(tmp_path, names, 24).values.shape == (11, 1, 24, 24)
+    assert evaluate.read_samples(tmp_path, names, 24).values.shape == (9, 1, 24, 24)
 
 
 def test_halves_are_disjoint_and_have_every_class():
