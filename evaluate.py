@@ -32,7 +32,6 @@ CLASSIFIER_SIZE = 64  # side in pixels of what the classifier sees
 DRAWS = 8  # random choices of images that a distance averages over
 BOOTSTRAPS = 50  # resamplings behind the standard deviation of a distance
 FEWEST = 3  # images of a class in each set
-FEWEST_FOR_MANIFOLDS = 100  # images; with 18 held-out ones uniform noise has a precision of 0.85
 MOST_FOR_C2ST = 500  # images of each kind in each half
 TRAININGS = 3  # of each classifier for AUROC; how much they differ is part of its interval
 ON_SAMPLES = "real images, tested on samples"
@@ -93,7 +92,7 @@ class Sets:
     samples: Labelled
     train: data.ImageSet
     held_out: data.ImageSet
-    classes: list  # indices of those with enough images of each kind
+    classes: np.ndarray  # class indices of the samples: only these are compared
     vae: model.AutoencoderKL  # or None
     real_classifier: object  # train_classifier on the training images, called with a seed
 
@@ -225,38 +224,32 @@ def train_classifier(images, vary, shape, seed, args, ctx, label):
 # --- parts of the report ------------------------------------------------------------------------
 
 
-def distance_rows(samples, pool, held_out, seed):
-    """{row: {name: number}} of samples against held-out images, given a pool of training images;
-    all are Labelled features.
+def distance(samples, pool, held_out, seed):
+    """{"num": N, "fid", "baseline", "bootstrap_std"} of samples against held-out images, given a
+    pool of training images; all are Labelled features.
 
-    FID falls with the number of images, so both `samples` and `baseline`, from the pool, are as
-    many of each class, averaged over DRAWS random choices. `bootstrap_std` is the standard
-    deviation of the difference between two such sets, over bootstraps of both and of held_out.
+    FID falls with the number of images, so both `fid` and `baseline`, that of images of the pool,
+    are of N images, as many of each class, averaged over DRAWS random choices. `bootstrap_std` is
+    the standard deviation of the difference between two such sets, over bootstraps of both and of
+    held_out.
     """
-    def distances(features):
-        found = {"fid": metrics.frechet_distance(features, held_out.values)}
-        if min(len(features), len(held_out)) >= FEWEST_FOR_MANIFOLDS:
-            found |= metrics.manifold_metrics(features, held_out.values)
-        return found
-
     like = proportional(held_out.labels, samples.labels, pool.labels)
-    rows = {}
-    for row, of in (("samples", samples), ("baseline", pool)):
-        draws = [distances(of.values[as_many(of.labels, like, np.random.default_rng([seed, i]))])
-                 for i in range(DRAWS)]
-        means = {name: float(np.mean([draw[name] for draw in draws])) for name in draws[0]}
-        rows[row] = {"num": len(like), **means}
+    found = {"num": len(like)}
+    for name, of in (("fid", samples), ("baseline", pool)):
+        draws = [as_many(of.labels, like, np.random.default_rng([seed, i])) for i in range(DRAWS)]
+        found[name] = float(np.mean([
+            metrics.frechet_distance(of.values[draw], held_out.values) for draw in draws]))
     gaps = []
     for i in range(BOOTSTRAPS):
         rng = np.random.default_rng([seed, 1, i])
         real, one, other = (of.values[as_many(of.labels, labels, rng, replace=True)] for
                             of, labels in ((held_out, held_out.labels), (pool, like), (pool, like)))
         gaps.append(metrics.frechet_distance(one, real) - metrics.frechet_distance(other, real))
-    return rows | {"bootstrap_std": {"fid": float(np.std(gaps, ddof=1))}}
+    return found | {"bootstrap_std": float(np.std(gaps, ddof=1))}
 
 
 def measure_distances(sets, args, ctx):
-    """{"groups": {space: {group: distance_rows}}} of all classes together, and of each."""
+    """{"groups": {space: {group: distance}}} of all classes together, and of each."""
     names, networks = sets.train.class_names, {}
     if "classifier" in args.features and len(np.unique(sets.train.labels)) > 1:
         to_features = sets.real_classifier(args.seed)[:-1]
@@ -271,7 +264,7 @@ def measure_distances(sets, args, ctx):
     found = {}
     for space, network in networks.items():
         rows = [measured(network, of, ctx) for of in (sets.samples, pool, sets.held_out)]
-        found[space] = {group: distance_rows(
+        found[space] = {group: distance(
             *(of.subset(np.isin(of.labels, classes)) for of in rows), args.seed)
             for group, classes in groups.items()}
     return {"groups": found}
@@ -353,7 +346,7 @@ def find_copies(sets, args, ctx):
 def tstr(sets, args, ctx):
     """TSTR, train on synthetic and test on real (Esteban et al. 2017), at 95 % confidence:
     {"auroc": {trained on, tested on: (AUROC, low, high)}, "gain": {BOTH: (gain, low, high)}}; {}
-    if there are not several classes, all compared.
+    without samples of several classes, of all that there are.
 
     The gain is what samples beside real images add to AGAIN, as many repeats of these: more
     training alone does not count.
@@ -405,7 +398,12 @@ def judge(report):
             f"{copies['probability']:.2g}.",
             "Look at the pairs. Train less or on more images; do not publish copies of patients.")
     for space, groups in report.get("groups", {}).items():
-        yield from distance_verdicts(space, **groups["all"])
+        fid, baseline, std = (groups["all"][n] for n in ("fid", "baseline", "bootstrap_std"))
+        excess = (fid - baseline) / max(std, 1e-9)
+        yield verdict(
+            f"fid ({space})", fid, f"baseline {baseline:.3f}", not excess < 10, not excess < 3,
+            f"FID to held-out images, {excess:.1f} standard deviations above baseline.",
+            f"Look at power and at the grid; {LESS_GUIDANCE}.")
     if "power" in report:
         ratios = [value for name, value in report["power"]["samples"].items() if name != "num"]
         furthest = max(ratios, key=lambda ratio: abs(math.log(max(ratio, 1e-6))))
@@ -436,24 +434,6 @@ def judge(report):
             "gain, beside real images", value, f"{low:.3f} to {high:.3f}", False, high < 0,
             "AUROC gained by training on real images and samples instead of repeated real images: "
             f"{benefit}.", "Do not train on them: look at class fidelity and at the distances.")
-
-
-def distance_verdicts(space, samples, baseline, bootstrap_std):
-    """Yield Verdicts on the distances in one feature space."""
-    excess = (samples["fid"] - baseline["fid"]) / max(bootstrap_std["fid"], 1e-9)
-    yield verdict(
-        f"fid ({space})", samples["fid"], f"baseline {baseline['fid']:.3f}", not excess < 10,
-        not excess < 3, f"FID to held-out images, {excess:.1f} standard deviations above baseline.",
-        f"Look at power and at the grid; {LESS_GUIDANCE}.")
-    for name, meaning, advice in (
-            ("precision", "samples among the held-out images",
-             "Samples do not look real: train longer; check the reconstructions."),
-            ("recall", "held-out images among the samples",
-             f"Samples leave much out: {LESS_GUIDANCE}.")):
-        if name in samples:
-            value, real = samples[name], baseline[name]
-            yield verdict(f"{name} ({space})", value, f"baseline {real:.3f}", value < 0.2 * real,
-                          value < 0.6 * real, f"Fraction of {meaning}.", advice)
 
 
 # --- the stage ----------------------------------------------------------------------------------
@@ -493,16 +473,12 @@ def main(argv=None):
         data.notice_changes(meta.get("data"), train, "the model was trained")
     held_out = train if args.split == "train" else data.open_images(
         args, ctx, args.split, train=train)
-    counts = [np.bincount(of, minlength=len(class_names))
-              for of in (labels, train.labels, held_out.labels)]
-    classes = np.flatnonzero(np.min(counts, 0) >= FEWEST)
-    few = [name for c, name in enumerate(class_names) if c not in classes]
-    if not len(classes):
-        fail(f"no class has {FEWEST} samples, training images and held-out images: raise "
-             "--num_samples, or add images")
+    classes = np.unique(labels)
+    few = [class_names[c] for c in classes if min(
+        (of == c).sum() for of in (labels, train.labels, held_out.labels)) < FEWEST]
     if few:
-        notice(f"under {FEWEST} samples, training images or held-out images of class "
-               f"{', '.join(few)}: it is left out of all comparisons, and there is no AUROC")
+        fail(f"under {FEWEST} samples, training images or held-out images of class "
+             f"{', '.join(few)}: raise --num_samples, add images, or leave it out of --classes")
 
     @functools.cache
     def real_classifier(seed):

@@ -200,20 +200,6 @@ def frechet_distance(a, b):
     return max(distance.item(), 0.0)
 
 
-def manifold_metrics(samples, real, k=5):
-    """dict of precision and recall of features [N, D] against real [M, D] (Kynkaanniemi et al.
-    2019, eq. 1-2). Each point has a ball that reaches its k-th nearest neighbour in its own set:
-    fractions of samples inside any real ball, of real points inside any sample's ball."""
-    samples, real = rows64(samples), rows64(real)
-    k = min(k, len(samples) - 1, len(real) - 1)
-    # The nearest of all is the point itself.
-    own, radii = (torch.cdist(x, x).kthvalue(k + 1, dim=1).values for x in (samples, real))
-    distance = torch.cdist(samples, real)  # [N, M]
-    in_real, in_samples = distance <= radii, distance <= own[:, None]
-    return {"precision": in_real.any(1).double().mean().item(),
-            "recall": in_samples.any(0).double().mean().item()}
-
-
 # --- copies -------------------------------------------------------------------------------------
 
 REPEATED = 0.97  # correlation of thumbnails above which two training images are the same film

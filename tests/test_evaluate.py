@@ -28,25 +28,21 @@ def test_the_baseline_has_as_many_of_each_class_as_samples():
     assert chosen.tolist() == choose(0).tolist() != choose(1).tolist()
 
 
-def test_rows_of_a_group_with_a_baseline_of_the_same_number():
+def test_a_distance_stands_beside_that_of_as_many_real_images():
     g = torch.Generator().manual_seed(0)
 
     def group(count):
         return evaluate.Labelled(np.arange(count) % 2, torch.randn(count, 3, generator=g))
 
     samples, train, held_out = group(40), group(300), group(200)
-    rows = evaluate.distance_rows(samples, train, held_out, seed=0)
-    assert [rows[row]["num"] for row in ("samples", "baseline")] == [40, 40]
-    assert rows["samples"].keys() == {"num", "fid"}  # too few for precision and recall
+    found = evaluate.distance(samples, train, held_out, seed=0)
+    assert found["num"] == 40
     # All are of one distribution: the samples lie within what the choice of images alone does.
-    gap = abs(rows["samples"]["fid"] - rows["baseline"]["fid"])
-    assert gap < 4 * rows["bootstrap_std"]["fid"] > 0
-    all_images = evaluate.distance_rows(train, train, held_out, seed=0)["samples"]
-    assert {"precision", "recall"} <= all_images.keys()
-    assert rows["baseline"]["fid"] > 1.5 * all_images["fid"]  # which is why the number matters
-    rows = evaluate.distance_rows(samples, train.subset(np.arange(40)), held_out, seed=0)
-    assert rows["baseline"]["num"] == 40
-    assert rows["bootstrap_std"]["fid"] > 0.01  # though there is no choice of a baseline
+    assert abs(found["fid"] - found["baseline"]) < 4 * found["bootstrap_std"] > 0
+    all_images = evaluate.distance(train, train, held_out, seed=0)
+    assert found["baseline"] > 1.5 * all_images["fid"]  # which is why the number matters
+    found = evaluate.distance(samples, train.subset(np.arange(40)), held_out, seed=0)
+    assert found["num"] == 40 and found["bootstrap_std"] > 0.01  # though there is no choice
 
 
 def test_uneven_classes_are_compared_in_equal_proportions():
@@ -61,12 +57,10 @@ def test_uneven_classes_are_compared_in_equal_proportions():
     like = evaluate.proportional(held_out.labels, samples.labels, train.labels)
     assert np.bincount(like).tolist() == [45, 2]
     assert np.bincount(evaluate.proportional(held_out.labels, train.labels)).tolist() == [96, 6]
-    rows = evaluate.distance_rows(samples, train, held_out, seed=0)
-    assert rows["samples"]["num"] == rows["baseline"]["num"] == 47
-    gap = rows["samples"]["fid"] - rows["baseline"]["fid"]
-    assert abs(gap) < 3 * rows["bootstrap_std"]["fid"]
-    other = evaluate.distance_rows(samples, train, images(24, 24), seed=0)
-    assert rows["samples"]["fid"] < 0.5 * other["samples"]["fid"]
+    found = evaluate.distance(samples, train, held_out, seed=0)
+    assert found["num"] == 47
+    assert abs(found["fid"] - found["baseline"]) < 3 * found["bootstrap_std"]
+    assert found["fid"] < 0.5 * evaluate.distance(samples, train, images(24, 24), seed=0)["fid"]
 
 
 def grey(path, value=0, shape=(16, 16)):
@@ -187,10 +181,6 @@ def level(report, metric):
     return next(v["level"] for v in report["verdicts"] if v["metric"] == metric)
 
 
-def samples_row(report):
-    return report["groups"]["classifier"]["all"]["samples"]
-
-
 def test_real_images_of_other_patients_pass(generators):
     report = generators("good")
     assert {v["level"] for v in report["verdicts"]} == {"ok"}, report["verdicts"]
@@ -204,17 +194,9 @@ def test_real_images_of_other_patients_pass(generators):
     assert report["copies"]["probability"] > 0.025
 
 
-def test_noise_is_far_and_not_precise(generators):
-    report = generators("noise")
-    assert samples_row(report)["precision"] < 0.3
-    assert level(report, "precision (classifier)") != "ok"
-    assert level(report, "fid (classifier)") == "bad"
-
-
-@pytest.mark.parametrize("name", ["upside_down", "blurred"])
+@pytest.mark.parametrize("name", ["noise", "upside_down", "blurred", "collapsed"])
 def test_what_is_plainly_wrong_is_far(generators, name):
     assert level(generators(name), "fid (classifier)") == "bad", generators(name)["verdicts"]
-    assert level(generators("good"), "fid (classifier)") == "ok"
 
 
 def test_wrong_fine_detail_shows_in_its_power(generators):
@@ -235,14 +217,7 @@ def test_a_lattice_is_seen_by_c2st(generators):
 def test_copies_of_training_images_are_found(generators):
     report = generators("copies")
     assert report["copies"]["share"] > 0.9 and level(report, "copies/share") == "bad"
-    assert samples_row(report)["recall"] > 0.5  # nothing else gives them away
-
-
-def test_one_image_repeated_covers_nothing(generators):
-    report = generators("collapsed")
-    good, collapsed = (samples_row(r) for r in (generators("good"), report))
-    assert collapsed["recall"] < 0.1 and level(report, "recall (classifier)") == "bad"
-    assert collapsed["recall"] < 0.2 * good["recall"]
+    assert level(report, "fid (classifier)") == "ok"  # nothing else gives them away
 
 
 def test_swapped_labels_are_found(generators):
@@ -251,7 +226,7 @@ def test_swapped_labels_are_found(generators):
     assert level(report, "class fidelity") == "bad"
     assert report["auroc"][evaluate.TSTR][0] < 0.4
     for name, farther in (("all", False), ("normal", True)):  # the whole is the same
-        fid, good_fid = (r["groups"]["classifier"][name]["samples"]["fid"] for r in (report, good))
+        fid, good_fid = (r["groups"]["classifier"][name]["fid"] for r in (report, good))
         assert (fid > 2 * good_fid) == farther
 
 
@@ -273,13 +248,11 @@ def test_what_a_network_tells_apart_is_not_green(samples, baseline, expected):
 
 
 def test_a_verdict_names_its_baseline_and_what_to_do():
-    verdicts = [*evaluate.judge({"groups": {"x": {"all": {
-        "samples": {"fid": 9.0, "recall": 0.1}, "baseline": {"fid": 1.0, "recall": 0.9},
-        "bootstrap_std": {"fid": 0.1}}}},
+    verdicts = [*evaluate.judge({
+        "groups": {"x": {"all": {"fid": 9.0, "baseline": 1.0, "bootstrap_std": 0.1}}},
         "power": {"samples": {"num": 8, "4-8": 2.1, "8-16": 0.2}}})]
     assert [(v.metric, v.level, v.value) for v in verdicts] == [
         ("fid (x)", "bad", "9.000 (baseline 1.000)"),
-        ("recall (x)", "bad", "0.100 (baseline 0.900)"),
         ("sample_quality/power", "bad", "0.2 (0.5 to 2)")]
     assert all("train longer" in v.advice.lower() for v in verdicts)
 
@@ -300,10 +273,10 @@ def test_report_of_a_model_and_of_its_samples(workspace, quick):
         "samples": 8, "baseline": 16, "held_out": 6, "decoded": 6}
     for name in ("all", "normal", "tb"):
         for space in ("classifier", "vae"):
-            rows = report["groups"][space][name]
-            assert list(rows) == ["samples", "baseline", "bootstrap_std"]
-            assert rows["samples"]["num"] == rows["baseline"]["num"] == (8 if name == "all" else 4)
-            assert f"fid {rows['samples']['fid']:.4g}" in result.out
+            found = report["groups"][space][name]
+            assert list(found) == ["num", "fid", "baseline", "bootstrap_std"]
+            assert found["num"] == (8 if name == "all" else 4)
+            assert f"fid {found['fid']:.4g}" in result.out
     with Image.open(workspace.out / "l/evaluation_pairs.png") as pairs:
         assert pairs.size == (8 * 34 + 2, 2 * (32 + 16))
 
@@ -333,29 +306,22 @@ def test_bad_input_is_one_line(workspace, image_tree, capsys, monkeypatch):
             ([ckpt, "--samples_dir=x"], "either"),
             (["--samples_dir=x"], "--img_size"),
             ([*workspace.common, ckpt, "--img_size=64"], "works at 32"),
-            ([*workspace.common, f"--samples_dir={small}"], "no class has 3 samples"),
+            ([*workspace.common, f"--samples_dir={small}"], "of class normal, tb: raise"),
             ([*workspace.common, ckpt, "--features=x"], "classifier,vae")):
         assert says in error_of(capsys, evaluate.main, [
             f"--output_root={workspace.out}", "--classifier_steps=1", "--device=cpu", *argv])
 
 
-def test_a_class_with_too_few_images_has_no_rows(workspace, quick):
-    root = workspace.root / "d"
-    shutil.copytree(workspace.data, root)
-    for path in sorted((root / "TB/train/tb").iterdir())[1:]:
-        path.unlink()
-    for argv in ([f"--data_root={root}"],
-                 [f"--data_root={workspace.data}", "--classes=normal", "--split=train"]):
-        result = quick("evaluate.py", *argv, f"--output_root={workspace.out}",
-                       f"--ckpt={workspace.ldm_ckpt}", "--num_samples=4", "--num_sampling_steps=2",
-                       "--classifier_steps=2")
-        assert result.code == 0, result.err
-        assert "note: under 3 samples" in result.out and "of class tb: it is" in result.out
-        report = json.loads((workspace.out / "l/evaluation.json").read_text())
-        assert set(report["groups"]["classifier"]) == {"all", "normal"}
-        assert "auroc" not in report and "gain" not in report
-        assert all(value is not None for row in report["groups"]["vae"]["all"].values()
-                   for value in row.values())
+def test_classes_without_samples_are_not_compared(workspace, quick):
+    result = quick("evaluate.py", f"--data_root={workspace.data}", "--classes=normal",
+                   "--split=train", f"--output_root={workspace.out}",
+                   f"--ckpt={workspace.ldm_ckpt}", "--num_samples=4", "--num_sampling_steps=2",
+                   "--classifier_steps=2")
+    assert result.code == 0, result.err
+    report = json.loads((workspace.out / "l/evaluation.json").read_text())
+    assert set(report["groups"]["classifier"]) == {"all", "normal"}
+    assert "auroc" not in report and "gain" not in report
+    assert None not in report["groups"]["vae"]["all"].values()
 
 
 def test_nan_is_never_ok():
@@ -365,9 +331,9 @@ def test_nan_is_never_ok():
     fine = evaluate.Labelled(labels, torch.randn(20, 4))
     broken = evaluate.Labelled(labels, torch.full((20, 4), nan))
     for sets in ((broken, fine, fine), (fine, broken, fine), (broken, broken, broken)):
-        rows = evaluate.distance_rows(*sets, seed=0)
+        found = evaluate.distance(*sets, seed=0)
         auroc = dict.fromkeys((evaluate.ON_SAMPLES, evaluate.ON_HELD_OUT), (nan, nan, nan))
         levels = [v.level for v in evaluate.judge({
-            "groups": {"x": {"all": rows}}, "auroc": auroc,
+            "groups": {"x": {"all": found}}, "auroc": auroc,
             "power": {"samples": {"num": 20, "4-8": nan, "8-16": 1.0}}})]
         assert levels == ["bad"] * 3
