@@ -24,12 +24,8 @@ def images(batch, height, width, seed=0):
 # --- reconstruction ---
 
 
-def test_ssim_of_an_image_with_itself_is_one_and_symmetric():
-    x, y = images(2, 64, 48), images(2, 64, 48, seed=1)
-    assert torch.allclose(ssim(x, x), torch.ones(2), atol=1e-6)
-    assert torch.allclose(ms_ssim(x, x), torch.ones(2), atol=1e-6)
-    assert torch.allclose(ssim(x, y), ssim(y, x), atol=1e-6)
-    x = x[:, :, :21]  # for one scale only
+def test_ms_ssim_of_small_images_is_ssim():
+    x = images(2, 64, 21)
     assert torch.allclose(ms_ssim(x, 0.8 * x + 0.1), ssim(x, 0.8 * x + 0.1), atol=1e-6)
 
 
