@@ -217,7 +217,6 @@ def test_a_lattice_is_seen_by_c2st(generators):
 def test_copies_of_training_images_are_found(generators):
     report = generators("copies")
     assert report["copies"]["share"] > 0.9 and level(report, "copies/share") == "bad"
-    assert level(report, "fid (classifier)") == "ok"  # nothing else gives them away
 
 
 def test_swapped_labels_are_found(generators):
