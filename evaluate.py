@@ -4,15 +4,13 @@
     python evaluate.py --samples_dir=FOLDER --data_root=DATA --task=TB
 
 Compares samples of a model, or a folder of images, with held-out images (--split=val). Each part is
-a function that returns its share of evaluation.json. Beside every distance stands the real-data
-baseline, which as many training images score, and how far chance moves the difference.
+a function of PARTS that returns its share of evaluation.json. Beside every distance stands the
+real-data baseline, which as many training images score, and how far chance moves the difference.
 """
 import dataclasses
 import functools
 import math
-import os
 import pathlib
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,16 +26,14 @@ from lib.args import (add_data_arguments, add_precision_arguments, add_sampling_
                       file_path, make_parser, parse_settings)
 from lib.files import fail, make_folder, notice, read_json, write_json
 from lib.html import leaves, show
+from lib.verdicts import LESS_GUIDANCE
 
 CLASSIFIER_SIZE = 64  # side in pixels of what the classifier sees
 DRAWS = 8  # random choices of images that a distance averages over
 BOOTSTRAPS = 50  # resamplings behind the standard deviation of a distance
-FEWEST = 3  # images of each set
-FEWEST_FOR_MANIFOLDS = 100  # images; with 18 held-out ones uniform noise has a precision of 0.85
+FEWEST = 3  # images of a class in each set
 MOST_FOR_C2ST = 500  # images of each kind in each half
 TRAININGS = 3  # of each classifier for AUROC; how much they differ is part of its interval
-DISTANCES = {"fid": metrics.frechet_distance, "kid": metrics.kernel_distance}
-FILES = ("evaluation.json", "evaluation_pairs.png")
 ON_SAMPLES = "real images, tested on samples"
 ON_HELD_OUT = "real images, tested on held-out images"
 TSTR = "samples, tested on held-out images"
@@ -54,8 +50,8 @@ def build_parser():
     parser.set_defaults(sampler="dpmpp_2m_sde", num_sampling_steps=8)  # not 500, as in training
     add = parser.add_argument_group("evaluation").add_argument
     add("--samples_dir", type=file_path,
-        help="measure this folder: the images in its manifest.json, else CLASS/*.png and "
-        "CLASS_*.png; the report goes into a new folder in --output_root")
+        help="measure the images CLASS/* and CLASS_NUMBER.* of this folder; the report goes into a "
+        "new folder in --output_root")
     add("--features", choices=("classifier,vae", "classifier", "vae"), default="classifier,vae",
         help="feature spaces of the distances; classifier needs two classes, vae an autoencoder")
     add("--classifier_steps", type=at_least(1), default=600, help="of each, 32 images per step")
@@ -89,13 +85,16 @@ class Labelled:
                         torch.cat([self.values, other.values]))
 
 
-class Sets(NamedTuple):
+@dataclasses.dataclass
+class Sets:
     """What is compared."""
 
     samples: Labelled
     train: data.ImageSet
     held_out: data.ImageSet
+    classes: np.ndarray  # class indices of the samples: only these are compared
     vae: model.AutoencoderKL  # or None
+    real_classifier: object  # train_classifier on the training images, called with a seed
 
 
 @torch.no_grad()
@@ -115,51 +114,29 @@ def as_saved(x):
     return run.to_uint8(x).float() / 127.5 - 1
 
 
-def draw_samples(denoiser, vae, checkpoint, requests, args, ctx):
-    """Labelled samples of what sample.prepare_sampling returned, as sample.py saves them."""
-    batches = sample.sample_batches(
-        denoiser, vae, checkpoint["latent_scale_factor"], requests, checkpoint["class_names"],
-        args, ctx, args.batch_size, f"sampling ({args.sampler})")
-    return Labelled(np.array([c for c, _ in requests]),
-                    torch.cat([as_saved(x) for _, _, x in batches]))
-
-
 def read_samples(folder, class_names, img_size):
-    """Labelled pixels of a folder: of its manifest.json, else of CLASS/* and CLASS_*. img_size
-    None: their own. Exits if there are none, or of several sizes, or one cannot be decoded."""
-    folder = pathlib.Path(folder)
-    manifest = folder / "manifest.json"
-
-    def class_of(path):
-        if path.parent != folder:
-            return path.parent.name
-        fits = [c for c in class_names if path.name.startswith(f"{c}_")]
-        return max(fits, key=len, default=None)  # one class name may begin another
-
-    if manifest.is_file():
-        try:
-            # The bare name: a stranger's manifest must not lead out of the folder.
-            found = {folder / pathlib.Path(image["file"]).name: image["class"]
-                     for image in read_json(manifest, "manifest of samples")["images"]}
-        except (KeyError, TypeError):
-            fail(f"{manifest} was not written by sample.py: move it away to measure all images")
-    else:  # regular files: opening a pipe would wait for ever
-        found = {path: class_of(path) for pattern in ("*", "*/*") for path in folder.glob(pattern)
-                 if path.suffix.lower() in decode.EXTENSIONS and path.is_file()}
-    members = sorted((class_names.index(name), path) for path, name in found.items()
-                     if name in class_names)
+    """Labelled pixels of the images CLASS/* and CLASS_NUMBER.* of a folder. img_size None: their
+    own. Exits if there are none, or of several sizes, or one cannot be decoded."""
+    folder, members = pathlib.Path(folder), []
+    paths = [path for pattern in ("*", "*/*") for path in folder.glob(pattern)
+             if path.suffix.lower() in decode.EXTENSIONS and path.name != "grid.png"]
+    for path in paths:
+        name = path.parent.name if path.parent != folder else path.stem.rpartition("_")[0]
+        if name in class_names:
+            members.append((class_names.index(name), path))
     if not members:
-        fail(f"no images in {folder}: name them CLASS_*.png or put them into folders CLASS, with "
-             f"the classes of the data: {', '.join(class_names)}")
-    if len(members) < len(found):
-        notice(f"{folder}: {len(found) - len(members)} images of no class of the data are left out")
+        fail(f"no images in {folder}: name them CLASS_NUMBER.png or put them into folders CLASS, "
+             f"with the classes of the data: {', '.join(class_names)}")
+    if len(members) < len(paths):
+        notice(f"{folder}: {len(paths) - len(members)} images of no class of the data are left out")
+    members.sort()
     rows = []
     for _, path in members:
         try:
             size = img_size or min(decode.read_grey(path).shape)
             rows.append(decode.read_square(path, size))
         except (OSError, ValueError) as e:
-            fail(f"{path} cannot be read ({e}): run the sample.py command again, if it was stopped")
+            fail(f"{path} cannot be read ({e}): mend it, or remove it")
     if len(sizes := sorted({len(row) for row in rows})) > 1:
         fail(f"{folder} holds images of {', '.join(map(str, sizes))} pixels: give --img_size")
     return Labelled(np.array([c for c, _ in members]), data.to_float(np.stack(rows)))
@@ -248,60 +225,71 @@ def train_classifier(images, vary, shape, seed, args, ctx, label):
 # --- parts of the report ------------------------------------------------------------------------
 
 
-def distance_rows(samples, pool, held_out, seed):
-    """{row: {name: number}} of samples against held-out images, given a pool of training images;
-    all are Labelled features.
+def distance(samples, pool, held_out, seed):
+    """{"num": N, "fid", "baseline", "bootstrap_std"} of samples against held-out images, given a
+    pool of training images; all are Labelled features.
 
-    FID falls with the number of images, so both `samples` and `baseline`, from the pool, are as
-    many of each class, averaged over DRAWS random choices. `bootstrap_std` is the standard
-    deviation of the difference between two such sets, over bootstraps of both and of held_out.
+    FID falls with the number of images, so both `fid` and `baseline`, that of images of the pool,
+    are of N images, as many of each class, averaged over DRAWS random choices. `bootstrap_std` is
+    the standard deviation of the difference between two such sets, over bootstraps of both and of
+    held_out.
     """
-    def distances(features):
-        found = {name: distance(features, held_out.values) for name, distance in DISTANCES.items()}
-        if min(len(features), len(held_out)) >= FEWEST_FOR_MANIFOLDS:
-            found |= metrics.manifold_metrics(features, held_out.values)
-        return found
-
     like = proportional(held_out.labels, samples.labels, pool.labels)
-    rows = {}
-    for row, of in (("samples", samples), ("baseline", pool)):
-        draws = [distances(of.values[as_many(of.labels, like, np.random.default_rng([seed, i]))])
-                 for i in range(DRAWS)]
-        means = {name: float(np.mean([draw[name] for draw in draws])) for name in draws[0]}
-        rows[row] = {"num": len(like), **means}
-    gaps = {name: [] for name in DISTANCES}
+    found = {"num": len(like)}
+    for name, of in (("fid", samples), ("baseline", pool)):
+        draws = [as_many(of.labels, like, np.random.default_rng([seed, i])) for i in range(DRAWS)]
+        found[name] = float(np.mean([
+            metrics.frechet_distance(of.values[draw], held_out.values) for draw in draws]))
+    gaps = []
     for i in range(BOOTSTRAPS):
         rng = np.random.default_rng([seed, 1, i])
         real, one, other = (of.values[as_many(of.labels, labels, rng, replace=True)] for
                             of, labels in ((held_out, held_out.labels), (pool, like), (pool, like)))
-        for name, distance in DISTANCES.items():
-            gaps[name].append(distance(one, real) - distance(other, real))
-    return rows | {
-        "bootstrap_std": {name: float(np.std(gap, ddof=1)) for name, gap in gaps.items()}}
+        gaps.append(metrics.frechet_distance(one, real) - metrics.frechet_distance(other, real))
+    return found | {"bootstrap_std": float(np.std(gaps, ddof=1))}
 
 
-def measure_distances(sets, groups, networks, args, ctx):
-    """{"groups": {space: {group: distance_rows}}}. groups: {group: class indices}; networks:
-    {space: images to features [B, D]}."""
+def measure_distances(sets, args, ctx):
+    """{"groups": {space: {group: distance}}} of all classes together, and of each."""
+    names, networks = sets.train.class_names, {}
+    if "classifier" in args.features and len(np.unique(sets.train.labels)) > 1:
+        to_features = sets.real_classifier(args.seed)[:-1]
+        networks["classifier"] = lambda x: to_features(shrunk(x))
+    if "vae" in args.features and sets.vae is not None:
+        networks["vae"] = lambda x: F.adaptive_avg_pool2d(sets.vae.encode(x).mean, 4).flatten(1)
+    if not networks:
+        notice("no distances: classifier needs two classes, vae needs --ae_ckpt_path")
     like = np.repeat(sets.samples.labels, DRAWS)
     pool = sets.train.subset(as_many(sets.train.labels, like, np.random.default_rng(args.seed)))
+    groups = {"all": sets.classes} | {names[c]: [c] for c in sets.classes}
     found = {}
     for space, network in networks.items():
         rows = [measured(network, of, ctx) for of in (sets.samples, pool, sets.held_out)]
-        found[space] = {group: distance_rows(
+        found[space] = {group: distance(
             *(of.subset(np.isin(of.labels, classes)) for of in rows), args.seed)
             for group, classes in groups.items()}
     return {"groups": found}
 
 
-def measure_power(sets, ctx):
+def in_proportion(sets):
+    """Sets of the compared classes alone, with samples and training images in the proportions of
+    the held-out ones."""
+    held_out = sets.held_out.subset(np.isin(sets.held_out.labels, sets.classes))
+    samples, train = (of.subset(np.sort(as_many(
+        of.labels, proportional(held_out.labels, of.labels), np.random.default_rng(0))))
+        for of in (sets.samples, sets.train))
+    return dataclasses.replace(sets, samples=samples, train=train, held_out=held_out)
+
+
+def measure_power(sets, args, ctx):
     """{"power": {row: {"num": N, octave: mean power relative to held-out images}}}. `decoded`,
     their reconstructions, have about as much as samples can."""
+    sets = in_proportion(sets)
     images = {"samples": sets.samples, "baseline": sets.train, "held_out": sets.held_out}
     found = {row: measured(metrics.octave_power, of, ctx) for row, of in images.items()}
     if sets.vae is not None:
         found["decoded"] = measured(metrics.octave_power, sets.held_out, ctx, sets.vae)
-    octaves = [f"{low:g}-{high:g}" for low, high in metrics.octaves(sets.samples.values.shape[-1])]
+    octaves = [f"{low:g}-{high:g}" for low, high in metrics.octaves(args.img_size)]
     unit = found["held_out"].values.mean(0).clamp_min(1e-12)
     return {"power": {row: {"num": len(of), **dict(zip(
         octaves, (of.values.mean(0) / unit).tolist(), strict=True))} for row, of in found.items()}}
@@ -331,6 +319,7 @@ def c2st(sets, args, ctx):
         area = metrics.auroc(logits, truth)
         return area, *metrics.auroc_interval(area, len(to_test), len(unseen))
 
+    sets = in_proportion(sets)
     first, second = pixels(sets.train)
     real, unseen = first.joined(second), Labelled.joined(*pixels(sets.held_out))
     found = {"samples": trial("samples", real, *pixels(sets.samples)),
@@ -341,35 +330,36 @@ def c2st(sets, args, ctx):
     return {"c2st": found}
 
 
-def find_copies(sets, pairs_path, args, ctx):
+def find_copies(sets, args, ctx):
     """{"copies": result of metrics.CopyTest}, and a picture of the ten samples that are closest to
-    a training image; {} if there are too few of these, with a notice."""
+    a training image."""
     cached = data.cached_thumbnails(sets.train, pathlib.Path(args.output_root, "cache"), ctx)
-    try:
-        test = metrics.CopyTest(torch.from_numpy(cached.rows(sets.train.rows)))
-    except ValueError as e:
-        notice(e)
-        return {}
+    test = metrics.CopyTest(torch.from_numpy(cached.rows(sets.train.rows)))
     found = test.search(measured(data.thumbnails, sets.samples, ctx).values)
     closest = found.pop("ratio").argsort()[:10].numpy()
     originals = found.pop("nearest").numpy()[closest]
-    run.save_grid(pairs_path, [sets.samples.images(closest), sets.train.images(originals)],
+    run.save_grid(args.out_dir / "evaluation_pairs.png",
+                  [sets.samples.images(closest), sets.train.images(originals)],
                   ["the ten samples closest to a training image", "that training image"])
     return {"copies": found}
 
 
-def tstr(sets, real_classifier, args, ctx):
+def tstr(sets, args, ctx):
     """TSTR, train on synthetic and test on real (Esteban et al. 2017), at 95 % confidence:
-    {"auroc": {trained on, tested on: (AUROC, low, high)}, "gain": {BOTH: (gain, low, high)}}.
+    {"auroc": {trained on, tested on: (AUROC, low, high)}, "gain": {BOTH: (gain, low, high)}}; {}
+    without samples of several classes, of all that there are.
 
-    real_classifier(seed) is trained on real images. The gain is what samples beside these add to
-    AGAIN, as many repeats of them: more training alone does not count.
+    The gain is what samples beside real images add to AGAIN, as many repeats of these: more
+    training alone does not count.
     """
-    samples, train, held_out = (measured(shrunk, images, ctx) for images in sets[:3])
+    shape = (len(sets.train.class_names),)
+    if not 1 < len(sets.classes) == shape[0]:
+        return {}
+    samples, train, held_out = (measured(shrunk, images, ctx)
+                                for images in (sets.samples, sets.train, sets.held_out))
     repeats = np.concatenate([
         np.resize(np.flatnonzero(train.labels == c), (samples.labels == c).sum())
         for c in np.unique(samples.labels)])
-    shape = (len(sets.train.class_names),)
     trained_on = {TSTR: samples, BOTH: train.joined(samples),
                   AGAIN: train.joined(train.subset(repeats))}
     tested = {ON_SAMPLES: samples, ON_HELD_OUT: held_out, **dict.fromkeys(trained_on, held_out)}
@@ -377,13 +367,16 @@ def tstr(sets, real_classifier, args, ctx):
     for seed in range(args.seed, args.seed + TRAININGS):
         nets = {name: train_classifier(of, augment, shape, seed, args, ctx, name.split(",")[0])
                 for name, of in trained_on.items()}
-        nets |= dict.fromkeys((ON_SAMPLES, ON_HELD_OUT), real_classifier(seed))
+        nets |= dict.fromkeys((ON_SAMPLES, ON_HELD_OUT), sets.real_classifier(seed))
         for name, net in nets.items():
             logits[name].append(measured(net, tested[name], ctx).values)
     truth = {name: torch.from_numpy(of.labels) for name, of in tested.items()}
     aurocs = {name: metrics.mean_auroc(of, truth[name]) for name, of in logits.items()}
     gain = metrics.auroc_gain(logits[BOTH], logits[AGAIN], truth[BOTH], args.seed)
     return {"auroc": aurocs, "gain": {BOTH: gain}}
+
+
+PARTS = (measure_distances, measure_power, c2st, find_copies, tstr)
 
 
 # --- verdicts -----------------------------------------------------------------------------------
@@ -397,7 +390,6 @@ def verdict(metric, value, target, bad, watch, meaning, advice):
 
 def judge(report):
     """Yield verdicts.Verdicts on what nobody should overlook in a report."""
-    less_guidance = verdicts.less_guidance(report.get("guidance_scale"))
     if copies := report.get("copies"):
         likely = copies["probability"] >= metrics.BY_CHANCE
         yield verdict(
@@ -407,9 +399,16 @@ def judge(report):
             f"{copies['probability']:.2g}.",
             "Look at the pairs. Train less or on more images; do not publish copies of patients.")
     for space, groups in report.get("groups", {}).items():
-        yield from distance_verdicts(space, less_guidance, **groups["all"])
+        fid, baseline, std = (groups["all"][n] for n in ("fid", "baseline", "bootstrap_std"))
+        excess = (fid - baseline) / max(std, 1e-9)
+        yield verdict(
+            f"fid ({space})", fid, f"baseline {baseline:.3f}", not excess < 10, not excess < 3,
+            f"FID to held-out images, {excess:.1f} standard deviations above baseline.",
+            f"Look at power and at the grid; {LESS_GUIDANCE}.")
     if "power" in report:
-        yield power_verdict(less_guidance, **report["power"])
+        ratios = [value for name, value in report["power"]["samples"].items() if name != "num"]
+        furthest = max(ratios, key=lambda ratio: abs(math.log(max(ratio, 1e-6))))
+        yield from verdicts.health({metrics.POWER: furthest})
     if areas := report.get("c2st"):
         value, low, _ = areas["samples"]
         rows = "; ".join(f"{row} {area:.2f}" for row, (area, _, _) in areas.items())
@@ -424,7 +423,7 @@ def judge(report):
         real_value, _, real_high = report["auroc"][ON_HELD_OUT]
         advice = "Below 0.5 the labels are swapped. Near it: train longer, raise --guidance_scale."
         if low > real_high:
-            advice = f"Clearer cases than real ones are caricatures: {less_guidance}."
+            advice = f"Clearer cases than real ones are caricatures: {LESS_GUIDANCE}."
         yield verdict(
             "class fidelity", value, f"real images {real_value:.2f}", high < 0.5,
             low <= 0.5 or low > real_high,
@@ -436,46 +435,6 @@ def judge(report):
             "gain, beside real images", value, f"{low:.3f} to {high:.3f}", False, high < 0,
             "AUROC gained by training on real images and samples instead of repeated real images: "
             f"{benefit}.", "Do not train on them: look at class fidelity and at the distances.")
-
-
-def power_verdict(less_guidance, samples, baseline, held_out, decoded=None):
-    """Verdict on the octave in which samples are least like real images; values between held-out
-    and training images count as real."""
-    def judged(octave):
-        low, high = sorted((held_out[octave], baseline[octave]))
-        value = max(samples[octave], 1e-6)
-        return max(low / value, value / high), octave, f"{low / 1.7:.2f} to {1.7 * high:.2f}"
-
-    deviation, octave, target = max(judged(name) for name in samples if name != "num")
-    meaning = f"Power at {octave} cycles per image relative to held-out images, the worst octave."
-    if decoded:
-        meaning += f" The autoencoder leaves {decoded[octave]:.2f}."
-    advice = f"Noise or ringing: raise --num_sampling_steps; {less_guidance}."
-    if samples[octave] < 1:
-        advice = "Blurred: train longer; if the autoencoder leaves as little, train that longer."
-    return verdict("power", samples[octave], target, deviation > 4, deviation > 1.7, meaning,
-                   advice)
-
-
-def distance_verdicts(space, less_guidance, samples, baseline, bootstrap_std):
-    """Yield Verdicts on the distances in one feature space."""
-    for name, std in bootstrap_std.items():
-        excess = (samples[name] - baseline[name]) / max(std, 1e-9)
-        yield verdict(
-            f"{name} ({space})", samples[name], f"baseline {baseline[name]:.3f}",
-            not excess < 10, not excess < 3,
-            f"{name.upper()} to held-out images, {excess:.1f} standard deviations above baseline.",
-            f"Look at power and at the grid; {less_guidance}.")
-    for name, meaning, advice in (
-            ("precision", "samples among the held-out images",
-             "Samples do not look real: train longer; check the reconstructions."),
-            ("recall", "held-out images among the samples",
-             f"Samples leave much out: {less_guidance}.")):
-        if name in samples and name in baseline:
-            value, real = samples[name], baseline[name]
-            yield verdict(f"{name} ({space})", value, f"baseline {real:.3f}",
-                          not value >= 0.2 * real, not value >= 0.6 * real,
-                          f"Fraction of {meaning}.", advice)
 
 
 # --- the stage ----------------------------------------------------------------------------------
@@ -492,14 +451,7 @@ def main(argv=None):
         fail("without --data_root the samples are compared with the phantom set: give --img_size")
 
     # --- what is measured: a model, or a folder of images ---
-    vae, report = None, {"split": args.split, "seed": args.seed}
-    if args.samples_dir:
-        args.samples_dir = report["samples_dir"] = os.path.realpath(args.samples_dir)
-    if args.out_dir:  # not into what is measured, nor over a report on something else
-        path = pathlib.Path(args.out_dir).resolve() / FILES[0]
-        inside = args.samples_dir and path.is_relative_to(args.samples_dir)
-        if inside or path.exists() and read_json(path).get("samples_dir") != args.samples_dir:
-            fail(f"{args.out_dir} holds the samples, or a report on others: give another --out_dir")
+    report = {"split": args.split, "seed": args.seed}
     if args.ckpt:
         denoiser, vae, checkpoint, requests = sample.prepare_sampling(args, ctx)
         data.adopt_settings(args, checkpoint["args"], f"the model {args.ckpt}")
@@ -511,8 +463,8 @@ def main(argv=None):
         class_names = data.scan(data.image_root(args), args.task, "train").class_names
         samples = read_samples(args.samples_dir, class_names, args.img_size)
         args.img_size, labels = samples.values.shape[-1], samples.labels
-        if args.ae_ckpt_path:
-            vae, _, _ = sample.load_autoencoder(args.ae_ckpt_path, ctx)
+        vae = sample.load_autoencoder(args.ae_ckpt_path, ctx)[0] if args.ae_ckpt_path else None
+        report["samples_dir"] = args.samples_dir
 
     # --- real images of that size: before sampling, so that mistakes show at once ---
     train = data.open_images(args, ctx, "train", class_names=class_names)
@@ -522,55 +474,36 @@ def main(argv=None):
         data.notice_changes(meta.get("data"), train, "the model was trained")
     held_out = train if args.split == "train" else data.open_images(
         args, ctx, args.split, train=train)
-    compared = [c for c in range(len(class_names)) if min(
-        (of == c).sum() for of in (labels, train.labels, held_out.labels)) > 1]
-    few = [name for c, name in enumerate(class_names) if c not in compared]
+    classes = np.unique(labels)
+    few = [class_names[c] for c in classes if min(
+        (of == c).sum() for of in (labels, train.labels, held_out.labels)) < FEWEST]
     if few:
-        notice(f"under two samples, training images or held-out images of class {', '.join(few)}: "
-               "it is left out of all comparisons, and there is no AUROC")
-    unseen = held_out.subset(np.isin(held_out.labels, compared))
-    chosen = [np.sort(as_many(of, proportional(unseen.labels, of), np.random.default_rng(0)))
-              for of in (labels, train.labels)]
-    sizes = [*map(len, chosen), len(unseen)]
-    if min(sizes) < FEWEST:
-        fail(f"{sizes[0]} samples, {sizes[1]} training and {sizes[2]} held-out images, in equal "
-             f"class proportions: raise --num_samples, or add images, to at least {FEWEST} of each")
-    groups = {"all": compared} | {class_names[c]: [c] for c in compared}
+        fail(f"under {FEWEST} samples, training images or held-out images of class "
+             f"{', '.join(few)}: raise --num_samples, add images, or leave it out of --classes")
 
     @functools.cache
     def real_classifier(seed):
         return train_classifier(measured(shrunk, train, ctx), augment, (len(class_names),), seed,
                                 args, ctx, "real images")
 
-    networks = {}
-    if "classifier" in args.features and len(np.unique(train.labels)) > 1:
-        to_features = real_classifier(args.seed)[:-1]
-        networks["classifier"] = lambda x: to_features(shrunk(x))
-    if "vae" in args.features and vae is not None:
-        networks["vae"] = lambda x: F.adaptive_avg_pool2d(vae.encode(x).mean, 4).flatten(1)
-    if not networks:
-        fail("no features to compare by: classifier needs two classes, vae needs --ae_ckpt_path")
-    folder = args.out_dir or (run.run_folder(args.ckpt) if args.ckpt else run.new_folder(
-        args.output_root, f"evaluation_{args.task.lower()}"))
-    path, pairs_path = (make_folder(folder) / name for name in FILES)
-
     # --- the parts of the report ---
+    args.out_dir = make_folder(args.out_dir or (run.run_folder(args.ckpt) if args.ckpt else
+                               run.new_folder(args.output_root, f"evaluation_{args.task.lower()}")))
     if args.ckpt:
-        samples = draw_samples(denoiser, vae, checkpoint, requests, args, ctx)
-    sets = Sets(samples, train, held_out, vae)
-    same = Sets(samples.subset(chosen[0]), train.subset(chosen[1]), unseen, vae)
+        batches = sample.sample_batches(
+            denoiser, vae, checkpoint["latent_scale_factor"], requests, class_names, args, ctx,
+            args.batch_size, f"sampling ({args.sampler})")
+        samples = Labelled(labels, torch.cat([as_saved(x) for _, _, x in batches]))
     report["num_samples"] = {class_names[c]: int((labels == c).sum()) for c in np.unique(labels)}
-    report |= measure_distances(sets, groups, networks, args, ctx)
-    report |= measure_power(same, ctx)
-    report |= c2st(same, args, ctx)
-    report |= find_copies(sets, pairs_path, args, ctx)
-    if len(class_names) > 1 and not few:
-        report |= tstr(sets, real_classifier, args, ctx)
+    sets = Sets(samples, train, held_out, classes, vae, real_classifier)
+    for part in PARTS:
+        report |= part(sets, args, ctx)
 
     found = [*judge(report)]
     for name, value in leaves(report):
         print(f"{name:<56} {show(value)}")
     print(verdicts.format_verdicts(found))
+    path = args.out_dir / "evaluation.json"
     write_json(path, {**report, "verdicts": [v._asdict() for v in found]})
     print(f"written: {path}")
 

@@ -65,14 +65,17 @@ class MemorisationMonitor:
 
     def __init__(self, latents, vae, vae_sha256, scale, cache, args, ctx):
         """latents: data.LatentSet of the training images; cache: folder of the caches."""
-        self.ctx, self.images, self.num_val = ctx, latents.images, 0
-        self.val = self.train = self.copy_test = self.thumbnails = None
+        self.ctx, self.num_val = ctx, 0
+        self.val = self.train = self.copy_test = None
         self.best, self.recent = Best(), torch.zeros(0, data.THUMBNAIL_SIZE**2)
         self.val_data = None  # ImageSet.summary of the validation images
         if args.overfit_k:
             return
-        self.thumbnails = data.cached_thumbnails(self.images, cache, ctx)
-        val = data.open_images(args, ctx, "val", optional=True, train=self.images)
+        images = latents.images
+        some = images.rows[data.spread(len(images), MOST_SEARCHED)]
+        thumbnails = data.cached_thumbnails(images, cache, ctx).rows(some)
+        self.copy_test = metrics.CopyTest(torch.from_numpy(thumbnails))
+        val = data.open_images(args, ctx, "val", optional=True, train=images)
         if val is None:
             return
         self.num_val, self.val_data = len(val), val.summary
@@ -80,7 +83,7 @@ class MemorisationMonitor:
         index = data.spread(len(val), PAIRS)
         matched = []  # as many training images, with the same classes
         for c, count in zip(*np.unique(val.labels[index], return_counts=True), strict=True):
-            members = np.flatnonzero(self.images.labels == c)
+            members = np.flatnonzero(images.labels == c)
             matched.append(members[data.spread(len(members), count)])
         self.val = fixed_inputs(val_latents, index, scale, args, ctx)
         self.train = fixed_inputs(latents, np.concatenate(matched), scale, args, ctx)
@@ -100,7 +103,7 @@ class MemorisationMonitor:
     def measure(self, denoiser, x, step, epoch):
         """Metrics val/* and copies/* of an evaluation with samples x [N, 1, S, S]; updates `best`.
         All ranks must call it."""
-        if self.thumbnails is None:
+        if self.copy_test is None:
             return {}
         values = self.copies(x)
         if self.val is not None:
@@ -112,16 +115,8 @@ class MemorisationMonitor:
         return values
 
     def copies(self, x):
-        """Metrics copies/* once the samples x [N, 1, S, S] have joined the recent ones; nothing if
-        there are too few training images."""
+        """Metrics copies/* once the samples x [N, 1, S, S] have joined the recent ones."""
         rows = data.thumbnails(x)
         self.recent = torch.cat([self.recent, rows])[-WINDOW * len(rows):]
-        if self.copy_test is None:
-            some = self.images.rows[data.spread(len(self.images), MOST_SEARCHED)]
-            train = torch.from_numpy(self.thumbnails.rows(some))
-            try:
-                self.copy_test = metrics.CopyTest(train)
-            except ValueError:  # too few images
-                return {}
-        result = self.copy_test.search(self.recent)
-        return {f"copies/{name}": result[name] for name in ("share", "expected", "probability")}
+        found = self.copy_test.search(self.recent)
+        return {f"copies/{name}": found[name] for name in ("share", "expected", "probability")}

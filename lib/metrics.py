@@ -216,37 +216,6 @@ def frechet_distance(a, b):
     return max(distance.item(), 0.0)
 
 
-def kernel_distance(a, b):
-    """KID: kernel distance of features a [N, D], b [M, D], N, M >= 2 (Binkowski et al. 2018, 4).
-
-    Unbiased squared MMD (Gretton et al. 2012, eq. 3) with the kernel (a.b / D + 1)^3. Expected to
-    be 0 for equal distributions, whatever N and M, so single values can be slightly negative.
-    """
-    a, b = rows64(a), rows64(b)
-
-    def kernel(x, y):
-        return (x @ y.T / x.shape[1] + 1) ** 3
-
-    within = [(k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (kernel(a, a), kernel(b, b))]
-    return (within[0] + within[1] - 2 * kernel(a, b).mean()).item()
-
-
-def manifold_metrics(samples, real, k=5):
-    """dict of precision and recall of features [N, D] against real [M, D] (Kynkaanniemi et al.
-    2019, eq. 1-2). Each point has a ball that reaches its k-th nearest neighbour in its own set:
-    fractions of samples inside any real ball, of real points inside any sample's ball."""
-    samples, real = rows64(samples), rows64(real)
-    if not (samples.isfinite().all() and real.isfinite().all()):
-        return dict.fromkeys(("precision", "recall"), math.nan)
-    k = min(k, len(samples) - 1, len(real) - 1)
-    # The nearest of all is the point itself.
-    own, radii = (torch.cdist(x, x).kthvalue(k + 1, dim=1).values for x in (samples, real))
-    distance = torch.cdist(samples, real)  # [N, M]
-    in_real, in_samples = distance <= radii, distance <= own[:, None]
-    return {"precision": in_real.any(1).double().mean().item(),
-            "recall": in_samples.any(0).double().mean().item()}
-
-
 # --- copies -------------------------------------------------------------------------------------
 
 REPEATED = 0.97  # correlation of thumbnails above which two training images are the same film
@@ -262,13 +231,10 @@ def binomial_interval(count, total, z=1.96):
 
 
 def beta_binomial_tail(count, total, a, b):
-    """P(X >= count) of X ~ BetaBinomial(total, a, b)."""
-    def log_beta(p, q):
-        return math.lgamma(p) + math.lgamma(q) - math.lgamma(p + q)
-
-    return min(1.0, math.fsum(
-        math.exp(log_beta(x + a, total - x + b) - log_beta(a, b) - log_beta(x + 1, total - x + 1))
-        / (total + 1) for x in range(count, total + 1)))
+    """P(X >= count) of X ~ BetaBinomial(total, a, b) with whole a and b."""
+    ways = sum(math.comb(x + a - 1, x) * math.comb(total - x + b - 1, total - x)
+               for x in range(count, total + 1))
+    return ways / math.comb(total + a + b - 1, total)
 
 
 def distinct_rows(rows):
@@ -281,14 +247,16 @@ def distinct_rows(rows):
 
 
 def closeness(rows, others, within=False):
-    """(ratio [N], nearest [N]) of unit-length rows [N, D] among others [M >= 6, D]: the distance to
-    the nearest, over that to the fifth nearest. within: rows are the others, without themselves."""
+    """(ratio [N], nearest [N]) of unit-length rows [N, D] among others [M, D]: the distance to the
+    nearest, over that to the fifth nearest, or to the last of fewer. within: rows are the others,
+    without themselves."""
     ratios, nearest = [], []
+    neighbours = max(1, min(5, len(others) - 1))
     for start in range(0, len(rows), 256):
         squares = (2 - 2 * rows[start:start + 256] @ others.T).clamp_min(0)
         if within:
             squares.diagonal(start).fill_(math.inf)
-        values, index = squares.topk(5, 1, largest=False)
+        values, index = squares.topk(neighbours, 1, largest=False)
         ratios.append((values[:, 0] / values[:, -1].clamp_min(1e-12)).sqrt())
         nearest.append(index[:, 0])
     return torch.cat(ratios), torch.cat(nearest)
@@ -305,12 +273,9 @@ class CopyTest:
     """
 
     def __init__(self, train, alpha=0.01):
-        """train [M, D]: unit-length rows, as from data.thumbnails. ValueError if fewer than 6 of
-        them are distinct."""
+        """train [M, D]: unit-length rows, as from data.thumbnails."""
         self.index = distinct_rows(train)
         self.others = train[self.index]
-        if len(self.others) < 6:
-            raise ValueError(f"{len(self.others)} distinct training images: too few to find copies")
         reference, _ = closeness(self.others, self.others, within=True)
         self.rank = max(1, int(alpha * (len(self.others) + 1)))
         self.threshold = reference.kthvalue(self.rank).values

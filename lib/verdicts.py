@@ -15,6 +15,7 @@ COPIES, COPIES_EXPECTED = "copies/share", "copies/expected"
 COPIES_PROBABILITY, NOISE = "copies/probability", "posterior_noise_share"
 PSNR, PSNR_LINEAR = "val/psnr", "val/psnr_linear"
 DETAIL, FINEST, VAL_LATTICE = "val/detail", "val/power_finest", "val/lattice"
+OVERFIT_PSNR = 25  # dB; different patients have at most 19.5, unrelated latents an MSE of 2
 
 
 class Verdict(NamedTuple):
@@ -59,11 +60,6 @@ def val_trend(val_losses, train_losses):
     return "memorising" if rose and train[-3:].mean() < train[best] else "level"
 
 
-def less_guidance(guidance_scale):
-    """What to do about too strong a guidance: without any (1), there is none to lower."""
-    return "train longer" if guidance_scale == 1 else "lower --guidance_scale, then train longer"
-
-
 def rules(v, c):
     """The table of verdicts, for a metric's value v in the context c of `health`: [(metric, level,
     whether it applies, meaning, advice)]. The first that applies counts; if none does, see OK."""
@@ -89,7 +85,7 @@ def rules(v, c):
         (VAL, "watch", c.val_trend == "level", f"Lowest in epoch {c.best_epoch}, and level since.",
          "Use ckpts/best.pt. Stop if val/loss does not start to fall again."),
         # Asked at every evaluation, so the 0.025 of evaluate.py would often be met by chance.
-        (COPIES, "bad", c.copies_probability < 0.001, "More copies than chance allows.",
+        (COPIES, "bad", c.probability < 0.001, "More copies than chance allows.",
          "Stop: it reproduces patients. Use an earlier ckpts/best.pt; check it with evaluate.py."),
 
         *[rule for level, factor in (("bad", 4), ("watch", 2)) for rule in (
@@ -146,34 +142,30 @@ def rules(v, c):
     ]
 
 
-OK = {  # in the order in which verdicts are printed
-    LOSS: "Falling, or too short to judge (under 20 log entries).",
-    GRAD: "The gradient is neither exploding nor vanishing.",
-    BAD_STEPS: "No step was skipped since the last log line.",
-    VAL: "Falling, or too early to judge (under 4 evaluations).",
-    COPIES: "No more samples copy a training image than chance allows.",
-    POWER: "As much power in every octave as real images.",
-    LATTICE: "No more of a lattice than in real images.",
-    ROUND_TRIP: "Decoded and encoded again, they move as little as real latents.",
-    MSE_MEAN: "The samples of a class differ from one another.",
-    RATIO: "Samples are about as diverse as training images.",
-    **dict.fromkeys((MSE_STD, MSE_MIN, MSE_MAX), "No image is repeated within a class."),
-    PSNR: "Better than as many principal components.",
-    **dict.fromkeys((DETAIL, FINEST), "As much fine detail as the images."),
-    VAL_LATTICE: "No more of a lattice than in the images.",
-    NOISE: "The latents carry image content and hardly any noise.",
-    Z_MEAN: "Near the mean of the training latents, if that is known.",
-    Z_STD: "Near 1/latent_scale_factor.",
-    **dict.fromkeys((Z_MIN, Z_MAX), "Near the range of the training latents, if that is known."),
+OK = {  # in the order in which verdicts are printed: (meaning, target beside the value)
+    LOSS: ("Falling, or too short to judge (under 20 log entries).", ""),
+    GRAD: ("The gradient is neither exploding nor vanishing.", "1e-06 to 100"),
+    BAD_STEPS: ("No step was skipped since the last log line.", ""),
+    VAL: ("Falling, or too early to judge (under 4 evaluations).", ""),
+    COPIES: ("No more copies of training images than chance allows.", "{expected:.2g} by chance"),
+    POWER: ("As much power in every octave as real images.", "0.5 to 2"),
+    LATTICE: ("No more of a lattice than in real images.", "under 2"),
+    ROUND_TRIP: ("Decoded and encoded again, they move as little as real latents.",
+                 "{real_round_trip:.2g} for real ones"),
+    MSE_MEAN: ("The samples of a class differ from one another.", "over 0.1"),
+    RATIO: ("Samples are about as diverse as training images.", "0.5 to 1.5"),
+    **dict.fromkeys((MSE_STD, MSE_MIN, MSE_MAX), ("No image is repeated within a class.", "")),
+    PSNR: ("Better than as many principal components.", "principal components: {psnr_linear:.1f}"),
+    DETAIL: ("As much fine detail as the images.", "0.8 to 1.25"),
+    FINEST: ("As much fine detail as the images.", "0.6 to 1.6"),
+    VAL_LATTICE: ("No more of a lattice than in the images.", "under 2"),
+    NOISE: ("The latents carry image content and hardly any noise.", "under 0.2"),
+    Z_MEAN: ("Near the mean of the training latents, if that is known.",
+             "{train_mean:.2g} +- {std:.2g}"),
+    Z_STD: ("Near 1/latent_scale_factor.", "0.8 to 1.25 of {std:.3g}"),
+    **dict.fromkeys((Z_MIN, Z_MAX), ("Near the range of the training latents, if that is known.",
+                                     "{lowest:.3g} to {highest:.3g}")),
 }
-
-TARGETS = {  # beside a value, with fields of the context; left out if one is not known
-    GRAD: "1e-06 to 100", COPIES: "{copies_expected:.2g} by chance", MSE_MEAN: "over 0.1",
-    RATIO: "0.5 to 1.5", POWER: "0.5 to 2", ROUND_TRIP: "{real_round_trip:.2g} for real ones",
-    PSNR: "principal components: {psnr_linear:.1f}", DETAIL: "0.8 to 1.25", FINEST: "0.6 to 1.6",
-    LATTICE: "under 2", VAL_LATTICE: "under 2", NOISE: "under 0.2",
-    Z_MEAN: "{train_mean:.2g} +- {std:.2g}", Z_STD: "0.8 to 1.25 of {std:.3g}",
-    **dict.fromkeys((Z_MIN, Z_MAX), "{lowest:.3g} to {highest:.3g}")}
 
 
 def health(metrics, losses=(), train_stats=None, overfit=False, diverged=False,
@@ -184,28 +176,28 @@ def health(metrics, losses=(), train_stats=None, overfit=False, diverged=False,
     metrics. diverged: --max_bad_steps stopped the run; guidance_scale: of the samples."""
     val, val_train = ([*past, metrics.get(name, math.nan)]
                       for past, name in zip(val_history, (VAL, VAL_TRAIN), strict=True))
-    train = {"mean": math.nan, "min": math.nan, "max": math.nan, **(train_stats or {})}
-    half_range = (train["max"] - train["min"]) / 2
-    context = SimpleNamespace(  # unknown numbers are NaN
-        loss_trend=loss_trend(losses), val_trend=val_trend(val, val_train), best_epoch=best_epoch,
-        copies_probability=metrics.get(COPIES_PROBABILITY, math.nan), diverged=diverged,
-        psnr_linear=metrics.get(PSNR_LINEAR, math.nan),
-        real_round_trip=metrics.get(REAL_ROUND_TRIP, math.nan),
-        copies_expected=metrics.get(COPIES_EXPECTED, math.nan), less=less_guidance(guidance_scale),
-        std=metrics.get(TARGET_STD, math.nan), train_mean=train["mean"],
-        lowest=train["min"] - half_range, highest=train["max"] + half_range)
+    mean, low, high = ((train_stats or {}).get(name, math.nan) for name in ("mean", "min", "max"))
+    # Unknown numbers are NaN; those of other metrics go by the ends of their names.
+    context = {name.split("/")[1]: metrics.get(name, math.nan) for name in (
+        COPIES_EXPECTED, COPIES_PROBABILITY, PSNR_LINEAR, REAL_ROUND_TRIP)}
+    context |= {"loss_trend": loss_trend(losses), "val_trend": val_trend(val, val_train),
+                "best_epoch": best_epoch, "diverged": diverged, "train_mean": mean,
+                "std": metrics.get(TARGET_STD, math.nan), "less": "train longer",
+                "lowest": low - (high - low) / 2, "highest": high + (high - low) / 2}
+    if guidance_scale > 1:
+        context["less"] = "lower --guidance_scale, then train longer"
     verdicts = []
     for name in (name for name in OK if name in metrics):
         one_pair = name == MSE_STD and metrics.get("sample_diversity/num_pairs") == 1
         if one_pair or overfit and name.startswith("sample_diversity/"):
             continue  # the std of a single pair is 0 and says nothing
-        value = float(metrics[name])
-        found = [(level, *words) for metric, level, applies, *words in rules(value, context)
-                 if applies and metric in ("*", name)]
-        level, meaning, advice = [*found, ("ok", OK[name], "")][0]
-        target = TARGETS.get(name, "nan").format(**vars(context))
-        text = f"{value:.4g}" + (f" ({target})" if "nan" not in target else "")
-        verdicts.append(Verdict(name, level, text, meaning, advice))
+        value, (meaning, target) = float(metrics[name]), OK[name]
+        found = [(level, *words) for metric, level, applies, *words in
+                 rules(value, SimpleNamespace(**context)) if applies and metric in ("*", name)]
+        level, meaning, advice = [*found, ("ok", meaning, "")][0]
+        target = target.format(**context)
+        shown = f" ({target})" if target and "nan" not in target else ""
+        verdicts.append(Verdict(name, level, f"{value:.4g}{shown}", meaning, advice))
     return verdicts
 
 
@@ -219,14 +211,14 @@ def sweep_objective(values, verdicts):
     return values | {f"{MSE_MEAN}_raw": values[MSE_MEAN], MSE_MEAN: objective}
 
 
-def overfit_verdict(z_samples, z_train, x_samples, x_train, mse_threshold=0.1, psnr_threshold=25.0):
+def overfit_verdict(z_samples, z_train, x_samples, x_train, mse_threshold=0.1):
     """Did the model memorise its K training items? dict of `overfit/*`, with the bool `passed`.
 
     z_samples [S, ...] and z_train [K, ...] are normalised latents, x_* [., 1, H, W] their images in
-    [-1, 1]. The samples' median MSE and PSNR to the nearest training latent must reach the
-    thresholds (unrelated latents have MSE 2, different patients at most 19.5 dB). Coverage, the
-    fraction of min(K, S) items nearest to some sample within mse_threshold, must be one half, and
-    two items if S and K allow: one repeated image fails for K > 1.
+    [-1, 1]. The samples' median MSE and PSNR to the nearest training latent must reach
+    mse_threshold and OVERFIT_PSNR. Coverage, the fraction of min(K, S) items nearest to some sample
+    within mse_threshold, must be one half, and two items if S and K allow: one repeated image fails
+    for K > 1.
     """
     z_samples, z_train = rows64(z_samples), rows64(z_train)
     # The faster way to compute distances is inexact near 0.
@@ -236,13 +228,11 @@ def overfit_verdict(z_samples, z_train, x_samples, x_train, mse_threshold=0.1, p
     findable = min(len(z_train), len(z_samples))
     covered = len(nearest[mse <= mse_threshold].unique())
     median_mse, median_psnr = mse.quantile(0.5).item(), match_psnr.quantile(0.5).item()
-    passed = (median_mse <= mse_threshold and median_psnr >= psnr_threshold
+    passed = (median_mse <= mse_threshold and median_psnr >= OVERFIT_PSNR
               and covered >= 0.5 * findable and covered >= min(2, findable))
-    return {
-        "overfit/nearest_mse": median_mse, "overfit/mse_threshold": mse_threshold,
-        "overfit/nearest_psnr": median_psnr, "overfit/psnr_threshold": psnr_threshold,
-        "overfit/coverage": covered / findable, "overfit/coverage_threshold": 0.5,
-        "overfit/passed": passed}
+    return {"overfit/nearest_mse": median_mse, "overfit/mse_threshold": mse_threshold,
+            "overfit/nearest_psnr": median_psnr, "overfit/coverage": covered / findable,
+            "overfit/passed": passed}
 
 
 def format_verdicts(verdicts):
@@ -269,17 +259,16 @@ def format_training(values):
 
 def format_overfit(values):
     """One line, PASS or FAIL, about the result of overfit_verdict; FAIL says what to do."""
-    v = {k.removeprefix("overfit/"): x for k, x in values.items()}
+    mse, most, found_psnr, coverage, passed = (values[f"overfit/{name}"] for name in (
+        "nearest_mse", "mse_threshold", "nearest_psnr", "coverage", "passed"))
     advice = ""
-    if not v["nearest_mse"] <= v["mse_threshold"]:
+    if not mse <= most:
         advice = ("; train longer (--max_steps), with a lower --lr if train/loss jumps; if that "
                   "does not help, run find_latent_scale.py again")
-    elif not v["nearest_psnr"] >= v["psnr_threshold"]:
+    elif not found_psnr >= OVERFIT_PSNR:
         advice = "; the latents are right, their images are not: train the autoencoder longer"
-    elif not v["passed"]:
+    elif not passed:
         advice = "; few images come back: train longer, or draw more (--sample_batch_size)"
-    return (f"{'PASS' if v['passed'] else 'FAIL'}: nearest training latent at MSE "
-            f"{v['nearest_mse']:.4f} (at most {v['mse_threshold']:.4f}), decoded PSNR "
-            f"{v['nearest_psnr']:.1f} dB (at least {v['psnr_threshold']:g}), "
-            f"{v['coverage']:.0%} of the images found (at least {v['coverage_threshold']:.0%})"
-            + advice)
+    return (f"{'PASS' if passed else 'FAIL'}: nearest training latent at MSE {mse:.4f} (at most "
+            f"{most:.4f}), decoded PSNR {found_psnr:.1f} dB (at least {OVERFIT_PSNR}), "
+            f"{coverage:.0%} of the images found (at least 50%){advice}")

@@ -24,29 +24,17 @@ def images(batch, height, width, seed=0):
 # --- reconstruction ---
 
 
-def test_ssim_of_an_image_with_itself_is_one_and_symmetric():
-    x, y = images(2, 64, 48), images(2, 64, 48, seed=1)
-    assert torch.allclose(ssim(x, x), torch.ones(2), atol=1e-6)
-    assert torch.allclose(ms_ssim(x, x), torch.ones(2), atol=1e-6)
-    assert torch.allclose(ssim(x, y), ssim(y, x), atol=1e-6)
-    x = x[:, :, :21]  # for one scale only
+def test_ms_ssim_of_small_images_is_ssim():
+    x = images(2, 64, 21)
     assert torch.allclose(ms_ssim(x, 0.8 * x + 0.1), ssim(x, 0.8 * x + 0.1), atol=1e-6)
 
 
-HARD_PAIRS = {
-    "identical": (images(1, 48, 48), images(1, 48, 48)),
-    "constant": (torch.full((1, 1, 48, 48), 0.3), torch.full((1, 1, 48, 48), 0.3)),
-    "black and white": (torch.full((1, 1, 48, 48), -1.0), torch.ones(1, 1, 48, 48)),
-}
-
-
-@pytest.mark.parametrize("name", HARD_PAIRS)
 @pytest.mark.parametrize("metric", [ssim, ms_ssim])
-def test_similarity_has_finite_values_and_gradients(metric, name):
-    x, y = (v.clone().requires_grad_() for v in HARD_PAIRS[name])
-    value = metric(x, y)
-    value.sum().backward()
-    assert value.isfinite().all() and x.grad.isfinite().all() and y.grad.isfinite().all()
+def test_similarity_of_constant_images_has_finite_gradients(metric):
+    for a, b in ((0.3, 0.3), (-1.0, 1.0)):
+        x, y = (torch.full((1, 1, 48, 48), v, requires_grad=True) for v in (a, b))
+        metric(x, y).sum().backward()
+        assert x.grad.isfinite().all() and y.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("metric", [psnr, ssim, ms_ssim])
@@ -139,7 +127,8 @@ def test_copies_are_counted_and_their_originals_named():
     assert found["expected"] == 1 / 101 and found["distinct"] == 100
     assert 3 / 33 <= found["share"] <= 6 / 33 and found["probability"] < 0.01
     assert copies(train, train)["share"] == 1
-    assert "too few" in str(pytest.raises(ValueError, copies, fresh, train[:5]).value)
+    for few in (1, 2, 5):  # the nearest is compared with the last of fewer than five
+        assert copies(fresh, train[:few])["probability"] > 0.01
 
 
 def test_a_repeated_training_image_hides_no_copy():
@@ -375,16 +364,13 @@ def test_every_metric_is_bad_when_not_finite(value):
     assert [(v.metric, v.level) for v in verdicts] == [(name, "bad") for name in OK]
 
 
-def test_std_of_a_single_pair_has_no_verdict():
-    values = {D + "pairwise_mse_mean": 1.0, D + "pairwise_mse_std": 0.0}
-    assert [v.metric for v in health(values | {D + "num_pairs": 1})] == [D + "pairwise_mse_mean"]
-    assert [v.level for v in health(values | {D + "num_pairs": 3})] == ["ok", "bad"]
-
-
-def test_overfit_leaves_out_only_the_diversity_verdicts():
-    values = {name: 0.5 for name in OK}
-    left_out = {v.metric for v in health(values)} - {v.metric for v in health(values, overfit=True)}
-    assert left_out == {name for name in values if name.startswith(D)}
+def test_what_says_nothing_has_no_verdict():
+    """The std of a single pair, and diversity where memorising is the goal."""
+    values = {D + "pairwise_mse_mean": 1.0, D + "pairwise_mse_std": 0.0, "val/loss": 0.5}
+    for pairs, overfit, judged in ((1, False, {"val/loss": "ok", D + "pairwise_mse_mean": "ok"}),
+                                   (3, True, {"val/loss": "ok"})):
+        found = health(values | {D + "num_pairs": pairs}, overfit=overfit)
+        assert {v.metric: v.level for v in found} == judged
 
 
 def test_a_verdict_shows_its_target_if_it_is_known():
@@ -393,13 +379,6 @@ def test_a_verdict_shows_its_target_if_it_is_known():
     assert shown == {L + "std": "1.31 (0.8 to 1.25 of 2)", L + "min": "-20.5 (-13 to 15)",
                      L + "mean": "0.1 (0.5 +- 2)", "train/loss": "0.5"}
     assert {v.value for v in health(values)} == {"1.31", "-20.5", "0.1", "0.5"}
-
-
-@pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_no_advice_lowers_a_guidance_that_is_none(scale):
-    values = dict.fromkeys(OK, -30.0) | {"sample_diversity/ratio_to_real": 0.1} | TARGET
-    advice = " ".join(v.advice for v in health(values, train_stats=TRAIN, guidance_scale=scale))
-    assert ("guidance_scale" in advice) == (scale != 1) and "train longer" in advice
 
 
 NOISE = {
@@ -477,23 +456,19 @@ def test_overfit_passes_on_copies_in_any_order():
     assert result["overfit/coverage"] == 1
     assert result["overfit/nearest_mse"] == pytest.approx(0.1**2, rel=0.2)
     assert result["overfit/nearest_psnr"] == pytest.approx(20 * math.log10(2 / 0.05), abs=0.2)
-    assert (result["overfit/mse_threshold"], result["overfit/psnr_threshold"]) == (0.1, 25.0)
+    assert result["overfit/mse_threshold"] == 0.1
 
 
-@pytest.mark.parametrize("k, samples", [(2, 2), (3, 3), (8, 4), (8, 8), (8, 40), (32, 16)])
-def test_overfit_fails_on_one_image_repeated_by_its_coverage(k, samples):
+@pytest.mark.parametrize("k, drawn, coverage, passed", [
+    (2, [1] * 2, 1 / 2, False), (3, [2] * 3, 1 / 3, False), (8, [7] * 4, 1 / 4, False),
+    (8, [7] * 40, 1 / 8, False), (32, [31] * 16, 1 / 16, False),
+    (8, [0, 1, 2, 3] * 2, 4 / 8, True), (8, [0, 1, 2, 0] * 2, 3 / 8, False)])
+def test_overfit_passes_when_half_is_covered_and_not_by_one_image_repeated(
+        k, drawn, coverage, passed):
     z, x = training_set(k)
-    repeated = torch.full((samples,), k - 1)
-    result = overfit_verdict(noisy(z[repeated], 0.1), z, noisy(x[repeated], 0.05), x)
+    result = overfit_verdict(noisy(z[drawn], 0.1), z, noisy(x[drawn], 0.05), x)
     assert result["overfit/nearest_mse"] < 0.1 and result["overfit/nearest_psnr"] > 25
-    assert result["overfit/coverage"] == 1 / min(k, samples)
-    assert result["overfit/passed"] is False
-
-
-def test_overfit_passes_when_half_is_covered():
-    z, x = training_set(8)
-    for drawn, passed in (([0, 1, 2, 3] * 2, True), ([0, 1, 2, 0] * 2, False)):
-        assert overfit_verdict(z[drawn], z, x[drawn], x)["overfit/passed"] is passed
+    assert (result["overfit/coverage"], result["overfit/passed"]) == (coverage, passed)
 
 
 def test_overfit_needs_both_latents_and_images_to_match():
@@ -503,5 +478,3 @@ def test_overfit_needs_both_latents_and_images_to_match():
     assert result["overfit/nearest_mse"] > 0.5 and result["overfit/nearest_psnr"] < 25
     for samples in ((z_other, x_other), (z, x_other), (z_other, x), (z * math.nan, x * math.nan)):
         assert not overfit_verdict(samples[0], z, samples[1], x)["overfit/passed"]
-
-

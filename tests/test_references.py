@@ -25,7 +25,6 @@ skimage = pytest.importorskip("skimage.metrics")
 sklearn = pytest.importorskip("sklearn.metrics")
 proportion = pytest.importorskip("statsmodels.stats.proportion")
 pytorch_msssim = pytest.importorskip("pytorch_msssim")
-prdc = pytest.importorskip("prdc")
 diffusers = pytest.importorskip("diffusers")
 training_utils = pytest.importorskip("diffusers.training_utils")
 
@@ -130,27 +129,6 @@ def test_frechet_distance_has_the_matrix_root_of_scipy(n, m, dim, rel):
     means = ((a.mean(0) - b.mean(0)) ** 2).sum().item()
     expected = means + np.trace(s1 + s2 - 2 * linalg.sqrtm(s1 @ s2).real)
     assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=rel)
-
-
-def test_kernel_distance_has_the_kernel_of_sklearn():
-    a, b = feature_pair(60, 45, 16)
-
-    def kernel(u, v):
-        return sklearn.pairwise.polynomial_kernel(u, v, degree=3, gamma=1 / 16, coef0=1)
-
-    aa, bb = kernel(a, a), kernel(b, b)
-    within = [(k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (aa, bb)]
-    expected = sum(within) - 2 * kernel(a, b).mean()
-    assert metrics.kernel_distance(a, b) == pytest.approx(expected, rel=1e-12)
-
-
-@pytest.mark.parametrize("k", [3, 5])
-def test_manifold_metrics_are_those_of_prdc(k):
-    real, samples = feature_pair(90, 120, 8)
-    expected = prdc.compute_prdc(real.numpy(), samples.numpy(), nearest_k=k)
-    expected = {name: expected[name] for name in ("precision", "recall")}
-    assert all(0 < value < 1 for value in expected.values())
-    assert metrics.manifold_metrics(samples, real, k) == pytest.approx(expected, rel=1e-12)
 
 
 # --- classification -----------------------------------------------------------------------------

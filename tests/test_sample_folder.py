@@ -5,7 +5,6 @@ import torch
 from conftest import error_of, strict, tree_hashes, write_png
 from PIL import Image
 
-import evaluate
 import sample
 from lib import run
 
@@ -74,20 +73,23 @@ def test_more_and_fewer_of_the_same_settings_go_on(workspace, folder):
     assert {**manifest(folder), "images": 0} == {**settings, "images": 0}
 
 
-def test_a_run_that_was_broken_off_is_told_and_goes_on(workspace, monkeypatch, capsys):
-    folder = workspace.root / "s"
-    measure = [f"--samples_dir={folder}", *workspace.common, "--classifier_steps=1",
-               "--device=cpu"]
-    three_times = iter([run.save_image] * 3)
-    with monkeypatch.context() as patch, pytest.raises(StopIteration):
-        patch.setattr(run, "save_image", lambda path, x: next(three_times)(path, x))
+def test_a_run_that_was_broken_off_goes_on(workspace, monkeypatch):
+    folder, count = workspace.root / "s", 0
+    save_image = run.save_image
+
+    def three_times(path, x):
+        nonlocal count
+        count += 1
+        if count > 3:
+            raise KeyboardInterrupt
+        save_image(path, x)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run, "save_image", three_times)
         sample.main(argv(workspace, "--num_samples=4"))
     assert len(listed(folder)) == 8 and len(drawn(folder)) == 3
-    assert "run the sample.py command again" in error_of(capsys, evaluate.main, measure)
-
     sample.main(argv(workspace, "--num_samples=4"))
     assert sorted(drawn(folder)) == listed(folder) and len(listed(folder)) == 8
-    evaluate.main(measure)  # no error
 
 
 def test_what_is_not_given_is_as_in_training(workspace, capsys):

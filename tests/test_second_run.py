@@ -169,7 +169,7 @@ def test_a_continued_run_keeps_its_scale(workspace, quick, tmp_path):
 
 def test_a_model_of_real_images_is_not_measured_on_phantoms(workspace, quick):
     before = strict(workspace.out / "v/latent_scale.json")["latent_scale_factor"]
-    few = ["--num_samples=2", "--num_sampling_steps=2", "--classifier_steps=2"]
+    few = ["--num_samples=3", "--num_sampling_steps=2", "--classifier_steps=2"]
     for argv in (["find_latent_scale.py", f"--ae_ckpt_path={workspace.vae_ckpt}"],
                  ["evaluate.py", f"--ckpt={workspace.ldm_ckpt}", *few]):
         result = quick(*argv, f"--output_root={workspace.out}")
