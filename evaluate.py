@@ -26,7 +26,6 @@ from lib.args import (add_data_arguments, add_precision_arguments, add_sampling_
                       file_path, make_parser, parse_settings)
 from lib.files import fail, make_folder, notice, read_json, write_json
 from lib.html import leaves, show
-from lib.verdicts import LESS_GUIDANCE
 
 CLASSIFIER_SIZE = 64  # side in pixels of what the classifier sees
 DRAWS = 8  # random choices of images that a distance averages over
@@ -390,6 +389,7 @@ def verdict(metric, value, target, bad, watch, meaning, advice):
 
 def judge(report):
     """Yield verdicts.Verdicts on what nobody should overlook in a report."""
+    less = verdicts.less_guidance(report.get("guidance_scale", 1.0))
     if copies := report.get("copies"):
         likely = copies["probability"] >= metrics.BY_CHANCE
         yield verdict(
@@ -404,7 +404,7 @@ def judge(report):
         yield verdict(
             f"fid ({space})", fid, f"baseline {baseline:.3f}", not excess < 10, not excess < 3,
             f"FID to held-out images, {excess:.1f} standard deviations above baseline.",
-            f"Look at power and at the grid; {LESS_GUIDANCE}.")
+            f"Look at power and at the grid; {less}.")
     if "power" in report:
         ratios = [value for name, value in report["power"]["samples"].items() if name != "num"]
         furthest = max(ratios, key=lambda ratio: abs(math.log(max(ratio, 1e-6))))
@@ -423,7 +423,7 @@ def judge(report):
         real_value, _, real_high = report["auroc"][ON_HELD_OUT]
         advice = "Below 0.5 the labels are swapped. Near it: train longer, raise --guidance_scale."
         if low > real_high:
-            advice = f"Clearer cases than real ones are caricatures: {LESS_GUIDANCE}."
+            advice = f"Clearer cases than real ones are caricatures: {less}."
         yield verdict(
             "class fidelity", value, f"real images {real_value:.2f}", high < 0.5,
             low <= 0.5 or low > real_high,

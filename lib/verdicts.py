@@ -60,6 +60,11 @@ def val_trend(val_losses, train_losses):
     return "memorising" if rose and train[-3:].mean() < train[best] else "level"
 
 
+def less_guidance(guidance_scale):
+    """What to do about too strong a guidance: without any (1), there is none to lower."""
+    return "train longer" if guidance_scale == 1 else "lower --guidance_scale, then train longer"
+
+
 def rules(v, c):
     """The table of verdicts, for a metric's value v in the context c of `health`: [(metric, level,
     whether it applies, meaning, advice)]. The first that applies counts; if none does, see OK."""
@@ -182,10 +187,8 @@ def health(metrics, losses=(), train_stats=None, overfit=False, diverged=False,
         COPIES_EXPECTED, COPIES_PROBABILITY, PSNR_LINEAR, REAL_ROUND_TRIP)}
     context |= {"loss_trend": loss_trend(losses), "val_trend": val_trend(val, val_train),
                 "best_epoch": best_epoch, "diverged": diverged, "train_mean": mean,
-                "std": metrics.get(TARGET_STD, math.nan), "less": "train longer",
+                "std": metrics.get(TARGET_STD, math.nan), "less": less_guidance(guidance_scale),
                 "lowest": low - (high - low) / 2, "highest": high + (high - low) / 2}
-    if guidance_scale > 1:
-        context["less"] = "lower --guidance_scale, then train longer"
     verdicts = []
     for name in (name for name in OK if name in metrics):
         one_pair = name == MSE_STD and metrics.get("sample_diversity/num_pairs") == 1
