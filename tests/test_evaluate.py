@@ -83,7 +83,7 @@ def test_the_name_of_a_file_or_folder_says_the_class_of_a_sample(tmp_path, capsy
                  "a, b/1.png", "x.y_0.png", "*_0.png", "covid P_0.png", "tb.png", "old/tb_0.png"):
         grey(tmp_path / file)
     grey(tmp_path / "grid.png")
-    (tmp_path / "tb/notes.txt").write_text("")
+    (tmp_path / "a, b/notes.txt").write_text("")
     samples = evaluate.read_samples(tmp_path, names, None)
     assert np.bincount(samples.labels, minlength=7).tolist() == [1, 2, 1, 2, 1, 1, 0]
     assert (samples.values == -1).all()
