@@ -250,8 +250,8 @@ def _image_set(listing, pixels, args, key, reasons):
     names = np.array([file.path for file in listing.files], object)
     counted = f"of {len(names)} images in {listing.folder}"
     if bad.any():
-        lines = _first_lines([f"{names[i]}: {reasons.get(i, 'no image')}"
-                              for i in np.flatnonzero(bad)])
+        lines = "".join(f"\n  {names[i]}: {reasons.get(i, 'no image')}"
+                        for i in np.flatnonzero(bad)[:20])
         if not args.skip_bad_images:
             fail(f"{bad.sum()} {counted} cannot be decoded; repair or remove them, or leave them "
                  f"out with --skip_bad_images:{lines}")
@@ -265,11 +265,6 @@ def _image_set(listing, pixels, args, key, reasons):
                     class_summary(listing))
 
 
-def _first_lines(lines):
-    """The first twenty lines for the end of a message that says how many there are."""
-    return "".join(f"\n  {line}" for line in lines[:20])
-
-
 def class_summary(listing):
     """[[class name, number of files, digest of their names, sizes and times]]: to see what has
     changed between two starts of a run."""
@@ -280,19 +275,16 @@ def class_summary(listing):
     return [[name, len(lines[name]), digests[name].hexdigest()[:16]] for name in lines]
 
 
-def notice_changes(before, images, since, split="training"):
+def count_files(summary):
+    """'normal 53, tb 53' of an ImageSet.summary."""
+    return ", ".join(f"{name} {count}" for name, count, _ in summary)
+
+
+def notice_changes(before, images, since):
     """Say what has changed since `since`; before: ImageSet.summary then, None if not known."""
     if before and before != images.summary:
-        then, now = (", ".join(f"{name} {count}" for name, count, _ in summary)
-                     for summary in (before, images.summary))
-        notice(f"the {split} data (names, sizes, times) have changed since {since}: "
-               f"then {then}, now {now}")
-
-
-def count_classes(images):
-    """'normal 53, tb 53' of an ImageSet."""
-    names, labels = images.class_names, images.labels
-    return ", ".join(f"{names[c]} {(labels == c).sum()}" for c in np.unique(labels))
+        notice(f"the training data (names, sizes, times) have changed since {since}: then "
+               f"{count_files(before)}, now {count_files(images.summary)}")
 
 
 def overfit_indices(labels, k):
@@ -358,9 +350,10 @@ def _without_copies(images, train, folder, ctx, where):
         "looking for copies").rows(np.arange(len(images)))  # position in train, or -1
     copies = np.flatnonzero(originals >= 0)
     if len(copies):
-        lines = [f"{images.names[i]} is {train.names[originals[i]]}" for i in copies]
+        lines = "".join(f"\n  {images.names[i]} is {train.names[originals[i]]}"
+                        for i in copies[:20])
         notice(f"{len(copies)} images of {where} duplicate or nearly duplicate training images and "
-               f"are excluded:{_first_lines(lines)}")
+               f"are excluded:{lines}")
     return images.subset(np.flatnonzero(originals < 0))
 
 

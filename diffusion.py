@@ -149,8 +149,8 @@ class Denoiser(nn.Module):
 
 
 # --- samplers -----------------------------------------------------------------------------------
-# Each starts from x = sigma(1) noise at t = 1 and takes `steps` steps down to t = 0, where x is
-# x0-hat. denoise(x, t) gives x0-hat at a float t; noise() gives standard normal noise like x.
+# Each takes `steps` steps from x at t = start, which is sigma(1) noise at 1, down to t = 0, where x
+# is x0-hat. denoise(x, t) gives x0-hat at a float t; noise() gives standard normal noise like x.
 
 
 def with_levels(schedule, t):
@@ -159,21 +159,22 @@ def with_levels(schedule, t):
     return list(zip(t.tolist(), alpha.tolist(), sigma.tolist(), strict=True))
 
 
-def time_grid(schedule, steps):
-    """[(t, alpha, sigma)] at steps + 1 equal distances from 1 to 0."""
-    return with_levels(schedule, torch.linspace(1, 0, steps + 1, dtype=torch.float64))
+def time_grid(schedule, steps, start=1.0):
+    """[(t, alpha, sigma)] at steps + 1 equal distances from start to 0."""
+    return with_levels(schedule, torch.linspace(start, 0, steps + 1, dtype=torch.float64))
 
 
-def lambda_grid(schedule, steps):
-    """[(t, alpha, sigma)] of 1, of steps - 1 times at equal distances in lambda = log(alpha /
+def lambda_grid(schedule, steps, start=1.0):
+    """[(t, alpha, sigma)] of start, of steps - 1 times at equal distances in lambda = log(alpha /
     sigma), and of 0, for solvers that take their steps in lambda. The times are the middles of
-    equal parts of -log(6 steps), or lambda(1), to log(6 steps), which grows as the ends of equal
-    distances in t do."""
+    equal parts of -log(6 steps), or lambda(start), to log(6 steps), which grows as the ends of
+    equal distances in t do."""
     def log_ratio(t):
         return torch.log(schedule.alpha(t) / schedule.sigma(t))
 
-    high = math.log(6 * steps)
-    low = max(-high, log_ratio(torch.ones((), dtype=torch.float64)).item())
+    first = torch.tensor([start], dtype=torch.float64)
+    low = max(-math.log(6 * steps), log_ratio(first).item())
+    high = max(math.log(6 * steps), low + 1)
     middles = (torch.arange(steps - 1, dtype=torch.float64) + 0.5) / max(1, steps - 1)
     wanted = low + (high - low) * middles
     below, above = torch.zeros_like(wanted), torch.ones_like(wanted)
@@ -181,7 +182,7 @@ def lambda_grid(schedule, steps):
         middle = (below + above) / 2
         early = log_ratio(middle) > wanted
         below, above = torch.where(early, middle, below), torch.where(early, above, middle)
-    return with_levels(schedule, torch.cat([below.new_ones(1), below, below.new_zeros(1)]))
+    return with_levels(schedule, torch.cat([first, below, 0 * first]))
 
 
 def posterior(x, x0, now, later):
@@ -194,31 +195,31 @@ def posterior(x, x0, now, later):
     return mean, math.sqrt(var_ts) * sigma_s / sigma_t
 
 
-def ancestral(denoise, schedule, x, steps, noise):
+def ancestral(denoise, schedule, x, steps, noise, start=1.0):
     """Draws each x_s from q(x_s | x_t, x0-hat), see `posterior`."""
-    for now, later in itertools.pairwise(time_grid(schedule, steps)):
+    for now, later in itertools.pairwise(time_grid(schedule, steps, start)):
         mean, std = posterior(x, denoise(x, now[0]), now, later)
         x = mean + std * noise()
     return x
 
 
-def ddim(denoise, schedule, x, steps, noise):
+def ddim(denoise, schedule, x, steps, noise, start=1.0):
     """Deterministic DDIM (Song et al. 2021, eq. 12 with eta = 0); on schedule 'flow' these are the
     Euler steps of flow matching."""
     for (t, alpha_t, sigma_t), (_, alpha_s, sigma_s) in itertools.pairwise(
-            time_grid(schedule, steps)):
+            time_grid(schedule, steps, start)):
         x0 = denoise(x, t)
         eps = (x - alpha_t * x0) / sigma_t
         x = alpha_s * x0 + sigma_s * eps
     return x
 
 
-def dpmpp_2m(denoise, schedule, x, steps, noise, sde=False):
+def dpmpp_2m(denoise, schedule, x, steps, noise, start=1.0, sde=False):
     """DPM-Solver++ 2M (Lu et al. 2022, alg. 2), deterministic. sde: SDE-DPM-Solver++ 2M of the same
     paper, which is `ancestral` of second order."""
     x0_before = h_before = dt_before = None
     for (t, alpha_t, sigma_t), (s, alpha_s, sigma_s) in itertools.pairwise(
-            lambda_grid(schedule, steps)):
+            lambda_grid(schedule, steps, start)):
         x0, dt, h = denoise(x, t), t - s, math.inf  # h: the step in lambda
         if alpha_t > 0 and sigma_s > 0:
             h = math.log(alpha_s * sigma_t / (alpha_t * sigma_s))
@@ -241,13 +242,10 @@ SAMPLERS = {"ancestral": ancestral, "ddim": ddim, "dpmpp_2m": dpmpp_2m,
             "dpmpp_2m_sde": functools.partial(dpmpp_2m, sde=True)}
 
 
-@torch.no_grad()
-def sample(denoiser, y, noise, sampler, steps, guidance_scale, guidance_interval,
-           autocast=contextlib.nullcontext, tick=lambda: None):
-    """Normalised latents [B, C, h, w] of classes y [B]. noise(): standard normal noise [B, C, h, w]
-    on y's device, new at each call. guidance_interval (low, high): guidance is on for t between
-    them only (Kynkaanniemi et al. 2024). autocast(): context of each network evaluation; tick():
-    called before each."""
+def conditional(denoiser, y, guidance_scale, guidance_interval, autocast, tick):
+    """denoise(x, t) for samplers, of classes y [B]. guidance_interval (low, high): guidance is on
+    for t between them only (Kynkaanniemi et al. 2024). autocast(): context of each network
+    evaluation; tick(): called before each."""
     low, high = guidance_interval
 
     def denoise(x, t):
@@ -255,9 +253,49 @@ def sample(denoiser, y, noise, sampler, steps, guidance_scale, guidance_interval
         t_batch = torch.full((len(x),), t, device=x.device)
         with autocast():
             return denoiser.denoise(x, t_batch, y, guidance_scale if low <= t <= high else 1.0)
+    return denoise
 
+
+@torch.no_grad()
+def sample(denoiser, y, noise, sampler, steps, guidance_scale, guidance_interval,
+           autocast=contextlib.nullcontext, tick=lambda: None):
+    """Normalised latents [B, C, h, w] of classes y [B]. noise(): standard normal noise [B, C, h, w]
+    on y's device, new at each call. Other arguments as of `conditional`."""
+    denoise = conditional(denoiser, y, guidance_scale, guidance_interval, autocast, tick)
     start = noise() * denoiser.schedule.sigma(torch.ones(1)).item()
     return SAMPLERS[sampler](denoise, denoiser.schedule, start, steps, noise)
+
+
+# --- editing ------------------------------------------------------------------------------------
+
+
+def invert(denoise, schedule, x0, steps, start):
+    """x at t = start from which `ddim` comes back to x0 (Song et al. 2021, section 4.3), [B, ...]:
+    holds what the image itself has for noise, in place of noise drawn anew."""
+    x = x0
+    for (_, alpha_t, sigma_t), (s, alpha_s, sigma_s) in itertools.pairwise(
+            time_grid(schedule, steps, start)[::-1]):
+        eps = (x - alpha_s * denoise(x, s)) / sigma_s  # at the later time: at t = 0 there is none
+        x = alpha_s / alpha_t * (x - sigma_t * eps) + sigma_s * eps
+    return x
+
+
+@torch.no_grad()
+def edit(denoiser, x0, own, strength, y, noise, sampler, steps, guidance_scale, guidance_interval,
+         autocast=contextlib.nullcontext, tick=lambda: None):
+    """Normalised latent x0 [1, C, h, w] of class `own`, noised to t = strength and denoised as each
+    of the classes y [B] (SDEdit, Meng et al. 2022); by deterministic samplers with its own noise,
+    see `invert`. Strength 0 returns x0. Other arguments as of `sample`."""
+    x0 = x0.expand(len(y), -1, -1, -1)
+    if strength == 0:
+        return x0
+    own_hat, x0_hat = (
+        conditional(denoiser, of, guidance_scale, guidance_interval, autocast, tick)
+        for of in (torch.full_like(y, own), y))
+    x = denoiser.schedule.q_sample(x0, torch.full((len(y),), strength, device=y.device), noise())
+    if sampler in ("ddim", "dpmpp_2m"):
+        x = invert(own_hat, denoiser.schedule, x0, steps, strength)
+    return SAMPLERS[sampler](x0_hat, denoiser.schedule, x, steps, noise, strength)
 
 
 # --- composition --------------------------------------------------------------------------------
@@ -352,9 +390,11 @@ class Composition(NamedTuple):
 
 
 @torch.no_grad()
-def compose(composition, noise, sampler, steps, autocast, tick):
+def compose(composition, y, noise, sampler, steps, guidance_scale, guidance_interval,
+            autocast=contextlib.nullcontext, tick=lambda: None):
     """Normalised latents [B, C, h, w] of a Composition, which then has another entry in `said`.
-    Only add takes any sampler; other arguments as of `sample`."""
+    Arguments as of `sample`, but only `add` takes any sampler, and classes and guidance are those
+    of the composition."""
     rule, denoisers, conditions, bases, weights, said = composition
     wanted = [*dict.fromkeys([*conditions, *bases])]
 

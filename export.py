@@ -53,11 +53,6 @@ it, its autoencoder and any model it started from were trained on.
 FEWEST_SAMPLES = 100  # that an evaluation must have searched for copies
 
 
-def trained_classes(checkpoint):
-    """{name: index} of the classes that the model was trained on."""
-    return {checkpoint["class_names"][c]: c for c in checkpoint["trained_classes"]}
-
-
 # --- may it be exported? ------------------------------------------------------------------------
 
 
@@ -71,7 +66,7 @@ def read_evaluation(args, checkpoint, meta):
     searched = (report.get("ckpt_sha256") == checkpoint["sha256"] and "copies" in report
                 and report.get("data", meta["data"]) == meta["data"]
                 and sum(samples.values()) >= FEWEST_SAMPLES
-                and samples.keys() >= trained_classes(checkpoint).keys())
+                and samples.keys() >= sample.trained_classes(checkpoint).keys())
     if args.allow_copies:
         return report if searched else None
     if not searched:
@@ -131,7 +126,8 @@ def write_parts(folder, denoiser, vae, vae_settings, checkpoint):
     if not plain:  # diffusers looks for the class of a part beside the part
         index["vae"][0] = "pipeline"
         shutil.copyfile(exported_pipeline.__file__, folder / "vae" / "pipeline.py")
-    index |= {"_class_name": ["pipeline", "CXRPipeline"], "classes": trained_classes(checkpoint),
+    index |= {"_class_name": ["pipeline", "CXRPipeline"],
+              "classes": sample.trained_classes(checkpoint),
               **{name: settings[name] for name in ("guidance_scale", "guidance_interval")}}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
@@ -170,7 +166,7 @@ def describe_data(settings):
 
 def model_card(checkpoint, vae_settings, meta, report):
     """README.md of the folder; meta: run_meta.json, report: evaluation.json or None."""
-    settings, trained = checkpoint["args"], trained_classes(checkpoint)
+    settings, trained = checkpoint["args"], sample.trained_classes(checkpoint)
     counts = (f"{name} ({count})" for name, count, _ in meta["data"] if name in trained)
     batch = settings["batch_per_device"] * settings["grad_accum"] * meta["world_size"]
     facts = {

@@ -6,6 +6,7 @@
 The page embeds its pictures and needs neither a network nor a script, so it can be sent as it is.
 It can be made during a run, and of a run with missing or damaged files: what is left is shown.
 """
+import datetime
 import math
 import pathlib
 import re
@@ -15,7 +16,7 @@ from lib import metrics, verdicts
 from lib.args import Parser, file_path, parse_settings
 from lib.files import fail, read_json, write_atomic
 from lib.html import Html, draw, image, leaves, page, show, table, tag, verdict_list
-from lib.run import read_records, time_text
+from lib.run import read_records
 
 REAL = "sample_diversity/real_pairwise_mse_mean"
 CHARTS = {  # {title: metrics}
@@ -101,7 +102,7 @@ def facts(run):
     state = "diverged" if summary.get("diverged") else "finished" if summary else "not finished"
     found = {
         "state": f"{state}, step {show(run.latest.get('step'))}",
-        "wall time": seconds and time_text(seconds),
+        "wall time": seconds and str(datetime.timedelta(seconds=int(seconds))),
         "lowest val/loss": best and f"{show(best[verdicts.VAL])}, epoch {best.get('epoch')}",
         "images": [f"{name} {count}" for name, count, *_ in meta.get("data", ())],
         "command": shlex.join(["python", *meta.get("command", ())]),

@@ -6,7 +6,7 @@
 Every sample has a seed of its own, (seed, class, number), so neither the batch size nor the number
 of processes changes it. The checkpoint names its autoencoder and holds the latent scale factor.
 """
-import copy
+import functools
 import itertools
 import math
 import os
@@ -20,13 +20,15 @@ import data
 import diffusion
 import model
 from lib import decode, dist, metrics, run, verdicts
-from lib.args import (RENAMED_SAMPLERS, add_precision_arguments, add_sampling_arguments, file_path,
-                      float_list, make_parser, parse_settings)
+from lib.args import (RENAMED_SAMPLERS, add_precision_arguments, add_sampling_arguments, at_least,
+                      file_path, float_list, make_parser, parse_settings)
 from lib.files import fail, finite, make_folder, read_json, write_json
 
 # What a set of samples depends on besides the checkpoint, in manifests and reports.
 SAMPLING_SETTINGS = ("seed", "sampler", "num_sampling_steps", "guidance_scale",
                      "guidance_interval", "use_ema")
+
+CHANGES = ("compose", "weights", "base", "ckpt_b", "init_image", "strength")  # of an ordinary set
 
 # --- loading a model ----------------------------------------------------------------------------
 
@@ -108,70 +110,52 @@ def prepare_sampling(args, ctx):
     return denoiser, vae, checkpoint, requests
 
 
-def load_second(args, ctx, checkpoint):
-    """(Denoiser, checkpoint dict) of --ckpt_b. Ends the program if it cannot be composed with the
-    model of `checkpoint`."""
-    denoiser, _, other = load_ldm(args.ckpt_b, ctx, checkpoint["ae_ckpt_path"], args.use_ema)
-    for key in ("latent_scale_factor", "prediction", "noise_schedule", "zero_terminal_snr"):
-        a, b = ({**of["args"], **of}[key] for of in (checkpoint, other))
-        if a != b:
-            fail(f"{args.ckpt_b} has {key} {b}, {args.ckpt} has {a}: they cannot be composed")
-    return denoiser, other
-
-
 def prepare_composition(name, args, ctx, denoiser, checkpoint):
     """diffusion.Composition of the class A+B, of the models of --ckpt and --ckpt_b. Ends the
     program if they do not fit, or if the rule cannot do what the flags say."""
-    rule, parts, conditions, bases = args.compose or "add", name.split("+"), [], []
-    weights = args.weights or (1.0,) * len(parts)
-    models = [(denoiser, checkpoint)]
+    rule, parts, models = args.compose or "add", name.split("+"), [(denoiser, checkpoint)]
     if args.ckpt_b:
-        models.append(load_second(args, ctx, checkpoint))
-    classes = [trained_classes(of) for _, of in models]
+        models.append(load_ldm(args.ckpt_b, ctx, checkpoint["ae_ckpt_path"], args.use_ema)[::2])
+    for key in ("latent_scale_factor", "prediction", "noise_schedule", "zero_terminal_snr"):
+        a, *b = ({**stored["args"], **stored}[key] for _, stored in models)
+        if b not in ([], [a]):
+            fail(f"{args.ckpt_b} has {key} {b[0]}, {args.ckpt} has {a}: they cannot be composed")
     if rule != "add" and (len(parts) > 2 or args.base or args.sampler != "ancestral"):
         fail(f"--compose={rule} takes two classes, --sampler=ancestral and no --base")
-    if args.guidance_scale != 1 or rule in ("and", "product") and args.weights:
-        fail(f"--compose={rule} takes no guidance; --weights are for add and or")
+    weights = args.weights or (1.0,) * len(parts)
     if len(weights) != len(parts) or rule == "or" and min(weights) <= 0:
         fail(f"--weights takes a number for each of {name}, above 0 for --compose=or")
+    if args.guidance_scale != 1 or rule in ("and", "product") and args.weights:
+        fail(f"--compose={rule} takes no guidance; --weights are for add and or")
+    classes = [trained_classes(stored) | (
+        {"null": network.unet.null_class} if stored["args"]["prob_uncond"] > 0 else {})
+        for network, stored in models]
+    conditions, bases = [], []
     for part in parts:
         m = next((m for m, known in enumerate(classes) if part in known), None)
         if m is None or parts.count(part) > 1:
             known = ", ".join(dict.fromkeys(itertools.chain(*classes)))
             fail(f"--classes={name}: each part once, out of {known}")
         conditions.append((m, classes[m][part]))
-        base = args.base or ("normal" if "normal" in classes[m] else "null")
-        if base == "null" and models[m][1]["args"]["prob_uncond"] > 0:
-            bases.append((m, models[m][0].unet.null_class))
-        elif base in classes[m]:
+        if rule == "add":
+            base = args.base or ("normal" if "normal" in classes[m] else "null")
+            if base not in classes[m]:
+                fail(f"--base={base}: the model of {part} was not trained on that class")
             bases.append((m, classes[m][base]))
-        elif rule == "add":
-            fail(f"--base={base}: the model of {part} was not trained on that class")
-    networks = [cast_weights(network, ctx) for network, _ in models]
-    return diffusion.Composition(rule, networks, conditions, bases * (rule == "add"), weights, [])
+    return diffusion.Composition(rule, [network for network, _ in models], conditions, bases,
+                                 weights, [])
 
 
 # --- sampling -----------------------------------------------------------------------------------
 
 
-def cast_weights(module, ctx):
-    """A copy with bf16 weights if autocast would cast them in every evaluation, which it does in
-    bf16 without torch.compile; otherwise the module itself."""
-    if ctx.dtype != torch.bfloat16 or ctx.compile:
-        return module
-    module = copy.deepcopy(module)
-    for layer in module.modules():
-        if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
-            layer.bfloat16()
-    return module
-
-
-def sample_latents(denoiser, latent_shape, requests, class_names, args, ctx, tick=lambda: None,
-                   composition=None):
-    """Normalised latents [B, C, h, w] on the device for requests, [(class index, number)]. A
-    sample's noise comes from (args.seed, class name, number) on the CPU: the same on every device
-    and in every batch. tick() is called before each network evaluation; composition: drawn in
-    place of the classes of the denoiser."""
+def sample_latents(process, latent_shape, requests, class_names, args, ctx, tick=lambda: None):
+    """Normalised latents [B, C, h, w] on the device for requests, [(class index, number)]. process:
+    a Denoiser, or a function with the arguments of diffusion.sample but the first. A sample's noise
+    comes from (args.seed, class name, number) on the CPU: the same on every device and in every
+    batch. tick() is called before each network evaluation."""
+    if isinstance(process, diffusion.Denoiser):
+        process = functools.partial(diffusion.sample, process)
     rngs = [ctx.generator(args.seed, "sample", class_names[c], number) for c, number in requests]
     y = torch.tensor([c for c, _ in requests], device=ctx.device)
 
@@ -179,11 +163,8 @@ def sample_latents(denoiser, latent_shape, requests, class_names, args, ctx, tic
         parts = torch.stack([torch.randn(latent_shape, generator=rng) for rng in rngs])
         return ctx.to_device(parts).contiguous(memory_format=ctx.memory_format)
 
-    if composition:
-        return diffusion.compose(composition, noise, args.sampler, args.num_sampling_steps,
-                                 ctx.autocast, tick)
-    return diffusion.sample(denoiser, y, noise, args.sampler, args.num_sampling_steps,
-                            args.guidance_scale, args.guidance_interval, ctx.autocast, tick)
+    return process(y, noise, args.sampler, args.num_sampling_steps, args.guidance_scale,
+                   args.guidance_interval, ctx.autocast, tick)
 
 
 @torch.no_grad()
@@ -195,11 +176,10 @@ def decode_latents(vae, z, latent_scale_factor, ctx, batch_size=16):
     return torch.cat(images).clamp(-1, 1).cpu()
 
 
-def sample_batches(denoiser, vae, latent_scale_factor, requests, class_names, args, ctx, batch_size,
-                   label, tick=lambda: None, composition=None):
+def sample_batches(process, vae, latent_scale_factor, requests, class_names, args, ctx, batch_size,
+                   label, tick=lambda: None):
     """Yield ([(class index, number)], normalised latents, images in [-1, 1]), on the CPU, for each
-    batch of requests. label: of the progress line; tick, composition: of sample_latents."""
-    denoiser = cast_weights(denoiser, ctx)
+    batch of requests. label: of the progress line; process, tick: of sample_latents."""
     starts, numbers = range(0, len(requests), batch_size), itertools.count()
     progress = run.Progress(label, len(starts) * args.num_sampling_steps)
 
@@ -211,8 +191,7 @@ def sample_batches(denoiser, vae, latent_scale_factor, requests, class_names, ar
         batch = requests[start:start + batch_size]
         # If compiled, the last batch is filled up: another size would be compiled once more.
         fill = batch[-1:] * (batch_size - len(batch)) if ctx.compile and start > 0 else []
-        z = sample_latents(denoiser, vae.latent_shape, batch + fill, class_names, args, ctx, count,
-                           composition)
+        z = sample_latents(process, vae.latent_shape, batch + fill, class_names, args, ctx, count)
         z = z[:len(batch)]
         yield batch, z.cpu(), decode_latents(vae, z, latent_scale_factor, ctx)
 
@@ -260,12 +239,16 @@ def build_parser():
     add("--weights", type=float_list, help="comma list, a number per class; None: all 1")
     add("--base", help="class that findings are added to, or null; None: normal, if there is one")
     add("--ckpt_b", type=file_path, help="second model, of the same autoencoder and settings")
+    add = parser.add_argument_group("editing (docs/composition.md)").add_argument
+    add("--init_image", type=file_path, help="image to change to each of the classes")
+    add("--strength", type=at_least(0, float, 1), help="0: its reconstruction; 1: noise keeps "
+        "nothing of it, ddim and dpmpp_2m some; None: 0.5")
     return parser
 
 
 def real_rows(folder, class_names, img_size):
-    """{class name: up to eight images, float32 [N, 1, S, S] in [-1, 1]} of a split's folder. Ends
-    the program if there are none, or if one cannot be decoded."""
+    """{label: up to eight images of a class, float32 [N, 1, S, S] in [-1, 1]} of a split's folder.
+    Ends the program if there are none, or if one cannot be decoded."""
     if not os.path.isdir(folder):
         fail(f"no folder --real_dir={folder}: give one such as data/TB/val")
     root, task, split = os.path.abspath(folder).rsplit(os.sep, 2)
@@ -276,41 +259,33 @@ def real_rows(folder, class_names, img_size):
             images = [decode.read_square(paths[i], img_size) for i in data.spread(len(paths), 8)]
         except (OSError, ValueError) as e:
             fail(f"an image in {folder} cannot be decoded: {e}")
-        rows |= {name: data.to_float(np.stack(images))} if images else {}
+        rows |= {f"{name}   real": data.to_float(np.stack(images))} if images else {}
     return rows
 
 
 def prepare_folder(folder, checkpoint, requests, args):
-    """{(class index, number): path} of the images to draw, in `folder`, which is made with its
-    manifest.json. Images of the same settings that are there stay listed; the program ends if there
-    are others, so that no folder mixes two."""
-    composed = ("compose", "weights", "base", "ckpt_b")
-    settings = {name: getattr(args, name) for name in SAMPLING_SETTINGS}
-    settings |= {name: getattr(args, name) for name in composed if getattr(args, name) is not None}
+    """{(class index, number): path} of the images to draw, in `folder`, which is made with a
+    manifest.json of their settings. Ends the program if it holds images of others, so that no
+    folder mixes two."""
+    chosen = {name: getattr(args, name) for name in SAMPLING_SETTINGS + CHANGES}
+    settings = {name: value for name, value in chosen.items() if value is not None}
     settings |= {name: checkpoint[name] for name in ("step", "vae_sha256", "latent_scale_factor")}
     settings = finite({**settings, "ckpt_sha256": checkpoint["sha256"]})  # as they are read back
-    manifest, before = folder / "manifest.json", {**settings, "images": []}
     if any(folder.glob("*.png")):
-        before = read_json(manifest)
-    for name, value in settings.items():
-        if before.get(name) != value:
-            fail(f"{folder} holds samples of other settings ({name} {before.get(name)}, now "
-                 f"{value}): give another --out_dir, or remove the folder")
-    names = checkpoint["class_names"]
-    paths = {(c, i): folder / f"{names[c]}_{i:05d}.png" for c, i in requests}
-    images = {path.name: {"file": path.name, "class": names[c], "number": i}
-              for (c, i), path in paths.items()}
-    images |= {image["file"]: image for image in before["images"]
-               if (folder / image["file"]).exists()}
+        before = read_json(folder / "manifest.json")
+        for name, value in settings.items():
+            if before.get(name) != value:
+                fail(f"{folder} holds samples of other settings ({name} {before.get(name)}, now "
+                     f"{value}): give another --out_dir, or remove the folder")
     make_folder(folder)
-    write_json(manifest, {"ckpt": args.ckpt, **settings, "images": [*images.values()]})
-    return paths
+    write_json(folder / "manifest.json", {"ckpt": args.ckpt, **settings})
+    return {(c, i): folder / f"{checkpoint['class_names'][c]}_{i:05d}.png" for c, i in requests}
 
 
-def write_report(folder, checkpoint, paths, z, real, vae, args, ctx):
+def write_report(folder, checkpoint, paths, z, rows, own, vae, args, ctx):
     """metrics.json of the first 64 images per class and grid.png of eight, beside the images, and
-    the verdicts on the console. paths: of prepare_folder; z: the normalised latents of these; real:
-    of real_rows."""
+    the verdicts on the console. paths: of prepare_folder; z: the normalised latents of these; rows:
+    {label: images} that the grid begins with; own: class of an edited image, else -1."""
     class_names, stats = checkpoint["class_names"], checkpoint["train_stats"]
     first = [(c, i) for c, i in paths if i < 64]
     labels = torch.tensor([c for c, _ in first])
@@ -318,64 +293,87 @@ def write_report(folder, checkpoint, paths, z, real, vae, args, ctx):
     values = sample_metrics(x, z[[i < 64 for _, i in paths]], labels, class_names,
                             checkpoint["latent_scale_factor"], vae, ctx, stats)
     found = verdicts.health(values, train_stats=stats, guidance_scale=args.guidance_scale,
-                            overfit=checkpoint["args"]["overfit_k"] > 0)
+                            overfit=checkpoint["args"]["overfit_k"] > 0 or own >= 0)
     write_json(folder / "metrics.json", values | {"verdicts": [v._asdict() for v in found]})
-    rows = {f"{name}   real": images for name, images in real.items()}
-    rows |= {f"{class_names[c]}   {args.sampler} {args.num_sampling_steps} steps, guidance "
-             f"{args.guidance_scale:g}": x[labels == c][:8] for c in labels.unique()}
+    drawn = {class_names[c]: x[labels == c][:8] for c in labels.unique()}
+    rows |= {f"{name}   {args.sampler} {args.num_sampling_steps} steps, guidance "
+             f"{args.guidance_scale:g}": images for name, images in drawn.items()}
+    if own >= 0:  # in tones from -25 to 25 % of the grey range, 0 in the middle
+        rows |= {f"{name} less {class_names[own]}   white: 25 % brighter": 2 * (
+            images - drawn[class_names[own]]).clamp(-0.5, 0.5) for name, images in drawn.items()}
     run.save_grid(folder / "grid.png", [*rows.values()], [*rows])
     print(verdicts.format_verdicts(found))
     print(f"{len(paths)} images in {folder}; sample grid: {folder / 'grid.png'}")
 
 
-def describe(composition, name):
-    """A line about what the rule of a composition says of the images that this process drew."""
+def prepare_edit(args, ctx, denoiser, vae, checkpoint, classes):
+    """What --init_image asks for: ({label: image and reconstruction [2, 1, S, S]}, the class of the
+    image: that of its folder, if it is one of `classes`, else the first of them, and the process
+    for sample_latents). Ends the program if the image cannot be decoded."""
+    path, scale = pathlib.Path(args.init_image), checkpoint["latent_scale_factor"]
+    args.strength = 0.5 if args.strength is None else args.strength
+    try:
+        x = data.to_float(decode.read_square(path, checkpoint["args"]["img_size"])[None])
+    except (OSError, ValueError) as e:
+        fail(f"--init_image={path} cannot be decoded: {e}")
+    folder = path.resolve().parent.name
+    own = next((c for c in classes if checkpoint["class_names"][c] == folder), classes[0])
+    with torch.no_grad(), ctx.autocast():
+        z = vae.encode(x.to(ctx.device)).mean * scale
+    pair = torch.cat([x, decode_latents(vae, z, scale, ctx)])
+    return ({f"{path.name}, its reconstruction": pair}, own,
+            functools.partial(diffusion.edit, denoiser, z, own, args.strength))
+
+
+def describe(composition):
+    """What the rule of a composition says of the images that this process drew, in a line."""
     if composition.rule == "or":
         log_ratio = torch.cat([words["log_ratio"] for words in composition.said])
         odds = math.log(composition.weights[0] / composition.weights[1])
-        first = (log_ratio + odds > 0).double().mean().item()
-        return f"or: {first:.0%} of the images are of the first of {name}, the others of the second"
-    if composition.rule == "product":
-        least = min(words["effective_sample_size"].item() for words in composition.said)
-        doubt = "; under 4, they are no draws from the product: raise --batch_size" * (least < 4)
-        return f"product: effective sample size of a batch {least:.1f}{doubt}"
-    return "and: both are equal by construction"
+        return f"or: {(log_ratio + odds > 0).double().mean():.0%} are of the first class"
+    least = min(words["effective_sample_size"].item() for words in composition.said)
+    doubt = ", no draws from the product: raise --batch_size" if least < 4 else ""
+    return f"product: the effective sample size of a batch is {least:.1f}{doubt}"
 
 
 def main(argv=None):
     args = parse_settings(build_parser(), argv)
     ctx = dist.setup(args)
     denoiser, vae, checkpoint, requests = prepare_sampling(args, ctx)
-    composition, prefix = None, "samples"
-    if requests[0][0] not in checkpoint["trained_classes"]:
+    names, img_size = checkpoint["class_names"], checkpoint["args"]["img_size"]
+    classes = [c for c, i in requests if i == 0]
+    process, prefix, rows, own, composition = denoiser, "samples", {}, -1, None
+    if classes[0] not in checkpoint["trained_classes"]:
         composition = prepare_composition(args.classes, args, ctx, denoiser, checkpoint)
+        process = functools.partial(diffusion.compose, composition)
         prefix = f"{args.classes}_{composition.rule}"
-    elif args.compose or args.weights or args.base or args.ckpt_b:
+    elif any(getattr(args, name) for name in CHANGES[:4]):
         fail("--compose, --weights, --base and --ckpt_b are for classes joined by +: --classes=A+B")
+    elif args.init_image:
+        rows, own, process = prepare_edit(args, ctx, denoiser, vae, checkpoint, classes)
+        prefix = f"edit_{pathlib.Path(args.init_image).stem}_{args.strength:g}"
+    if args.real_dir:
+        rows |= ctx.on_main(lambda: real_rows(args.real_dir, names, img_size))
     name = (f"{prefix}_{args.sampler}_{args.num_sampling_steps}_guidance{args.guidance_scale:g}"
             f"_seed{args.seed}")
     folder = pathlib.Path(args.out_dir or run.run_folder(args.ckpt) / name)
-    real = {}
-    if args.real_dir:
-        real = ctx.on_main(lambda: real_rows(
-            args.real_dir, checkpoint["class_names"], checkpoint["args"]["img_size"]))
     paths = ctx.on_main(lambda: prepare_folder(folder, checkpoint, requests, args))
 
     # --- every process draws its share, and writes each batch at once ---
     latents = [torch.zeros(0, *checkpoint["latent_shape"])]
+    keys = ["edit"] * len(names) if own >= 0 else names  # an edited image has one noise for all
     for batch, z, x in sample_batches(
-            denoiser, vae, checkpoint["latent_scale_factor"],
-            requests[ctx.rank::ctx.world_size], checkpoint["class_names"], args, ctx,
-            args.batch_size, f"sampling ({args.sampler})", composition=composition):
+            process, vae, checkpoint["latent_scale_factor"], requests[ctx.rank::ctx.world_size],
+            keys, args, ctx, args.batch_size, f"sampling ({args.sampler})"):
         for request, image in zip(batch, x, strict=True):
             run.save_image(paths[request], image)
         latents.append(z)
 
     z = ctx.gather(torch.cat(latents))  # and now all images are written
     if ctx.is_main:
-        write_report(folder, checkpoint, paths, z, real, vae, args, ctx)
-        if composition and composition.said:
-            print(describe(composition, args.classes))
+        write_report(folder, checkpoint, paths, z, rows, own, vae, args, ctx)
+        if composition and composition.said and composition.said[0]:
+            print(describe(composition))
 
 
 if __name__ == "__main__":

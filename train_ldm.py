@@ -406,7 +406,7 @@ def main(argv=None):
 
     run.start(state(), total_steps, build_parser(), {
         "autoencoder": ae_path, "latent scale factor": f"{scale:.6g}", "latent": latent_shape,
-        "images": len(images), "classes": data.count_classes(images),
+        "images": len(images), "classes": data.count_files(images.summary),
         "validation images": monitor.num_val, "global batch": step_images * ctx.world_size,
         "parameters": f"{sum(p.numel() for p in denoiser.parameters()) / 1e6:.1f} M",
         "steps": f"{total_steps} ({order.epoch_steps} per epoch)"})

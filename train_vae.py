@@ -304,7 +304,7 @@ def main(argv=None):
 
     run.start(state(), total_steps, build_parser(), {
         "images": len(train_set), "validation images": len(val_set) if val_set else 0,
-        "classes": data.count_classes(train_set), "latent": models.vae.latent_shape,
+        "classes": data.count_files(train_set.summary), "latent": models.vae.latent_shape,
         "parameters": f"{sum(p.numel() for p in models.vae.parameters()) / 1e6:.1f} M",
         "steps": f"{total_steps} ({order.epoch_steps} per epoch)",
         "global batch": batch * ctx.world_size})

@@ -4,11 +4,8 @@
     python dev/bench.py --peer          # the UNet in turn with diffusers (pip install diffusers)
 
 Everything runs in one process in turn, A B A B ...; `ratio` is the median over the rounds of a
-row's time divided by that of the first row of its part: above 1 is slower.
-
-The peer is the UNet of diffusers with the same channels, blocks and attention, in our loop and
-precision, compiled if ours is, and in the memory layout that is faster for it.
-docs/benchmarks.md: what we measured.
+row's time divided by that of the first row of its part: above 1 is slower. What the peer is, and
+what we measured: docs/benchmarks.md.
 """
 import os
 import pathlib
@@ -125,7 +122,6 @@ def sampling(args, ctx):
     (denoiser, _, _), settings, shape = ldm_models(args, ctx)
     if ctx.compile:
         denoiser.unet.compile()
-    denoiser = sample.cast_weights(denoiser, ctx)
     requests = [(i % len(CLASSES), i) for i in range(args.batch)]
     return lambda: sample.sample_latents(denoiser, shape, requests, CLASSES, settings, ctx)
 

@@ -124,10 +124,8 @@ class Parser(argparse.ArgumentParser):
         """Namespace of argv. settings: {name: value} used instead of the flags' defaults."""
         args, unknown = self.parse_known_args(argv, argparse.Namespace(**dict(settings)))
         if unknown:
-            flag = unknown[0].split("=")[0]
-            launcher = os.environ.get("LAUNCHER_FLAGS", "").split()  # flags of slurm/ itself
-            known = [*self._option_string_actions, *launcher]
-            self.error(f"unknown argument {unknown[0]}{closest(flag, known)}")
+            match = closest(unknown[0].split("=")[0], self._option_string_actions)
+            self.error(f"unknown argument {unknown[0]}{match}")
         return args
 
 

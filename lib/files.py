@@ -120,8 +120,6 @@ def read_json(path, what=None):
     """The object in a JSON file. If it is missing or damaged, ends the program with what it should
     have been; without `what`, returns {}."""
     try:
-        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would never end
-            raise ValueError("no regular file")
         value = json.loads(pathlib.Path(path).read_bytes())
         if not isinstance(value, dict):
             raise ValueError("no JSON object")

@@ -486,10 +486,6 @@ class Progress:
         line = f"{self.label} {done}/{self.total} ({100 * done // max(self.total, 1)}%)"
         before, since = self.since[-1]
         if done > before:
-            line += f" {time_text((now - since) / (done - before) * (self.total - done))} left"
+            left = (now - since) / (done - before) * (self.total - done)
+            line += f" {datetime.timedelta(seconds=int(left))} left"
         say(line)
-
-
-def time_text(seconds):
-    """0:00:12, 2:05:00, 3 days, 4:00:00."""
-    return str(datetime.timedelta(seconds=int(seconds)))

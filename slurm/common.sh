@@ -229,7 +229,6 @@ check_after() {
 check_args() {
     local flag=--check
     [ -z "$after$dry_run" ] || flag=--check=flags
-    local -x LAUNCHER_FLAGS="--partition --nodes --gpus --time --job-name --after --dry-run"
     activate
     check "$flag" "$@" || exit 1
 }

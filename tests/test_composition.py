@@ -162,3 +162,36 @@ def test_add_to_null_is_right_for_independent_findings_only():
     normal = Mixture((1.0, (0.0, 0.0), 0.3)).x0_hat
     x = added("cosine", conditions, normal, (1, 1), "ancestral")
     assert x.mean(0).tolist() == pytest.approx([2, 2], abs=0.05)
+
+
+# --- editing ---
+
+
+@pytest.mark.parametrize("sampler", ("ddim", "dpmpp_2m"))
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_an_edit_keeps_what_the_classes_share(name, sampler):
+    """From N((0, 0), (1, 0.5)) to N((3, 0), (0.5, 0.5)): the flow maps x to 3 + x / 2 and leaves y
+    alone; to its own class nothing changes."""
+    x0_hats = [gaussian((0, 0), (1, 0.5)), gaussian((3, 0), (0.5, 0.5))]
+    schedule = diffusion.NoiseSchedule(name, zero_terminal_snr=True)
+    own, other = (functools.partial(x0_hat, schedule) for x0_hat in x0_hats)
+    x0 = float64([[-1.0, 0.4], [0.0, -0.6], [1.5, 0.1]])
+    start = diffusion.invert(own, schedule, x0, 400, 1.0)
+    back, moved = (diffusion.SAMPLERS[sampler](f, schedule, start, 400, None) for f in (own, other))
+    assert (back - x0).abs().max() < 0.03
+    assert (moved[:, 0] - (3 + x0[:, 0] / 2)).abs().max() < 0.03
+    assert (moved[:, 1] - x0[:, 1]).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("sampler", diffusion.SAMPLERS)
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_sampler_that_starts_between_draws_the_same(name, sampler):
+    """From exact x_t of N(0.5, 0.3^2) at t = 0.4; and at a very low start nothing breaks."""
+    _, schedule, start, noise = setting(name)
+    x0_hat = functools.partial(gaussian((0.5, 0.5), (0.3, 0.3)), schedule)
+    for t in (0.4, 0.01):
+        alpha, sigma = levels(schedule, t)
+        x = alpha * 0.5 + (alpha**2 * 0.3**2 + sigma**2).sqrt() * start
+        x = diffusion.SAMPLERS[sampler](x0_hat, schedule, x, 40, noise, t)
+        assert x.mean(0).tolist() == pytest.approx([0.5, 0.5], abs=0.02)
+        assert x.std(0).tolist() == pytest.approx([0.3, 0.3], rel=0.06)

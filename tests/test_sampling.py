@@ -34,19 +34,6 @@ def latents(denoiser, samples, sampler="ancestral", seed=0, class_names=CLASSES,
         denoiser, LATENT, samples, class_names, args, ctx, progress)
 
 
-def test_in_bf16_weights_are_cast_once_for_the_same_samples(denoiser):
-    ctx = PROCS._replace(dtype=torch.bfloat16)
-    denoiser = ctx.place(denoiser)
-    cast = sample.cast_weights(denoiser, ctx)
-    dtypes = {p.dtype for p in cast.parameters()}
-    assert dtypes == {torch.bfloat16, torch.float32}  # those of norms and embeddings stay
-    for other in (PROCS, ctx._replace(compile=True)):
-        assert sample.cast_weights(denoiser, other) is denoiser
-    once = latents(cast, [(0, 0), (1, 1)], ctx=ctx)
-    assert {p.dtype for p in denoiser.parameters()} == {torch.float32}
-    assert torch.equal(once, latents(denoiser, [(0, 0), (1, 1)], ctx=ctx))
-
-
 @pytest.mark.parametrize("sampler", diffusion.SAMPLERS)
 def test_a_sample_does_not_depend_on_its_batch(denoiser, sampler):
     samples = [(0, 0), (1, 0), (0, 1), (2, 7)]

@@ -114,11 +114,8 @@ def test_train_ldm_leaves_the_files_of_the_contract(stages):
 
 def test_sample_leaves_images_manifest_and_grid(stages):
     folder = stages.out / "l/samples_ancestral_10_guidance1_seed0"
-    keys = [(c, i) for c in ("normal", "tb") for i in range(3)]
-    names = [f"{c}_{i:05d}.png" for c, i in keys]
+    names = [f"{c}_{i:05d}.png" for c in ("normal", "tb") for i in range(3)]
     manifest = strict(folder / "manifest.json")
-    assert [(i["file"], i["class"], i["number"]) for i in manifest["images"]] == [
-        (name, *key) for name, key in zip(names, keys, strict=True)]
     assert (manifest["guidance_scale"], manifest["seed"], manifest["sampler"]) == (
         1.0, 0, "ancestral")
     files = [*names, "manifest.json", "metrics.json", "grid.png"]

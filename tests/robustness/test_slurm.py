@@ -176,7 +176,7 @@ def test_gpus_are_requested_once_if_there_are_some(checkout, gres, flags, answer
     ("train_vae.sh TB 1 --time --nodes=2", "--time needs a value"),
     ("train_vae.sh TB 1 --after=", "--after needs a value"),
     ("train_vae.sh TB 1 --job-name=a/b", "has a slash"),
-    ("train_vae.sh TB 1 --partitoin=x", "--partitoin=x; did you mean --partition?"),
+    ("train_vae.sh TB 1 --partitoin=x", "--partitoin=x"),
     ("train_ldm.sh overfit_one --learning_rat=1", "--learning_rat"),
     ("train_ldm.sh overfit_all", "overfit_all"),
     ("pipeline.sh TB 1 overfit_one --ldm --learning_rat=1", "--learning_rat"),
