@@ -44,8 +44,8 @@ ROWS = {  # name: flags of sample.py
 def read(folder, start=0, stop=None):
     """Pixels [N, 1, S, S] of the PNG files below a folder."""
     paths = [path for path in sorted(pathlib.Path(folder).rglob("*.png")) if path.name != "grid.png"]
-    return torch.from_numpy(np.stack([decode.read_grey(p) for p in paths[start:stop]])
-                            .astype(np.float32))[:, None] / 127.5 - 1
+    grey = np.stack([decode.read_grey(path) for path in paths[start:stop]])
+    return torch.from_numpy(grey)[:, None] * 2 - 1
 
 
 def judges(folder, args, ctx):
