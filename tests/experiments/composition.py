@@ -33,6 +33,8 @@ ROWS = {  # name: flags of sample.py
     "add to normal, w 1.5": "--weights=1.5,1.5",
     "add to normal, w 2": "--weights=2,2",
     "add to normal, w 1, 60 steps": "--num_sampling_steps=60",
+    "add to normal, w 1.3, 60 steps": "--weights=1.3,1.3 --num_sampling_steps=60",
+    "add to normal, w 1.5, 60 steps": "--weights=1.5,1.5 --num_sampling_steps=60",
     "add to null, w 1": "--base=null",
     "add to null, w 1.5": "--base=null --weights=1.5,1.5",
     "or, 100 steps": "--compose=or --num_sampling_steps=100",
