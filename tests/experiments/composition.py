@@ -20,10 +20,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import data
 import evaluate
 import sample
 from lib import decode, dist, metrics
-from lib.phantom import CLASSES
+from lib.phantom import CLASSES, draw_phantom
 
 ROWS = {  # name: flags of sample.py
     "tb alone": "--classes=tb",
@@ -45,7 +46,7 @@ ROWS = {  # name: flags of sample.py
 
 def read(folder, start=0, stop=None):
     """Pixels [N, 1, S, S] of the PNG files below a folder."""
-    paths = [path for path in sorted(pathlib.Path(folder).rglob("*.png")) if path.name != "grid.png"]
+    paths = sorted(pathlib.Path(folder).rglob("*[0-9].png"))
     grey = np.stack([decode.read_grey(path) for path in paths[start:stop]])
     return torch.from_numpy(grey)[:, None] * 2 - 1
 
@@ -58,8 +59,22 @@ def judges(folder, args, ctx):
     for finding in ("tb", "effusion"):
         truth = np.repeat([int(finding in name.split("+")) for name in parts],
                           [len(part) for part in parts.values()])
-        yield evaluate.train_classifier(evaluate.Labelled(truth, x), evaluate.augment, (2,), 0, args,
-                                        ctx, finding)
+        yield evaluate.train_classifier(
+            evaluate.Labelled(truth, x), evaluate.augment, (2,), 0, args, ctx, finding)
+
+
+def correlated(count):
+    """Phantoms [N, 1, 64, 64] with both findings, the effusion on the side with more of the
+    lesions: a pair that is not independent."""
+    found, seed = [], 0
+    while len(found) < count:
+        normal, tb, effusion, both = (draw_phantom(
+            np.random.default_rng([7, seed]), name, 64).astype(int) for name in CLASSES)
+        left = [(image - normal)[:, 32:].sum() > (image - normal)[:, :32].sum()
+                for image in (tb, effusion)]
+        found += [both] if left[0] == left[1] else []
+        seed += 1
+    return data.to_float(np.stack(found).astype(np.uint16) * 257)
 
 
 @torch.no_grad()
@@ -73,7 +88,8 @@ def row(name, x, real, pool, nets, features):
     spread = [metrics.pairwise_mse(of.values)["mean"] for of in own]
     print(f"| {name} | {present[0].float().mean():.2f} | {present[1].float().mean():.2f} | "
           f"{both.float().mean():.2f} ({low:.2f} to {high:.2f}) | {fid['fid']:.2f} "
-          f"({fid['baseline']:.2f} +- {fid['bootstrap_std']:.2f}) | {spread[0] / spread[2]:.2f} |", flush=True)
+          f"({fid['baseline']:.2f} +- {fid['bootstrap_std']:.2f}) | {spread[0] / spread[2]:.2f} |",
+          flush=True)
 
 
 def main():
@@ -107,6 +123,11 @@ def main():
                          f"--num_samples={args.num_samples}", "--dtype=fp32", "--batch_size=64",
                          f"--out_dir={folder}", *flags.split()])
         row(name, read(folder), real, pool, nets, features)
+    print("\nbeside phantoms whose effusion is on the side with more of the lesions:")
+    same_side = correlated(600)
+    for name, x in (("others of them", same_side[:192]), ("independent phantoms", pool[:192]),
+                    ("samples", read(args.out / "add_to_normal,_w_1.3,_60_steps"))):
+        row(name, x, same_side[300:], same_side[:300], nets, features)
 
 
 if __name__ == "__main__":

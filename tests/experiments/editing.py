@@ -41,8 +41,8 @@ def main():
     images = {name: patients(name, args.num) for name in ("normal", "tb")}
     lesion = (images["tb"] - images["normal"]).abs() > 0.1  # over 5 % of the grey range
     print(f"lesions cover {lesion.double().mean():.1%} of the image")
-    print("| edit | sampler | strength | distance to the counterpart | to the image | on the lesion |"
-          "\n" + "| --- " * 6 + "|")
+    print("| edit | sampler | strength | distance to the counterpart | to the image | on the "
+          "lesion |\n" + "| --- " * 6 + "|")
     for own, other in (("tb", "normal"), ("normal", "tb")):
         z = vae.encode(images[own]).mean * scale
         rec = sample.decode_latents(vae, z, scale, ctx)
