@@ -28,7 +28,7 @@ from lib.files import fail, finite, make_folder, read_json, write_json
 SAMPLING_SETTINGS = ("seed", "sampler", "num_sampling_steps", "guidance_scale",
                      "guidance_interval", "use_ema")
 
-CHANGES = ("compose", "weights", "base", "ckpt_b", "init_image", "strength")  # of an ordinary set
+CHANGES = ("compose", "weights", "base", "ckpt_b", "init_image")  # None in an ordinary set
 
 # --- loading a model ----------------------------------------------------------------------------
 
@@ -97,6 +97,8 @@ def prepare_sampling(args, ctx):
             settings |= {"sampler": "ancestral", "num_sampling_steps": 500}
     elif unknown or not names:
         fail(f"no class {', '.join(unknown)!r} in {args.ckpt}; it knows {', '.join(trained)}")
+    if vars(args).get("init_image"):  # a patient is kept by the image's own noise alone
+        settings = settings | {"sampler": "ddim", "num_sampling_steps": 40}
     for name in SAMPLING_SETTINGS:
         if getattr(args, name) is None:
             setattr(args, name, settings[name])
@@ -233,16 +235,14 @@ def build_parser():
     add_sampling_arguments(parser, tuple(diffusion.SAMPLERS), num_samples=8)
     parser.add_argument("--real_dir", type=file_path,
         help="split folder such as data/TB/val: eight real images of each class above the samples")
-    add = parser.add_argument_group("composition, of --classes=A+B").add_argument
-    add("--compose", choices=("add", *diffusion.RULES), help="add: each finding added to --base; "
-        "or: one of both; and: where both are equal; product: of both; None: add")
+    add = parser.add_argument_group("composition and editing").add_argument
+    add("--compose", choices=("add", *diffusion.RULES), help="how --classes=A+B are joined. add: "
+        "to --base; or: one of both; and: where both are equal; product: of both; None: add")
     add("--weights", type=float_list, help="comma list, a number per class; None: all 1")
     add("--base", help="class that findings are added to, or null; None: normal, if there is one")
     add("--ckpt_b", type=file_path, help="second model, of the same autoencoder and settings")
-    add = parser.add_argument_group("editing (docs/composition.md)").add_argument
     add("--init_image", type=file_path, help="image to change to each of the classes")
-    add("--strength", type=at_least(0, float, 1), help="0: its reconstruction; 1: noise keeps "
-        "nothing of it, ddim and dpmpp_2m some; None: 0.5")
+    add("--strength", type=at_least(0, float, 1), default=0.7, help="0: its reconstruction")
     return parser
 
 
@@ -267,8 +267,9 @@ def prepare_folder(folder, checkpoint, requests, args):
     """{(class index, number): path} of the images to draw, in `folder`, which is made with a
     manifest.json of their settings. Ends the program if it holds images of others, so that no
     folder mixes two."""
-    chosen = {name: getattr(args, name) for name in SAMPLING_SETTINGS + CHANGES}
-    settings = {name: value for name, value in chosen.items() if value is not None}
+    given = [name for name in SAMPLING_SETTINGS + CHANGES if getattr(args, name) is not None]
+    given += ["strength"] * bool(args.init_image)
+    settings = {name: getattr(args, name) for name in given}
     settings |= {name: checkpoint[name] for name in ("step", "vae_sha256", "latent_scale_factor")}
     settings = finite({**settings, "ckpt_sha256": checkpoint["sha256"]})  # as they are read back
     if any(folder.glob("*.png")):
@@ -311,7 +312,6 @@ def prepare_edit(args, ctx, denoiser, vae, checkpoint, classes):
     image: that of its folder, if it is one of `classes`, else the first of them, and the process
     for sample_latents). Ends the program if the image cannot be decoded."""
     path, scale = pathlib.Path(args.init_image), checkpoint["latent_scale_factor"]
-    args.strength = 0.5 if args.strength is None else args.strength
     try:
         x = data.to_float(decode.read_square(path, checkpoint["args"]["img_size"])[None])
     except (OSError, ValueError) as e:
@@ -351,6 +351,7 @@ def main(argv=None):
         fail("--compose, --weights, --base and --ckpt_b are for classes joined by +: --classes=A+B")
     elif args.init_image:
         rows, own, process = prepare_edit(args, ctx, denoiser, vae, checkpoint, classes)
+        requests = [(c, 0) for c in classes]
         prefix = f"edit_{pathlib.Path(args.init_image).stem}_{args.strength:g}"
     if args.real_dir:
         rows |= ctx.on_main(lambda: real_rows(args.real_dir, names, img_size))

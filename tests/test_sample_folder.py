@@ -220,7 +220,6 @@ def test_an_edited_image_begins_as_its_reconstruction(workspace, capsys):
         same = [np.abs(image - sheet[14:46, 36:68]).max() <= 1 for image in made.values()]
         assert all(same) if strength == "0" else not any(same)
         if strength == "0.7":
-            assert (made["tb_00000"] != made["normal_00000"]).any()
-            assert (made["tb_00000"] == made["tb_00001"]).all() == (sampler == "ddim")
+            assert (made["tb_00000"] != made["normal_00000"]).any() and len(made) == 2
         less_own = sheet[4 * 48 + 14:4 * 48 + 46, 2:34]
         assert (less_own == 128).all()  # tb less tb: the grey in the middle
