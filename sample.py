@@ -297,11 +297,9 @@ def write_report(folder, checkpoint, paths, z, rows, own, vae, args, ctx):
                             overfit=checkpoint["args"]["overfit_k"] > 0 or own >= 0)
     write_json(folder / "metrics.json", values | {"verdicts": [v._asdict() for v in found]})
     drawn = {class_names[c]: x[labels == c][:8] for c in labels.unique()}
-    rows |= {f"{name}   {args.sampler} {args.num_sampling_steps} steps, guidance "
-             f"{args.guidance_scale:g}": images for name, images in drawn.items()}
-    if own >= 0:  # in tones from -25 to 25 % of the grey range, 0 in the middle
-        rows |= {f"{name} less {class_names[own]}   white: 25 % brighter": 2 * (
-            images - drawn[class_names[own]]).clamp(-0.5, 0.5) for name, images in drawn.items()}
+    settings = f"{args.sampler} {args.num_sampling_steps} steps, guidance {args.guidance_scale:g}"
+    rows |= edit_rows(drawn, class_names[own]) if own >= 0 else {
+        f"{name}   {settings}": images for name, images in drawn.items()}
     run.save_grid(folder / "grid.png", [*rows.values()], [*rows])
     print(verdicts.format_verdicts(found))
     print(f"{len(paths)} images in {folder}; sample grid: {folder / 'grid.png'}")
@@ -323,6 +321,14 @@ def prepare_edit(args, ctx, denoiser, vae, checkpoint, classes):
     pair = torch.cat([x, decode_latents(vae, z, scale, ctx)])
     return ({f"{path.name}, its reconstruction": pair}, own,
             functools.partial(diffusion.edit, denoiser, z, own, args.strength))
+
+
+def edit_rows(drawn, own):
+    """{label: images} of {class: image [1, 1, S, S]} drawn from one image: each, and below it what
+    differs from class `own`, in tones from -25 to 25 % of the grey range with 0 in the middle."""
+    x = torch.cat([*drawn.values()])
+    return {", ".join(drawn): x,
+            f"less {own}; white: 25 % brighter": 2 * (x - drawn[own]).clamp(-0.5, 0.5)}
 
 
 def describe(composition):
