@@ -152,7 +152,7 @@ ONLY_WITH = {
     "train_vae": {"perceptual_weight", "repeat_len", "disc_loss"},
     "train_ldm": {"ae_config_path", "repeat_len", "ldm_base_ch", "ldm_num_res_blocks",
                   "loss_weighting"},
-    "find_latent_scale": {"ae_config_path"}, "sample": set(), "evaluate": {"samples_dir"}}
+    "find_latent_scale": {"ae_config_path"}, "sample": {"strength"}, "evaluate": {"samples_dir"}}
 
 
 @pytest.mark.parametrize("name", ONLY_WITH)
