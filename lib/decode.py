@@ -31,8 +31,8 @@ def find_images(folder, left_out):
     left_out counts the other files by reason. Links are followed."""
     paths, start = [], len(os.path.join(folder, ""))
     for parent, _, names in os.walk(folder, onerror=cannot_read, followlinks=True):
-        around = os.path.join(os.path.realpath(os.path.dirname(parent)), "")
-        if os.path.islink(parent) and around.startswith(os.path.join(os.path.realpath(parent), "")):
+        if os.path.islink(parent) and not os.path.relpath(os.path.realpath(
+                os.path.dirname(parent)), os.path.realpath(parent)).startswith(os.pardir):
             fail(f"{parent} is a link to a folder around it: remove the link")
         for name in names:
             path = os.path.join(parent, name)[start:].split("/")

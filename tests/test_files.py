@@ -49,6 +49,14 @@ def test_a_link_without_a_target_is_an_image_that_cannot_be_read(image_tree, tmp
     assert "2 of 6 images" in (note := notes(capsys)[0]) and "are left out" in note
 
 
+def test_a_link_to_a_folder_around_it_is_refused_and_others_are_followed(image_tree, capsys):
+    root = image_tree({"TB/train/normal": 1, "TB/train/tb": 1, "more": 2})
+    link(root / "more", root / "TB/train/tb/more")
+    assert len(data.scan(root, "TB", "train").files) == 4
+    link(root / "TB/train", root / "TB/train/tb/loop")
+    assert "tb/loop is a link to a folder around it" in message(data.scan, root, "TB", "train")
+
+
 def test_images_are_found_at_any_depth_in_order(image_tree, capsys):
     root = image_tree({"TB/train/normal/patient1/study1": 1, "TB/train/normal/patient1/study2": 1,
                        "TB/train/tb": 2, "TB/train/tb/0a/b/c": 1})
