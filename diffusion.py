@@ -185,7 +185,7 @@ def lambda_grid(schedule, steps, start=1.0):
     return with_levels(schedule, torch.cat([first, below, 0 * first]))
 
 
-def posterior(x, x0, now, later):
+def q_posterior(x, x0, now, later):
     """Mean and standard deviation of q(x_s | x_t, x0-hat) from level (t, alpha, sigma) `now` to
     `later`: DDPM (Ho et al. 2020, eq. 6-7; for any alpha and sigma Kingma et al. 2021, A.4)."""
     (_, alpha_t, sigma_t), (_, alpha_s, sigma_s) = now, later
@@ -196,9 +196,9 @@ def posterior(x, x0, now, later):
 
 
 def ancestral(denoise, schedule, x, steps, noise, start=1.0):
-    """Draws each x_s from q(x_s | x_t, x0-hat), see `posterior`."""
+    """Draws each x_s from q(x_s | x_t, x0-hat), see `q_posterior`."""
     for now, later in itertools.pairwise(time_grid(schedule, steps, start)):
-        mean, std = posterior(x, denoise(x, now[0]), now, later)
+        mean, std = q_posterior(x, denoise(x, now[0]), now, later)
         x = mean + std * noise()
     return x
 
@@ -289,9 +289,9 @@ def edit(denoiser, x0, own, strength, y, noise, sampler, steps, guidance_scale, 
     x0 = x0.expand(len(y), -1, -1, -1)
     if strength == 0:
         return x0
-    own_hat, x0_hat = (
-        conditional(denoiser, of, guidance_scale, guidance_interval, autocast, tick)
-        for of in (torch.full_like(y, own), y))
+    own_hat, x0_hat = (  # progress counts the way back alone, as many evaluations as of `sample`
+        conditional(denoiser, of, guidance_scale, guidance_interval, autocast, count)
+        for of, count in ((torch.full_like(y, own), lambda: None), (y, tick)))
     x = denoiser.schedule.q_sample(x0, torch.full((len(y),), strength, device=y.device), noise())
     if sampler in ("ddim", "dpmpp_2m"):
         x = invert(own_hat, denoiser.schedule, x0, steps, strength)
@@ -326,7 +326,7 @@ def either(x0_hats, schedule, x, steps, noise, weights):
     log_ratio = torch.zeros_like(per_image(x))
     odds = math.log(weights[0] / weights[1])
     for now, later in itertools.pairwise(time_grid(schedule, steps)):
-        (mean_1, std), (mean_2, _) = (posterior(x, x0, now, later) for x0 in x0_hats(x, now[0]))
+        (mean_1, std), (mean_2, _) = (q_posterior(x, x0, now, later) for x0 in x0_hats(x, now[0]))
         difference = mean_1 - mean_2
         x = mean_2 + torch.sigmoid(log_ratio + odds) * difference + std * noise()
         if std > 0:  # the last step draws nothing, so it says nothing about where x came from
@@ -338,7 +338,7 @@ def both(x0_hats, schedule, x, steps, noise, weights):
     """Draws where p1 = p2, which is narrower than their product: SuperDiff's AND, whose noise is
     perpendicular to what the two disagree on, so that log p1 / p2 stays 0. Returns (x0, {})."""
     for now, later in itertools.pairwise(time_grid(schedule, steps)):
-        (mean_1, std), (mean_2, _) = (posterior(x, x0, now, later) for x0 in x0_hats(x, now[0]))
+        (mean_1, std), (mean_2, _) = (q_posterior(x, x0, now, later) for x0 in x0_hats(x, now[0]))
         difference, z = mean_1 - mean_2, noise()
         along = per_image(difference * z) / per_image(difference**2).clamp_min(1e-30)
         x = (mean_1 + mean_2) / 2 + std * (z - along * difference)
