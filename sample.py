@@ -215,11 +215,11 @@ def sample_metrics(x, z, labels, class_names, latent_scale_factor, vae, ctx, rea
     train_stats; without their `appearance`, as in overfit modes, there is no sample_quality/*."""
     values = metrics.latent_stats(z / latent_scale_factor, latent_scale_factor)
     values |= metrics.sample_diversity(z, labels, class_names, real.get("real_pairwise_mse_mean"))
-    if "lattice" in real:
+    if "round_trip" in real:
         own = appearance(x, z, x, latent_scale_factor, vae, ctx)
         ratios = torch.tensor(own["octave_power"]) / torch.tensor(real["octave_power"])
         values |= {metrics.POWER: ratios[ratios.log().abs().argmax()].item(),  # furthest from 1
-                   metrics.LATTICE: own["lattice"] / real["lattice"],
+                   metrics.LATTICE: own["lattice"] / real.get("lattice", 1),  # not in older runs
                    metrics.ROUND_TRIP: own["round_trip"],
                    metrics.REAL_ROUND_TRIP: real["round_trip"]}
     return values
@@ -353,7 +353,7 @@ def main(argv=None):
         composition = prepare_composition(args.classes, args, ctx, denoiser, checkpoint)
         process = functools.partial(diffusion.compose, composition)
         prefix = f"{args.classes}_{composition.rule}"
-    elif any(getattr(args, name) for name in CHANGES[:4]):
+    elif any(getattr(args, name) for name in CHANGES if name != "init_image"):
         fail("--compose, --weights, --base and --ckpt_b are for classes joined by +: --classes=A+B")
     elif args.init_image:
         rows, own, process = prepare_edit(args, ctx, denoiser, vae, checkpoint, classes)
