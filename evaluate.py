@@ -4,13 +4,17 @@
     python evaluate.py --samples_dir=FOLDER --data_root=DATA --task=TB
 
 Compares samples of a model, or a folder of images, with held-out images (--split=val). Each part is
-a function of PARTS that returns its share of evaluation.json. Beside every distance stands the
-real-data baseline, which as many training images score, and how far chance moves the difference.
+a function of PARTS that returns its share of evaluation.json; `--parts=copies,c2st` runs those
+alone. Beside every distance stands the real-data baseline, which as many training images score, and
+how far chance moves the difference.
 """
+import argparse
 import dataclasses
 import functools
+import json
 import math
 import pathlib
+import time
 
 import numpy as np
 import torch
@@ -23,7 +27,7 @@ import model
 import sample
 from lib import decode, dist, metrics, run, verdicts
 from lib.args import (add_data_arguments, add_precision_arguments, add_sampling_arguments, at_least,
-                      file_path, make_parser, parse_settings)
+                      file_path, list_items, make_parser, parse_settings)
 from lib.files import fail, make_folder, notice, read_json, write_json
 from lib.html import leaves, show
 
@@ -33,11 +37,12 @@ BOOTSTRAPS = 50  # resamplings behind the standard deviation of a distance
 FEWEST = 3  # images of a class in each set
 MOST_FOR_C2ST = 500  # images of each kind in each half
 TRAININGS = 3  # of each classifier for AUROC; how much they differ is part of its interval
-ON_SAMPLES = "real images, tested on samples"
-ON_HELD_OUT = "real images, tested on held-out images"
-TSTR = "samples, tested on held-out images"
-BOTH = "both, tested on held-out images"
-AGAIN = "real images and as many repeats, held-out images"
+EVALUATIONS = 32  # of the model behind the denoising error of an image under a class
+MOST_MEMBERS = 256  # training images whose loss is compared with that of held-out ones
+HELD_OUT, SITE = "held-out images", "images of --test_root"
+REAL, TSTR, BOTH, AGAIN = "real images", "samples", "both", "real images and as many repeats"
+DENOISING = "denoising error"
+ON_SAMPLES = f"{REAL}, tested on samples"
 
 
 def build_parser():
@@ -51,6 +56,10 @@ def build_parser():
     add("--samples_dir", type=file_path,
         help="measure the images CLASS/* and CLASS_NUMBER.* of this folder; the report goes into a "
         "new folder in --output_root")
+    add("--parts", type=list_items,
+        help=f"comma list of {', '.join(PARTS)}; None: all, of a folder without the last two")
+    add("--test_root", type=file_path,
+        help="data root of another site: classifiers are tested on its images, too")
     add("--features", choices=("classifier,vae", "classifier", "vae"), default="classifier,vae",
         help="feature spaces of the distances; classifier needs two classes, vae an autoencoder")
     add("--classifier_steps", type=at_least(1), default=600, help="of each, 32 images per step")
@@ -88,12 +97,19 @@ class Labelled:
 class Sets:
     """What is compared."""
 
-    samples: Labelled
+    samples: Labelled  # or None, if no part needs them
     train: data.ImageSet
-    held_out: data.ImageSet
+    tests: dict  # {HELD_OUT or SITE: ImageSet that classifiers are tested on}
     classes: np.ndarray  # class indices of the samples: only these are compared
     vae: model.AutoencoderKL  # or None
+    denoiser: diffusion.Denoiser  # or None, as its scale
+    scale: float
     real_classifier: object  # train_classifier on the training images, called with a seed
+
+    @property
+    def held_out(self):
+        """Images of --split."""
+        return self.tests[HELD_OUT]
 
 
 @torch.no_grad()
@@ -277,7 +293,7 @@ def in_proportion(sets):
     samples, train = (of.subset(np.sort(as_many(
         of.labels, proportional(held_out.labels, of.labels), np.random.default_rng(0))))
         for of in (sets.samples, sets.train))
-    return dataclasses.replace(sets, samples=samples, train=train, held_out=held_out)
+    return dataclasses.replace(sets, samples=samples, train=train, tests={HELD_OUT: held_out})
 
 
 def measure_power(sets, args, ctx):
@@ -302,80 +318,189 @@ def halves(images, seed):
 
 
 def c2st(sets, args, ctx):
-    """{"c2st": {row: (AUROC, low, high)}}: classifier two-sample test (Lopez-Paz & Oquab 2017). Can
-    a network tell the row's images from unseen real ones? At 95 % confidence; 0.5: it cannot. Rows:
-    samples; baseline, real images in their place; decoded, the autoencoder's reconstructions."""
+    """{"c2st": {row: (AUROC, low, high)}, "c2st_by_size": {row: {size: the same}}}: classifier
+    two-sample test (Lopez-Paz & Oquab 2017). Can a network tell the row's images from unseen real
+    ones, all averaged down to a size? At 95 % confidence; 0.5: it cannot. Rows: samples; baseline,
+    real images in their place; decoded, the autoencoder's reconstructions."""
     def pixels(images, vae=None):
         return [measured(as_saved, half, ctx, vae) for half in halves(images, args.seed)]
 
-    def trial(row, real, to_train, to_test):
-        both, tested = real.joined(to_train), unseen.joined(to_test)
+    def trial(row, size, real, to_train, to_test):
+        real, to_train, to_test, others = (
+            Labelled(of.labels, F.interpolate(of.values, size, mode="area"))
+            for of in (real, to_train, to_test, unseen))
+        both, tested = real.joined(to_train), others.joined(to_test)
         both.labels = (np.arange(len(both)) >= len(real)).astype(np.int64)
         net = train_classifier(both, lambda x, rng: with_fine_part(random_crop(x, rng)), (2, 2),
-                               args.seed, args, ctx, f"real images and {row}")
-        truth = torch.arange(len(tested)) >= len(unseen)
+                               args.seed, args, ctx, f"real images and {row} of {size} px")
+        truth = torch.arange(len(tested)) >= len(others)
         logits = measured(lambda x: net(with_fine_part(x)), tested, ctx).values
         area = metrics.auroc(logits, truth)
-        return area, *metrics.auroc_interval(area, len(to_test), len(unseen))
+        return area, *metrics.auroc_interval(area, len(to_test), len(others))
 
     sets = in_proportion(sets)
     first, second = pixels(sets.train)
     real, unseen = first.joined(second), Labelled.joined(*pixels(sets.held_out))
-    found = {"samples": trial("samples", real, *pixels(sets.samples)),
-             "baseline": trial("baseline", first, *halves(second, args.seed))}
+    rows = {"samples": (real, *pixels(sets.samples)),
+            "baseline": (first, *halves(second, args.seed))}
     if sets.vae is not None:
         decoded = [Labelled.joined(*pixels(of, sets.vae)) for of in (sets.train, sets.held_out)]
-        found["decoded"] = trial("decoded", real, *decoded)
-    return {"c2st": found}
+        rows["decoded"] = (real, *decoded)
+    side = args.img_size
+    sizes = [2**k for k in range(4, side.bit_length()) if 2**k < side] + [side]
+    found = {row: {str(size): trial(row, size, *of) for size in sizes} for row, of in rows.items()}
+    return {"c2st": {row: of[str(side)] for row, of in found.items()}, "c2st_by_size": found}
 
 
 def find_copies(sets, args, ctx):
-    """{"copies": result of metrics.CopyTest}, and a picture of the ten samples that are closest to
-    a training image."""
+    """{"copies": result of metrics.CopyTest and its power}, and a picture of the ten samples that
+    are closest to a training image."""
     cached = data.cached_thumbnails(sets.train, pathlib.Path(args.output_root, "cache"), ctx)
     test = metrics.CopyTest(torch.from_numpy(cached.rows(sets.train.rows)))
     found = test.search(measured(data.thumbnails, sets.samples, ctx).values)
-    closest = found.pop("ratio").argsort()[:10].numpy()
+    ratio = found.pop("ratio")
+    closest = ratio.argsort()[:10].numpy()
     originals = found.pop("nearest").numpy()[closest]
     run.save_grid(args.out_dir / "evaluation_pairs.png",
                   [sets.samples.images(closest), sets.train.images(originals)],
                   ["the ten samples closest to a training image", "that training image"])
-    return {"copies": found}
+    planted = {change: test.search(data.thumbnails(x))["ratio"] < test.threshold
+               for change, x in planted_copies(sets, args, ctx).items()}
+    cases = [(share, PLAIN) for share in (0.02, 0.05, 0.1)]
+    cases += [(0.05, change) for change in planted if change != PLAIN]
+    return {"copies": found | {"power": {
+        f"{100 * share:g} %, {change}": test.power(
+            ratio < test.threshold, planted[change], share, args.seed)
+        for share, change in cases}}}
+
+
+PLAIN = "shifted by up to 2 %, exposed otherwise"
+
+
+def planted_copies(sets, args, ctx):
+    """{what has been done to them: images [N, 1, S, S]}: training images as the autoencoder, if
+    there is one, gives them back, each changed in one way."""
+    pool = sets.train.subset(np.flatnonzero(np.isin(sets.train.labels, sets.classes)))
+    x = measured(as_saved, pool.subset(data.spread(len(pool), MOST_MEMBERS)), ctx, sets.vae).values
+    rng = ctx.generator(args.seed, "planted")
+    other = sets.samples.images(torch.randint(len(sets.samples), (len(x),), generator=rng))
+    exposure = data.AUG_RANGES[4:]
+    by = {PLAIN: (0.023, 0.023, 0, 0, *exposure), "exposed otherwise": (0, 0, 0, 0, *exposure),
+          "zoomed by 5 %": (0, 0, 0.05, 0, 0, 0), "rotated by 3 degrees": (0, 0, 0, 0.0524, 0, 0)}
+    found = {"mirrored": x.flip(3), "blended half and half with a sample": (x + other) / 2}
+    for name, amounts in by.items():
+        scale = torch.rand(len(x), data.AUG_DIM, generator=rng) * 2 - 1
+        if name not in (PLAIN, "exposed otherwise"):
+            scale = scale.sign()
+        found[name] = data.augment(x, scale * torch.tensor(amounts) / torch.tensor(data.AUG_RANGES))
+    return found
 
 
 def tstr(sets, args, ctx):
     """TSTR, train on synthetic and test on real (Esteban et al. 2017), at 95 % confidence:
-    {"auroc": {trained on, tested on: (AUROC, low, high)}, "gain": {BOTH: (gain, low, high)}}; {}
-    without samples of several classes, of all that there are.
+    {"auroc": {"trained on, tested on": (AUROC, low, high)}, "gain": {tested on: (gain, low,
+    high)}}; {} without samples of several classes, of all that there are.
 
-    The gain is what samples beside real images add to AGAIN, as many repeats of these: more
-    training alone does not count.
+    The gain is what samples beside real images add to as many repeats of these: more training alone
+    does not count. The intervals of several gains hold together (Bonferroni).
     """
     shape = (len(sets.train.class_names),)
     if not 1 < len(sets.classes) == shape[0]:
         return {}
-    samples, train, held_out = (measured(shrunk, images, ctx)
-                                for images in (sets.samples, sets.train, sets.held_out))
+    samples, train = (measured(shrunk, images, ctx) for images in (sets.samples, sets.train))
+    tests = {where: measured(shrunk, images, ctx) for where, images in sets.tests.items()}
     repeats = np.concatenate([
         np.resize(np.flatnonzero(train.labels == c), (samples.labels == c).sum())
         for c in np.unique(samples.labels)])
     trained_on = {TSTR: samples, BOTH: train.joined(samples),
                   AGAIN: train.joined(train.subset(repeats))}
-    tested = {ON_SAMPLES: samples, ON_HELD_OUT: held_out, **dict.fromkeys(trained_on, held_out)}
-    logits = {name: [] for name in tested}
+    logits = {(REAL, "samples"): []} | {
+        (name, where): [] for where in tests for name in (REAL, *trained_on)}
     for seed in range(args.seed, args.seed + TRAININGS):
-        nets = {name: train_classifier(of, augment, shape, seed, args, ctx, name.split(",")[0])
+        nets = {name: train_classifier(of, augment, shape, seed, args, ctx, name)
                 for name, of in trained_on.items()}
-        nets |= dict.fromkeys((ON_SAMPLES, ON_HELD_OUT), sets.real_classifier(seed))
-        for name, net in nets.items():
-            logits[name].append(measured(net, tested[name], ctx).values)
-    truth = {name: torch.from_numpy(of.labels) for name, of in tested.items()}
-    aurocs = {name: metrics.mean_auroc(of, truth[name]) for name, of in logits.items()}
-    gain = metrics.auroc_gain(logits[BOTH], logits[AGAIN], truth[BOTH], args.seed)
-    return {"auroc": aurocs, "gain": {BOTH: gain}}
+        nets[REAL] = sets.real_classifier(seed)
+        for (name, where), found in logits.items():
+            images = samples if where == "samples" else tests[where]
+            found.append(measured(nets[name], images, ctx).values)
+    truth = {where: torch.from_numpy(of.labels) for where, of in tests.items()}
+    truth["samples"] = torch.from_numpy(samples.labels)
+    gains = {where: metrics.auroc_gain(logits[BOTH, where], logits[AGAIN, where], truth[where],
+                                       args.seed, len(tests)) for where in tests}
+    return {"gain": gains, "auroc": {
+        f"{name}, tested on {where}": metrics.mean_auroc(found, truth[where])
+        for (name, where), found in logits.items()}}
 
 
-PARTS = (measure_distances, measure_power, c2st, find_copies, tstr)
+@torch.no_grad()
+def denoising_errors(images, conditions, sets, args, ctx, label):
+    """Loss of the model on each of N images under classes `conditions` [N, K] at EVALUATIONS times,
+    spread evenly, and noises, the same for all images and classes: float32 [N, K, EVALUATIONS]."""
+    t = (torch.arange(EVALUATIONS, device=ctx.device) + 0.5) / EVALUATIONS
+    rng = ctx.generator(args.seed, "denoising errors")
+    noise = torch.randn(EVALUATIONS, *sets.vae.latent_shape, generator=rng).to(ctx.device)
+    latents = measured(lambda x: sets.vae.encode(x).mean * sets.scale, images, ctx).values
+    errors = torch.zeros(*conditions.shape, EVALUATIONS)
+    progress = run.Progress(label, conditions.size)
+    # A network compiled for sampling would be compiled again for this size.
+    stance = "force_eager" if ctx.compile else "default"
+    with ctx.autocast(), torch.compiler.set_stance(stance):
+        for i, (n, k) in enumerate(np.ndindex(conditions.shape)):
+            x0, y = latents[n].to(ctx.device).expand_as(noise), int(conditions[n, k])
+            y = torch.full((EVALUATIONS,), y, device=ctx.device)
+            errors[n, k] = sets.denoiser(x0, t, noise, y)
+            progress.update(i + 1)
+    return errors
+
+
+def diffusion_classifier(sets, args, ctx):
+    """{"diffusion_classifier": {judge, tested on: (AUROC, low, high)}}: the model itself as a
+    classifier, by its denoising error under each class (Li et al. 2023), beside classifiers trained
+    on real images, at 95 % confidence; {} without several classes."""
+    found = {}
+    for where, images in sets.tests.items() if len(sets.classes) > 1 else ():
+        images = images.subset(np.isin(images.labels, sets.classes))
+        truth = torch.from_numpy(np.searchsorted(sets.classes, images.labels))
+        errors = denoising_errors(images, np.tile(sets.classes, (len(images), 1)), sets, args, ctx,
+                                  f"denoising {where}")
+        errors -= errors.mean(1, keepdim=True)
+        errors /= errors.std((0, 1)).clamp_min(1e-12)  # each time counts alike
+        area, fewest = metrics.auroc(-errors.mean(2), truth), int(truth.bincount().min())
+        interval = metrics.auroc_interval(area, fewest, len(images) - fewest)
+        x = measured(shrunk, images, ctx)
+        logits = [measured(sets.real_classifier(seed), x, ctx).values[:, sets.classes]
+                  for seed in range(args.seed, args.seed + TRAININGS)]
+        found |= {f"{DENOISING}, tested on {where}": (area, *interval),
+                  f"{REAL}, tested on {where}": metrics.mean_auroc(logits, truth)}
+    return {"diffusion_classifier": found}
+
+
+def membership(sets, args, ctx):
+    """{"membership": {"loss", "control": (AUROC, low, high)}}: does the model's loss tell training
+    images from held-out ones? The control is the autoencoder's error, which tells them apart as far
+    as the two splits differ, or as it has learnt them by heart itself."""
+    def reconstruction(x):
+        return (sets.vae.decode(sets.vae.encode(x).mean) - x).square().mean((1, 2, 3))
+
+    held_out = sets.held_out.subset(np.isin(sets.held_out.labels, sets.classes))
+    like, rng = proportional(held_out.labels, sets.train.labels), np.random.default_rng(args.seed)
+    chosen = rng.permutation(as_many(sets.train.labels, like, rng))[:MOST_MEMBERS]
+    groups = {"held-out images": held_out, "training images": sets.train.subset(chosen)}
+    truth = torch.arange(2).repeat_interleave(torch.tensor([len(of) for of in groups.values()]))
+    losses = [denoising_errors(of, of.labels[:, None], sets, args, ctx, f"loss of {name}").mean((1, 2))
+              for name, of in groups.items()]
+    errors = [measured(reconstruction, of, ctx).values for of in groups.values()]
+    found = {}
+    for name, parts in {"loss": losses, "control": errors}.items():
+        area = metrics.auroc(torch.cat(parts)[:, None] * torch.tensor([1, -1]), truth)
+        found[name] = area, *metrics.auroc_interval(area, len(held_out), len(chosen))
+    return {"membership": found}
+
+
+PARTS = {"distances": measure_distances, "power": measure_power, "c2st": c2st,
+         "copies": find_copies, "tstr": tstr, "classifier": diffusion_classifier,
+         "membership": membership}
+OF_THE_MODEL = ("classifier", "membership")  # they take a model, and no samples
 
 
 # --- verdicts -----------------------------------------------------------------------------------
@@ -398,6 +523,11 @@ def judge(report):
             "training image than these are to one another; probability of as many by chance: "
             f"{copies['probability']:.2g}.",
             "Look at the pairs. Train less or on more images; do not publish copies of patients.")
+        found = copies["power"][f"5 %, {PLAIN}"]
+        yield verdict(
+            "copies/power", found, "over 0.5", False, found < 0.5, "The search would have found "
+            f"5 % copies in {100 * found:.0f} % of cases.",
+            "Too few images to say: raise --num_samples, or add training images.")
     for space, groups in report.get("groups", {}).items():
         fid, baseline, std = (groups["all"][n] for n in ("fid", "baseline", "bootstrap_std"))
         excess = (fid - baseline) / max(std, 1e-9)
@@ -409,18 +539,20 @@ def judge(report):
         ratios = [value for name, value in report["power"]["samples"].items() if name != "num"]
         furthest = max(ratios, key=lambda ratio: abs(math.log(max(ratio, 1e-6))))
         yield from verdicts.health({metrics.POWER: furthest})
-    if areas := report.get("c2st"):
-        value, low, _ = areas["samples"]
-        rows = "; ".join(f"{row} {area:.2f}" for row, (area, _, _) in areas.items())
+    if sizes := report.get("c2st_by_size"):
+        *_, baseline = sizes["baseline"].values()
+        *_, (value, low, _) = sizes["samples"].values()  # at full size
+        rows = "; ".join(f"{row} " + ", ".join(f"{area:.2f}" for area, _, _ in of.values())
+                         for row, of in sizes.items())
         yield verdict(
-            "two-sample", value, f"baseline {areas['baseline'][0]:.2f}", False,
-            value > 0.9 or low > max(0.6, areas["baseline"][0]),
+            "two-sample", value, f"baseline {baseline[0]:.2f}", False,
+            value > 0.9 or low > max(0.6, baseline[0]),
             "AUROC of a network that tells samples (or real images, or their reconstructions) from "
-            f"held-out images by their pixels: {rows}.",
+            f"held-out images by their pixels, at {', '.join(sizes['samples'])} px: {rows}.",
             "Look at power and at the grid. If decoded is as high, improve the autoencoder first.")
     if "auroc" in report:
         value, low, high = report["auroc"][ON_SAMPLES]
-        real_value, _, real_high = report["auroc"][ON_HELD_OUT]
+        real_value, _, real_high = report["auroc"][f"{REAL}, tested on {HELD_OUT}"]
         advice = "Below 0.5 the labels are swapped. Near it: train longer, raise --guidance_scale."
         if low > real_high:
             advice = f"Clearer cases than real ones are caricatures: {less}."
@@ -428,13 +560,28 @@ def judge(report):
             "class fidelity", value, f"real images {real_value:.2f}", high < 0.5,
             low <= 0.5 or low > real_high,
             "AUROC on samples of a classifier trained on real images.", advice)
-    if "gain" in report:
-        value, low, high = report["gain"][BOTH]
+    for where, (value, low, high) in report.get("gain", {}).items():
         benefit = "useful" if low > 0 else "harmful" if high < 0 else "of no proven use"
         yield verdict(
-            "gain, beside real images", value, f"{low:.3f} to {high:.3f}", False, high < 0,
+            f"gain, {where}", value, f"{low:.3f} to {high:.3f}", False, high < 0,
             "AUROC gained by training on real images and samples instead of repeated real images: "
             f"{benefit}.", "Do not train on them: look at class fidelity and at the distances.")
+    if areas := report.get("diffusion_classifier"):
+        value, low, high = areas[f"{DENOISING}, tested on {HELD_OUT}"]
+        real_value, _, _ = areas[f"{REAL}, tested on {HELD_OUT}"]
+        yield verdict(
+            "diffusion classifier", value, f"CNN {real_value:.2f}", high < 0.5, low <= 0.5,
+            f"AUROC ({low:.2f} to {high:.2f}) on held-out images of the model's own error under "
+            "each class: its labels, judged by no other network.",
+            "Below 0.5 the labels are swapped. Near it they are not used: train longer.")
+    if areas := report.get("membership"):
+        value, low, high = areas["loss"]
+        _, _, most = areas["control"]
+        yield verdict(
+            "membership", value, f"at most {most:.2f}, of the control", low > most, False,
+            f"AUROC ({low:.2f} to {high:.2f}) of telling training images from held-out ones by the "
+            "model's loss.", "It knows patients by heart: take best.pt, or train for fewer passes. "
+            "Do not publish this checkpoint.")
 
 
 # --- the stage ----------------------------------------------------------------------------------
@@ -450,12 +597,19 @@ def main(argv=None):
     if not args.ckpt and not args.data_root and not args.img_size:
         fail("without --data_root the samples are compared with the phantom set: give --img_size")
 
+    known = [name for name in PARTS if args.ckpt or name not in OF_THE_MODEL]
+    parts = args.parts or known
+    if unknown := [name for name in parts if name not in known]:
+        fail(f"no part {', '.join(unknown)}: --parts takes {', '.join(known)}")
+
     # --- what is measured: a model, or a folder of images ---
-    report = {"split": args.split, "seed": args.seed}
+    report = {name: getattr(args, name) for name in ("split", "seed", "test_root")}
+    denoiser = samples = scale = None
     if args.ckpt:
         denoiser, vae, checkpoint, requests = sample.prepare_sampling(args, ctx)
         data.adopt_settings(args, checkpoint["args"], f"the model {args.ckpt}")
         class_names, labels = checkpoint["class_names"], np.array([c for c, _ in requests])
+        scale = checkpoint["latent_scale_factor"]
         report |= {name: getattr(args, name) for name in sample.SAMPLING_SETTINGS}
         report |= {"step": checkpoint["step"], "ckpt": args.ckpt,
                    "ckpt_sha256": checkpoint["sha256"]}
@@ -465,6 +619,7 @@ def main(argv=None):
         args.img_size, labels = samples.values.shape[-1], samples.labels
         vae = sample.load_autoencoder(args.ae_ckpt_path, ctx)[0] if args.ae_ckpt_path else None
         report["samples_dir"] = args.samples_dir
+    report["img_size"] = args.img_size
 
     # --- real images of that size: before sampling, so that mistakes show at once ---
     train = data.open_images(args, ctx, "train", class_names=class_names)
@@ -472,11 +627,15 @@ def main(argv=None):
     if args.ckpt:
         meta = read_json(run.run_folder(args.ckpt) / "run_meta.json")
         data.notice_changes(meta.get("data"), train, "the model was trained")
-    held_out = train if args.split == "train" else data.open_images(
-        args, ctx, args.split, train=train)
+    tests = {HELD_OUT: train if args.split == "train" else data.open_images(
+        args, ctx, args.split, train=train)}
+    if args.test_root:
+        elsewhere = argparse.Namespace(**vars(args) | {"data_root": args.test_root})
+        tests[SITE] = data.open_images(elsewhere, ctx, args.split, train=train)
+    report["num_images"] = {where: len(images) for where, images in tests.items()}
     classes = np.unique(labels)
-    few = [class_names[c] for c in classes if min(
-        (of == c).sum() for of in (labels, train.labels, held_out.labels)) < FEWEST]
+    few = [class_names[c] for c in classes if min((of == c).sum() for of in (
+        labels, train.labels, *(images.labels for images in tests.values()))) < FEWEST]
     if few:
         fail(f"under {FEWEST} samples, training images or held-out images of class "
              f"{', '.join(few)}: raise --num_samples, add images, or leave it out of --classes")
@@ -489,21 +648,25 @@ def main(argv=None):
     # --- the parts of the report ---
     args.out_dir = make_folder(args.out_dir or (run.run_folder(args.ckpt) if args.ckpt else
                                run.new_folder(args.output_root, f"evaluation_{args.task.lower()}")))
-    if args.ckpt:
-        batches = sample.sample_batches(
-            denoiser, vae, checkpoint["latent_scale_factor"], requests, class_names, args, ctx,
-            args.batch_size, f"sampling ({args.sampler})")
+    if args.ckpt and not set(parts) <= {*OF_THE_MODEL}:
+        batches = sample.sample_batches(denoiser, vae, scale, requests, class_names, args, ctx,
+                                        args.batch_size, f"sampling ({args.sampler})")
         samples = Labelled(labels, torch.cat([as_saved(x) for _, _, x in batches]))
     report["num_samples"] = {class_names[c]: int((labels == c).sum()) for c in np.unique(labels)}
-    sets = Sets(samples, train, held_out, classes, vae, real_classifier)
-    for part in PARTS:
-        report |= part(sets, args, ctx)
+    path = args.out_dir / "evaluation.json"
+    same, before = json.loads(json.dumps(report)), read_json(path)
+    if same.items() <= before.items():
+        report = before | report  # the parts that were measured before
+    sets = Sets(samples, train, tests, classes, vae, denoiser, scale, real_classifier)
+    for name in parts:
+        start = time.perf_counter()
+        report |= PARTS[name](sets, args, ctx)
+        print(f"{name}: {time.perf_counter() - start:.0f} s")
 
     found = [*judge(report)]
-    for name, value in leaves(report):
+    for name, value in leaves({k: v for k, v in report.items() if k != "verdicts"}):
         print(f"{name:<56} {show(value)}")
     print(verdicts.format_verdicts(found))
-    path = args.out_dir / "evaluation.json"
     write_json(path, {**report, "verdicts": [v._asdict() for v in found]})
     print(f"written: {path}")
 

@@ -143,7 +143,8 @@ def describe_evaluation(report):
     low, high = metrics.binomial_interval(round(share * total), total)
     found = verdicts.format_verdicts([verdicts.Verdict(**v) for v in report["verdicts"]])
     return f"""{100 * share:.1f} % of {total} samples are copies of training images, 95 % interval
-{100 * low:.1f} to {100 * high:.1f} %. Split {report["split"]}, sampler {report["sampler"]} with
+{100 * low:.1f} to {100 * high:.1f} %. Split {report["split"]} of the data set above (images:
+{report.get("num_images", {}).get("held-out images", "unknown")}), sampler {report["sampler"]} with
 {report["num_sampling_steps"]} steps, guidance {report["guidance_scale"]}; pipeline.py samples with
 Euler or DDIM steps. Images of the autoencoder, or of a model that training started from, were not
 searched for copies.

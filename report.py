@@ -125,7 +125,10 @@ def evaluation(run):
         return tag("p", "Not measured: run evaluate.py with an LDM.")
     numbers = {name: value for name, value in run.evaluation.items() if name != "verdicts"}
     found = [verdicts.Verdict(**v) for v in run.evaluation.get("verdicts", ())]
+    by_size = {row: [(int(size), area) for size, (area, _, _) in sizes.items()]
+               for row, sizes in numbers.get("c2st_by_size", {}).items()}
     return tag("div", verdict_list(found), table(leaves(numbers)),
+               draw("C2ST by size in pixels; 0.5: like real images", by_size),
                run.picture("evaluation_pairs.png", "the ten closest pairs"))
 
 

@@ -15,7 +15,7 @@ PATH = ("train_vae.py", "find_latent_scale.py", "train_ldm.py", "sample.py", "mo
 # What sections 8 to 10 of the design add to the program that 6,900 lines were meant for.
 ADDED = ("add", "either", "both", "product", "per_image", "compose", "Composition", "float_list",
          "prepare_composition", "describe", "draw_effusion", "invert", "edit", "prepare_edit",
-         "edit_rows")
+         "edit_rows", "planted_copies", "denoising_errors", "diffusion_classifier", "membership")
 
 
 def names_from_lib(tree):

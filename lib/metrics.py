@@ -2,8 +2,10 @@
 
 All but `psnr`, `ssim` and `ms_ssim` run in float64 on the CPU: not every accelerator has float64.
 """
+import functools
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -230,6 +232,7 @@ def binomial_interval(count, total, z=1.96):
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+@functools.cache
 def beta_binomial_tail(count, total, a, b):
     """P(X >= count) of X ~ BetaBinomial(total, a, b) with whole a and b."""
     ways = sum(math.comb(x + a - 1, x) * math.comb(total - x + b - 1, total - x)
@@ -285,10 +288,24 @@ class CopyTest:
         chance, distinct (M), and per sample its ratio and nearest (training image index)."""
         ratio, nearest = closeness(samples, self.others)
         count = int((ratio < self.threshold).sum())
-        rank, total = self.rank, len(self.others) + 1
-        return {"share": count / len(samples), "expected": rank / total,
-                "probability": beta_binomial_tail(count, len(samples), rank, total - rank),
+        return {"share": count / len(samples), "expected": self.rank / (len(self.others) + 1),
+                "probability": self.probability(count, len(samples)),
                 "distinct": len(self.others), "ratio": ratio, "nearest": self.index[nearest]}
+
+    def probability(self, count, total):
+        """Of at least `count` copies among `total` samples by chance."""
+        return beta_binomial_tail(count, total, self.rank, len(self.others) + 1 - self.rank)
+
+    def power(self, samples, planted, share, seed, draws=100):
+        """Fraction of draws in which more copies than chance allows are found once this share of
+        the samples is replaced by planted copies; bool [N] and [P]: which count as copies."""
+        rng, num = np.random.default_rng(seed), round(share * len(samples))
+        found = 0
+        for _ in range(draws):
+            kept = rng.permutation(samples)[num:].sum()
+            count = int(kept + rng.choice(planted, num).sum())
+            found += self.probability(count, len(samples)) < BY_CHANCE
+        return found / draws
 
 
 # --- classification -----------------------------------------------------------------------------
@@ -333,10 +350,10 @@ def mean_auroc(of_trainings, labels):
             min(1.0, mean + math.hypot(high - mean, training)))
 
 
-def auroc_gain(with_samples, without, labels, seed=0, resamples=1000):
+def auroc_gain(with_samples, without, labels, seed=0, gains_in_all=1, resamples=1000):
     """(gain, low, high): mean AUROC of some trainings minus that of others, given the scores [N, K]
-    of each on the same images with labels [N]. 95 % bootstrap interval (Efron & Tibshirani 1993)
-    over trainings and, paired, over images within each class."""
+    of each on the same images with labels [N]. Bootstrap interval (Efron & Tibshirani 1993) over
+    trainings and, paired, over images within each class; at 95 % for all of `gains_in_all`."""
     rng = torch.Generator().manual_seed(seed)
     members = [(labels == c).nonzero()[:, 0] for c in labels.unique()]
 
@@ -349,6 +366,6 @@ def auroc_gain(with_samples, without, labels, seed=0, resamples=1000):
         one, other = ([of[i] for i in torch.randint(len(of), (len(of),), generator=rng).tolist()]
                       for of in (with_samples, without))
         gains.append(mean_area(one, index) - mean_area(other, index))
-    ends = torch.tensor([0.025, 0.975]).double()
+    ends = torch.tensor([0.025 / gains_in_all, 1 - 0.025 / gains_in_all]).double()
     low, high = torch.tensor(gains, dtype=torch.float64).quantile(ends).tolist()
     return mean_area(with_samples) - mean_area(without), low, high

@@ -2,6 +2,7 @@
 of the command line."""
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ import evaluate
 import sample
 from lib import dist, phantom
 
+TSTR, ON_HELD_OUT = (f"{name}, tested on {evaluate.HELD_OUT}" for name in (
+    evaluate.TSTR, evaluate.REAL))
 CPU = dist.DistContext(0, 1, torch.device("cpu"), torch.float32, False)
 
 
@@ -161,21 +164,12 @@ def generators(tmp_path_factory):
     def report(name):
         out = root / "out" / name
         if not out.exists():
-            with pytest.MonkeyPatch.context() as patch:
-                # What is slow only judges those that are meant for it.
-                if name not in ("good", "latticed"):
-                    patch.setattr(evaluate, "c2st", lambda *_: {
-                        "c2st": dict.fromkeys(("samples", "baseline"), (0.5, 0.4, 0.6))})
-                steps = 120  # of many trainings
-                if name not in ("good", "swapped"):
-                    steps = 200
-                    aurocs = dict.fromkeys((evaluate.ON_SAMPLES, evaluate.ON_HELD_OUT),
-                                           (0.9, 0.8, 1.0))
-                    part = {"auroc": aurocs, "gain": {evaluate.BOTH: (0.0, -0.1, 0.1)}}
-                    patch.setattr(evaluate, "tstr", lambda *_: part)
-                evaluate.main([f"--samples_dir={root / name}", f"--data_root={root / 'data'}",
-                               f"--out_dir={out}", f"--output_root={root / 'runs'}",
-                               f"--classifier_steps={steps}"])
+            parts = {"good": "distances,power,c2st,copies,tstr", "latticed": "distances,c2st",
+                     "swapped": "distances,tstr", "copies": "copies", "slightly_blurred": "power"}
+            evaluate.main([f"--samples_dir={root / name}", f"--data_root={root / 'data'}",
+                           f"--parts={parts.get(name, 'distances')}", f"--out_dir={out}",
+                           f"--output_root={root / 'runs'}",
+                           f"--classifier_steps={120 if name in ('good', 'swapped') else 200}"])
         return json.loads((out / "evaluation.json").read_text())
     return report
 
@@ -189,10 +183,10 @@ def test_real_images_of_other_patients_pass(generators):
     assert {v["level"] for v in report["verdicts"]} == {"ok"}, report["verdicts"]
     value, low, high = report["auroc"][evaluate.ON_SAMPLES]
     assert low < value < high and value > 0.8
-    value, low, high = report["auroc"][evaluate.TSTR]
+    value, low, high = report["auroc"][TSTR]
     assert value > 0.7 and low <= value <= high
     # Images that are as good as more real ones are of no more use than these are.
-    gain, low, high = report["gain"][evaluate.BOTH]
+    gain, low, high = report["gain"][evaluate.HELD_OUT]
     assert low <= gain <= high and low <= 0
     assert report["copies"]["probability"] > 0.025
 
@@ -212,7 +206,8 @@ def test_a_lattice_is_seen_by_c2st(generators):
     report, good = generators("latticed"), generators("good")
     assert level(good, "two-sample") == "ok" and level(report, "two-sample") == "watch"
     assert level(report, "fid (classifier)") != "bad"
-    assert report["c2st"]["samples"][0] > 0.9
+    coarse, half, full = (area for area, _, _ in report["c2st_by_size"]["samples"].values())
+    assert max(coarse, half) < 0.65 < 0.9 < full == report["c2st"]["samples"][0]
     value, low, high = good["c2st"]["baseline"]
     assert low < 0.5 < high and low < value < high
 
@@ -226,7 +221,7 @@ def test_swapped_labels_are_found(generators):
     report, good = generators("swapped"), generators("good")
     assert report["auroc"][evaluate.ON_SAMPLES][2] < 0.5
     assert level(report, "class fidelity") == "bad"
-    assert report["auroc"][evaluate.TSTR][0] < 0.4
+    assert report["auroc"][TSTR][0] < 0.4
     for name, farther in (("all", False), ("normal", True)):  # the whole is the same
         fid, good_fid = (r["groups"]["classifier"][name]["fid"] for r in (report, good))
         assert (fid > 2 * good_fid) == farther
@@ -235,7 +230,7 @@ def test_swapped_labels_are_found(generators):
 @pytest.mark.parametrize("interval, expected", [
     ((1.0, 0.98, 1.0), "watch"), ((0.92, 0.85, 0.97), "ok")])
 def test_a_caricature_is_no_success(interval, expected):
-    auroc = {evaluate.ON_SAMPLES: interval, evaluate.ON_HELD_OUT: (0.85, 0.78, 0.91)}
+    auroc = {evaluate.ON_SAMPLES: interval, ON_HELD_OUT: (0.85, 0.78, 0.91)}
     verdict, = evaluate.judge({"groups": {}, "auroc": auroc})
     assert (verdict.metric, verdict.level) == ("class fidelity", expected)
     assert ("caricatures" in verdict.advice) == (expected == "watch")
@@ -245,7 +240,9 @@ def test_a_caricature_is_no_success(interval, expected):
     ((1.0, 0.55, 1.0), (0.7, 0.3, 1.0), "watch"), ((0.8, 0.72, 0.87), (0.66, 0.4, 0.9), "watch"),
     ((0.8, 0.72, 0.87), (0.79, 0.7, 0.86), "ok"), ((0.62, 0.5, 0.7), (0.5, 0.4, 0.6), "ok")])
 def test_what_a_network_tells_apart_is_not_green(samples, baseline, expected):
-    verdict, = evaluate.judge({"c2st": {"samples": samples, "baseline": baseline}})
+    verdict, = evaluate.judge({"c2st_by_size": {
+        row: {"16": (0.5, 0.4, 0.6), "32": of}
+        for row, of in (("samples", samples), ("baseline", baseline))}})
     assert (verdict.metric, verdict.level) == ("two-sample", expected)
 
 
@@ -282,6 +279,13 @@ def test_report_of_a_model_and_of_its_samples(workspace, quick):
     with Image.open(workspace.out / "l/evaluation_pairs.png") as pairs:
         assert pairs.size == (8 * 34 + 2, 2 * (32 + 16))
 
+    # --- a part alone: what was measured before on the same samples stays ---
+    assert report.keys() >= {"c2st_by_size", "diffusion_classifier", "membership", "gain"}
+    assert len(report["copies"]["power"]) == 8
+    result = quick("evaluate.py", *common, ckpt, *sampling, "--parts=power,copies")
+    assert result.code == 0 and "classifier on" not in result.err + result.out, result.err
+    assert json.loads((workspace.out / "l/evaluation.json").read_text()) == report
+
     # --- the same samples as a folder, in one space: nothing is written there ---
     folder = workspace.root / "s"
     assert quick("sample.py", ckpt, *sampling, f"--out_dir={folder}").code == 0
@@ -309,6 +313,8 @@ def test_bad_input_is_one_line(workspace, image_tree, capsys, monkeypatch):
             (["--samples_dir=x"], "--img_size"),
             ([*workspace.common, ckpt, "--img_size=64"], "works at 32"),
             ([*workspace.common, f"--samples_dir={small}"], "of class normal, tb: raise"),
+            ([*workspace.common, ckpt, "--parts=power,kid"], "no part kid: --parts takes distances"),
+            ([*workspace.common, f"--samples_dir={small}", "--parts=membership"], "no part member"),
             ([*workspace.common, ckpt, "--features=x"], "classifier,vae")):
         assert says in error_of(capsys, evaluate.main, [
             f"--output_root={workspace.out}", "--classifier_steps=1", "--device=cpu", *argv])
@@ -334,8 +340,93 @@ def test_nan_is_never_ok():
     broken = evaluate.Labelled(labels, torch.full((20, 4), nan))
     for sets in ((broken, fine, fine), (fine, broken, fine), (broken, broken, broken)):
         found = evaluate.distance(*sets, seed=0)
-        auroc = dict.fromkeys((evaluate.ON_SAMPLES, evaluate.ON_HELD_OUT), (nan, nan, nan))
+        auroc = dict.fromkeys((evaluate.ON_SAMPLES, ON_HELD_OUT), (nan, nan, nan))
         levels = [v.level for v in evaluate.judge({
             "groups": {"x": {"all": found}}, "auroc": auroc,
             "power": {"samples": {"num": 20, "4-8": nan, "8-16": 1.0}}})]
         assert levels == ["bad"] * 3
+
+
+def test_classifiers_are_tested_on_another_site_too(workspace, quick):
+    """There the same classifiers do worse on images whose classes are swapped, and the two gains
+    share their error."""
+    site = workspace.root / "site"
+    phantom.write_phantoms(site, 0, 8, 32, seed=5)
+    for old, new in (("normal", "x"), ("tb", "normal"), ("x", "tb")):
+        (site / "TB/val" / old).rename(site / "TB/val" / new)
+    result = quick("evaluate.py", *workspace.common, f"--ckpt={workspace.ldm_ckpt}",
+                   f"--test_root={site}", "--parts=tstr,classifier", "--num_samples=3",
+                   "--num_sampling_steps=2", "--classifier_steps=60")
+    assert result.code == 0, result.err
+    report = json.loads((workspace.out / "l/evaluation.json").read_text())
+    assert report["num_images"] == {evaluate.HELD_OUT: 6, evaluate.SITE: 16}
+    assert report["gain"].keys() == {evaluate.HELD_OUT, evaluate.SITE}
+    for found in (report["auroc"], report["diffusion_classifier"]):
+        assert found[ON_HELD_OUT][0] > 0.5 > found[f"{evaluate.REAL}, tested on {evaluate.SITE}"][0]
+
+
+# --- what the model knows: trained on phantoms with and without an effusion ---
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, quick):
+    """{name: evaluation.json} of models of phantoms with and without an effusion, of their training
+    images as they are, with shuffled labels, or few of them; `swapped`: the first model, with the
+    two classes of the held-out images swapped."""
+    root = tmp_path_factory.mktemp("trained")
+    right = root / "right/TB"
+    phantom.write_phantoms(root / "right", 100, 40, 32, classes=("normal", "effusion"))
+    for name in ("shuffled", "swapped", "few"):
+        shutil.copytree(right, root / name / "TB")
+    for i in range(100):
+        paths = [Path("TB/train", name, f"{i:05d}.png") for name in ("normal", "effusion")]
+        if i % 2:
+            for path, other in zip(paths, paths[::-1], strict=True):
+                shutil.copy(root / "right" / path, root / "shuffled" / other)
+        if i >= 12:
+            for path in paths:
+                (root / "few" / path).unlink()
+    for old, new in (("normal", "x"), ("effusion", "normal"), ("x", "effusion")):
+        (root / "swapped/TB/val" / old).rename(root / "swapped/TB/val" / new)
+
+    def stage(script, name, *flags):
+        result = quick(script, f"--data_root={root / name}", f"--output_root={root}",
+                       "--device=cpu", *flags)
+        assert result.code == 0, result.err
+
+    autoencoder = f"--ae_ckpt_path={root / 'ae/ckpts/last.pt'}"
+    stage("train_vae.py", "right", "--img_size=32", "--base_ch=16", "--ch_mults=1,2",
+          "--num_res_blocks=1", "--disc_weight=0", "--patch_size=2", "--linear_path",
+          "--max_steps=300", "--batch_per_device=8", "--lr=1e-3", "--run_name=ae", "--dtype=fp32")
+    stage("find_latent_scale.py", "right", autoencoder)
+    for name, steps in (("right", 1000), ("shuffled", 700), ("few", 700)):
+        stage("train_ldm.py", name, autoencoder, f"--max_steps={steps}", f"--run_name={name}",
+              "--ldm_base_ch=32", "--ldm_ch_mults=1,2", "--ldm_num_res_blocks=1", "--patience=0",
+              "--ldm_attn_res=4", "--epochs=1000", "--sample_every=1000", "--lr=1e-3",
+              "--warmup_steps=50", "--sampler=ddim", "--num_sampling_steps=2", "--no-wandb",
+              "--sample_batch_size=2", "--dtype=fp32")
+    reports = {}
+    for name, run in (("right", "right"), ("shuffled", "shuffled"), ("swapped", "right"),
+                      ("few", "few")):
+        stage("evaluate.py", name, f"--ckpt={root / run / 'ckpts/last.pt'}", "--dtype=fp32",
+              "--parts=classifier,membership", f"--out_dir={root / name}", "--classifier_steps=50")
+        reports[name] = json.loads((root / name / "evaluation.json").read_text())
+    return reports
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, low, high, expected", [
+    ("right", 0.9, 1, "ok"), ("shuffled", 0.35, 0.65, "watch"), ("swapped", 0, 0.1, "bad")])
+def test_a_model_judges_classes_by_the_labels_it_learnt(trained, name, low, high, expected):
+    found = trained[name]["diffusion_classifier"]
+    area, *interval = found[f"{evaluate.DENOISING}, tested on {evaluate.HELD_OUT}"]
+    assert low < area < high and interval[0] < area < interval[1]
+    assert level(trained[name], "diffusion classifier") == expected
+
+
+@pytest.mark.slow
+def test_a_model_of_few_images_gives_them_away(trained):
+    found = trained["few"]["membership"]
+    assert found["loss"][0] > 0.9 and level(trained["few"], "membership") == "bad"
+    assert found["control"][1] < 0.6  # the autoencoder has seen more images
+    assert level(trained["right"], "membership") == "ok"

@@ -153,6 +153,17 @@ def test_the_chance_of_copies_is_that_of_an_order_statistic():
     assert beta_binomial_tail(10, 10, 1, 1) == pytest.approx(1 / 11)  # uniform on 0 to 10
 
 
+def test_the_power_of_the_search_where_it_is_known():
+    """Of 100 samples beside 99 training images six copies are too many for chance, five are not."""
+    test, none, every = CopyTest(unit(99, 1)), np.zeros(100, bool), np.ones(40, bool)
+    assert test.probability(5, 100) > 0.025 > test.probability(6, 100)
+    assert [test.power(none, every, share, 0) for share in (0.02, 0.05, 0.06, 0.1)] == [0, 0, 1, 1]
+    half = test.power(none, np.arange(40) % 2 == 0, 0.1, 0, draws=2000)
+    assert half == pytest.approx(0.377, abs=0.04)  # of ten, each found with probability one half
+    already = np.arange(100) < 20
+    assert test.power(already, np.zeros(40, bool), 0.1, 0) == 1  # those that are there already
+
+
 def test_fresh_samples_are_rarely_called_copies():
     """Also where they are drawn closer together than the training images, as blurred ones are."""
     for scale in (1.0, 0.7):
@@ -210,7 +221,9 @@ def test_a_gain_is_clear_only_where_there_is_one():
         clear += low > 0 or high < 0
     assert clear <= 4  # of 20; at most 1 expected
     better = [torch.stack([-s, s], 1) for s in (signal + 2 * labels for _ in range(3))]
-    assert auroc_gain(better, trainings[3:], labels)[1] > 0
+    _, low, high = auroc_gain(better, trainings[3:], labels)
+    _, lower, higher = auroc_gain(better, trainings[3:], labels, gains_in_all=2)
+    assert 0 < lower < low < high < higher
 
 
 # --- sharpness ---
