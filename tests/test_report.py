@@ -154,6 +154,9 @@ def test_page_shows_all_that_evaluate_measured(workspace, quick, capsys):
     for space, groups in found["groups"].items():
         assert f"groups, {space}, all " in seen.words
         assert f"fid {groups['all']['fid']:.4g}" in seen.words
+    curves = seen.curves["C2ST by size in pixels; 0.5: like real images"]
+    assert {row: len(re.findall("[ML]", path)) for row, path in curves.items()} == {
+        "samples": 2, "decoded": 2, "baseline": 1}  # at 16 and 32 px
     if "copies" in found:
         assert seen.pictures[-1][1] == (workspace.out / "l/evaluation_pairs.png").read_bytes()
 
