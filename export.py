@@ -57,9 +57,8 @@ FEWEST_SAMPLES = 100  # that an evaluation must have searched for copies
 
 
 def read_evaluation(args, checkpoint, meta):
-    """The run's evaluation.json, None if it cannot show whether this checkpoint copies the images
-    of meta, its run_meta.json. Exits with an error if it cannot, or if it finds copies, unless
-    --allow_copies."""
+    """evaluation.json of the run; meta: its run_meta.json. None if it has no search for copies by
+    this checkpoint. Exits with an error then, or if copies were found, unless --allow_copies."""
     path = run.run_folder(args.ckpt) / "evaluation.json"
     report = read_json(path)
     samples = report.get("num_samples", {})
@@ -155,13 +154,9 @@ searched for copies.
 
 def describe_data(settings):
     """Data set of a trainer's settings, without the path to it."""
-    text = "procedural phantoms: no patient was involved"
-    if settings["data_root"]:
-        root = pathlib.Path(settings["data_root"]).resolve().name
-        text = f"{root}/{settings['task']}, split {settings['split']}"
-    if settings["init_from"]:
-        text += "; started from another model, which was trained on images of its own"
-    return text
+    root = pathlib.Path(settings["data_root"] or "phantoms").resolve().name
+    parent = "; started from a model of other images" if settings["init_from"] else ""
+    return f"{root}/{settings['task']}, split {settings['split']}{parent}"
 
 
 def model_card(checkpoint, vae_settings, meta, report):

@@ -7,17 +7,15 @@ writes PNG files laid out as a data root of your own would be: OUT/TB/SPLIT/CLAS
 image is a function of (seed, split, class, number).
 """
 import contextlib
-import functools
 import pathlib
-import secrets
-import shutil
 import sys
+import tempfile
 
 import numpy as np
 from PIL import Image, ImageFilter
 
 from lib.args import Parser, at_least, file_path
-from lib.files import fail, make_folder, notice, write_atomic
+from lib.files import fail, make_folder, notice
 
 # --- the image ----------------------------------------------------------------------------------
 
@@ -185,22 +183,18 @@ def write_phantoms(folder, num_train, num_val, img_size, seed=0, classes=CLASSES
             target = make_folder(pathlib.Path(folder, "TB", split, name))
             for i in range(count):
                 rng = np.random.default_rng([seed, split == "val", label, i])
-                image = Image.fromarray(draw_phantom(rng, name, img_size))
-                write_atomic(target / f"{i:05d}.png", functools.partial(image.save, format="PNG"))
+                Image.fromarray(draw_phantom(rng, name, img_size)).save(target / f"{i:05d}.png")
 
 
 def phantom_root(output_root, img_size):
     """Data root of the set that stands in where none is given, written on first use: 64 training
     and 16 validation images per class. It appears in one step: nobody takes half a set for one."""
-    folder = make_folder(pathlib.Path(output_root, "cache")) / f"phantom_{img_size}"
-    if not folder.exists():
-        temporary = folder.with_name(f".{folder.name}_{secrets.token_hex(4)}")
-        try:
+    folder = make_folder(pathlib.Path(output_root, "cache", f"phantom_{img_size}"))
+    if not (folder / "TB").exists():
+        with tempfile.TemporaryDirectory(prefix=".phantom_", dir=folder.parent) as temporary:
             write_phantoms(temporary, 64, 16, img_size)
             with contextlib.suppress(OSError):  # another process was faster
-                temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+                pathlib.Path(temporary, "TB").rename(folder / "TB")
     notice(f"no --data_root: using the phantom set in {folder}")
     return folder
 
