@@ -7,6 +7,8 @@ writes PNG files laid out as a data root of your own would be: OUT/TB/SPLIT/CLAS
 image is a function of (seed, split, class, number).
 """
 import contextlib
+import functools
+import os
 import pathlib
 import sys
 import tempfile
@@ -15,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from lib.args import Parser, at_least, file_path
-from lib.files import fail, make_folder, notice
+from lib.files import fail, make_folder, notice, write_atomic
 
 # --- the image ----------------------------------------------------------------------------------
 
@@ -183,18 +185,19 @@ def write_phantoms(folder, num_train, num_val, img_size, seed=0, classes=CLASSES
             target = make_folder(pathlib.Path(folder, "TB", split, name))
             for i in range(count):
                 rng = np.random.default_rng([seed, split == "val", label, i])
-                Image.fromarray(draw_phantom(rng, name, img_size)).save(target / f"{i:05d}.png")
+                image = Image.fromarray(draw_phantom(rng, name, img_size))
+                write_atomic(target / f"{i:05d}.png", functools.partial(image.save, format="PNG"))
 
 
 def phantom_root(output_root, img_size):
     """Data root of the set that stands in where none is given, written on first use: 64 training
     and 16 validation images per class. It appears in one step: nobody takes half a set for one."""
-    folder = make_folder(pathlib.Path(output_root, "cache", f"phantom_{img_size}"))
-    if not (folder / "TB").exists():
+    folder = make_folder(pathlib.Path(output_root, "cache")) / f"phantom_{img_size}"
+    if not folder.exists():
         with tempfile.TemporaryDirectory(prefix=".phantom_", dir=folder.parent) as temporary:
-            write_phantoms(temporary, 64, 16, img_size)
+            write_phantoms(f"{temporary}/set", 64, 16, img_size)
             with contextlib.suppress(OSError):  # another process was faster
-                pathlib.Path(temporary, "TB").rename(folder / "TB")
+                os.rename(f"{temporary}/set", folder)
     notice(f"no --data_root: using the phantom set in {folder}")
     return folder
 
