@@ -156,7 +156,7 @@ def evaluated(workspace):
         "ckpt_sha256": hashlib.sha256(w.ldm_ckpt.read_bytes()).hexdigest(),
         "sampler": "dpmpp_2m_sde", "num_sampling_steps": 20, "guidance_scale": 1.0,
         "num_samples": {"normal": 100, "tb": 100},
-        "copies": {"share": 0.02, "expected": 0.01, "probability": 0.2, "distinct": 16},
+        "copies": {"share": 0.02, "probability": 0.2},
         "verdicts": [verdicts.Verdict("fid (vae)", "ok", "1.25", "as 0.75", "")._asdict()]}
 
     def write(**changes):
@@ -195,27 +195,21 @@ def test_export_writes_a_folder_that_samples_by_itself(evaluated, tmp_path):
         assert text in card, text
 
 
-def test_copies_are_not_handed_on_unless_asked_for(evaluated, tmp_path, capsys):
-    copies = {"share": 0.5, "expected": 0.01, "probability": 1e-9, "distinct": 16}
-    evaluated.write_evaluation(copies=copies)
+@pytest.mark.parametrize("changes, reason, says", [
+    ({"copies": {"share": 0.5, "probability": 1e-9}}, "50.0 % of the samples", "50.0 % of 200"),
+    ({"num_samples": {"tb": 200}}, "no search for copies in 100 samples", "Not evaluated"),
+    ({"num_samples": {"normal": 3, "tb": 3}}, "samples of all classes", "Not evaluated"),
+    ({"data": [["tb", 9, "other"]]}, "run `python evaluate.py --ckpt=", "Not evaluated"),
+    ({"ckpt_sha256": "another"}, "no search for copies", "Not evaluated")])
+def test_no_model_that_may_copy_is_handed_on_unless_asked_for(evaluated, tmp_path, capsys, changes,
+                                                              reason, says):
+    evaluated.write_evaluation(**changes)
     argv = [f"--ckpt={evaluated.ldm_ckpt}", f"--out_dir={tmp_path / 'made'}"]
-    assert "50.0 % of the samples" in error_of(capsys, export.main, argv)
+    assert reason in error_of(capsys, export.main, argv)
     assert not (tmp_path / "made").exists()
     export.main([*argv, "--allow_copies"])
-    assert "50.0 % of 200" in (tmp_path / "made" / "README.md").read_text()
+    assert says in (tmp_path / "made" / "README.md").read_text()
     assert "exists" in error_of(capsys, export.main, [*argv, "--allow_copies"])
-
-
-def test_a_model_that_was_not_evaluated_is_not_handed_on(evaluated, tmp_path, capsys):
-    argv = [f"--ckpt={evaluated.ldm_ckpt}", f"--out_dir={tmp_path / 'made'}"]
-    for changes in ({"num_samples": {"tb": 200}}, {"num_samples": {"normal": 3, "tb": 3}},
-                    {"data": [["tb", 9, "other"]]}, {"ckpt_sha256": "another"}):
-        evaluated.write_evaluation(**changes)
-        message = error_of(capsys, export.main, argv)
-        assert "no search for copies in 100 samples of all classes" in message
-        assert "evaluate.py --ckpt=" in message and f"--data_root={evaluated.data}" in message
-    export.main([*argv, "--allow_copies"])
-    assert "Not evaluated" in (tmp_path / "made" / "README.md").read_text()
 
 
 def test_the_card_says_what_the_model_was_made_of(evaluated):
