@@ -316,19 +316,3 @@ def test_a_nan_on_one_rank_is_skipped_by_both(command, together, tmp_path, stage
     records = read_jsonl(folder / "metrics.jsonl")
     null = [r["step"] for r in records if "train/loss" in r and r["train/loss"] is None]
     assert null == [3, 4, 8, 9, 10, 11] == [r["step"] for r in records if r.get("train/bad_steps")]
-
-
-# --- killed at random moments -------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage, kills, processes", [
-    ("ldm", 60, 1), ("vae", 20, 1), ("ldm", 20, 2), ("vae", 15, 2)])
-def test_a_storm_of_kills_changes_nothing(tmp_path, stage, kills, processes):
-    """On two processes torchrun itself is among the victims."""
-    out, _ = run("tests/robustness/kill_storm.py", f"--stage={stage}", f"--kills={kills}",
-                 f"--processes={processes}", f"--folder={tmp_path}", timeout=900)
-    counts = re.search(r"kills, (\d+) inside checkpoint writing, (\d+) inside cache building, "
-                       r"\d+ too late; ", out).groups()
-    assert "equal to the undisturbed run" in out
-    assert all(int(count) > 0 for count in counts)
