@@ -53,8 +53,7 @@ def nih(root):
             film(root / path)
             rows.append([name, label, visit, patient, 50, "M", "PA" if visit else "AP", 1, 1, 1, 1])
             patients[path] = str(patient)
-    for name, label in (("00000091_000.png", "Mass"), ("00000092_000.png", "Hernia|Edema"),
-                        ("00000093_000.png", "Effusion|No Finding")):
+    for name, label in (("00000091_000.png", "Mass"), ("00000093_000.png", "Effusion|No Finding")):
         film(root / "images_002/images" / name)
         rows.append([name, label, 0, int(name[:8]), 50, "F", "PA", 1, 1, 1, 1])
     rows.append(["00000099_000.png", "Effusion", 0, 99, 50, "F", "PA", 1, 1, 1, 1])  # no file
@@ -64,7 +63,7 @@ def nih(root):
           "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,"
           "View Position,OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y],", rows)
     return patients, {
-        "other label": 2, "several classes: effusion and normal": 1,
+        "other label": 1, "several classes: effusion and normal": 1,
         "rows without an image": 1, "without a row": 1, "*.pdf": 1, "*.csv": 1}
 
 
@@ -308,7 +307,6 @@ def in_two_files(root):
 
 VARIATIONS = {
     "BOM": edited(lambda text: b"\xef\xbb\xbf" + text),
-    "blanks": edited(lambda text: text.replace(b",", b" , ")),
     "no suffix": edited(lambda text: text.replace(b".png", b"")),
     "no UTF-8": edited(lambda text: text.replace(b"finding", b"finding,gr\xf6\xdfe")),
     "folders": nested,
@@ -399,17 +397,13 @@ def test_no_row_is_taken_for_another_patients_file(tmp_path, quick):
 
 ERRORS = {
     "column": (["--label_column=Finding"], "no column Finding: give --file_column"),
-    "labels as columns": (["--label_column=None"], "no column clear"),
     "no patient": (["--patient_column=None"], "no column None: give --file_column, --patient_col"),
     "two sources": (["--class_pattern=x"], "either --csv or --class_pattern"),
-    "match": (["--csv=None", "--patient_column=None", "--class_pattern=([a-z]+)_"],
-              "no image of class normal"),
     "CSV": (["--csv=nowhere.csv"], "nowhere.csv: No such file"),
     "empty CSV": (["--csv=empty.csv"], "empty.csv has no rows"),
     "damaged CSV": (["--csv=bad.csv.gz"], "cannot read bad.csv.gz"),
     "other CSV": (["--csv=set.csv,other.csv"], "other.csv has no rows, or no column of"),
     "images": (["--images=nowhere"], "cannot read nowhere: No such file"),
-    "no images": (["--images=nothing"], "no images in --images=nothing"),
     "label": (["--classes=normal=clear,tb=ill"], "no image of class tb for train"),
     "classes": (["--classes=clear,sick"], "invalid name_equals_label value"),
     "pattern": (["--class_pattern=(", "--csv=None"], "no regular expression"),
@@ -422,7 +416,6 @@ ERRORS = {
 @pytest.mark.parametrize("name", ERRORS)
 def test_an_error_is_one_line_and_nothing_is_made(name, tmp_path, quick):
     argv = small(tmp_path)
-    (tmp_path / "nothing").mkdir()
     (tmp_path / "empty.csv").write_text("")
     packed = gzip.compress(bytes(range(256)) * 20)
     (tmp_path / "bad.csv.gz").write_bytes(packed[:60] + b"damaged" + packed[67:])
