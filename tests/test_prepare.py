@@ -403,7 +403,7 @@ ERRORS = {
     "empty CSV": (["--csv=empty.csv"], "empty.csv has no rows"),
     "damaged CSV": (["--csv=bad.csv.gz"], "cannot read bad.csv.gz"),
     "other CSV": (["--csv=set.csv,other.csv"], "other.csv has no rows, or no column of"),
-    "images": (["--images=nowhere"], "cannot read nowhere: No such file"),
+    "images": (["--images=nowhere"], "No such file"),
     "label": (["--classes=normal=clear,tb=ill"], "no image of class tb for train"),
     "classes": (["--classes=clear,sick"], "invalid name_equals_label value"),
     "pattern": (["--class_pattern=(", "--csv=None"], "no regular expression"),
