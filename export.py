@@ -20,36 +20,6 @@ from lib.args import BooleanFlag, Parser, file_path, parse_settings
 from lib.diffusers_io import to_diffusers, unet_config, unet_names, vae_config, vae_names
 from lib.files import command_line, data_flags, fail, make_folder, read_json, read_meta
 
-CARD = """---
-library_name: diffusers
-license: unknown # yours to say, within the terms of the training images
-tags: [chest-x-ray, latent-diffusion, synthetic]
----
-# Synthetic chest X-rays
-
-A class-conditional latent diffusion model. **All its images are synthetic**: none shows a patient.
-
-    pip install torch diffusers safetensors pillow
-    python pipeline.py --num_samples=4 --out=samples
-
-```python
-from diffusers import DiffusionPipeline
-pipeline = DiffusionPipeline.from_pretrained(".", trust_remote_code=True)
-images = pipeline({name!r}, num_samples=4).images  # of PIL
-```
-
-{facts}
-
-## Evaluation
-
-{evaluation}
-
-## Intended use
-
-Research on generative models and on training with synthetic images. Not for diagnosis, and not as
-evidence of what a disease looks like: the model reflects only the images, sites and devices that
-it, its autoencoder and any model it started from were trained on.
-"""
 FEWEST_SAMPLES = 100  # that an evaluation must have searched for copies
 
 
@@ -57,9 +27,8 @@ FEWEST_SAMPLES = 100  # that an evaluation must have searched for copies
 
 
 def read_evaluation(args, checkpoint, meta):
-    """The run's evaluation.json, None if it cannot show whether this checkpoint copies the images
-    of meta, its run_meta.json. Exits with an error if it cannot, or if it finds copies, unless
-    --allow_copies."""
+    """evaluation.json of the run; meta: its run_meta.json. None if it has no search for copies by
+    this checkpoint. Exits with an error then, or if copies were found, unless --allow_copies."""
     path = run.run_folder(args.ckpt) / "evaluation.json"
     report = read_json(path)
     samples = report.get("num_samples", {})
@@ -156,13 +125,9 @@ searched for copies.
 
 def describe_data(settings):
     """Data set of a trainer's settings, without the path to it."""
-    text = "procedural phantoms: no patient was involved"
-    if settings["data_root"]:
-        root = pathlib.Path(settings["data_root"]).resolve().name
-        text = f"{root}/{settings['task']}, split {settings['split']}"
-    if settings["init_from"]:
-        text += "; started from another model, which was trained on images of its own"
-    return text
+    root = pathlib.Path(settings["data_root"] or "phantoms").resolve().name
+    parent = "; started from a model of other images" if settings["init_from"] else ""
+    return f"{root}/{settings['task']}, split {settings['split']}{parent}"
 
 
 def model_card(checkpoint, vae_settings, meta, report):
@@ -170,18 +135,43 @@ def model_card(checkpoint, vae_settings, meta, report):
     settings, trained = checkpoint["args"], sample.trained_classes(checkpoint)
     counts = (f"{name} ({count})" for name, count, _ in meta["data"] if name in trained)
     batch = settings["batch_per_device"] * settings["grad_accum"] * meta["world_size"]
-    facts = {
-        "data set": describe_data(settings),
-        "classes, training images": ", ".join(counts),
-        "memorised on purpose": settings["overfit_k"] or "none",
-        "images": f"{settings['img_size']} pixels wide and high, gray, from -1 (black) to 1",
-        "training": f"{checkpoint['step']} steps of {batch} images, averaged weights; "
-                    f"{settings['augment']} augmented copies per image",
-        "autoencoder": describe_data(vae_settings),
-        "code": f"commit {meta['git_commit'] or 'unknown'}"}
-    lines = [f"- {name}: {fact}" for name, fact in facts.items()]
-    return CARD.format(facts="\n".join(lines), evaluation=describe_evaluation(report),
-                       name=next(iter(trained)))
+    return f"""---
+library_name: diffusers
+license: unknown # yours to say, within the terms of the training images
+tags: [chest-x-ray, latent-diffusion, synthetic]
+---
+# Synthetic chest X-rays
+
+A class-conditional latent diffusion model. **All its images are synthetic**: none shows a patient.
+
+    pip install torch diffusers safetensors pillow
+    python pipeline.py --num_samples=4 --out=samples
+
+```python
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained(".", trust_remote_code=True)
+images = pipeline({next(iter(trained))!r}, num_samples=4).images  # of PIL
+```
+
+- data set: {describe_data(settings)}
+- classes, training images: {", ".join(counts)}
+- memorised on purpose: {settings["overfit_k"] or "none"}
+- images: {settings["img_size"]} pixels wide and high, gray, from -1 (black) to 1
+- training: {checkpoint["step"]} steps of {batch} images, averaged weights;
+  {settings["augment"]} augmented copies per image
+- autoencoder: {describe_data(vae_settings)}
+- code: commit {meta["git_commit"] or "unknown"}
+
+## Evaluation
+
+{describe_evaluation(report)}
+
+## Intended use
+
+Research on generative models and on training with synthetic images. Not for diagnosis, and not as
+evidence of what a disease looks like: the model reflects only the images, sites and devices that
+it, its autoencoder and any model it started from were trained on.
+"""
 
 
 def main(argv=None):

@@ -12,7 +12,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import tempfile
 
 from lib.args import BooleanFlag, Parser, at_least, file_path, folder_name, parse_settings
@@ -30,16 +29,10 @@ def pattern(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {e}") from e
 
 
-def class_labels(text):
+def name_equals_label(text):
     """argparse type: 'name=Label,...' as {label: name}; a class may have several labels."""
     pairs = [item.split("=", 1) for item in text.split(",")]
-    classes = {label.strip(): folder_name(name.strip()) for name, label in pairs}
-    if len(classes) < len(pairs):
-        raise ValueError(text)
-    return classes
-
-
-class_labels.__name__ = "name=Label,..."  # as argparse names it in "invalid int value"
+    return {label.strip(): folder_name(name.strip()) for name, label in pairs}
 
 
 def build_parser():
@@ -52,9 +45,8 @@ def build_parser():
     add("--patient_column", help="of patients")
     add("--patient_pattern", type=pattern, help="regular expression of the patient in a path")
     add("--label_column", help="of labels, | between several; None: a column per label, 1 for yes")
-    add("--view_column", help=f"None: the first there of {', '.join(VIEW_COLUMNS)}")
     add("--class_pattern", type=pattern, help="instead of --csv: that of the label in a path")
-    add("--classes", type=class_labels, required=True, help="name=Label,name=Label,...")
+    add("--classes", type=name_equals_label, required=True, help="name=Label,name=Label,...")
     add("--out", type=file_path, required=True, help="DATA_ROOT/TASK, the folder to make")
     add("--val", type=at_least(0, float, 0.4), default=0.1, help="share of the images; 0: none")
     add("--test", type=at_least(0, float, 0.4), default=0.1, help="share of the images; 0: none")
@@ -74,8 +66,6 @@ def read_rows(args, files):
         rows = [{"path": path, "label": m[m.lastindex or 0] if m else ""} for path, m in found]
         args.file_column, args.label_column = "path", "label"
         args.patient_column = args.patient_column or "path"  # each image is a patient of its own
-    if args.view_column is None:
-        args.view_column = next((name for name in VIEW_COLUMNS if name in rows[0]), None)
     patient = [] if args.patient_pattern else [args.patient_column]
     labels = [args.label_column] if args.label_column else args.classes
     for name in (args.file_column, *patient, *labels):
@@ -88,8 +78,9 @@ def read_rows(args, files):
 def judge(path, rows, args):
     """(class, patient) of an image by the rows that name it. Of several rows, as of several
     readers, more than half must agree. Raises ValueError with the reason if it is left out."""
-    view = rows[0].get(args.view_column) or find_view(args.images, path) or (
-        "not given" if args.view_column else "frontal")
+    views = [rows[0][name] for name in VIEW_COLUMNS if name in rows[0]]
+    view = (views and views[0]) or find_view(args.images, path) or (
+        "not given" if views else "frontal")
     if not re.match("(?i)(ap|pa|frontal)(?![a-z])", view):
         raise ValueError(f"not frontal: view {view}")
     votes, others = collections.Counter(), set()
@@ -149,7 +140,6 @@ def write(images, splits, args, root, task):
 
 def main(argv=None):
     args = parse_settings(build_parser(), argv)
-    signal.signal(signal.SIGINT, lambda *_: fail("interrupted: nothing was made"))
     if os.path.isdir(args.out) and os.listdir(args.out):
         fail(f"--out={args.out} is not empty: choose another, or remove it first")
     left_out, images = collections.Counter(), []

@@ -44,61 +44,52 @@ def measure(part, images, tasks, repeats, device):
     in turn, two rounds untimed."""
     rounds = [[clock(function, device) for function in tasks.values()]
               for _ in range(2 + repeats)][2:]
-    rows = []
-    for i, name in enumerate(tasks):
-        seconds = [times[i] for times in rounds]
-        rows.append({"part": part, "name": name, "seconds": seconds,
-                     "images_per_second": images / statistics.median(seconds),
-                     "ratio": statistics.median(times[i] / times[0] for times in rounds)})
-    return rows
+    return [{"part": part, "name": name, "seconds": [times[i] for times in rounds],
+             "images_per_second": images / statistics.median(times[i] for times in rounds),
+             "ratio": statistics.median(times[i] / times[0] for times in rounds)}
+            for i, name in enumerate(tasks)]
 
 
 # --- the work: the stages' own functions, with our UNet or the peer's -----------------------------
 
 
-class PeerContext(dist.DistContext):
-    """DistContext in the memory layout in which diffusers is faster: on CPUs PyTorch's group norm
-    is slow in channels_last."""
-
-    @property
-    def memory_format(self):
-        return torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
-
-
-def peer_unet(settings, latent_shape):
-    """UNet2DModel of diffusers with the blocks and the interface of model.UNet."""
+def peer_unet(settings, latent_shape, device):
+    """UNet2DModel of diffusers with the blocks and the interface of model.UNet, in the memory
+    layout in which it is faster: on CPUs PyTorch's group norm is slow in channels_last."""
     try:
         import diffusers
     except ImportError:
         fail("--peer compares with diffusers: pip install diffusers")
 
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
     class UNet(diffusers.UNet2DModel):
         null_class = len(CLASSES)
 
         def forward(self, x, t, y):
+            x = x.contiguous(memory_format=layout)
             return super().forward(x, 1000 * t, class_labels=y).sample.float()
-    return UNet(**diffusers_io.unet_config(vars(settings), latent_shape, len(CLASSES)))
+    unet = UNet(**diffusers_io.unet_config(vars(settings), latent_shape, len(CLASSES)))
+    return unet.to(device, memory_format=layout)
 
 
-def ldm_models(args, ctx):
-    """((Denoiser, EMA, AdamW), settings of train_ldm.py without guidance, shape of a latent); the
-    peer's in a PeerContext."""
+def ldm_models(args, ctx, peer):
+    """((Denoiser, EMA, AdamW), settings of train_ldm.py without guidance, shape of a latent)."""
     settings = train_ldm.parse_args([
         f"--ldm_base_ch={args.base_ch}", f"--batch_per_device={args.batch}", "--sampler=dpmpp_2m",
         f"--num_sampling_steps={args.sampling_steps}", "--guidance_scale=1"])
     shape = (4, args.latent_size, args.latent_size)
     denoiser, ema, optimizer = train_ldm.build_models(settings, ctx, shape, len(CLASSES))
-    if isinstance(ctx, PeerContext):
-        denoiser.unet = peer_unet(settings, shape)
-        denoiser = denoiser.to(ctx.device, memory_format=ctx.memory_format)
+    if peer:
+        denoiser.unet = peer_unet(settings, shape, ctx.device)
         ema = model.EMA(denoiser, settings.ema_decay)
         optimizer = torch.optim.AdamW(denoiser.parameters(), settings.lr, fused=True)
     return (denoiser, ema, optimizer), settings, shape
 
 
-def ldm_step(args, ctx):
+def ldm_step(args, ctx, peer=False):
     """Function that takes one step of train_ldm.py."""
-    models, settings, shape = ldm_models(args, ctx)
+    models, settings, shape = ldm_models(args, ctx, peer)
     mean = torch.randn(args.batch, *shape, device=ctx.device)
     y = torch.arange(args.batch, device=ctx.device) % len(CLASSES)
     batch = (mean, torch.full_like(mean, -6.0)), y, None
@@ -117,9 +108,9 @@ def vae_step(args, ctx):
     return lambda: train_vae.train_step(models, *wrapped, None, x, 0, settings, ctx)
 
 
-def sampling(args, ctx):
+def sampling(args, ctx, peer=False):
     """Function that draws a batch of latents as sample.py does."""
-    (denoiser, _, _), settings, shape = ldm_models(args, ctx)
+    (denoiser, _, _), settings, shape = ldm_models(args, ctx, peer)
     if ctx.compile:
         denoiser.unet.compile()
     requests = [(i % len(CLASSES), i) for i in range(args.batch)]
@@ -166,7 +157,7 @@ def main(argv=None):
     for part in parts:
         tasks = {"ours": PARTS[part](args, ctx)}
         if args.peer and part != "vae":
-            tasks["diffusers"] = PARTS[part](args, PeerContext(*ctx))
+            tasks["diffusers"] = PARTS[part](args, ctx, peer=True)
         images = args.vae_batch if part == "vae" else args.batch
         for row in measure(part, images, tasks, args.repeats, ctx.device):
             print(ROW.format(**row), flush=True)

@@ -133,9 +133,6 @@ def vae_config(settings, latent_scale_factor):
 
 # --- an autoencoder of diffusers ----------------------------------------------------------------
 
-FIXED = {"act_fn": "silu", "mid_block_add_attention": True}  # what ours cannot have otherwise
-DEFAULTS = {"use_quant_conv": True, "use_post_quant_conv": True, **FIXED}  # if config.json has none
-
 
 def vae_folder(path):
     """Folder of the diffusers autoencoder at `path`, or in vae/ of a pipeline there, else None."""
@@ -146,7 +143,7 @@ def vae_folder(path):
 def vae_settings(folder, img_size):
     """Settings of train_vae.py, {name: value}, for the shape of the autoencoder in a folder; exits
     with an error if model.AutoencoderKL cannot have it."""
-    config = {**DEFAULTS, **read_json(folder / "config.json", "diffusers config")}
+    config = read_json(folder / "config.json", "diffusers config")
     if config.get("_class_name") != "AutoencoderKL":
         fail(f"{folder} has _class_name={config.get('_class_name')}: give an AutoencoderKL")
     widths = config["block_out_channels"]
@@ -155,42 +152,34 @@ def vae_settings(folder, img_size):
                 "num_res_blocks": config["layers_per_block"],
                 "attn_res": tuple(img_size >> level for level, name
                                   in enumerate(config["down_block_types"]) if "Attn" in name),
-                "patch_size": 1, "linear_path": False, "quant_conv": config["use_quant_conv"]}
-    ours = {**vae_config({**settings, "img_size": img_size}, 1.0), **FIXED}
-    del ours["sample_size"], ours["scaling_factor"]
-    if config["in_channels"] == 3:  # becomes 1 channel in vae_weights
-        ours |= {"in_channels": 3, "out_channels": 3}
-    for name, value in ours.items():
-        if config[name] != value:
+                "patch_size": 1, "linear_path": False,
+                "quant_conv": config.get("use_quant_conv", True)}
+    # What would be wrong without a word: all else shows in names and shapes of the weights.
+    for name, value in {"act_fn": "silu", "norm_num_groups": model.num_groups(widths[0])}.items():
+        if config.get(name, value) != value:
             fail(f"{folder} has {name}={config[name]}, but ours needs {value}: give another one")
     return settings
 
 
 def vae_weights(args, folder):
     """Weights {our key: tensor} from a diffusers folder for the autoencoder of train_vae.py's
-    settings; exits with an error if they do not fit. One of three channels becomes one of gray
-    images: its first convolution sees them in all three, and its last one returns their mean."""
+    settings; exits with an error if some are missing. One of colour images becomes one of gray
+    ones: its first convolution sees them in all channels, and its last one returns their mean."""
     path = folder / "diffusion_pytorch_model.safetensors"
-    try:
-        from safetensors.torch import load_file
-        state = {key: value.float() for key, value in load_file(path).items()}
-    except Exception as e:  # whatever a damaged file raises
-        fail(f"cannot read {path} ({first_line(e)}): pip install safetensors, download it again, "
-             "or save the model with diffusers' save_pretrained")
-    for key in [key for key in state if ".attentions." in key]:
-        prefix, name, leaf = key.rsplit(".", 2)
-        state[f"{prefix}.{OLD_NAMES.get(name, name)}.{leaf}"] = state.pop(key)
     with torch.device("meta"):
         vae = model.build_vae(vars(args))
     try:
-        if state["encoder.conv_in.weight"].shape[1] == 3:
-            state["encoder.conv_in.weight"] = state["encoder.conv_in.weight"].sum(1, keepdim=True)
-            for key in ("decoder.conv_out.weight", "decoder.conv_out.bias"):
-                state[key] = state[key].mean(0, keepdim=True)
+        from safetensors.torch import load_file
+        state = {key: value.float() for key, value in load_file(path).items()}
+        for key in [key for key in state if ".attentions." in key]:
+            prefix, name, leaf = key.rsplit(".", 2)
+            state[f"{prefix}.{OLD_NAMES.get(name, name)}.{leaf}"] = state.pop(key)
+        state["encoder.conv_in.weight"] = state["encoder.conv_in.weight"].sum(1, keepdim=True)
+        for key in ("decoder.conv_out.weight", "decoder.conv_out.bias"):
+            state[key] = state[key].mean(0, keepdim=True)
         own = {key: torch.cat([state.pop(other) for other in others])
                for key, others in key_pairs(vae, vae_names(vae))}
-        if state:
-            raise KeyError(min(state))
-    except KeyError as e:
-        fail(f"the weights in {folder} do not fit its config.json: {e}")
-    return own
+    except Exception as e:  # whatever a damaged file raises
+        fail(f"cannot read {path} ({first_line(e)}): pip install safetensors, download it again, "
+             "or save the model with diffusers' save_pretrained")
+    return own | state  # what is left over is refused where they are loaded

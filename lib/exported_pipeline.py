@@ -96,14 +96,12 @@ def main():
     parser.add_argument("--classes", help="comma list of class names; None: all")
     parser.add_argument("--num_samples", type=int, default=4, help="images per class")
     parser.add_argument("--steps", type=int, default=50, help="network evaluations per image")
-    parser.add_argument("--batch_size", type=int, default=16, help="images sampled at once")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("samples"))
     args = parser.parse_args()
     folder = pathlib.Path(__file__).resolve().parent
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
-    pipeline.to(args.device)
+    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     known = list(pipeline.config.classes)
     names = args.classes.split(",") if args.classes else known
     if not set(names) <= set(known):
@@ -111,8 +109,8 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     rng = torch.Generator().manual_seed(args.seed)  # shared: every image has its own noise
     for name in names:
-        for start in range(0, args.num_samples, args.batch_size):
-            count = min(args.batch_size, args.num_samples - start)
+        for start in range(0, args.num_samples, 16):
+            count = min(16, args.num_samples - start)
             for i, image in enumerate(pipeline(name, count, args.steps, rng).images, start):
                 image.save(args.out / f"{name}_{i:05d}.png")
     print(f"{args.num_samples} images of each class ({', '.join(names)}) in {args.out}")

@@ -8,10 +8,10 @@ image is a function of (seed, split, class, number).
 """
 import contextlib
 import functools
+import os
 import pathlib
-import secrets
-import shutil
 import sys
+import tempfile
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -194,13 +194,10 @@ def phantom_root(output_root, img_size):
     and 16 validation images per class. It appears in one step: nobody takes half a set for one."""
     folder = make_folder(pathlib.Path(output_root, "cache")) / f"phantom_{img_size}"
     if not folder.exists():
-        temporary = folder.with_name(f".{folder.name}_{secrets.token_hex(4)}")
-        try:
-            write_phantoms(temporary, 64, 16, img_size)
+        with tempfile.TemporaryDirectory(prefix=".phantom_", dir=folder.parent) as temporary:
+            write_phantoms(f"{temporary}/set", 64, 16, img_size)
             with contextlib.suppress(OSError):  # another process was faster
-                temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+                os.rename(f"{temporary}/set", folder)
     notice(f"no --data_root: using the phantom set in {folder}")
     return folder
 

@@ -34,16 +34,15 @@ def find_view(folder, path):
 
 
 def read_tables(paths):
-    """Rows {column: text} of CSV files, gzipped or not, with commas, semicolons or tabs, joined on
-    the columns that they share. A row without a partner stays, the other file's columns blank."""
+    """Rows {column: text} of CSV files, gzipped or not, joined on the columns that they share. A
+    row without a partner stays, the other file's columns blank."""
     rows, blank = [], {}
     for path in paths:
         try:
             with (gzip.open if path.endswith(".gz") else open)(
                     path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-                lines = file.readlines() or [""]
-            reader = csv.DictReader(lines, restval="", delimiter=max(",;\t", key=lines[0].count))
-            table = [{name.strip(): row[name].strip() for name in row if name} for row in reader]
+                table = [{name.strip(): row[name].strip() for name in row if name}
+                         for row in csv.DictReader(file, restval="")]
         except (OSError, EOFError, zlib.error, csv.Error) as e:
             fail(f"cannot read {path}: {getattr(e, 'strerror', None) or e}")
         shared = [name for name in (table or [{}])[0] if name in blank or not rows]

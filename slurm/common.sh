@@ -199,7 +199,6 @@ parse_launch() {
         die "--gpus=$gpus is not a number of GPUs on each node, such as 2 or a100:2"
     if [ -z "$dry_run" ]; then
         command -v sbatch >/dev/null || die "no sbatch here: log in to a cluster, or add --dry-run"
-        check_after
     fi
     # GPUs are requested here unless elsewhere already, or where sbatch would refuse.
     gpu_flag=''
@@ -211,17 +210,6 @@ parse_launch() {
             echo "note: the partition declares no GPUs: the job uses any that it finds" >&2
         fi
     fi
-}
-
-# check_after: fail if this job would not wait for one that --after names, or would wait for ever.
-check_after() {
-    local id state
-    for id in ${after//:/ }; do
-        state=$(squeue --noheader --states=all --jobs="$id" --format=%T 2>/dev/null) || true
-        state=${state:-unknown to Slurm}
-        ! [[ $state =~ unknown|CANCELLED|FAIL|TIMEOUT|OUT_OF_MEMORY|DEADLINE ]] ||
-            die "--after: job $id is $state; if it has succeeded, leave --after out"
-    done
 }
 
 # check_args PROGRAM ARGS...: check, for a launcher: exit if the program would refuse ARGS. With

@@ -24,12 +24,6 @@ def args():
 
 
 @pytest.fixture
-def peer():
-    pytest.importorskip("diffusers")
-    return bench.PeerContext(*CPU)
-
-
-@pytest.fixture
 def trained(monkeypatch):
     """Networks that the trainers stepped, in order."""
     networks = []
@@ -59,9 +53,9 @@ def test_numbers_of_a_row_come_from_timed_rounds_in_turn(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("part, by_peer", [("train", False), ("train", True), ("vae", False)])
-def test_a_step_trains_every_weight(args, peer, trained, part, by_peer, dtype):
-    ctx = (peer if by_peer else CPU)._replace(dtype=dtype)
-    run = bench.PARTS[part](args, ctx)
+def test_a_step_trains_every_weight(args, trained, part, by_peer, dtype):
+    pytest.importorskip("diffusers")
+    run = bench.PARTS[part](args, CPU._replace(dtype=dtype), *[True] * by_peer)
     run()
     before = [p.clone() for p in trained[0].parameters()]
     run()
@@ -75,15 +69,16 @@ def test_a_step_trains_every_weight(args, peer, trained, part, by_peer, dtype):
         assert all(p.is_contiguous() for p in after)
 
 
-def test_the_peer_does_the_same_work(args, peer):
+def test_the_peer_does_the_same_work(args):
+    pytest.importorskip("diffusers")
     args.latent_size = 16  # attention at the first level and in the middle
     # model.Upsample takes 4 products per output instead of 9: saved by 2 images in a forward pass.
     saved = sum(2 * 2 * channels**2 * (2 * size) ** 2 * (9 - 4)
                 for channels, size in ((32, 4), (16, 8)))
     for part in ("train", "sample"):  # backward is twice the forward; three steps of sampling
         counts = []
-        for ctx in (CPU, peer):
-            run = bench.PARTS[part](args, ctx)
+        for peer in (False, True):
+            run = bench.PARTS[part](args, CPU, peer)
             with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
                 run()
             counts.append(counter.get_total_flops())

@@ -22,6 +22,7 @@ from lib import diffusers_io, dist, verdicts
 from lib.run import load_checkpoint
 
 diffusers = pytest.importorskip("diffusers")
+safetensors = pytest.importorskip("safetensors.torch")
 exported_pipeline = pytest.importorskip("lib.exported_pipeline")
 CPU = dist.DistContext(0, 1, torch.device("cpu"), torch.float32, False)
 LDM = {"ldm_base_ch": 32, "ldm_ch_mults": (1, 2), "ldm_num_res_blocks": 2, "ldm_attn_res": (4,),
@@ -72,18 +73,15 @@ def largest(a, b):
 
 
 @pytest.mark.parametrize("ldm", [
-    {"ldm_attn_res": (8, 4), "ldm_base_ch": 48}, {"ldm_num_res_blocks": 1, "augment": 7},
+    {"ldm_attn_res": (8, 4), "ldm_base_ch": 48, "ldm_num_res_blocks": 1, "augment": 7},
     {"ldm_ch_mults": (1, 1, 2), "ldm_attn_res": ()}])
 def test_the_unet_gives_the_same_output_there(tmp_path, ldm):
     denoiser, _, _ = exported(tmp_path, ldm)
     theirs = diffusers.UNet2DModel.from_pretrained(tmp_path / "unet")
-    x, t = torch.randn(3, *LATENT), torch.tensor([0.0, 0.37, 1.0])
-    for y in ([0, 1, 2], [2, 0, 1]):
-        y = torch.tensor(y)
-        ours = denoiser.unet(x, t, y)
-        assert largest(ours, theirs(x, 1000 * t, y).sample) < 1e-5
-        assert ours.std() > 0.1
-        assert largest(ours, denoiser.unet(x, t, y.flip(0))) > 1e-3  # the class matters
+    x, t, y = torch.randn(3, *LATENT), torch.tensor([0.0, 0.37, 1.0]), torch.tensor([0, 1, 2])
+    ours = denoiser.unet(x, t, y)
+    assert largest(ours, theirs(x, 1000 * t, y).sample) < 1e-5
+    assert largest(ours, denoiser.unet(x, t, y.flip(0))) > 1e-3  # the class matters
 
 
 @pytest.mark.parametrize("kind, vae", [
@@ -102,6 +100,9 @@ def test_the_autoencoder_gives_the_same_output_there(tmp_path, kind, vae):
     assert largest(net.encode(x).logvar, posterior.logvar) < 1e-5
     assert largest(net.decode(z), theirs.decode(z).sample) < 1e-5
     assert theirs.config.scaling_factor == 0.7
+    if kind is exported_pipeline.CXRAutoencoder:  # nobody decodes noise with a plain one
+        with pytest.raises(ValueError, match="cxrautoencoder"):
+            diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae")
 
 
 @pytest.mark.parametrize("process, vae", [
@@ -126,13 +127,6 @@ def test_a_process_without_a_scheduler_there_is_refused(tmp_path, capsys, proces
     assert "no scheduler" in error_of(capsys, exported, tmp_path, process)
 
 
-@pytest.mark.parametrize("vae", [{"patch_size": 2}, {"linear_path": True}])
-def test_plain_autoencoders_do_not_take_these_weights(tmp_path, vae):
-    exported(tmp_path, vae=vae)
-    with pytest.raises(ValueError, match="cxrautoencoder"):
-        diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae")
-
-
 @pytest.mark.parametrize("process", [
     {}, {"prediction": "v", "noise_schedule": "cosine"},
     {"prediction": "eps", "noise_schedule": "linear", "zero_terminal_snr": False}])
@@ -142,8 +136,6 @@ def test_their_own_loop_starts_at_full_noise(tmp_path, process):
     noise = x = torch.randn(8, *LATENT)
     y = torch.zeros(8, dtype=torch.long)
     scheduler.set_timesteps(50)
-    if process.get("prediction") in ("v", "eps"):
-        assert scheduler.alphas_cumprod[scheduler.timesteps[0]] < 1e-4
     with torch.no_grad():
         for t in scheduler.timesteps:
             x = scheduler.step(pipeline.unet(x, t, y).sample, t, x).prev_sample
@@ -164,13 +156,11 @@ def evaluated(workspace):
         "ckpt_sha256": hashlib.sha256(w.ldm_ckpt.read_bytes()).hexdigest(),
         "sampler": "dpmpp_2m_sde", "num_sampling_steps": 20, "guidance_scale": 1.0,
         "num_samples": {"normal": 100, "tb": 100},
-        "copies": {"share": 0.02, "expected": 0.01, "probability": 0.2, "distinct": 16},
+        "copies": {"share": 0.02, "probability": 0.2},
         "verdicts": [verdicts.Verdict("fid (vae)", "ok", "1.25", "as 0.75", "")._asdict()]}
 
     def write(**changes):
-        path = w.out / "l" / "evaluation.json"
-        path.write_text(json.dumps({**report, **changes}))
-        return path
+        (w.out / "l" / "evaluation.json").write_text(json.dumps({**report, **changes}))
     w.write_evaluation = write
     write()
     return w
@@ -178,8 +168,7 @@ def evaluated(workspace):
 
 def test_export_writes_a_folder_that_samples_by_itself(evaluated, tmp_path):
     folder = tmp_path / "handed on"
-    out, _ = run("export.py", f"--ckpt={evaluated.ldm_ckpt}", f"--out_dir={folder}")
-    assert str(folder) in out
+    run("export.py", f"--ckpt={evaluated.ldm_ckpt}", f"--out_dir={folder}")
     moved = shutil.move(folder, tmp_path / "elsewhere")
     shutil.rmtree(evaluated.out)  # it needs nothing of ours
     env = {"CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(tmp_path / "cache")}
@@ -189,15 +178,13 @@ def test_export_writes_a_folder_that_samples_by_itself(evaluated, tmp_path):
                               capture_output=True, text=True, check=False)
         assert done.returncode == code, done.stderr
         return done.stderr
-    sampled("--num_samples=3", "--batch_size=2", "--steps=4")
+    sampled("--num_samples=2", "--steps=4")
     made = sorted(path.name for path in (tmp_path / "samples").iterdir())
-    assert made == [f"{name}_{i:05d}.png" for name in ("normal", "tb") for i in range(3)]
+    assert made == [f"{name}_0000{i}.png" for name in ("normal", "tb") for i in range(2)]
     assert "knows normal, tb" in sampled("--classes=tb,x", code=2)
-    sampled("--classes=tb", "--num_samples=1", "--steps=1", "--out=one")
-    assert [path.name for path in (tmp_path / "one").iterdir()] == ["tb_00000.png"]
     drawn = [np.asarray(Image.open(tmp_path / "samples" / name)).astype(int) for name in made]
     assert drawn[0].shape == (32, 32) and drawn[0].std() > 1
-    for other in drawn[1:4]:  # of the class, and of another with the same number
+    for other in drawn[1:3]:  # of the class, and of another with the same number
         assert np.abs(drawn[0] - other).mean() > 3
     card = (moved / "README.md").read_text()
     code = re.search("```python\n(.*?)```", card, re.DOTALL)[1]
@@ -208,30 +195,21 @@ def test_export_writes_a_folder_that_samples_by_itself(evaluated, tmp_path):
         assert text in card, text
 
 
-def test_copies_are_not_handed_on_unless_asked_for(evaluated, tmp_path, capsys):
-    copies = {"share": 0.5, "expected": 0.01, "probability": 1e-9, "distinct": 16}
-    evaluated.write_evaluation(copies=copies)
+@pytest.mark.parametrize("changes, reason, says", [
+    ({"copies": {"share": 0.5, "probability": 1e-9}}, "50.0 % of the samples", "50.0 % of 200"),
+    ({"num_samples": {"tb": 200}}, "no search for copies in 100 samples", "Not evaluated"),
+    ({"num_samples": {"normal": 3, "tb": 3}}, "samples of all classes", "Not evaluated"),
+    ({"data": [["tb", 9, "other"]]}, "run `python evaluate.py --ckpt=", "Not evaluated"),
+    ({"ckpt_sha256": "another"}, "no search for copies", "Not evaluated")])
+def test_no_model_that_may_copy_is_handed_on_unless_asked_for(evaluated, tmp_path, capsys, changes,
+                                                              reason, says):
+    evaluated.write_evaluation(**changes)
     argv = [f"--ckpt={evaluated.ldm_ckpt}", f"--out_dir={tmp_path / 'made'}"]
-    assert "50.0 % of the samples" in error_of(capsys, export.main, argv)
+    assert reason in error_of(capsys, export.main, argv)
     assert not (tmp_path / "made").exists()
     export.main([*argv, "--allow_copies"])
-    assert "50.0 % of 200" in (tmp_path / "made" / "README.md").read_text()
+    assert says in (tmp_path / "made" / "README.md").read_text()
     assert "exists" in error_of(capsys, export.main, [*argv, "--allow_copies"])
-
-
-def test_a_model_that_was_not_evaluated_is_not_handed_on(evaluated, tmp_path, capsys):
-    argv = [f"--ckpt={evaluated.ldm_ckpt}", f"--out_dir={tmp_path / 'made'}"]
-    for changes in ({"ckpt_sha256": "another"}, {"num_samples": {"tb": 200}}, {},
-                    {"num_samples": {"normal": 3, "tb": 3}}, {"data": [["tb", 9, "other"]]}):
-        path = evaluated.write_evaluation(**changes)
-        if not changes:
-            path.unlink()
-        message = error_of(capsys, export.main, argv)
-        assert "no search for copies in 100 samples of all classes" in message
-        assert "evaluate.py --ckpt=" in message and f"--data_root={evaluated.data}" in message
-    evaluated.write_evaluation(ckpt_sha256="another")
-    export.main([*argv, "--allow_copies"])
-    assert "Not evaluated" in (tmp_path / "made" / "README.md").read_text()
 
 
 def test_the_card_says_what_the_model_was_made_of(evaluated):
@@ -242,7 +220,7 @@ def test_the_card_says_what_the_model_was_made_of(evaluated):
     meta = {"data": [["normal", 5, ""], ["tb", 8, ""]], "world_size": 3, "git_commit": "abc"}
     vae_settings = load_checkpoint(evaluated.vae_ckpt, "vae")["args"]
     card = export.model_card(checkpoint, vae_settings, meta, None)
-    for text in (": tb (8)", "started from another model",
+    for text in (": tb (8)", "started from a model of other images",
                  "2 augmented copies", "- autoencoder: phantom/TB, split train", "steps of 24",
                  "- memorised on purpose: 8", "Not evaluated"):
         assert text in card
@@ -296,14 +274,13 @@ def test_an_autoencoder_of_theirs_is_the_same_here(tmp_path, channels, widths, a
 
 
 def test_attention_names_before_diffusers_018_are_read(tmp_path):
-    from safetensors.torch import load_file, save_file
     theirs = make_theirs(tmp_path)
     path = tmp_path / "diffusion_pytorch_model.safetensors"
-    weights = load_file(path)
+    weights = safetensors.load_file(path)
     for old, new in diffusers_io.OLD_NAMES.items():
         weights = {key.replace(f".{new}.", f".{old}."): value for key, value in weights.items()}
     assert len(weights.keys() - theirs.state_dict().keys()) == 16
-    save_file(weights, path)
+    safetensors.save_file(weights, path)
     vae = started(tmp_path).vae
     z = torch.randn(1, *vae.latent_shape)
     assert largest(vae.decode(z), theirs.decode(z).sample.mean(1, keepdim=True)) < 1e-5
@@ -312,7 +289,6 @@ def test_attention_names_before_diffusers_018_are_read(tmp_path):
 @pytest.mark.parametrize("change, flags, reason", [
     ({"norm_num_groups": 16}, [], "norm_num_groups=16"),
     ({"_class_name": "VQModel"}, [], "VQModel"), ({"act_fn": "gelu"}, [], "act_fn"),
-    ({"in_channels": 4}, [], "in_channels=4"),
     ({}, ["--z_channels=8"], "z_channels=4: leave --z_channels out")])
 def test_another_architecture_is_refused_by_name(tmp_path, capsys, change, flags, reason):
     make_theirs(tmp_path)
@@ -321,12 +297,16 @@ def test_another_architecture_is_refused_by_name(tmp_path, capsys, change, flags
     assert reason in error_of(capsys, train_vae.parse_args, [f"--init_from={tmp_path}", *flags])
 
 
-def test_weights_that_do_not_fit_are_named(tmp_path, capsys):
-    make_theirs(tmp_path / "other", widths=(32, 32, 64))
+def test_weights_that_do_not_fit_are_refused(tmp_path, capsys):
     make_theirs(tmp_path)
-    shutil.copy(tmp_path / "other" / "config.json", tmp_path)
-    assert "do not fit its config.json" in error_of(capsys, started, tmp_path)
-    (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"x" * 99)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights = safetensors.load_file(path)
+    safetensors.save_file(weights | {"encoder.more.bias": torch.zeros(1)}, path)
+    assert "encoder.more.bias" in error_of(capsys, started, tmp_path)
+    del weights["encoder.conv_out.bias"]
+    safetensors.save_file(weights, path)
+    assert "encoder.conv_out.bias" in error_of(capsys, started, tmp_path)
+    path.write_bytes(b"x" * 99)
     assert "download it again" in error_of(capsys, started, tmp_path)
 
 

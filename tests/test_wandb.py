@@ -4,12 +4,13 @@ import json
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, strict
 
 STUB = ROOT.parent / "shared" / "wandb-stub"  # a stand-in for the server
+
+
 @contextlib.contextmanager
 def wandb_server(folder):
     """A stand-in for the W&B server that records under folder/out; yields its clients' settings."""
@@ -31,20 +32,6 @@ def wandb_server(folder):
 
 
 @pytest.fixture
-def server(tmp_path, monkeypatch):
-    """server() -> what the W&B server recorded of the only run there, with its logged lines."""
-    def page():
-        [folder] = (tmp_path / "out").glob("runs/*/*/*/")
-        record = json.loads((folder / "run.json").read_text())
-        lines = [json.loads(line) for line in (folder / "history.jsonl").open()]
-        return SimpleNamespace(folder=folder, lines=lines, **record)
-    with wandb_server(tmp_path) as env:
-        for name, value in env.items():
-            monkeypatch.setenv(name, value)
-        yield page
-
-
-@pytest.fixture
 def train(workspace, quick):
     """train(FLAG): a run `w` of ten steps; returns its folder."""
     def call(flag):
@@ -55,14 +42,19 @@ def train(workspace, quick):
 
 
 @pytest.mark.slow
-def test_the_page_of_a_run_shows_what_its_report_does(server, train):
-    summary = strict(train("--wandb") / "summary.json")
-    page = server()
-    assert page.config["lr"]["value"] == 1e-3 and page.config["world_size"]["value"] == 1
-    assert page.summary["val/loss"] == pytest.approx(summary["val/loss"])
-    [grid] = [line["samples/tb"] for line in page.lines if "samples/tb" in line]
+def test_the_page_of_a_run_shows_what_its_report_does(tmp_path, monkeypatch, train):
+    with wandb_server(tmp_path) as env:
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        summary = strict(train("--wandb") / "summary.json")
+    [folder] = (tmp_path / "out").glob("runs/*/*/*/")
+    page = json.loads((folder / "run.json").read_text())
+    assert page["config"]["lr"]["value"] == 1e-3 and page["config"]["world_size"]["value"] == 1
+    assert page["summary"]["val/loss"] == pytest.approx(summary["val/loss"])
+    lines = map(json.loads, (folder / "history.jsonl").open())
+    [grid] = [line["samples/tb"] for line in lines if "samples/tb" in line]
     assert (grid["_type"], grid["caption"]) == ("image-file", "tb, epoch 5")
-    assert (page.folder / "files" / grid["path"]).exists()
+    assert (folder / "files" / grid["path"]).exists()
 
 
 @pytest.mark.parametrize("env", [
