@@ -18,11 +18,12 @@ import torch.nn.functional as F
 
 from lib import cache, decode, dist, phantom
 from lib.cache import DONE, TODO
-from lib.files import command_line, fail, notice
+from lib.files import fail, notice
 
 # Folders of patients, studies and archives, as CheXpert, MIMIC and NIH have them.
 NO_CLASS = re.compile(r"(patient|subject|case|study|images)[ _-]?\d+|[ps]?\d{2,}", re.IGNORECASE)
 MOST_CLASSES = 20
+PREPARE = "python prepare.py --help"
 SPLITS = ("train", "test", "val", "valid", "validation")
 
 
@@ -58,22 +59,11 @@ def split_folders(root, task, split, optional=False):
         there = ", ".join(sorted(set().union(*splits.values()))) or "none"
         message = f"no split {split!r} for task {task} in {root}; there: {there}"
         if not optional:
-            fail(f"{message}. To make it: {_prepare_line(root, task)}")
+            fail(f"{message}. To make it: {PREPARE}")
         notice(f"{message}. Validation is skipped: for it, make or rename one to val")
     elif len(found) < len(members):
         notice(f"ALL_CXR: split {split!r} is in {', '.join(found)} alone")
     return found
-
-
-def _prepare_line(root, *folders):
-    """The command that makes class folders of the images in a folder, by the CSV beside it."""
-    labels = {"class_pattern": "_([01]).png"}
-    for n in range(len(folders) + 1):
-        for table in pathlib.Path(root, *folders[:n]).glob("*.csv*"):
-            labels = {"csv": table, "file_column": "FILE", "patient_column": "PATIENT",
-                      "label_column": "LABEL"}
-    return command_line("prepare.py", images=os.path.join(root, *folders), **labels,
-                        classes="normal=0,tb=1", out=os.path.join(root, f"{folders[0]}_classes"))
 
 
 def scan(root, task, split, class_names=None, optional=False, class_filter=0):
@@ -114,13 +104,12 @@ def scan(root, task, split, class_names=None, optional=False, class_filter=0):
         fail(f"no images in {where} (looked for {' '.join(sorted(decode.EXTENSIONS))})")
     if class_names is None:
         class_names, several = sorted(counts), len(counts) > 1 or class_filter >= 0
-        median = sorted(counts.values())[len(counts) // 2]
         if (not several or len(counts) > MOST_CLASSES or not all(counts.values())
-                or len(counts) > 4 and median < 2 or any(map(NO_CLASS.fullmatch, counts))):
+                or any(map(NO_CLASS.fullmatch, counts))):
             some = ", ".join(f"{name} {counts[name]}" for name in class_names[:5])
             fail(f"{len(counts)} folders in {where} (images: {some}) do not look like classes; 2 "
-                 f"to {MOST_CLASSES} are needed, or --class_filter=0 for one. Mend them, or type: "
-                 f"{_prepare_line(root, *folders[0].split('/'))}")
+                 f"to {MOST_CLASSES} are needed, or --class_filter=0 for one. To make them: "
+                 f"{PREPARE}")
     elif split in class_names:
         fail(f"{where} is the folder of a class: give {os.path.dirname(where)}")
     if unknown := sorted(name for name in +counts if name not in class_names):

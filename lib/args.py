@@ -129,22 +129,9 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
-MEANINGS = {  # flag: what DiT, diffusers and nanoGPT call it, if that does not look similar
-    "lr": "learning_rate base_learning_rate",
-    "batch_per_device": "batch_size train_batch_size global_batch_size",
-    "grad_clip": "max_grad_norm",
-    "epochs": "num_train_epochs",
-    "img_size": "resolution",
-    "ckpt": "ckpt_path checkpoint_path model model_path resume"}
-
-
 def closest(name, known):
-    """'; did you mean X?' if one of the known names means the same or is similar, else ''."""
-    word = name.lstrip("-").replace("-", "_")
-    dashes = "--" * name.startswith("--")
-    match = [dashes + flag for flag, words in MEANINGS.items()
-             if word in words.split() and dashes + flag in known]
-    match = match or difflib.get_close_matches(dashes + word, known, 1, 0.5)
+    """'; did you mean X?' if one of the known names is similar, else ''."""
+    match = difflib.get_close_matches(name, known, 1, 0.5)
     return f"; did you mean {match[0]}?" if match else ""
 
 
@@ -256,9 +243,6 @@ def read_config(path):
         names = runpy.run_path(path)
     except (Exception, SystemExit) as e:
         fail(f"{path}: {type(e).__name__}: {first_line(e)}")
-    for name in names.get("__annotations__", {}):
-        if name not in names:  # YAML is an annotation in Python
-            fail(f"{path}: `{name}: ...` sets nothing; write it in Python, `{name} = ...`")
     settings = {name: value for name, value in names.items()
                 if not name.startswith("_") and not isinstance(value, types.ModuleType)}
     return settings or fail(f"{path} sets nothing: a config is lines of `name = value`")
@@ -271,12 +255,7 @@ def convert_settings(parser, settings, source):
     actions = {a.dest: a for a in parser._actions if a.dest not in ("help", "config")}
     unknown, converted = [name for name in settings if name not in actions], {}
     if unknown:
-        hint = closest(unknown[0], actions)
-        if any(name.startswith("ldm_") for name in unknown):
-            hint = "; it is a config of train_ldm.py"
-        if any(f"ldm_{name}" in actions for name in unknown):
-            hint = "; it is a config of train_vae.py"
-        fail(f"{source}: unknown setting {unknown[0]!r}{hint}")
+        fail(f"{source}: unknown setting {unknown[0]!r}{closest(unknown[0], actions)}")
     for name, value in settings.items():
         action = actions[name]
         if value is None and action.default is None:

@@ -30,7 +30,7 @@ from lib.args import print_settings
 from lib.dist import StopSignal, load_optimizer
 from lib.files import (EXIT_STOPPED, MADE_BY, command_line, data_flags, fail, finite, first_line,
                        make_folder, named_folder, notice, read_json, read_meta, say, take_lock,
-                       write_atomic, write_json)
+                       write_atomic, write_json, writing)
 
 # --- checkpoints --------------------------------------------------------------------------------
 
@@ -256,7 +256,6 @@ class Run:
             self._write(self.last_path, state)
 
     def _write(self, path, state):
-        self._check_lock()
         state = {"kind": self.kind, **state, "seconds": self.saved_seconds}
         write_atomic(path, lambda f: torch.save(state, f))
 
@@ -272,26 +271,14 @@ class Run:
         model = state["model"] if state["ema"] is None else None
         self._write(self.best_path, state | {"model": model, "optimizer": None, "recent": None})
 
-    def _check_lock(self):
-        """End the program if the folder is no longer ours: moved, removed, perhaps made anew."""
-        with contextlib.suppress(OSError):
-            if os.path.samestat(os.fstat(self.lock.fileno()), os.stat(self.folder / "lock")):
-                return
-        fail(f"{self.folder} was moved or removed during this run: go on with --resume_dir")
-
     def log(self, step, epoch, metrics, pictures=()):
         """Append a line to metrics.jsonl and hand it to W&B with pictures {name: path}. Non-finite
         numbers become null."""
         if not self.ctx.is_main:
             return
-        self._check_lock()
         line = json.dumps(finite({"step": step, "epoch": epoch, **metrics})) + "\n"
-        try:
-            with open(self.metrics_path, "a") as f:
-                f.write(line)
-        except OSError as e:
-            fail(f"cannot write {self.metrics_path}: {e.strerror}; then go on with: "
-                 f"{self.resume_command()}")
+        with writing(self.metrics_path), open(self.metrics_path, "a") as f:
+            f.write(line)
 
         def send():
             import wandb
@@ -353,7 +340,6 @@ class Run:
 
     def save_grid(self, name, rows, labels):
         """Path of samples/NAME.png with a row of images for each tensor; see save_grid."""
-        self._check_lock()
         path = self.folder / "samples" / f"{name}.png"
         save_grid(path, rows, labels)
         return path
