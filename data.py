@@ -24,7 +24,6 @@ from lib.files import fail, notice
 NO_CLASS = re.compile(r"(patient|subject|case|study|images)[ _-]?\d+|[ps]?\d{2,}", re.IGNORECASE)
 MOST_CLASSES = 20
 PREPARE = "python prepare.py --help"
-SPLITS = ("train", "test", "val", "valid", "validation")
 
 
 # --- folders ------------------------------------------------------------------------------------
@@ -37,7 +36,7 @@ Listing = collections.namedtuple("Listing", "root folder files class_names")
 
 def _subfolders(folder):
     """Names of the folders in a folder, and of links without a target or suffix in their place."""
-    _, folders, names = next(os.walk(folder, onerror=decode.cannot_read))
+    _, folders, names = next(os.walk(folder, onerror=fail))
     folders += [name for name in names if not os.path.splitext(name)[1]
                 and not os.path.exists(os.path.join(folder, name))]
     return sorted(name for name in folders if not decode.IGNORED.match(name))
@@ -53,7 +52,7 @@ def split_folders(root, task, split, optional=False):
     if not members:
         fail(f"no task {task!r} in {root}; there: {', '.join(tasks) or 'no folders at all'}")
     splits = {member: _subfolders(os.path.join(root, member)) for member in members}
-    names = SPLITS[2:] if split == "val" else (split,)
+    names = ("val", "valid", "validation") if split == "val" else (split,)
     found = [f"{member}/{name}" for member in members for name in names if name in splits[member]]
     if not found:
         there = ", ".join(sorted(set().union(*splits.values()))) or "none"
@@ -80,8 +79,6 @@ def scan(root, task, split, class_names=None, optional=False, class_filter=0):
         classes = _subfolders(top)
         counts.update(dict.fromkeys(classes, 0))
         for path in decode.find_images(top, left_out):
-            if inner := [i for i, part in enumerate(path[:-1][:2], 1) if part in SPLITS]:
-                fail(f"{where} is no split: give {os.path.join(top, *path[:inner[0]])}")
             if classes and path[0] not in classes:
                 left_out["beside the class folders"] += 1
                 continue

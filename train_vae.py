@@ -17,7 +17,7 @@ import model
 from lib import diffusers_io
 from lib.args import BooleanFlag, at_least, int_list, parse_settings, trainer_parser
 from lib.dist import BatchOrder, RunningMeans, clip_and_step, setup
-from lib.files import data_flags, fail, notice
+from lib.files import data_flags, fail
 from lib.metrics import (detail, lattice, linear_psnr, ms_ssim, octave_power, patch_moments, psnr,
                          ssim)
 from lib.run import Run, load_checkpoint, load_network
@@ -78,7 +78,7 @@ def preset(args):
 
 def parse_args(argv=None):
     """Settings of this stage; ends the program if they contradict each other."""
-    args = parse_settings(build_parser(), argv, preset, kind="vae")
+    args = parse_settings(build_parser(), argv, preset)
     for name, value in preset(args).items():
         if name != "img_size" and getattr(args, name) != value:  # it is convolutional
             fail(f"the autoencoder to start from has {name}={value}: leave --{name} out")
@@ -276,9 +276,6 @@ def main(argv=None):
     batch = args.batch_per_device
     order = BatchOrder(len(train_set), batch, args.seed, ctx.rank, ctx.world_size)
     total_steps = order.total_steps(args.epochs, args.max_steps)
-    if args.disc_weight > 0 and 0 < total_steps <= args.disc_start and val_set:
-        notice(f"the run ends before the discriminator starts at step {args.disc_start}, and "
-               f"images stay blurred: give --disc_start={total_steps // 2}")
 
     # --- run folder: a new one, or the run to go on with ---
     run = Run(args, ctx, "vae", f"ae_{args.task.lower()}_z{args.z_channels}", {

@@ -12,7 +12,7 @@ import runpy
 import signal
 import types
 
-from lib.files import EXIT_STOPPED, MADE_BY, fail, first_line, named_folder, notice, read_meta
+from lib.files import EXIT_STOPPED, fail, first_line, named_folder, notice, read_meta
 
 # --- types --------------------------------------------------------------------------------------
 
@@ -250,8 +250,7 @@ def read_config(path):
 
 def convert_settings(parser, settings, source):
     """{name: value} of settings from the file `source`, each converted by the type of its flag.
-    Ends the program, naming the file, for whatever the command line would refuse, and for a string
-    in place of a number or the other way round."""
+    Ends the program, naming the file, if one is unknown or of another type."""
     actions = {a.dest: a for a in parser._actions if a.dest not in ("help", "config")}
     unknown, converted = [name for name in settings if name not in actions], {}
     if unknown:
@@ -272,37 +271,32 @@ def convert_settings(parser, settings, source):
     return converted
 
 
-def run_to_continue(parser, args, kind):
+def run_to_continue(parser, args):
     """(folder, settings) of the run that --resume_dir or --run_name names, without settings that
-    this version no longer has; (None, {}) if there is none yet. kind: of the trainer."""
+    this version no longer has; (None, {}) if there is none yet."""
     folder = named_folder(args)
     signs = ("ckpts/last.pt", "ckpts/best.pt", "metrics.jsonl")
     if not folder or not any(os.path.exists(os.path.join(folder, sign)) for sign in signs):
         if args.resume_dir:
             fail(f"--resume_dir={folder} is not a run folder: give one such as runs/ldm_...")
         return None, {}
-    meta = read_meta(folder)
-    if meta.get("kind", kind) != kind:
-        fail(f"{folder} was not made by {MADE_BY[kind]} but by {MADE_BY.get(meta['kind'])}")
     known = {a.dest for a in parser._actions} - {*NOT_STORED, "config"}
-    settings = {name: value for name, value in meta["args"].items() if name in known}
+    settings = {name: value for name, value in read_meta(folder)["args"].items() if name in known}
     if settings.get("sampler") in RENAMED_SAMPLERS:
         settings["sampler"] = RENAMED_SAMPLERS[settings["sampler"]]
     return folder, convert_settings(parser, settings, os.path.join(folder, "run_meta.json"))
 
 
-def parse_settings(parser, argv=None, preset=None, kind=None):
+def parse_settings(parser, argv=None, preset=None):
     """Settings: defaults < preset < the run being continued < --config < command line. Ends the
-    program if they are bad. preset: function from the settings without it to {name: new default}.
-    kind: of a trainer's runs, vae or ldm."""
+    program if they are bad. preset: a trainer's {name: new default}, from the other settings."""
     signal.signal(signal.SIGINT, lambda *_: fail("interrupted", EXIT_STOPPED))
     path = getattr(parser.parse(argv), "config", None)
     config = convert_settings(parser, read_config(path), path) if path else {}
-    folder, stored = None, {}
-    if kind:
-        folder, stored = run_to_continue(parser, parser.parse(argv, config), kind)
-    settings = stored | config | ({"resume_dir": folder} if folder else {})
+    folder, stored, settings = None, {}, config
     if preset:
+        folder, stored = run_to_continue(parser, parser.parse(argv, config))
+        settings = stored | config | ({"resume_dir": folder} if folder else {})
         settings = preset(parser.parse(argv, settings)) | settings
     args = parser.parse(argv, settings)
     for name, before in stored.items():

@@ -21,16 +21,11 @@ IGNORED = re.compile(r"\.|@eadir$|__macosx$|.*(mask|segmentation)s?(\.\w+)?$", r
 LATERAL = re.compile(r"(?<![a-z])lat(eral)?(?![a-z])", re.IGNORECASE)  # view2_lateral.jpg
 
 
-def cannot_read(error):
-    """End the program because of an OSError; for os.walk."""
-    fail(f"cannot read {error.filename}: {error.strerror}; mend or remove it")
-
-
 def find_images(folder, left_out):
     """Sorted paths of the images below a folder, as lists of their parts, by their names alone;
     left_out counts the other files by reason. Links are followed."""
     paths, start = [], len(os.path.join(folder, ""))
-    for parent, _, names in os.walk(folder, onerror=cannot_read, followlinks=True):
+    for parent, _, names in os.walk(folder, onerror=fail, followlinks=True):
         if os.path.islink(parent) and not os.path.relpath(os.path.realpath(
                 os.path.dirname(parent)), os.path.realpath(parent)).startswith(os.pardir):
             fail(f"{parent} is a link to a folder around it: remove the link")

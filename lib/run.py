@@ -109,10 +109,9 @@ def find_autoencoder(args):
 
 
 def read_latent_scale(args, ckpt_path, vae_sha256):
-    """(latent scale factor, ImageSet.summary of the images that it was measured on, None if not
-    known or not those of args). --latent_scale_factor wins, with a notice if it is over 1 % off.
-    Ends the program with the command that measures the scale, if it is missing, damaged or of
-    another autoencoder."""
+    """Latent scale factor: --latent_scale_factor, with a notice if it is over 1 % off, else that of
+    the run being continued, else the measured one. Ends the program with the command that measures
+    it, if it is missing, damaged or of another autoencoder."""
     path = run_folder(ckpt_path) / "latent_scale.json"
     stored = read_json(path)
     if stored.get("vae_sha256") != vae_sha256:
@@ -126,8 +125,7 @@ def read_latent_scale(args, ckpt_path, vae_sha256):
     if args.latent_scale_factor and measured and abs(given / measured - 1) > 0.01:
         notice(f"--latent_scale_factor={given} is {100 * (given / measured - 1):+.0f} % off the "
                f"measured {measured:.6g} in {path}")
-    same = (stored.get("task"), stored.get("split")) == (args.task, args.split)
-    return given or measured, stored.get("data") if same else None
+    return given or measured
 
 
 # --- the run ------------------------------------------------------------------------------------
@@ -369,9 +367,6 @@ class Run:
         if self.ctx.is_main:
             if diverged or self.kind == "vae":  # those of an LDM's evaluation are printed already
                 say(verdicts.format_verdicts(found))
-            if checkpoint == self.best_path:
-                say(f"the one to use: {checkpoint}, of epoch {summary['best']['epoch']}, "
-                    f"with the lowest val/loss ({summary['best']['loss']:.4g})")
             if "overfit/passed" in summary and not diverged:
                 say(verdicts.format_overfit(summary))
             write_json(self.folder / "summary.json", {
@@ -459,18 +454,17 @@ class Progress:
 
     def __init__(self, label, total):
         self.label, self.total, self.shown = label, total, time.perf_counter()
-        self.since = []  # (done, time) of the first two updates: before them something may compile
+        self.since = None  # (done, time) of the first update: before it something may compile
 
     def update(self, done):
         """done of total are finished."""
         now = time.perf_counter()
-        if len(self.since) < 2:
-            self.since.append((done, now))
+        self.since = self.since or (done, now)
         if now - self.shown < 15:
             return
         self.shown = now
         line = f"{self.label} {done}/{self.total} ({100 * done // max(self.total, 1)}%)"
-        before, since = self.since[-1]
+        before, since = self.since
         if done > before:
             left = (now - since) / (done - before) * (self.total - done)
             line += f" {datetime.timedelta(seconds=int(left))} left"
