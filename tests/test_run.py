@@ -6,7 +6,6 @@ import math
 import os
 import pickle
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -239,17 +238,10 @@ def test_a_checkpoint_holds_the_weights_of_its_step(a_run):
     assert torch.load(a_run.last_path, weights_only=True)["model"].tolist() == [2, 2, 2]
 
 
-@pytest.mark.parametrize("change", ["moved", "removed", "made anew"])
-def test_nothing_is_written_once_the_folder_is_gone(a_run, change):
-    other = a_run.folder.with_name("b")
-    a_run.folder.rename(other)
-    if change == "removed":
-        shutil.rmtree(other)
-    if change == "made anew":
-        a_run.folder.mkdir()
-        (a_run.folder / "lock").touch()
+def test_a_folder_that_is_gone_ends_the_run_in_one_line(a_run):
+    a_run.folder.rename(a_run.folder.with_name("b"))
     for write in (lambda: a_run.log(1, 0, {}), lambda: a_run.save({"step": 1})):
-        with pytest.raises(SystemExit, match="moved or removed"):
+        with pytest.raises(SystemExit, match="cannot write .*: No such file or directory"):
             write()
 
 
@@ -300,11 +292,11 @@ def test_signals_ask_to_stop_and_a_second_interrupt_ends(monkeypatch, rank):
                           "\nsaving after this step; Ctrl-C again ends without saving\n")
 
 
-def test_a_progress_line_estimates_the_time_without_the_first_steps(capsys, monkeypatch):
+def test_a_progress_line_estimates_the_time_without_the_first_step(capsys, monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(run.time, "perf_counter", lambda: clock[0])
     progress = run.Progress("step", 1000)
-    for seconds, done in ((1.0, 100), (90.0, 101), (4.0, 103), (27.0, 111)):  # the second compiles
+    for seconds, done in ((90.0, 101), (4.0, 103), (27.0, 111)):  # the first compiles
         clock[0] += seconds
         progress.update(done)
     assert capsys.readouterr().out.splitlines() == [
