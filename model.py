@@ -330,18 +330,18 @@ class UNet(nn.Module):
         emb = self.time_mlp(timestep_embedding(t, self.base_ch)) + self.class_emb(y)  # [B, emb_dim]
         if aug is not None:
             emb = emb + self.aug_emb(aug)
-        h = self.conv_in(x)
-        skips = [h]
+
+        def run(block, h):
+            for layer in block:
+                h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
+            return h
+
+        skips = [self.conv_in(x)]
         for block in self.down:
-            for layer in block:
-                h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
-            skips.append(h)
-        for layer in self.mid:
-            h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
+            skips.append(run(block, skips[-1]))
+        h = run(self.mid, skips[-1])
         for block in self.up:
-            h = torch.cat([h, skips.pop()], dim=1)
-            for layer in block:
-                h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
+            h = run(block, torch.cat([h, skips.pop()], dim=1))
         return self.conv_out(self.norm_out(h, silu=True)).float()
 
 

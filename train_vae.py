@@ -20,7 +20,7 @@ from lib.dist import BatchOrder, RunningMeans, clip_and_step, setup
 from lib.files import data_flags, fail
 from lib.metrics import (detail, lattice, linear_psnr, ms_ssim, octave_power, patch_moments, psnr,
                          ssim)
-from lib.run import Run, load_checkpoint, load_network
+from lib.run import Run, load_checkpoint
 from lib.verdicts import health
 
 LOSSES = ("train/loss", "train/rec", "train/kl", "train/g_loss", "train/d_loss", "train/grad_norm")
@@ -117,13 +117,12 @@ def build_models(args, ctx):
 
 def initial_weights(args):
     """State dict of --init_from, the averaged weights of another run or a diffusers folder; None if
-    there is none, or the run goes on. Ends the program if they do not fit the settings."""
+    there is none, or the run goes on."""
     if not args.init_from or args.resume_dir:
         return None
-    folder = diffusers_io.vae_folder(args.init_from)
-    weights = (diffusers_io.vae_weights(args, folder) if folder
-               else load_checkpoint(args.init_from, "vae")["ema"])
-    return load_network(model.build_vae, vars(args), weights, args.init_from).state_dict()
+    if folder := diffusers_io.vae_folder(args.init_from):
+        return diffusers_io.vae_weights(args, folder)
+    return load_checkpoint(args.init_from, "vae")["ema"]
 
 
 def wrap(models, args, ctx):

@@ -50,9 +50,8 @@ def read_square(path, img_size):
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     image = Image.fromarray(grey[top:top + side, left:left + side])
-    if side != img_size:
-        method = Image.Resampling.BOX if side > img_size else Image.Resampling.BICUBIC
-        image = image.resize((img_size, img_size), method)
+    method = Image.Resampling.BOX if side > img_size else Image.Resampling.BICUBIC
+    image = image.resize((img_size, img_size), method)
     return (np.asarray(image).clip(0, 1) * 65535 + 0.5).astype(np.uint16)
 
 

@@ -394,21 +394,12 @@ def test_dicom_that_cannot_be_displayed_is_refused_by_name(pydicom, tmp_path):
             decode.read_grey(tmp_path / "x.dcm")
 
 
-@pytest.mark.parametrize("compressed", [True, False])
-def test_what_pydicom_says_of_a_file_is_not_repeated(pydicom, tmp_path, monkeypatch, compressed):
-    path = shipped(pydicom, "MR_small_RLE.dcm") if compressed else tmp_path / "x.dcm"
-    if not compressed:
-        write_dicom(path, values_of(12))
-
-    def damaged(dataset):
+def test_a_compression_that_cannot_be_read_says_what_to_install(pydicom, monkeypatch):
+    def no_decoder(dataset):
         raise NotImplementedError("cannot read (0010,0010) SECRET^NAME")
-    monkeypatch.setattr(pydicom.dataset.Dataset, "pixel_array", property(damaged))
-    with pytest.raises(ValueError) as e:
-        decode.read_grey(path)
-    if compressed:
-        assert "RLE Lossless" in str(e.value) and "pip install pylibjpeg" in str(e.value)
-    else:
-        assert str(e.value) == "damaged DICOM (NotImplementedError)"
+    monkeypatch.setattr(pydicom.dataset.Dataset, "pixel_array", property(no_decoder))
+    with pytest.raises(ValueError, match="RLE Lossless.*: pip install pylibjpeg") as e:
+        decode.read_grey(shipped(pydicom, "MR_small_RLE.dcm"))
     assert "SECRET" not in str(e.value)
 
 
@@ -434,14 +425,6 @@ def shipped(pydicom, name):
     return path
 
 
-@pytest.mark.parametrize("name", ["RLE", "bigendian", "implicit", "jp2klossless"])
-def test_encodings_of_one_dicom_image_are_read_alike(pydicom, name):
-    grey, same = (decode.read_grey(shipped(pydicom, f"MR_small{encoding}.dcm"))
-                  for encoding in ("", f"_{name}"))
-    assert grey.shape == (64, 64) and grey.std() > 1e-3
-    assert np.abs(grey - same).max() < 1e-6
-
-
 @pytest.mark.parametrize("name, reason", [
     ("rtdose.dcm", "several frames"), ("SC_rgb_rle_2frame.dcm", "several frames"),
     ("SC_rgb_jpeg.dcm", "colour"), ("examples_palette.dcm", "colour"),
@@ -450,22 +433,6 @@ def test_encodings_of_one_dicom_image_are_read_alike(pydicom, name):
 def test_dicom_files_of_pydicom_that_are_no_grey_image(pydicom, name, reason):
     with pytest.raises(ValueError, match=reason):
         decode.read_grey(shipped(pydicom, name))
-
-
-def test_damaged_dicom_files_raise_only_what_callers_expect(pydicom, tmp_path):
-    path = tmp_path / "x.dcm"
-    write_dicom(path, values_of(12), WindowCenter="700", WindowWidth="1500",
-                VOILUTSequence=lut(4, 0, 16, [0, 1, 2, 65535]), PatientName="A^B")
-    whole, rng = path.read_bytes(), np.random.default_rng(0)
-    for _ in range(150):
-        damaged = bytearray(whole[:rng.integers(len(whole) // 4, len(whole) + 1)])
-        for _ in range(3):
-            damaged[rng.integers(min(len(damaged), len(whole) - 512))] = rng.integers(256)
-        path.write_bytes(damaged)
-        try:
-            assert decode.read_square(path, 16).shape == (16, 16)
-        except (OSError, ValueError):
-            pass
 
 
 def test_without_pydicom_the_error_says_how_to_install_it(image_tree, tmp_path, monkeypatch):

@@ -59,11 +59,6 @@ def remove(path):
     path.unlink()
 
 
-def to_folder(path):
-    path.unlink()
-    path.mkdir()
-
-
 def cut(path):
     path.write_bytes(path.read_bytes()[:-60])
 
@@ -87,14 +82,10 @@ def drop_a_key(path):
 DAMAGE = [  # file of a run, what happens to it, what the one line says
     ("run_meta.json", remove, "run_meta.json"),
     ("run_meta.json", lambda path: path.write_bytes(b"{}"), "run_meta.json"),
-    ("run_meta.json", to_folder, "run_meta.json"),
     ("ckpts/last.pt", remove, "no checkpoint at"),
     ("ckpts/last.pt", cut, "is damaged"),
     ("ckpts/last.pt", flip_a_bit, "is damaged"),
-    ("ckpts/last.pt", to_folder, "last.pt"),
     ("ckpts/last.pt", drop_a_key, "trained_classes"),
-    ("metrics.jsonl", to_folder, "Is a directory"),
-    ("lock", to_folder, "Is a directory"),
 ]
 
 
