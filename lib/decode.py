@@ -10,9 +10,6 @@ from PIL import Image, ImageOps
 
 from lib.files import fail
 
-# For Pillow an image of up to 179 megapixels is only worth a warning.
-warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
-
 DICOM = {".dcm", ".dicom"}
 EXTENSIONS = DICOM | {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".bmp", ".tif", ".tiff",
                       ".webp", ".gif", ".pgm"}

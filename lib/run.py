@@ -312,8 +312,7 @@ class Run:
             if self.wandb:
                 action()
         except Exception as e:  # whatever a lost server raises
-            notice(f"W&B failed ({first_line(e)}): going on without; metrics.jsonl has all, and "
-                   "WANDB_MODE=offline needs no network")
+            notice(f"W&B failed ({first_line(e)}): going on without; metrics.jsonl has all")
             self.wandb = None
 
     def log_training(self, step, epoch, metrics, images_per_step):
