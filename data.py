@@ -60,8 +60,6 @@ def split_folders(root, task, split, optional=False):
         if not optional:
             fail(f"{message}. To make it: {PREPARE}")
         notice(f"{message}. Validation is skipped: for it, make or rename one to val")
-    elif len(found) < len(members):
-        notice(f"ALL_CXR: split {split!r} is in {', '.join(found)} alone")
     return found
 
 

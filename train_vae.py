@@ -300,10 +300,8 @@ def main(argv=None):
 
     run.start(state(), total_steps, build_parser(), {
         "images": len(train_set), "validation images": len(val_set) if val_set else 0,
-        "classes": data.count_files(train_set.summary), "latent": models.vae.latent_shape,
-        "parameters": f"{sum(p.numel() for p in models.vae.parameters()) / 1e6:.1f} M",
-        "steps": f"{total_steps} ({order.epoch_steps} per epoch)",
-        "global batch": batch * ctx.world_size})
+        "classes": data.count_files(train_set.summary), "global batch": batch * ctx.world_size,
+        "steps": f"{total_steps} ({order.epoch_steps} per epoch)"})
     # Only now, with the settings on the screen: compiling takes minutes.
     vae_fn, disc_fn = wrap(models, args, ctx)
 

@@ -165,9 +165,6 @@ def take_lock(path, what, wait=False):
 
 # --- run folders --------------------------------------------------------------------------------
 
-MADE_BY = {"vae": "train_vae.py", "ldm": "train_ldm.py"}  # by the kind of a run
-
-
 def named_folder(args):
     """Run folder that --resume_dir or --run_name names; None if neither is given."""
     named = args.run_name and os.path.join(args.output_root, args.run_name)

@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw
 from lib import verdicts
 from lib.args import print_settings
 from lib.dist import StopSignal, load_optimizer
-from lib.files import (EXIT_STOPPED, MADE_BY, command_line, data_flags, fail, finite, first_line,
+from lib.files import (EXIT_STOPPED, command_line, data_flags, fail, finite, first_line,
                        make_folder, named_folder, notice, read_json, read_meta, say, take_lock,
                        write_atomic, write_json, writing)
 
@@ -55,13 +55,13 @@ def load_checkpoint(path, kind):
             if broken := archive.testzip():
                 raise ValueError(f"checksum of {broken} does not match")
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        if (made_by := MADE_BY[state["kind"]]) != MADE_BY[kind]:
-            raise ValueError(f"it was made by {made_by}")
+        if state["kind"] != kind:
+            raise ValueError(f"it was made by train_{state['kind']}.py")
         if missing := CONTENTS[kind] - state.keys():
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         return state | {"sha256": hashlib.sha256(content).hexdigest()}
     except Exception as e:  # a hostile or damaged file raises anything
-        fail(f"{path} is damaged or no checkpoint of this program's {MADE_BY[kind]} "
+        fail(f"{path} is damaged or no checkpoint of this program's train_{kind}.py "
              f"({type(e).__name__}: {first_line(e)})")
 
 
@@ -350,7 +350,7 @@ class Run:
 
     def resume_command(self, **flags):
         """The command that continues this run."""
-        return command_line(MADE_BY[self.kind], resume_dir=self.folder, **flags)
+        return command_line(f"train_{self.kind}.py", resume_dir=self.folder, **flags)
 
     def _leave(self):
         """Exit with code 75 and the command to go on with."""

@@ -302,7 +302,7 @@ def test_dicom_without_a_suffix_or_named_by_uid_is_read(image_tree, tmp_path, py
         write_dicom(root / "TB/train/tb" / name, stored)
     (root / "TB/train/tb/NOTES").write_text("no image" * 40)
     text = message(data.open_images, settings(root, tmp_path), ALONE, "train")
-    assert text.splitlines()[1:] == ["  TB/train/tb/NOTES: no DICOM file"]
+    assert text.splitlines()[1:] == ["  TB/train/tb/NOTES: no readable DICOM (InvalidDicomError)"]
     images = data.open_images(settings(root, tmp_path, skip_bad_images=True), ALONE, "train")
     assert np.bincount(images.labels).tolist() == [1, 3]
     position = images.names.tolist().index("TB/train/tb/IM0001")
@@ -429,7 +429,7 @@ def shipped(pydicom, name):
     ("rtdose.dcm", "several frames"), ("SC_rgb_rle_2frame.dcm", "several frames"),
     ("SC_rgb_jpeg.dcm", "colour"), ("examples_palette.dcm", "colour"),
     ("rtplan.dcm", "without an image"), ("test-SR.dcm", "without an image"),
-    ("MR_truncated.dcm", "damaged"), ("no_meta.dcm", "no DICOM file")])
+    ("MR_truncated.dcm", "no readable"), ("no_meta.dcm", "no readable")])
 def test_dicom_files_of_pydicom_that_are_no_grey_image(pydicom, name, reason):
     with pytest.raises(ValueError, match=reason):
         decode.read_grey(shipped(pydicom, name))
