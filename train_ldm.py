@@ -107,7 +107,7 @@ def build_parser():
 def parse_args(argv=None):
     """Settings of this stage, with mode, overfit_k, noise_schedule and zero_terminal_snr resolved;
     ends the program if they contradict each other."""
-    args = parse_settings(build_parser(), argv, preset)
+    args = parse_settings(build_parser(), argv, preset, kind="ldm")
     args.mode, args.overfit_k = resolve_mode(args)
     args.overfit_one = args.overfit_k == 1
     if args.noise_schedule == "auto":

@@ -78,7 +78,7 @@ def preset(args):
 
 def parse_args(argv=None):
     """Settings of this stage; ends the program if they contradict each other."""
-    args = parse_settings(build_parser(), argv, preset)
+    args = parse_settings(build_parser(), argv, preset, kind="vae")
     for name, value in preset(args).items():
         if name != "img_size" and getattr(args, name) != value:  # it is convolutional
             fail(f"the autoencoder to start from has {name}={value}: leave --{name} out")

@@ -271,31 +271,35 @@ def convert_settings(parser, settings, source):
     return converted
 
 
-def run_to_continue(parser, args):
+def run_to_continue(parser, args, kind):
     """(folder, settings) of the run that --resume_dir or --run_name names, without settings that
-    this version no longer has; (None, {}) if there is none yet."""
+    this version no longer has; (None, {}) if there is none yet. kind: of the trainer."""
     folder = named_folder(args)
     signs = ("ckpts/last.pt", "ckpts/best.pt", "metrics.jsonl")
     if not folder or not any(os.path.exists(os.path.join(folder, sign)) for sign in signs):
         if args.resume_dir:
             fail(f"--resume_dir={folder} is not a run folder: give one such as runs/ldm_...")
         return None, {}
+    meta = read_meta(folder)
+    if meta.get("kind", kind) != kind:
+        fail(f"{folder} is a run of train_{meta['kind']}.py, not of train_{kind}.py")
     known = {a.dest for a in parser._actions} - {*NOT_STORED, "config"}
-    settings = {name: value for name, value in read_meta(folder)["args"].items() if name in known}
+    settings = {name: value for name, value in meta["args"].items() if name in known}
     if settings.get("sampler") in RENAMED_SAMPLERS:
         settings["sampler"] = RENAMED_SAMPLERS[settings["sampler"]]
     return folder, convert_settings(parser, settings, os.path.join(folder, "run_meta.json"))
 
 
-def parse_settings(parser, argv=None, preset=None):
+def parse_settings(parser, argv=None, preset=None, kind=None):
     """Settings: defaults < preset < the run being continued < --config < command line. Ends the
-    program if they are bad. preset: a trainer's {name: new default}, from the other settings."""
+    program if they are bad. A trainer gives preset, {name: new default} from the other settings,
+    and the kind of its runs, vae or ldm."""
     signal.signal(signal.SIGINT, lambda *_: fail("interrupted", EXIT_STOPPED))
     path = getattr(parser.parse(argv), "config", None)
     config = convert_settings(parser, read_config(path), path) if path else {}
     folder, stored, settings = None, {}, config
-    if preset:
-        folder, stored = run_to_continue(parser, parser.parse(argv, config))
+    if kind:
+        folder, stored = run_to_continue(parser, parser.parse(argv, config), kind)
         settings = stored | config | ({"resume_dir": folder} if folder else {})
         settings = preset(parser.parse(argv, settings)) | settings
     args = parser.parse(argv, settings)

@@ -41,8 +41,10 @@ def cached_array(ctx, folder, name, shape, dtype, make, label):
 
     def begin():
         nonlocal lock  # on rank 0 until all ranks are done; other runs wait for it
-        lock = take_lock(make_folder(folder) / f"{name}.lock", path, True)
         status = _read_status(path, shape, dtype)
+        if status is None or TODO in status:
+            lock = take_lock(make_folder(folder) / f"{name}.lock", path, True)
+            status = _read_status(path, shape, dtype)  # perhaps made meanwhile
         if status is None:
             status = np.zeros(shape[0], np.uint8)
             with writing(path):

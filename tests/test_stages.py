@@ -153,8 +153,8 @@ def test_a_stage_reads_every_flag_that_it_takes(workspace, monkeypatch, name):
     stage = importlib.import_module(name)
     names = set()
 
-    def spy(parser, argv=None, preset=None):
-        known = vars(command_line.parse_settings(parser, argv, preset))
+    def spy(parser, argv=None, preset=None, kind=None):
+        known = vars(command_line.parse_settings(parser, argv, preset, kind))
         names.update(known)
         READ.clear()
         return Spy(**known)
