@@ -163,9 +163,7 @@ class AutoencoderKL(nn.Module):
         groups = num_groups(base_ch)
         factor = patch_size * 2 ** (len(ch_mults) - 1)
         if img_size % factor:
-            nearest = max(1, round(img_size / factor)) * factor
-            raise ValueError(f"img_size {img_size} is not a multiple of {factor} (by patch_size "
-                             f"and ch_mults); the nearest that fits is {nearest}")
+            raise ValueError(f"img_size {img_size} must be a multiple of {factor} (see ch_mults)")
         self.latent_shape = (z_channels, img_size // factor, img_size // factor)
         self.patch_size, self.factor = patch_size, factor  # factor: pixels per latent, a side
         widths = [base_ch * m for m in ch_mults]

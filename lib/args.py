@@ -41,8 +41,7 @@ def at_least(low, kind=integer, high=math.inf):
     def convert(text):
         value = kind(text)
         if not low <= value <= high or value == math.inf:
-            most = "" if high == math.inf else f" and at most {high}"
-            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {low}{most}")
+            raise argparse.ArgumentTypeError(f"{text} is not at least {low}, at most {high}")
         return value
     convert.__name__ = kind.__name__  # as argparse names it in "invalid float value"
     return convert

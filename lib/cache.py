@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lib import run
-from lib.files import fail, first_line, make_folder, take_lock, writing
+from lib.files import make_folder, take_lock, writing
 
 TODO, DONE = 0, 1  # status of a row; other values are up to the caller
 CHUNK = 128  # rows that are written at once: what a kill can cost a process
@@ -24,11 +24,8 @@ class CachedArray(NamedTuple):
 
     def rows(self, indices):
         """Copy of some rows, for an array of indices or a slice."""
-        try:  # a map that lives on would keep what was read in memory
-            return np.array(np.lib.format.open_memmap(self.path, "r")[indices])
-        except (OSError, ValueError) as e:
-            fail(f"cache {self.path} was removed or damaged ({first_line(e)}): type the same "
-                 "command again")
+        # A map that lives on would keep what was read in memory.
+        return np.array(np.lib.format.open_memmap(self.path, "r")[indices])
 
 
 def cached_array(ctx, folder, name, shape, dtype, make, label):

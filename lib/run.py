@@ -8,7 +8,6 @@
 """
 import contextlib
 import datetime
-import functools
 import hashlib
 import io
 import json
@@ -289,19 +288,19 @@ class Run:
         """Start or resume a W&B run: offline without account or network, never with a prompt."""
         import wandb
         args, online = self.args, os.environ.get("WANDB_MODE", "online") == "online"
-        init = functools.partial(
-            wandb.init, project=args.wandb_project, entity=args.wandb_entity,
-            name=self.folder.name, dir=str(self.folder), id=self.meta["wandb_id"], resume="allow",
+        options = dict(
+            project=args.wandb_project, entity=args.wandb_entity, name=self.folder.name,
+            dir=str(self.folder), id=self.meta["wandb_id"], resume="allow",
             tags=[t for tag in args.wandb_tags.split(",") if (t := tag.strip(" []()'\""))],
             config=vars(args) | {"world_size": self.ctx.world_size},
             settings=wandb.Settings(init_timeout=30, silent=True))
         try:
             if online and not wandb.login(prompt=False, verify=False):
                 raise RuntimeError("no account on this machine: `wandb login` once")
-            self.wandb = init()
+            self.wandb = wandb.init(**options)
         except Exception as e:  # whatever an unreachable server raises
             notice(f"W&B failed ({first_line(e)}): logging offline; `wandb sync` the folder later")
-            self.wandb = init(mode="offline")
+            self.wandb = wandb.init(**options, mode="offline")
         self.meta["wandb_id"] = self.wandb.id
         self.wandb.define_metric("step")
         self.wandb.define_metric("*", step_metric="step")  # a resumed run counts its own from 0
@@ -459,12 +458,10 @@ class Progress:
         """done of total are finished."""
         now = time.perf_counter()
         self.since = self.since or (done, now)
-        if now - self.shown < 15:
+        before, since = self.since
+        if now - self.shown < 15 or done == before:
             return
         self.shown = now
-        line = f"{self.label} {done}/{self.total} ({100 * done // max(self.total, 1)}%)"
-        before, since = self.since
-        if done > before:
-            left = (now - since) / (done - before) * (self.total - done)
-            line += f" {datetime.timedelta(seconds=int(left))} left"
-        say(line)
+        left = (now - since) / (done - before) * (self.total - done)
+        say(f"{self.label} {done}/{self.total} ({100 * done // self.total}%) "
+            f"{datetime.timedelta(seconds=int(left))} left")

@@ -395,13 +395,6 @@ def test_cached_latents_are_those_encoded_on_the_fly(image_tree, tmp_path, vae):
     assert not torch.equal(cached.posterior(index)[0][0], cached.posterior(index)[0][1])
 
 
-def test_a_cache_that_is_removed_meanwhile_is_one_line(image_tree, tmp_path):
-    root = image_tree({"TB/train/normal": 3, "TB/train/tb": 3})
-    images = data.open_images(settings(root, tmp_path), ALONE, "train")
-    (tmp_path / "cache").rename(tmp_path / "away")
-    assert "type the same command again" in message(images.images, np.array([0, 1]))
-
-
 def test_latents_of_subsets_share_a_cache_other_vaes_do_not(image_tree, tmp_path, vae):
     root = image_tree({"TB/train/normal": 3, "TB/train/tb": 3})
     images = data.open_images(settings(root, tmp_path), ALONE, "train")

@@ -283,4 +283,4 @@ def test_a_progress_line_estimates_the_time_without_the_first_step(capsys, monke
         clock[0] += seconds
         progress.update(done)
     assert capsys.readouterr().out.splitlines() == [
-        "step 101/1000 (10%)", "step 111/1000 (11%) 0:45:55 left"]
+        "step 103/1000 (10%) 0:29:54 left", "step 111/1000 (11%) 0:45:55 left"]

@@ -424,7 +424,7 @@ def test_check_looks_at_the_inputs_and_writes_nothing(workspace, quick):
 
 
 BAD = {  # test_data.py has what is wrong with the images
-    "size": ("train_vae.py --data_root={data} --img_size=30", "nearest that fits is 32"),
+    "size": ("train_vae.py --data_root={data} --img_size=30", "a multiple of 8"),
     "other size": ("train_ldm.py --data_root={data} --img_size=64", "works at 32"),
     "latent size": ("train_ldm.py --data_root={data} --ldm_ch_mults=1,1,1,1,1", "ldm_ch_mults"),
     "eps": ("train_ldm.py --data_root={data} --prediction=eps --zero_terminal_snr",
