@@ -165,6 +165,7 @@ def take_lock(path, what, wait=False):
 
 # --- run folders --------------------------------------------------------------------------------
 
+
 def named_folder(args):
     """Run folder that --resume_dir or --run_name names; None if neither is given."""
     named = args.run_name and os.path.join(args.output_root, args.run_name)
