@@ -103,7 +103,7 @@ def scan(root, task, split, class_names=None, optional=False, class_filter=0):
                 or any(map(NO_CLASS.fullmatch, counts))):
             some = ", ".join(f"{name} {counts[name]}" for name in class_names[:5])
             fail(f"{len(counts)} folders in {where} (images: {some}) do not look like classes; 2 "
-                 f"to {MOST_CLASSES} are needed, or --class_filter=0 for one. To make them: {PREPARE}")
+                 f"to {MOST_CLASSES} are needed, or --class_filter=0 for one. Make them: {PREPARE}")
     elif split in class_names:
         fail(f"{where} is the folder of a class: give {os.path.dirname(where)}")
     if unknown := sorted(name for name in +counts if name not in class_names):
