@@ -430,7 +430,7 @@ ERRORS = {
     "empty CSV": (["--csv=empty.csv"], "empty.csv has no rows"),
     "damaged CSV": (["--csv=bad.csv.gz"], "cannot read bad.csv.gz"),
     "other CSV": (["--csv=set.csv,other.csv"], "other.csv has no rows, or no column of"),
-    "images": (["--images=nowhere"], "cannot read nowhere: No such file"),
+    "images": (["--images=nowhere"], "No such file or directory: 'nowhere'"),
     "no images": (["--images=nothing"], "no images in --images=nothing"),
     "label": (["--classes=normal=clear,tb=ill"], "no image of class tb for train"),
     "class name": (["--classes=a/b=clear,tb=sick"], "a/b"),
