@@ -23,7 +23,6 @@ from lib.files import command_line, fail, notice
 # Folders of patients, studies and archives, as CheXpert, MIMIC and NIH have them.
 NO_CLASS = re.compile(r"(patient|subject|case|study|images)[ _-]?\d+|[ps]?\d{2,}", re.IGNORECASE)
 MOST_CLASSES = 20
-SPLITS = ("train", "test", "val", "valid", "validation")
 
 
 # --- folders ------------------------------------------------------------------------------------
@@ -36,7 +35,7 @@ Listing = collections.namedtuple("Listing", "root folder files class_names")
 
 def _subfolders(folder):
     """Names of the folders in a folder, and of links without a target or suffix in their place."""
-    _, folders, names = next(os.walk(folder, onerror=decode.cannot_read))
+    _, folders, names = next(os.walk(folder, onerror=fail))
     folders += [name for name in names if not os.path.splitext(name)[1]
                 and not os.path.exists(os.path.join(folder, name))]
     return sorted(name for name in folders if not decode.IGNORED.match(name))
@@ -52,7 +51,7 @@ def split_folders(root, task, split, optional=False):
     if not members:
         fail(f"no task {task!r} in {root}; there: {', '.join(tasks) or 'no folders at all'}")
     splits = {member: _subfolders(os.path.join(root, member)) for member in members}
-    names = SPLITS[2:] if split == "val" else (split,)
+    names = ("val", "valid", "validation") if split == "val" else (split,)
     found = [f"{member}/{name}" for member in members for name in names if name in splits[member]]
     if not found:
         there = ", ".join(sorted(set().union(*splits.values()))) or "none"
@@ -90,8 +89,6 @@ def scan(root, task, split, class_names=None, optional=False, class_filter=0):
         classes = _subfolders(top)
         counts.update(dict.fromkeys(classes, 0))
         for path in decode.find_images(top, left_out):
-            if inner := [i for i, part in enumerate(path[:-1][:2], 1) if part in SPLITS]:
-                fail(f"{where} is no split: give {os.path.join(top, *path[:inner[0]])}")
             if classes and path[0] not in classes:
                 left_out["beside the class folders"] += 1
                 continue
@@ -114,9 +111,8 @@ def scan(root, task, split, class_names=None, optional=False, class_filter=0):
         fail(f"no images in {where} (looked for {' '.join(sorted(decode.EXTENSIONS))})")
     if class_names is None:
         class_names, several = sorted(counts), len(counts) > 1 or class_filter >= 0
-        median = sorted(counts.values())[len(counts) // 2]
         if (not several or len(counts) > MOST_CLASSES or not all(counts.values())
-                or len(counts) > 4 and median < 2 or any(map(NO_CLASS.fullmatch, counts))):
+                or any(map(NO_CLASS.fullmatch, counts))):
             some = ", ".join(f"{name} {counts[name]}" for name in class_names[:5])
             fail(f"{len(counts)} folders in {where} (images: {some}) do not look like classes; 2 "
                  f"to {MOST_CLASSES} are needed, or --class_filter=0 for one. Mend them, or type: "

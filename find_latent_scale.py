@@ -78,8 +78,7 @@ def main(argv=None):
     path = run.run_folder(ckpt_path) / "latent_scale.json"
     write_json(path, result | {
         "vae_sha256": vae_sha256, "task": args.task, "split": args.split,
-        "class_filter": args.class_filter, "img_size": args.img_size, "seed": args.seed,
-        "data": images.summary})
+        "class_filter": args.class_filter, "img_size": args.img_size, "seed": args.seed})
     print(f"written to {path}")
     print("next: " + command_line("train_ldm.py", mode="full_train", ae_ckpt_path=ckpt_path,
                                   **data_flags(args)))

@@ -163,9 +163,7 @@ class AutoencoderKL(nn.Module):
         groups = num_groups(base_ch)
         factor = patch_size * 2 ** (len(ch_mults) - 1)
         if img_size % factor:
-            nearest = max(1, round(img_size / factor)) * factor
-            raise ValueError(f"img_size {img_size} is not a multiple of {factor} (by patch_size "
-                             f"and ch_mults); the nearest that fits is {nearest}")
+            raise ValueError(f"img_size {img_size} must be a multiple of {factor} (see ch_mults)")
         self.latent_shape = (z_channels, img_size // factor, img_size // factor)
         self.patch_size, self.factor = patch_size, factor  # factor: pixels per latent, a side
         widths = [base_ch * m for m in ch_mults]
@@ -330,18 +328,18 @@ class UNet(nn.Module):
         emb = self.time_mlp(timestep_embedding(t, self.base_ch)) + self.class_emb(y)  # [B, emb_dim]
         if aug is not None:
             emb = emb + self.aug_emb(aug)
-        h = self.conv_in(x)
-        skips = [h]
+
+        def run(block, h):
+            for layer in block:
+                h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
+            return h
+
+        skips = [self.conv_in(x)]
         for block in self.down:
-            for layer in block:
-                h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
-            skips.append(h)
-        for layer in self.mid:
-            h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
+            skips.append(run(block, skips[-1]))
+        h = run(self.mid, skips[-1])
         for block in self.up:
-            h = torch.cat([h, skips.pop()], dim=1)
-            for layer in block:
-                h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
+            h = run(block, torch.cat([h, skips.pop()], dim=1))
         return self.conv_out(self.norm_out(h, silu=True)).float()
 
 

@@ -360,10 +360,9 @@ def main(argv=None):
     ae_path = args.ae_ckpt_path = str(find_autoencoder(args))  # for when this run goes on, too
     vae, ae_settings, vae_sha256 = sample.load_autoencoder(ae_path, ctx)
     data.adopt_settings(args, ae_settings, f"the autoencoder {ae_path}")
-    scale, measured = read_latent_scale(args, ae_path, vae_sha256)
+    scale = read_latent_scale(args, ae_path, vae_sha256)
     known = check_start(args, scale, vae_sha256)  # before hours of decoding
     images = data.open_images(args, ctx, args.split, class_names=known)
-    data.notice_changes(measured, images, "the latent scale was measured")
     class_names, latent_shape = images.class_names, vae.latent_shape
     denoiser, ema, optimizer = models = build_models(args, ctx, latent_shape, len(class_names))
     if args.overfit_k:

@@ -17,10 +17,10 @@ import model
 from lib import diffusers_io
 from lib.args import BooleanFlag, at_least, int_list, parse_settings, trainer_parser
 from lib.dist import BatchOrder, RunningMeans, clip_and_step, setup
-from lib.files import data_flags, fail, notice
+from lib.files import data_flags, fail
 from lib.metrics import (detail, lattice, linear_psnr, ms_ssim, octave_power, patch_moments, psnr,
                          ssim)
-from lib.run import Run, load_checkpoint, load_network
+from lib.run import Run, load_checkpoint
 from lib.verdicts import health
 
 LOSSES = ("train/loss", "train/rec", "train/kl", "train/g_loss", "train/d_loss", "train/grad_norm")
@@ -117,13 +117,12 @@ def build_models(args, ctx):
 
 def initial_weights(args):
     """State dict of --init_from, the averaged weights of another run or a diffusers folder; None if
-    there is none, or the run goes on. Ends the program if they do not fit the settings."""
+    there is none, or the run goes on."""
     if not args.init_from or args.resume_dir:
         return None
-    folder = diffusers_io.vae_folder(args.init_from)
-    weights = (diffusers_io.vae_weights(args, folder) if folder
-               else load_checkpoint(args.init_from, "vae")["ema"])
-    return load_network(model.build_vae, vars(args), weights, args.init_from).state_dict()
+    if folder := diffusers_io.vae_folder(args.init_from):
+        return diffusers_io.vae_weights(args, folder)
+    return load_checkpoint(args.init_from, "vae")["ema"]
 
 
 def wrap(models, args, ctx):
@@ -276,9 +275,6 @@ def main(argv=None):
     batch = args.batch_per_device
     order = BatchOrder(len(train_set), batch, args.seed, ctx.rank, ctx.world_size)
     total_steps = order.total_steps(args.epochs, args.max_steps)
-    if args.disc_weight > 0 and 0 < total_steps <= args.disc_start and val_set:
-        notice(f"the run ends before the discriminator starts at step {args.disc_start}, and "
-               f"images stay blurred: give --disc_start={total_steps // 2}")
 
     # --- run folder: a new one, or the run to go on with ---
     run = Run(args, ctx, "vae", f"ae_{args.task.lower()}_z{args.z_channels}", {
@@ -304,10 +300,8 @@ def main(argv=None):
 
     run.start(state(), total_steps, build_parser(), {
         "images": len(train_set), "validation images": len(val_set) if val_set else 0,
-        "classes": data.count_files(train_set.summary), "latent": models.vae.latent_shape,
-        "parameters": f"{sum(p.numel() for p in models.vae.parameters()) / 1e6:.1f} M",
-        "steps": f"{total_steps} ({order.epoch_steps} per epoch)",
-        "global batch": batch * ctx.world_size})
+        "classes": data.count_files(train_set.summary), "global batch": batch * ctx.world_size,
+        "steps": f"{total_steps} ({order.epoch_steps} per epoch)"})
     # Only now, with the settings on the screen: compiling takes minutes.
     vae_fn, disc_fn = wrap(models, args, ctx)
 

@@ -12,7 +12,7 @@ import runpy
 import signal
 import types
 
-from lib.files import EXIT_STOPPED, MADE_BY, fail, first_line, named_folder, notice, read_meta
+from lib.files import EXIT_STOPPED, fail, first_line, named_folder, notice, read_meta
 
 # --- types --------------------------------------------------------------------------------------
 
@@ -41,8 +41,7 @@ def at_least(low, kind=integer, high=math.inf):
     def convert(text):
         value = kind(text)
         if not low <= value <= high or value == math.inf:
-            most = "" if high == math.inf else f" and at most {high}"
-            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {low}{most}")
+            raise argparse.ArgumentTypeError(f"{text} is not at least {low}, at most {high}")
         return value
     convert.__name__ = kind.__name__  # as argparse names it in "invalid float value"
     return convert
@@ -129,22 +128,9 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
-MEANINGS = {  # flag: what DiT, diffusers and nanoGPT call it, if that does not look similar
-    "lr": "learning_rate base_learning_rate",
-    "batch_per_device": "batch_size train_batch_size global_batch_size",
-    "grad_clip": "max_grad_norm",
-    "epochs": "num_train_epochs",
-    "img_size": "resolution",
-    "ckpt": "ckpt_path checkpoint_path model model_path resume"}
-
-
 def closest(name, known):
-    """'; did you mean X?' if one of the known names means the same or is similar, else ''."""
-    word = name.lstrip("-").replace("-", "_")
-    dashes = "--" * name.startswith("--")
-    match = [dashes + flag for flag, words in MEANINGS.items()
-             if word in words.split() and dashes + flag in known]
-    match = match or difflib.get_close_matches(dashes + word, known, 1, 0.5)
+    """'; did you mean X?' if one of the known names is similar, else ''."""
+    match = difflib.get_close_matches(name, known, 1, 0.5)
     return f"; did you mean {match[0]}?" if match else ""
 
 
@@ -256,9 +242,6 @@ def read_config(path):
         names = runpy.run_path(path)
     except (Exception, SystemExit) as e:
         fail(f"{path}: {type(e).__name__}: {first_line(e)}")
-    for name in names.get("__annotations__", {}):
-        if name not in names:  # YAML is an annotation in Python
-            fail(f"{path}: `{name}: ...` sets nothing; write it in Python, `{name} = ...`")
     settings = {name: value for name, value in names.items()
                 if not name.startswith("_") and not isinstance(value, types.ModuleType)}
     return settings or fail(f"{path} sets nothing: a config is lines of `name = value`")
@@ -266,17 +249,11 @@ def read_config(path):
 
 def convert_settings(parser, settings, source):
     """{name: value} of settings from the file `source`, each converted by the type of its flag.
-    Ends the program, naming the file, for whatever the command line would refuse, and for a string
-    in place of a number or the other way round."""
+    Ends the program, naming the file, if one is unknown or of another type."""
     actions = {a.dest: a for a in parser._actions if a.dest not in ("help", "config")}
     unknown, converted = [name for name in settings if name not in actions], {}
     if unknown:
-        hint = closest(unknown[0], actions)
-        if any(name.startswith("ldm_") for name in unknown):
-            hint = "; it is a config of train_ldm.py"
-        if any(f"ldm_{name}" in actions for name in unknown):
-            hint = "; it is a config of train_vae.py"
-        fail(f"{source}: unknown setting {unknown[0]!r}{hint}")
+        fail(f"{source}: unknown setting {unknown[0]!r}{closest(unknown[0], actions)}")
     for name, value in settings.items():
         action = actions[name]
         if value is None and action.default is None:
@@ -304,7 +281,7 @@ def run_to_continue(parser, args, kind):
         return None, {}
     meta = read_meta(folder)
     if meta.get("kind", kind) != kind:
-        fail(f"{folder} was not made by {MADE_BY[kind]} but by {MADE_BY.get(meta['kind'])}")
+        fail(f"{folder} is a run of train_{meta['kind']}.py, not of train_{kind}.py")
     known = {a.dest for a in parser._actions} - {*NOT_STORED, "config"}
     settings = {name: value for name, value in meta["args"].items() if name in known}
     if settings.get("sampler") in RENAMED_SAMPLERS:
@@ -314,16 +291,15 @@ def run_to_continue(parser, args, kind):
 
 def parse_settings(parser, argv=None, preset=None, kind=None):
     """Settings: defaults < preset < the run being continued < --config < command line. Ends the
-    program if they are bad. preset: function from the settings without it to {name: new default}.
-    kind: of a trainer's runs, vae or ldm."""
+    program if they are bad. A trainer gives preset, {name: new default} from the other settings,
+    and the kind of its runs, vae or ldm."""
     signal.signal(signal.SIGINT, lambda *_: fail("interrupted", EXIT_STOPPED))
     path = getattr(parser.parse(argv), "config", None)
     config = convert_settings(parser, read_config(path), path) if path else {}
-    folder, stored = None, {}
+    folder, stored, settings = None, {}, config
     if kind:
         folder, stored = run_to_continue(parser, parser.parse(argv, config), kind)
-    settings = stored | config | ({"resume_dir": folder} if folder else {})
-    if preset:
+        settings = stored | config | ({"resume_dir": folder} if folder else {})
         settings = preset(parser.parse(argv, settings)) | settings
     args = parser.parse(argv, settings)
     for name, before in stored.items():

@@ -3,7 +3,6 @@
 Rows are on the disk before the byte that says so. A build that was killed is thus continued by the
 next start, and whether a cache is complete is known without reading a row.
 """
-import contextlib
 import os
 import pathlib
 from typing import NamedTuple
@@ -11,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lib import run
-from lib.files import fail, first_line, make_folder, take_lock
+from lib.files import fail, first_line, make_folder, take_lock, writing
 
 TODO, DONE = 0, 1  # status of a row; other values are up to the caller
 CHUNK = 128  # rows that are written at once: what a kill can cost a process
@@ -48,7 +47,7 @@ def cached_array(ctx, folder, name, shape, dtype, make, label):
             status = _read_status(path, shape, dtype)  # perhaps made meanwhile
         if status is None:
             status = np.zeros(shape[0], np.uint8)
-            with _writing(path):
+            with writing(path):
                 for old in (status_path, path):  # a run that reads the old rows keeps them
                     old.unlink(missing_ok=True)
                 np.lib.format.open_memmap(path, "w+", dtype, shape)
@@ -84,19 +83,10 @@ def _read_status(path, shape, dtype):
         return None
 
 
-@contextlib.contextmanager
-def _writing(path):
-    """One line if the disk is full."""
-    try:
-        yield
-    except OSError as e:
-        fail(f"cannot write {path}: {e.strerror}; free some space and start again")
-
-
 def _write(path, offset, indices, rows):
     """Put rows of an array that begins at `offset` into a file, and the file on the disk."""
     # Not through a writable map: there a full disk is a SIGBUS, not an error.
-    with _writing(path), open(path, "r+b") as f:
+    with writing(path), open(path, "r+b") as f:
         for index, row in zip(indices.tolist(), rows, strict=True):
             f.seek(offset + index * row.nbytes)
             f.write(row.tobytes())

@@ -10,9 +10,6 @@ from PIL import Image, ImageOps
 
 from lib.files import fail
 
-# For Pillow an image of up to 179 megapixels is only worth a warning.
-warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
-
 DICOM = {".dcm", ".dicom"}
 EXTENSIONS = DICOM | {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".bmp", ".tif", ".tiff",
                       ".webp", ".gif", ".pgm"}
@@ -21,16 +18,11 @@ IGNORED = re.compile(r"\.|@eadir$|__macosx$|.*(mask|segmentation)s?(\.\w+)?$", r
 LATERAL = re.compile(r"(?<![a-z])lat(eral)?(?![a-z])", re.IGNORECASE)  # view2_lateral.jpg
 
 
-def cannot_read(error):
-    """End the program because of an OSError; for os.walk."""
-    fail(f"cannot read {error.filename}: {error.strerror}; mend or remove it")
-
-
 def find_images(folder, left_out):
     """Sorted paths of the images below a folder, as lists of their parts, by their names alone;
     left_out counts the other files by reason. Links are followed."""
     paths, start = [], len(os.path.join(folder, ""))
-    for parent, _, names in os.walk(folder, onerror=cannot_read, followlinks=True):
+    for parent, _, names in os.walk(folder, onerror=fail, followlinks=True):
         if os.path.islink(parent) and not os.path.relpath(os.path.realpath(
                 os.path.dirname(parent)), os.path.realpath(parent)).startswith(os.pardir):
             fail(f"{parent} is a link to a folder around it: remove the link")
@@ -55,9 +47,8 @@ def read_square(path, img_size):
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     image = Image.fromarray(grey[top:top + side, left:left + side])
-    if side != img_size:
-        method = Image.Resampling.BOX if side > img_size else Image.Resampling.BICUBIC
-        image = image.resize((img_size, img_size), method)
+    method = Image.Resampling.BOX if side > img_size else Image.Resampling.BICUBIC
+    image = image.resize((img_size, img_size), method)
     return (np.asarray(image).clip(0, 1) * 65535 + 0.5).astype(np.uint16)
 
 
@@ -113,9 +104,6 @@ def read_dicom(path):
     VOI LUT or window, PresentationLUTShape and MONOCHROME1 (PS3.3, C.7.6.3.1 and C.11), black
     padding. Nothing else of the file is kept, and no message quotes its tags, as pydicom's own may.
     """
-    with open(path, "rb") as file:
-        if file.read(132)[128:] != b"DICM":
-            raise ValueError("no DICOM file")
     pydicom = import_pydicom()
     try:
         dataset = pydicom.dcmread(path)
@@ -124,7 +112,7 @@ def read_dicom(path):
     except Exception as e:
         if isinstance(e, OSError) or str(e).startswith("DICOM"):  # a message of ours
             raise
-        raise ValueError(f"damaged DICOM ({type(e).__name__})") from e
+        raise ValueError(f"no readable DICOM ({type(e).__name__})") from e
 
 
 def _refuse(dataset):

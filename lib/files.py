@@ -63,7 +63,17 @@ def data_flags(args):
     return {"data_root": args.data_root, "task": args.task, **other}
 
 
-# --- atomic files -------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def writing(path):
+    """End the program with one line if `path` cannot be written."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:  # the latter: torch.save on a full disk
+        reason = getattr(e, "strerror", None) or getattr(e.__context__, "strerror", None)
+        fail(f"cannot write {path}: {reason or first_line(e)}; free space or choose another folder")
 
 
 def write_atomic(path, write):
@@ -74,28 +84,22 @@ def write_atomic(path, write):
     """
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.tmp")  # the next write takes it over after a kill
-    try:
-        with open(temporary, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # the latter: torch.save on a full disk
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        reason = getattr(e, "strerror", None) or getattr(e.__context__, "strerror", None)
-        fail(f"cannot write {path}: {reason or first_line(e)}; free space or choose another folder")
+    with writing(path):
+        try:
+            with open(temporary, "wb") as f:
+                write(f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def make_folder(path):
-    """Create a folder and its parents; ends the program if no files can be made in it."""
-    try:
+    """Create a folder and its parents, and return its path; ends the program if that fails."""
+    with writing(path):
         os.makedirs(path, exist_ok=True)
-        if not os.access(path, os.W_OK):
-            raise PermissionError(13, "permission denied")
-        return pathlib.Path(path)
-    except OSError as e:
-        fail(f"cannot write to {path}: {e.strerror}; choose another folder")
+    return pathlib.Path(path)
 
 
 # --- JSON ---------------------------------------------------------------------------------------
@@ -139,10 +143,8 @@ def take_lock(path, what, wait=False):
     The system releases the lock when its process ends, however it ends. If `what` is in use, waits
     for it, or ends the program.
     """
-    try:
+    with writing(path):
         lock = open(path, "ab+", buffering=0)  # noqa: SIM115
-    except OSError as e:
-        fail(f"cannot write {path}: {e.strerror}; choose another --output_root")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -162,8 +164,6 @@ def take_lock(path, what, wait=False):
 
 
 # --- run folders --------------------------------------------------------------------------------
-
-MADE_BY = {"vae": "train_vae.py", "ldm": "train_ldm.py"}  # by the kind of a run
 
 
 def named_folder(args):

@@ -8,7 +8,6 @@
 """
 import contextlib
 import datetime
-import functools
 import hashlib
 import io
 import json
@@ -28,9 +27,9 @@ from PIL import Image, ImageDraw
 from lib import verdicts
 from lib.args import print_settings
 from lib.dist import StopSignal, load_optimizer
-from lib.files import (EXIT_STOPPED, MADE_BY, command_line, data_flags, fail, finite, first_line,
+from lib.files import (EXIT_STOPPED, command_line, data_flags, fail, finite, first_line,
                        make_folder, named_folder, notice, read_json, read_meta, say, take_lock,
-                       write_atomic, write_json)
+                       write_atomic, write_json, writing)
 
 # --- checkpoints --------------------------------------------------------------------------------
 
@@ -55,13 +54,13 @@ def load_checkpoint(path, kind):
             if broken := archive.testzip():
                 raise ValueError(f"checksum of {broken} does not match")
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        if (made_by := MADE_BY[state["kind"]]) != MADE_BY[kind]:
-            raise ValueError(f"it was made by {made_by}")
+        if state["kind"] != kind:
+            raise ValueError(f"it was made by train_{state['kind']}.py")
         if missing := CONTENTS[kind] - state.keys():
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         return state | {"sha256": hashlib.sha256(content).hexdigest()}
     except Exception as e:  # a hostile or damaged file raises anything
-        fail(f"{path} is damaged or no checkpoint of this program's {MADE_BY[kind]} "
+        fail(f"{path} is damaged or no checkpoint of this program's train_{kind}.py "
              f"({type(e).__name__}: {first_line(e)})")
 
 
@@ -109,10 +108,9 @@ def find_autoencoder(args):
 
 
 def read_latent_scale(args, ckpt_path, vae_sha256):
-    """(latent scale factor, ImageSet.summary of the images that it was measured on, None if not
-    known or not those of args). --latent_scale_factor wins, with a notice if it is over 1 % off.
-    Ends the program with the command that measures the scale, if it is missing, damaged or of
-    another autoencoder."""
+    """Latent scale factor: --latent_scale_factor, with a notice if it is over 1 % off, else that of
+    the run being continued, else the measured one. Ends the program with the command that measures
+    it, if it is missing, damaged or of another autoencoder."""
     path = run_folder(ckpt_path) / "latent_scale.json"
     stored = read_json(path)
     if stored.get("vae_sha256") != vae_sha256:
@@ -126,8 +124,7 @@ def read_latent_scale(args, ckpt_path, vae_sha256):
     if args.latent_scale_factor and measured and abs(given / measured - 1) > 0.01:
         notice(f"--latent_scale_factor={given} is {100 * (given / measured - 1):+.0f} % off the "
                f"measured {measured:.6g} in {path}")
-    same = (stored.get("task"), stored.get("split")) == (args.task, args.split)
-    return given or measured, stored.get("data") if same else None
+    return given or measured
 
 
 # --- the run ------------------------------------------------------------------------------------
@@ -286,12 +283,8 @@ class Run:
             return
         self._check_lock()
         line = json.dumps(finite({"step": step, "epoch": epoch, **metrics})) + "\n"
-        try:
-            with open(self.metrics_path, "a") as f:
-                f.write(line)
-        except OSError as e:
-            fail(f"cannot write {self.metrics_path}: {e.strerror}; then go on with: "
-                 f"{self.resume_command()}")
+        with writing(self.metrics_path), open(self.metrics_path, "a") as f:
+            f.write(line)
 
         def send():
             import wandb
@@ -304,19 +297,19 @@ class Run:
         """Start or resume a W&B run: offline without account or network, never with a prompt."""
         import wandb
         args, online = self.args, os.environ.get("WANDB_MODE", "online") == "online"
-        init = functools.partial(
-            wandb.init, project=args.wandb_project, entity=args.wandb_entity,
-            name=self.folder.name, dir=str(self.folder), id=self.meta["wandb_id"], resume="allow",
+        options = dict(
+            project=args.wandb_project, entity=args.wandb_entity, name=self.folder.name,
+            dir=str(self.folder), id=self.meta["wandb_id"], resume="allow",
             tags=[t for tag in args.wandb_tags.split(",") if (t := tag.strip(" []()'\""))],
             config=vars(args) | {"world_size": self.ctx.world_size},
             settings=wandb.Settings(init_timeout=30, silent=True))
         try:
             if online and not wandb.login(prompt=False, verify=False):
                 raise RuntimeError("no account on this machine: `wandb login` once")
-            self.wandb = init()
+            self.wandb = wandb.init(**options)
         except Exception as e:  # whatever an unreachable server raises
             notice(f"W&B failed ({first_line(e)}): logging offline; `wandb sync` the folder later")
-            self.wandb = init(mode="offline")
+            self.wandb = wandb.init(**options, mode="offline")
         self.meta["wandb_id"] = self.wandb.id
         self.wandb.define_metric("step")
         self.wandb.define_metric("*", step_metric="step")  # a resumed run counts its own from 0
@@ -327,8 +320,7 @@ class Run:
             if self.wandb:
                 action()
         except Exception as e:  # whatever a lost server raises
-            notice(f"W&B failed ({first_line(e)}): going on without; metrics.jsonl has all, and "
-                   "WANDB_MODE=offline needs no network")
+            notice(f"W&B failed ({first_line(e)}): going on without; metrics.jsonl has all")
             self.wandb = None
 
     def log_training(self, step, epoch, metrics, images_per_step):
@@ -367,7 +359,7 @@ class Run:
 
     def resume_command(self, **flags):
         """The command that continues this run."""
-        return command_line(MADE_BY[self.kind], resume_dir=self.folder, **flags)
+        return command_line(f"train_{self.kind}.py", resume_dir=self.folder, **flags)
 
     def _leave(self):
         """Exit with code 75 and the command to go on with."""
@@ -473,19 +465,16 @@ class Progress:
 
     def __init__(self, label, total):
         self.label, self.total, self.shown = label, total, time.perf_counter()
-        self.since = []  # (done, time) of the first two updates: before them something may compile
+        self.since = None  # (done, time) of the first update: before it something may compile
 
     def update(self, done):
         """done of total are finished."""
         now = time.perf_counter()
-        if len(self.since) < 2:
-            self.since.append((done, now))
-        if now - self.shown < 15:
+        self.since = self.since or (done, now)
+        before, since = self.since
+        if now - self.shown < 15 or done == before:
             return
         self.shown = now
-        line = f"{self.label} {done}/{self.total} ({100 * done // max(self.total, 1)}%)"
-        before, since = self.since[-1]
-        if done > before:
-            left = (now - since) / (done - before) * (self.total - done)
-            line += f" {datetime.timedelta(seconds=int(left))} left"
-        say(line)
+        left = (now - since) / (done - before) * (self.total - done)
+        say(f"{self.label} {done}/{self.total} ({100 * done // self.total}%) "
+            f"{datetime.timedelta(seconds=int(left))} left")

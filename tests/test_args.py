@@ -2,7 +2,7 @@
 import math
 
 import pytest
-from conftest import ROOT, error_of
+from conftest import error_of
 
 import evaluate
 import find_latent_scale
@@ -54,11 +54,7 @@ def test_booleans(argv, expected):
     ("[]", ())])
 def test_lists_as_people_and_sweep_agents_write_them(text, value):
     assert train_ldm.parse_args([f"--ldm_ch_mults={text}"]).ldm_ch_mults == value
-
-
-@pytest.mark.parametrize("text", ["[0.2, 0.8]", "0.2:0.8"])
-def test_intervals_as_sweep_agents_write_them(text):
-    assert train_ldm.parse_args([f"--guidance_interval={text}"]).guidance_interval == (0.2, 0.8)
+    assert train_ldm.parse_args(["--guidance_interval=0.2:0.8"]).guidance_interval == (0.2, 0.8)
 
 
 @pytest.mark.parametrize("name, text, value", [
@@ -99,23 +95,6 @@ def test_bad_arguments_are_refused_by_name(capsys, argv, says):
     assert says in error_of(capsys, train_ldm.parse_args, argv)
 
 
-@pytest.mark.parametrize("stage, typed, meant", [
-    (train_ldm, "--learning_rate=1", "--lr"), (train_ldm, "--batch-size", "--batch_per_device"),
-    (train_vae, "--num_train_epochs", "--epochs"), (train_ldm, "--image_size=64", "--img_size"),
-    (train_vae, "--resume", "--resume_dir"), (train_vae, "--output_dir=x", "--output_root"),
-    (sample, "--output_dir=x", "--out_dir"), (sample, "--ckpt_path=x", "--ckpt")])
-def test_a_flag_of_other_programs_names_ours(capsys, stage, typed, meant):
-    parse = getattr(stage, "parse_args", stage.build_parser().parse)
-    assert error_of(capsys, parse, [typed]).endswith(f"did you mean {meant}?")
-
-
-@pytest.mark.parametrize("stage, kind", [(train_ldm, "vae"), (train_vae, "ldm")])
-@pytest.mark.parametrize("name", ["cpu", "demo"])
-def test_a_config_of_the_other_stage_is_called_so(capsys, stage, kind, name):
-    given = [f"--config={ROOT}/config/{name}_{kind}.py"]
-    assert f"it is a config of train_{kind}.py" in error_of(capsys, stage.parse_args, given)
-
-
 def test_paths_know_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     args = train_ldm.parse_args(["--data_root=~/data", "--output_root", "~/runs"])
@@ -134,7 +113,6 @@ def test_guidance_needs_a_null_class(capsys):
 
 
 @pytest.mark.parametrize("text, says", [
-    ("learning_rate = 1\nlog_evry = 5", "did you mean lr?"),
     ("log_evry = 5", "did you mean log_every?"),
     ("epochs = 2.5", "epochs"), ("epochs = '3'", "epochs"), ("epochs = True", "epochs"),
     ("lr = 'small'", "lr"), ("lr = float('nan')", "lr"), ("lr = float('inf')", "lr"),
@@ -147,7 +125,6 @@ def test_guidance_needs_a_null_class(capsys):
     ("raise SystemExit(0)", "SystemExit"),
     ("x = undefined", "NameError"), ("task = None", "task"),
     ('{"lr": 1}', "sets nothing: a config is lines of"),  # JSON
-    ("epochs: 64\nlr = 1", "`epochs: ...` sets nothing"),  # YAML is an annotation in Python
     ("config = 'other.py'", "config")])
 def test_an_error_names_the_config_file_and_the_setting(capsys, tmp_path, text, says):
     with pytest.raises(SystemExit) as e:
@@ -272,13 +249,10 @@ def test_none_unsets_a_setting_of_the_continued_run(stored):
     assert args.latent_scale_factor is None and args.max_steps is None
 
 
-def test_settings_of_other_versions_are_passed_over(stored):
-    args = train_ldm.parse_args(stored("--lr=1e-3", no_such_setting=3))
+def test_a_run_of_another_version_goes_on(stored):
+    args = train_ldm.parse_args(stored("--lr=1e-3", no_such_setting=3, sampler="dpmpp_sde"))
     assert args.lr == 1e-3 and not hasattr(args, "no_such_setting")
-
-
-def test_an_old_run_names_its_sampler_as_today(stored):
-    assert train_ldm.parse_args(stored(sampler="dpmpp_sde")).sampler == "dpmpp_2m_sde"
+    assert args.sampler == "dpmpp_2m_sde"  # as it is called today
 
 
 def test_a_damaged_setting_of_a_run_names_its_file(stored, capsys):

@@ -98,29 +98,20 @@ def test_a_folder_that_is_a_link_without_a_target_is_an_error(image_tree, tmp_pa
     assert path in text and "No such file or directory" in text
 
 
-PATIENTS = {f"T/train/patient{i:05d}/study1": 2 for i in range(3)}
-
-
-@pytest.mark.parametrize("tree, csv, says", [
-    (PATIENTS, "T/train.csv", "3 folders in"), (PATIENTS, None, "--class_pattern="),
-    ({f"T/train/images_00{i}/images": 3 for i in (1, 2)}, "T/train/Data_Entry.csv", "images_001 3"),
-    ({f"T/train/p1{i}/p1000{i}/s5000{i}": 3 for i in range(3)}, "chexpert.csv.gz", "p10 3"),
-    ({"T/train/normal": 9, "T/train/00001234": 1}, None, "00001234 1"),
-    ({f"T/train/class {i}": 2 for i in range(21)}, None, "21 folders"),
-    ({f"T/train/{name}": 1 for name in "abcde"}, None, "5 folders"),
-    ({"T/train/normal": 2, "T/train/tb": 2, "T/train/readings": 0}, None, "readings 0"),
-    ({"T/train/CXR_png": 2, "T/train/ManualMask/leftMask": 2}, None, "CXR_png 2"),
-    ({"T/train": 2}, "T/stage_2.csv", "normal 2")])
-def test_folders_that_are_no_classes_are_refused(image_tree, tmp_path, monkeypatch, tree, csv,
-                                                 says):
-    root = image_tree(tree)
-    if csv:
-        (root / csv).touch()
+@pytest.mark.parametrize("tree, says", [
+    ({f"T/train/patient{i:05d}/study1": 2 for i in range(3)}, "3 folders in"),
+    ({f"T/train/images_00{i}/images": 3 for i in (1, 2)}, "images_001 3"),
+    ({f"T/train/p1{i}/p1000{i}/s5000{i}": 3 for i in range(3)}, "p10 3"),
+    ({"T/train/normal": 9, "T/train/00001234": 1}, "00001234 1"),
+    ({f"T/train/class {i}": 2 for i in range(21)}, "21 folders"),
+    ({"T/train/normal": 2, "T/train/tb": 2, "T/train/readings": 0}, "readings 0"),
+    ({"T/train/CXR_png": 2, "T/train/ManualMask/leftMask": 2}, "CXR_png 2"),
+    ({"T/train": 2}, "normal 2")])
+def test_folders_that_are_no_classes_are_refused(image_tree, tmp_path, monkeypatch, tree, says):
     monkeypatch.setattr(decode, "read_square", None)  # before anything is decoded
-    text = message(data.open_images, settings(root, tmp_path, task="T"), ALONE, "train")
-    assert says in text and len(text.splitlines()) == 1
-    assert f"type: python prepare.py --images={root}/T/train " in text
-    assert not csv or f"--csv={root / csv} --file_column=" in text
+    args = settings(image_tree(tree), tmp_path, task="T")
+    text = message(data.open_images, args, ALONE, "train")
+    assert says in text and len(text.splitlines()) == 1 and "prepare.py --help" in text
 
 
 def test_a_class_or_a_number_in_its_name_is_no_patient(image_tree):
@@ -138,13 +129,10 @@ def test_val_may_be_called_otherwise(image_tree, tmp_path, name):
     assert len(data.scan(root, "ALL_CXR", "val", ["a", "b"]).files) == 3
 
 
-@pytest.mark.parametrize("below, says", [
-    ("", "give {root}/tb/train"), ("tb", "give {root}/tb/train"),
-    ("tb/val/tb", "give {root}/tb/val")])
-def test_a_folder_above_or_below_a_split_is_refused(image_tree, below, says):
-    root = image_tree({"tb/train/normal": 1, "tb/train/tb/p1": 1, "tb/val/tb": 1})
-    text = message(data.scan, *(root / below).as_posix().rsplit("/", 2), ["normal", "tb"])
-    assert text.endswith(says.format(root=root))
+def test_the_folder_of_a_class_is_no_split(image_tree):
+    root = image_tree({"TB/val/tb": 1})
+    text = message(data.scan, str(root / "TB"), "val", "tb", ["normal", "tb"])
+    assert text.endswith(f"give {root}/TB/val")
 
 
 def test_in_a_flat_layout_names_with_TB_are_tb(image_tree, capsys):
@@ -314,7 +302,7 @@ def test_dicom_without_a_suffix_or_named_by_uid_is_read(image_tree, tmp_path, py
         write_dicom(root / "TB/train/tb" / name, stored)
     (root / "TB/train/tb/NOTES").write_text("no image" * 40)
     text = message(data.open_images, settings(root, tmp_path), ALONE, "train")
-    assert text.splitlines()[1:] == ["  TB/train/tb/NOTES: no DICOM file"]
+    assert text.splitlines()[1:] == ["  TB/train/tb/NOTES: no readable DICOM (InvalidDicomError)"]
     images = data.open_images(settings(root, tmp_path, skip_bad_images=True), ALONE, "train")
     assert np.bincount(images.labels).tolist() == [1, 3]
     position = images.names.tolist().index("TB/train/tb/IM0001")
@@ -406,21 +394,12 @@ def test_dicom_that_cannot_be_displayed_is_refused_by_name(pydicom, tmp_path):
             decode.read_grey(tmp_path / "x.dcm")
 
 
-@pytest.mark.parametrize("compressed", [True, False])
-def test_what_pydicom_says_of_a_file_is_not_repeated(pydicom, tmp_path, monkeypatch, compressed):
-    path = shipped(pydicom, "MR_small_RLE.dcm") if compressed else tmp_path / "x.dcm"
-    if not compressed:
-        write_dicom(path, values_of(12))
-
-    def damaged(dataset):
+def test_a_compression_that_cannot_be_read_says_what_to_install(pydicom, monkeypatch):
+    def no_decoder(dataset):
         raise NotImplementedError("cannot read (0010,0010) SECRET^NAME")
-    monkeypatch.setattr(pydicom.dataset.Dataset, "pixel_array", property(damaged))
-    with pytest.raises(ValueError) as e:
-        decode.read_grey(path)
-    if compressed:
-        assert "RLE Lossless" in str(e.value) and "pip install pylibjpeg" in str(e.value)
-    else:
-        assert str(e.value) == "damaged DICOM (NotImplementedError)"
+    monkeypatch.setattr(pydicom.dataset.Dataset, "pixel_array", property(no_decoder))
+    with pytest.raises(ValueError, match="RLE Lossless.*: pip install pylibjpeg") as e:
+        decode.read_grey(shipped(pydicom, "MR_small_RLE.dcm"))
     assert "SECRET" not in str(e.value)
 
 
@@ -446,38 +425,14 @@ def shipped(pydicom, name):
     return path
 
 
-@pytest.mark.parametrize("name", ["RLE", "bigendian", "implicit", "jp2klossless"])
-def test_encodings_of_one_dicom_image_are_read_alike(pydicom, name):
-    grey, same = (decode.read_grey(shipped(pydicom, f"MR_small{encoding}.dcm"))
-                  for encoding in ("", f"_{name}"))
-    assert grey.shape == (64, 64) and grey.std() > 1e-3
-    assert np.abs(grey - same).max() < 1e-6
-
-
 @pytest.mark.parametrize("name, reason", [
     ("rtdose.dcm", "several frames"), ("SC_rgb_rle_2frame.dcm", "several frames"),
     ("SC_rgb_jpeg.dcm", "colour"), ("examples_palette.dcm", "colour"),
     ("rtplan.dcm", "without an image"), ("test-SR.dcm", "without an image"),
-    ("MR_truncated.dcm", "damaged"), ("no_meta.dcm", "no DICOM file")])
+    ("MR_truncated.dcm", "no readable"), ("no_meta.dcm", "no readable")])
 def test_dicom_files_of_pydicom_that_are_no_grey_image(pydicom, name, reason):
     with pytest.raises(ValueError, match=reason):
         decode.read_grey(shipped(pydicom, name))
-
-
-def test_damaged_dicom_files_raise_only_what_callers_expect(pydicom, tmp_path):
-    path = tmp_path / "x.dcm"
-    write_dicom(path, values_of(12), WindowCenter="700", WindowWidth="1500",
-                VOILUTSequence=lut(4, 0, 16, [0, 1, 2, 65535]), PatientName="A^B")
-    whole, rng = path.read_bytes(), np.random.default_rng(0)
-    for _ in range(150):
-        damaged = bytearray(whole[:rng.integers(len(whole) // 4, len(whole) + 1)])
-        for _ in range(3):
-            damaged[rng.integers(min(len(damaged), len(whole) - 512))] = rng.integers(256)
-        path.write_bytes(damaged)
-        try:
-            assert decode.read_square(path, 16).shape == (16, 16)
-        except (OSError, ValueError):
-            pass
 
 
 def test_without_pydicom_the_error_says_how_to_install_it(image_tree, tmp_path, monkeypatch):

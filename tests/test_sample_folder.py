@@ -139,7 +139,7 @@ def test_real_images_stand_above_the_samples_of_their_class(workspace, capsys):
     for wrong in (real.parent, real / "none"):  # of the task, of no split
         message = error_of(capsys, sample.main, argv(
             workspace, f"--real_dir={wrong}", f"--out_dir={workspace.root / 'no'}"))
-        assert "is no split: give" in message or "no folder --real_dir=" in message
+        assert "class 'val' in" in message or "no folder --real_dir=" in message
         assert not (workspace.root / "no").exists()
 
 

