@@ -128,9 +128,22 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
+MEANINGS = {  # flag: what DiT, diffusers and nanoGPT call it, if that does not look similar
+    "lr": "learning_rate base_learning_rate",
+    "batch_per_device": "batch_size train_batch_size global_batch_size",
+    "grad_clip": "max_grad_norm",
+    "epochs": "num_train_epochs",
+    "img_size": "resolution",
+    "ckpt": "ckpt_path checkpoint_path model model_path resume"}
+
+
 def closest(name, known):
-    """'; did you mean X?' if one of the known names is similar, else ''."""
-    match = difflib.get_close_matches(name, known, 1, 0.5)
+    """'; did you mean X?' if one of the known names means the same or is similar, else ''."""
+    word = name.lstrip("-").replace("-", "_")
+    dashes = "--" * name.startswith("--")
+    match = [dashes + flag for flag, words in MEANINGS.items()
+             if word in words.split() and dashes + flag in known]
+    match = match or difflib.get_close_matches(dashes + word, known, 1, 0.5)
     return f"; did you mean {match[0]}?" if match else ""
 
 

@@ -95,6 +95,16 @@ def test_bad_arguments_are_refused_by_name(capsys, argv, says):
     assert says in error_of(capsys, train_ldm.parse_args, argv)
 
 
+@pytest.mark.parametrize("stage, typed, meant", [
+    (train_ldm, "--learning_rate=1", "--lr"), (train_ldm, "--batch-size", "--batch_per_device"),
+    (train_vae, "--num_train_epochs", "--epochs"), (train_ldm, "--image_size=64", "--img_size"),
+    (train_vae, "--resume", "--resume_dir"), (train_vae, "--output_dir=x", "--output_root"),
+    (sample, "--output_dir=x", "--out_dir"), (sample, "--ckpt_path=x", "--ckpt")])
+def test_a_flag_of_other_programs_names_ours(capsys, stage, typed, meant):
+    parse = getattr(stage, "parse_args", stage.build_parser().parse)
+    assert error_of(capsys, parse, [typed]).endswith(f"did you mean {meant}?")
+
+
 def test_paths_know_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     args = train_ldm.parse_args(["--data_root=~/data", "--output_root", "~/runs"])
@@ -113,6 +123,7 @@ def test_guidance_needs_a_null_class(capsys):
 
 
 @pytest.mark.parametrize("text, says", [
+    ("learning_rate = 1\nlog_evry = 5", "did you mean lr?"),
     ("log_evry = 5", "did you mean log_every?"),
     ("epochs = 2.5", "epochs"), ("epochs = '3'", "epochs"), ("epochs = True", "epochs"),
     ("lr = 'small'", "lr"), ("lr = float('nan')", "lr"), ("lr = float('inf')", "lr"),

@@ -395,6 +395,13 @@ def test_cached_latents_are_those_encoded_on_the_fly(image_tree, tmp_path, vae):
     assert not torch.equal(cached.posterior(index)[0][0], cached.posterior(index)[0][1])
 
 
+def test_a_cache_that_is_removed_meanwhile_is_one_line(image_tree, tmp_path):
+    root = image_tree({"TB/train/normal": 3, "TB/train/tb": 3})
+    images = data.open_images(settings(root, tmp_path), ALONE, "train")
+    (tmp_path / "cache").rename(tmp_path / "away")
+    assert "type the same command again" in message(images.images, np.array([0, 1]))
+
+
 def test_latents_of_subsets_share_a_cache_other_vaes_do_not(image_tree, tmp_path, vae):
     root = image_tree({"TB/train/normal": 3, "TB/train/tb": 3})
     images = data.open_images(settings(root, tmp_path), ALONE, "train")
@@ -468,6 +475,16 @@ def test_an_effusion_fills_the_base_of_one_lung():
     assert 6 < (left > right).sum() < 18 and np.abs(fluid[:, :10]).max() <= 2
     both = (phantoms("tb") - normal)[fluid == 0], two[fluid == 0]
     assert np.abs(both[0] - both[1]).max() <= 2  # above the fluid are the lesions of the same seed
+
+
+def test_corners_are_black_and_the_heart_is_on_the_right():
+    for img_size in (32, 64):
+        normal = phantoms("normal", img_size)
+        assert (normal[:, [0, 0, -1, -1], [0, -1, 0, -1]] == 0).all()
+        assert (normal.max(axis=(1, 2)) > 150).all()
+    mean_image = normal.mean(axis=0)
+    heart_rows = slice(28, 36)
+    assert mean_image[heart_rows, 38:44].mean() > mean_image[heart_rows, 20:26].mean() + 15
 
 
 def test_the_written_phantom_set_has_no_image_twice(tmp_path):

@@ -98,20 +98,28 @@ def test_a_folder_that_is_a_link_without_a_target_is_an_error(image_tree, tmp_pa
     assert path in text and "No such file or directory" in text
 
 
-@pytest.mark.parametrize("tree, says", [
-    ({f"T/train/patient{i:05d}/study1": 2 for i in range(3)}, "3 folders in"),
-    ({f"T/train/images_00{i}/images": 3 for i in (1, 2)}, "images_001 3"),
-    ({f"T/train/p1{i}/p1000{i}/s5000{i}": 3 for i in range(3)}, "p10 3"),
-    ({"T/train/normal": 9, "T/train/00001234": 1}, "00001234 1"),
-    ({f"T/train/class {i}": 2 for i in range(21)}, "21 folders"),
-    ({"T/train/normal": 2, "T/train/tb": 2, "T/train/readings": 0}, "readings 0"),
-    ({"T/train/CXR_png": 2, "T/train/ManualMask/leftMask": 2}, "CXR_png 2"),
-    ({"T/train": 2}, "normal 2")])
-def test_folders_that_are_no_classes_are_refused(image_tree, tmp_path, monkeypatch, tree, says):
+PATIENTS = {f"T/train/patient{i:05d}/study1": 2 for i in range(3)}
+
+
+@pytest.mark.parametrize("tree, csv, says", [
+    (PATIENTS, "T/train.csv", "3 folders in"), (PATIENTS, None, "--class_pattern="),
+    ({f"T/train/images_00{i}/images": 3 for i in (1, 2)}, "T/train/Data_Entry.csv", "images_001 3"),
+    ({f"T/train/p1{i}/p1000{i}/s5000{i}": 3 for i in range(3)}, "chexpert.csv.gz", "p10 3"),
+    ({"T/train/normal": 9, "T/train/00001234": 1}, None, "00001234 1"),
+    ({f"T/train/class {i}": 2 for i in range(21)}, None, "21 folders"),
+    ({"T/train/normal": 2, "T/train/tb": 2, "T/train/readings": 0}, None, "readings 0"),
+    ({"T/train/CXR_png": 2, "T/train/ManualMask/leftMask": 2}, None, "CXR_png 2"),
+    ({"T/train": 2}, "T/stage_2.csv", "normal 2")])
+def test_folders_that_are_no_classes_are_refused(image_tree, tmp_path, monkeypatch, tree, csv,
+                                                 says):
+    root = image_tree(tree)
+    if csv:
+        (root / csv).touch()
     monkeypatch.setattr(decode, "read_square", None)  # before anything is decoded
-    args = settings(image_tree(tree), tmp_path, task="T")
-    text = message(data.open_images, args, ALONE, "train")
-    assert says in text and len(text.splitlines()) == 1 and "prepare.py --help" in text
+    text = message(data.open_images, settings(root, tmp_path, task="T"), ALONE, "train")
+    assert says in text and len(text.splitlines()) == 1
+    assert f"type: python prepare.py --images={root}/T/train " in text
+    assert not csv or f"--csv={root / csv} --file_column=" in text
 
 
 def test_a_class_or_a_number_in_its_name_is_no_patient(image_tree):

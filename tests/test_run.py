@@ -3,6 +3,7 @@ import copy
 import io
 import math
 import os
+import shutil
 import pickle
 import signal
 import subprocess
@@ -221,10 +222,17 @@ def test_a_checkpoint_holds_the_weights_of_its_step(a_run):
     assert torch.load(a_run.last_path, weights_only=True)["model"].tolist() == [2, 2, 2]
 
 
-def test_a_folder_that_is_gone_ends_the_run_in_one_line(a_run):
-    a_run.folder.rename(a_run.folder.with_name("b"))
+@pytest.mark.parametrize("change", ["moved", "removed", "made anew"])
+def test_nothing_is_written_once_the_folder_is_gone(a_run, change):
+    other = a_run.folder.with_name("b")
+    a_run.folder.rename(other)
+    if change == "removed":
+        shutil.rmtree(other)
+    if change == "made anew":
+        a_run.folder.mkdir()
+        (a_run.folder / "lock").touch()
     for write in (lambda: a_run.log(1, 0, {}), lambda: a_run.save({"step": 1})):
-        with pytest.raises(SystemExit, match="cannot write .*: No such file or directory"):
+        with pytest.raises(SystemExit, match="moved or removed"):
             write()
 
 

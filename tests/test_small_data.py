@@ -78,7 +78,7 @@ def test_best_pt_is_of_the_lowest_val_loss_and_patience_stops(workspace, quick, 
     best = min(losses, key=losses.get)
     assert max(found) == best + 6 < 200  # two steps an epoch, three evaluations
     assert f"stopped at step {best + 6} of 200" in result.out and "--patience" in result.out
-    assert f"next: python sample.py --ckpt={folder / 'ckpts/best.pt'}" in result.out
+    assert f"the one to use: {folder / 'ckpts/best.pt'}, of epoch {best // 2}" in result.out
     stored = run.load_checkpoint(folder / "ckpts/best.pt", "ldm")
     assert stored["step"] == best and stored["optimizer"] is None and stored["model"] is None
     # Its weights are the averaged ones of that step.
