@@ -112,6 +112,7 @@ def scan(root, task, split, class_names=None, optional=False, class_filter=0):
     if class_names is None:
         class_names, several = sorted(counts), len(counts) > 1 or class_filter >= 0
         if (not several or len(counts) > MOST_CLASSES or not all(counts.values())
+                or len(counts) > 4 and sorted(counts.values())[len(counts) // 2] < 2
                 or any(map(NO_CLASS.fullmatch, counts))):
             some = ", ".join(f"{name} {counts[name]}" for name in class_names[:5])
             fail(f"{len(counts)} folders in {where} (images: {some}) do not look like classes; 2 "

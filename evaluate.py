@@ -106,11 +106,6 @@ class Sets:
     scale: float
     real_classifier: object  # train_classifier on the training images, called with a seed
 
-    @property
-    def held_out(self):
-        """Images of --split."""
-        return self.tests[HELD_OUT]
-
 
 @torch.no_grad()
 def measured(function, images, ctx, vae=None):
@@ -242,13 +237,9 @@ def train_classifier(images, vary, shape, seed, args, ctx, label):
 
 def distance(samples, pool, held_out, seed):
     """{"num": N, "fid", "baseline", "bootstrap_std"} of samples against held-out images, given a
-    pool of training images; all are Labelled features.
-
-    FID falls with the number of images, so both `fid` and `baseline`, that of images of the pool,
-    are of N images, as many of each class, averaged over DRAWS random choices. `bootstrap_std` is
-    the standard deviation of the difference between two such sets, over bootstraps of both and of
-    held_out.
-    """
+    pool of training images; all are Labelled features. FID falls with the number of images, so
+    `fid` and `baseline`, that of the pool, are of N images, as many of each class, averaged over
+    DRAWS choices. `bootstrap_std`: of the difference of two such sets, over bootstraps of all."""
     like = proportional(held_out.labels, samples.labels, pool.labels)
     found = {"num": len(like)}
     for name, of in (("fid", samples), ("baseline", pool)):
@@ -279,17 +270,22 @@ def measure_distances(sets, args, ctx):
     groups = {"all": sets.classes} | {names[c]: [c] for c in sets.classes}
     found = {}
     for space, network in networks.items():
-        rows = [measured(network, of, ctx) for of in (sets.samples, pool, sets.held_out)]
+        rows = [measured(network, of, ctx) for of in (sets.samples, pool, sets.tests[HELD_OUT])]
         found[space] = {group: distance(
             *(of.subset(np.isin(of.labels, classes)) for of in rows), args.seed)
             for group, classes in groups.items()}
     return {"groups": found}
 
 
+def compared(images, sets):
+    """The images of the compared classes."""
+    return images.subset(np.isin(images.labels, sets.classes))
+
+
 def in_proportion(sets):
     """Sets of the compared classes alone, with samples and training images in the proportions of
     the held-out ones."""
-    held_out = sets.held_out.subset(np.isin(sets.held_out.labels, sets.classes))
+    held_out = compared(sets.tests[HELD_OUT], sets)
     samples, train = (of.subset(np.sort(as_many(
         of.labels, proportional(held_out.labels, of.labels), np.random.default_rng(0))))
         for of in (sets.samples, sets.train))
@@ -300,10 +296,11 @@ def measure_power(sets, args, ctx):
     """{"power": {row: {"num": N, octave: mean power relative to held-out images}}}. `decoded`,
     their reconstructions, have about as much as samples can."""
     sets = in_proportion(sets)
-    images = {"samples": sets.samples, "baseline": sets.train, "held_out": sets.held_out}
+    held_out = sets.tests[HELD_OUT]
+    images = {"samples": sets.samples, "baseline": sets.train, "held_out": held_out}
     found = {row: measured(metrics.octave_power, of, ctx) for row, of in images.items()}
     if sets.vae is not None:
-        found["decoded"] = measured(metrics.octave_power, sets.held_out, ctx, sets.vae)
+        found["decoded"] = measured(metrics.octave_power, held_out, ctx, sets.vae)
     octaves = [f"{low:g}-{high:g}" for low, high in metrics.octaves(args.img_size)]
     unit = found["held_out"].values.mean(0).clamp_min(1e-12)
     return {"power": {row: {"num": len(of), **dict(zip(
@@ -340,11 +337,12 @@ def c2st(sets, args, ctx):
 
     sets = in_proportion(sets)
     first, second = pixels(sets.train)
-    real, unseen = first.joined(second), Labelled.joined(*pixels(sets.held_out))
+    real, unseen = first.joined(second), Labelled.joined(*pixels(sets.tests[HELD_OUT]))
     rows = {"samples": (real, *pixels(sets.samples)),
             "baseline": (first, *halves(second, args.seed))}
     if sets.vae is not None:
-        decoded = [Labelled.joined(*pixels(of, sets.vae)) for of in (sets.train, sets.held_out)]
+        decoded = [Labelled.joined(*pixels(of, sets.vae))
+                   for of in (sets.train, sets.tests[HELD_OUT])]
         rows["decoded"] = (real, *decoded)
     side = args.img_size
     smaller = [2**k for k in range(4, side.bit_length()) if 2**k < side]
@@ -382,20 +380,18 @@ PLAIN = "shifted by up to 2 %, exposed otherwise"
 def planted_copies(sets, args, ctx):
     """{what has been done to them: images [N, 1, S, S]}: training images as the autoencoder, if
     there is one, gives them back, each changed in one way."""
-    pool = sets.train.subset(np.flatnonzero(np.isin(sets.train.labels, sets.classes)))
+    pool = compared(sets.train, sets)
     x = measured(as_saved, pool.subset(data.spread(len(pool), MOST_MEMBERS)), ctx, sets.vae).values
     rng = ctx.generator(args.seed, "planted")
     other = sets.samples.images(torch.randint(len(sets.samples), (len(x),), generator=rng))
-    exposure = data.AUG_RANGES[4:]
-    by = {PLAIN: (0.023, 0.023, 0, 0, *exposure), "exposed otherwise": (0, 0, 0, 0, *exposure),
-          "zoomed by 5 %": (0, 0, 0.05, 0, 0, 0), "rotated by 3 degrees": (0, 0, 0, 0.0524, 0, 0)}
+    up_to = torch.rand(len(x), data.AUG_DIM, generator=rng) * 2 - 1
+    by = {  # in units of data.AUG_RANGES: shifts, zoom, angle, contrast, brightness
+        PLAIN: up_to * torch.tensor([0.38, 0.38, 0, 0, 1, 1]),
+        "exposed otherwise": up_to * torch.tensor([0, 0, 0, 0, 1, 1]),
+        "zoomed by 5 %": up_to.sign() * torch.tensor([0, 0, 0.625, 0, 0, 0]),
+        "rotated by 3 degrees": up_to.sign() * torch.tensor([0, 0, 0, 0.58, 0, 0])}
     found = {"mirrored": x.flip(3), "blended half and half with a sample": (x + other) / 2}
-    for name, amounts in by.items():
-        scale = torch.rand(len(x), data.AUG_DIM, generator=rng) * 2 - 1
-        if name not in (PLAIN, "exposed otherwise"):
-            scale = scale.sign()
-        found[name] = data.augment(x, scale * torch.tensor(amounts) / torch.tensor(data.AUG_RANGES))
-    return found
+    return found | {name: data.augment(x, labels) for name, labels in by.items()}
 
 
 def tstr(sets, args, ctx):
@@ -461,7 +457,7 @@ def diffusion_classifier(sets, args, ctx):
     on real images, at 95 % confidence; {} without several classes."""
     found = {}
     for where, images in sets.tests.items() if len(sets.classes) > 1 else ():
-        images = images.subset(np.isin(images.labels, sets.classes))
+        images = compared(images, sets)
         truth = torch.from_numpy(np.searchsorted(sets.classes, images.labels))
         errors = denoising_errors(images, np.tile(sets.classes, (len(images), 1)), sets, args, ctx,
                                   f"denoising {where}")
@@ -484,7 +480,7 @@ def membership(sets, args, ctx):
     def reconstruction(x):
         return (sets.vae.decode(sets.vae.encode(x).mean) - x).square().mean((1, 2, 3))
 
-    held_out = sets.held_out.subset(np.isin(sets.held_out.labels, sets.classes))
+    held_out = compared(sets.tests[HELD_OUT], sets)
     like, rng = proportional(held_out.labels, sets.train.labels), np.random.default_rng(args.seed)
     chosen = rng.permutation(as_many(sets.train.labels, like, rng))[:MOST_MEMBERS]
     groups = {"held-out images": held_out, "training images": sets.train.subset(chosen)}

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 
 from lib.args import BooleanFlag, Parser, at_least, file_path, folder_name, parse_settings
-from lib.files import command_line, fail, say
+from lib.files import command_line, fail, say, writing
 from lib.tables import each_once, find_view, match_rows, read_tables
 
 VIEW_COLUMNS = ("ViewPosition", "View Position", "Frontal/Lateral", "Projection")
@@ -125,7 +125,7 @@ def split_patients(images, shares, seed):
 def write(images, splits, args, root, task):
     """Make --out, root/task, of links or copies: whole, or not at all."""
     put = shutil.copyfile if args.copy else os.symlink
-    try:
+    with writing(args.out):
         os.makedirs(root, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{task}.", dir=root) as folder:
             for path, name, patient in images:
@@ -134,8 +134,6 @@ def write(images, splits, args, root, task):
                 os.makedirs(os.path.dirname(target), exist_ok=True)
                 put(os.path.join(os.path.abspath(args.images), path), target)
             os.rename(os.path.join(folder, task), args.out)
-    except OSError as e:
-        fail(f"cannot write {args.out}: {e.strerror}; choose another --out")
 
 
 def main(argv=None):

@@ -26,7 +26,7 @@ CHARTS = {  # {title: metrics}
     "KL divergence": ("train/kl",),
     "PSNR of reconstructions, of a linear code": (verdicts.PSNR, verdicts.PSNR_LINEAR),
     "SSIM and sharpness": ("val/ssim", "val/detail", "val/power_fine", "val/power_finest"),
-    "log10 of the gradient norm": (verdicts.GRAD,),
+    "Norm of the gradient": (verdicts.GRAD,),
     "Diversity of samples and of real images": (f"{metrics.MSE_MEAN}_raw", REAL),
     "Round trip of samples and of real latents": (metrics.ROUND_TRIP, metrics.REAL_ROUND_TRIP),
     "Power of the octave least like real images": (metrics.POWER,),
@@ -60,8 +60,6 @@ class LoggedRun:
     def points(self, name):
         """[(step, value)] of a metric; NaN if it was not finite, which the log has as null."""
         points = [(record["step"], record[name]) for record in self.records if name in record]
-        if name == verdicts.GRAD:
-            points = [(step, math.log10(norm) if norm else None) for step, norm in points]
         return [(step, math.nan if value is None else value) for step, value in points]
 
     def grids(self):

@@ -255,6 +255,9 @@ def read_config(path):
         names = runpy.run_path(path)
     except (Exception, SystemExit) as e:
         fail(f"{path}: {type(e).__name__}: {first_line(e)}")
+    for name in names.get("__annotations__", {}):
+        if name not in names:  # YAML is an annotation in Python
+            fail(f"{path}: `{name}: ...` sets nothing; write it in Python, `{name} = ...`")
     settings = {name: value for name, value in names.items()
                 if not name.startswith("_") and not isinstance(value, types.ModuleType)}
     return settings or fail(f"{path} sets nothing: a config is lines of `name = value`")
@@ -266,7 +269,10 @@ def convert_settings(parser, settings, source):
     actions = {a.dest: a for a in parser._actions if a.dest not in ("help", "config")}
     unknown, converted = [name for name in settings if name not in actions], {}
     if unknown:
-        fail(f"{source}: unknown setting {unknown[0]!r}{closest(unknown[0], actions)}")
+        hint = closest(unknown[0], actions)
+        if any(name.startswith("ldm_") or f"ldm_{name}" in actions for name in unknown):
+            hint = "; it is a config of the other trainer"
+        fail(f"{source}: unknown setting {unknown[0]!r}{hint}")
     for name, value in settings.items():
         action = actions[name]
         if value is None and action.default is None:

@@ -80,9 +80,8 @@ def rules(v, c):
          "Lower --lr, raise --warmup_steps and --batch_per_device, keep --grad_clip at most 1.0."),
         (GRAD, "bad", v < 1e-6, "The gradient is vanishing: weights hardly change.",
          "Look for blank images or a latent scale factor of zero; raise --lr."),
-        (BAD_STEPS, "bad", c.diverged, "Stopped: too many non-finite gradients in a row.",
-         "Resume with a lower --lr and --grad_clip; try --dtype fp32; look for odd images."),
-        (BAD_STEPS, "watch", v > 0, "Steps skipped since the last log line: not finite.",
+        (BAD_STEPS, "bad" if c.diverged else "watch", c.diverged or v > 0,
+         "Steps skipped since the last log line: their gradients were not finite.",
          "If it goes on, lower --lr and --grad_clip; try --dtype fp32; look for odd images."),
         (VAL, "bad", c.val_trend == "memorising",
          f"Memorising: val/loss was lowest in epoch {c.best_epoch}; val/train_loss still falls.",
@@ -118,10 +117,9 @@ def rules(v, c):
            f"Check that samples start from different noise; lower --lr, {c.less}.")
           for name in (MSE_STD, MSE_MIN, MSE_MAX)],
 
-        (PSNR, "bad", v < c.psnr_linear, "Worse than as many principal components.",
-         "Train longer (--max_steps, --epochs) or raise --lr; keep --kl_weight small."),
-        (PSNR, "watch", v < c.psnr_linear + 1, "Hardly better than as many principal components.",
-         "Train longer (--max_steps, --epochs), or raise --base_ch or --lr."),
+        *[(PSNR, level, v < c.psnr_linear + margin, f"{word} than as many principal components.",
+           "Train longer (--max_steps, --epochs), or raise --lr; keep --kl_weight small.")
+          for level, margin, word in (("bad", 0, "Worse"), ("watch", 1, "Hardly better"))],
         *[rule for name, level, factor in (
             (DETAIL, "bad", 2), (DETAIL, "watch", 1.25),
             (FINEST, "bad", 4), (FINEST, "watch", 1.6)) for rule in (
@@ -129,10 +127,9 @@ def rules(v, c):
                  "Train longer, with the discriminator from half of the run on (--disc_start)."),
                 (name, level, v > factor, "Noise: more fine detail than the images.",
                  "Train longer, or lower --disc_weight."))],
-        (NOISE, "bad", v > 0.5, "Mostly noise: the posterior makes up over half of the variance.",
-         "Retrain the autoencoder with a lower --kl_weight."),
-        (NOISE, "watch", v > 0.2, "Posterior noise makes up a good part of the variance.",
-         "Lower --kl_weight, or train the autoencoder longer."),
+        *[(NOISE, level, v > most, "Posterior noise makes up a good part of the variance.",
+           "Train the autoencoder longer, or with a lower --kl_weight.")
+          for level, most in (("bad", 0.5), ("watch", 0.2))],
         (Z_MEAN, "bad", abs(v - c.train_mean) > c.std, "Far from the training latents' mean.",
          f"If images are too dark or bright, try --zero_terminal_snr; else {c.less}."),
         (Z_STD, "bad", v < 0.5 * c.std or v > 2 * c.std, "Far off 1/latent_scale_factor.",

@@ -2,7 +2,7 @@
 import math
 
 import pytest
-from conftest import error_of
+from conftest import ROOT, error_of
 
 import evaluate
 import find_latent_scale
@@ -105,6 +105,13 @@ def test_a_flag_of_other_programs_names_ours(capsys, stage, typed, meant):
     assert error_of(capsys, parse, [typed]).endswith(f"did you mean {meant}?")
 
 
+@pytest.mark.parametrize("stage, kind", [(train_ldm, "vae"), (train_vae, "ldm")])
+@pytest.mark.parametrize("name", ["cpu", "demo"])
+def test_a_config_of_the_other_stage_is_called_so(capsys, stage, kind, name):
+    given = [f"--config={ROOT}/config/{name}_{kind}.py"]
+    assert "it is a config of the other trainer" in error_of(capsys, stage.parse_args, given)
+
+
 def test_paths_know_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     args = train_ldm.parse_args(["--data_root=~/data", "--output_root", "~/runs"])
@@ -135,6 +142,7 @@ def test_guidance_needs_a_null_class(capsys):
     ("lr = = 3", "SyntaxError"), ("1 / 0", "ZeroDivisionError"),
     ("raise SystemExit(0)", "SystemExit"),
     ("x = undefined", "NameError"), ("task = None", "task"),
+    ("epochs: 64\nlr = 1", "`epochs: ...` sets nothing"),  # YAML is an annotation in Python
     ('{"lr": 1}', "sets nothing: a config is lines of"),  # JSON
     ("config = 'other.py'", "config")])
 def test_an_error_names_the_config_file_and_the_setting(capsys, tmp_path, text, says):

@@ -107,6 +107,7 @@ PATIENTS = {f"T/train/patient{i:05d}/study1": 2 for i in range(3)}
     ({f"T/train/p1{i}/p1000{i}/s5000{i}": 3 for i in range(3)}, "chexpert.csv.gz", "p10 3"),
     ({"T/train/normal": 9, "T/train/00001234": 1}, None, "00001234 1"),
     ({f"T/train/class {i}": 2 for i in range(21)}, None, "21 folders"),
+    ({f"T/train/{name}": 1 for name in "abcde"}, None, "5 folders"),
     ({"T/train/normal": 2, "T/train/tb": 2, "T/train/readings": 0}, None, "readings 0"),
     ({"T/train/CXR_png": 2, "T/train/ManualMask/leftMask": 2}, None, "CXR_png 2"),
     ({"T/train": 2}, "T/stage_2.csv", "normal 2")])

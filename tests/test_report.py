@@ -174,14 +174,6 @@ def test_gaps_and_single_points_are_drawn(make_run, capsys):
     assert not made(capsys, make_run("n", logged(3, "val/psnr", lambda i: None))).curves
 
 
-def test_gradient_norms_are_drawn_as_logarithms(make_run, capsys):
-    norms = (1.0, 10.0, 100.0, 0.0, None)
-    records = [{"step": i, verdicts.GRAD: norm} for i, norm in enumerate(norms)]
-    [curves] = made(capsys, make_run("r", records)).curves.values()
-    a, b, c = heights(curves[verdicts.GRAD])  # no 0
-    assert a - b == pytest.approx(b - c, abs=0.2)
-
-
 def test_samples_at_the_lowest_val_loss_are_shown(make_run, capsys):
     losses = [5, 4, 3, 2, 2.5, 3, 3.5, 4, 4.5, 5.0]
     records = [{"step": 10 * e, "epoch": e, verdicts.VAL: float(losses[e - 1]),
