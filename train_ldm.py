@@ -60,6 +60,10 @@ def preset(args):
     the nearest size."""
     mode, k = resolve_mode(args)
     row = PRESETS.get(mode, PRESETS["overfit_16" if k < 24 else "overfit_32"])
+    tasks = "*" if args.task == "ALL_CXR" else args.task
+    root = pathlib.Path(args.data_root or "")
+    if not k and args.data_root and not any(root.glob(f"{tasks}/val*")):
+        return {**row, "epochs": memorisation.SAFE_PASSES}  # nothing else would say when to stop
     # Memorising: no class dropout, hence no null class to guide from, nothing augmented.
     return row if not k else {**row, "batch_per_device": min(k, 16), "prob_uncond": 0.0,
                               "guidance_scale": 1.0, "warmup_steps": 0, "augment": 0}
@@ -393,8 +397,9 @@ def main(argv=None):
     if 0 < total_steps < args.warmup_steps:
         notice(f"the learning rate still rises when the run ends: give --warmup_steps="
                f"{total_steps // 10}, or more --max_steps than {args.warmup_steps}")
-    if args.patience and not (monitor.num_val or args.overfit_k):
-        notice("no validation images, by which --patience would stop: give --max_steps")
+    if not (monitor.num_val or args.overfit_k):
+        notice(f"no validation images to choose best.pt and to stop by: training ends after "
+               f"--epochs={args.epochs}, and models copy after {memorisation.SAFE_PASSES} and more")
 
     def state():
         return {"model": denoiser.state_dict(), "ema": ema.module.state_dict() if ema else None,

@@ -108,6 +108,31 @@ def test_without_validation_images_there_is_no_best(workspace, quick, ldm):
     assert "val/loss" not in logged and "copies/share" in logged
 
 
+@pytest.mark.parametrize("task", ["TB", "ALL_CXR"])
+@pytest.mark.parametrize("split, given, epochs", [
+    (None, (), memorisation.SAFE_PASSES), (None, ("--epochs=1000",), 1000), ("val", (), 1000),
+    ("valid", (), 1000), (None, ("--mode=overfit_16",), 1500)])
+def test_without_validation_images_training_ends_before_models_copy(tmp_path, task, split, given,
+                                                                    epochs):
+    for name in ("train", split) if split else ("train",):
+        (tmp_path / "TB" / name / "tb").mkdir(parents=True)
+    args = train_ldm.parse_args([f"--data_root={tmp_path}", f"--task={task}", *given])
+    assert args.epochs == epochs
+
+
+def test_a_run_without_validation_images_keeps_its_end(workspace, quick, ldm):
+    """Also when it goes on, and where validation images have come since."""
+    root = workspace.root / "d"
+    shutil.copytree(workspace.data / "TB/train", root / "TB/train")
+    argv = [*ldm, f"--data_root={root}", "--run_name=r", "--sample_every=1000"]
+    result = quick(*argv, "--max_steps=2")
+    assert f"ends after --epochs={memorisation.SAFE_PASSES}" in result.out
+    shutil.copytree(workspace.data / "TB/val", root / "TB/val")
+    result = quick(*argv, "--max_steps=1000")
+    steps = 2 * memorisation.SAFE_PASSES
+    assert run.load_checkpoint(workspace.out / "r/ckpts/last.pt", "ldm")["step"] == steps
+
+
 # --- copies ---
 
 
