@@ -31,7 +31,7 @@ from lib.args import (add_data_arguments, add_precision_arguments, add_sampling_
 from lib.files import fail, make_folder, notice, read_json, write_json
 from lib.html import leaves, show
 
-CLASSIFIER_SIZE = 64  # side in pixels of what the classifier sees
+CLASSIFIER_SIZE = 48  # side in pixels of what the classifier sees: docs/log.md
 DRAWS = 8  # random choices of images that a distance averages over
 BOOTSTRAPS = 50  # resamplings behind the standard deviation of a distance
 FEWEST = 3  # images of a class in each set
@@ -184,7 +184,7 @@ def build_classifier(num_classes, in_channels=1):
 
 
 def shrunk(x):
-    """Images [N, 1, H, W] averaged down to the classifier's size, [N, 1, 64, 64]."""
+    """Images [N, 1, H, W] averaged down to the classifier's size, [N, 1, 48, 48]."""
     return F.interpolate(x, CLASSIFIER_SIZE, mode="area")
 
 
@@ -485,12 +485,13 @@ def membership(sets, args, ctx):
     chosen = rng.permutation(as_many(sets.train.labels, like, rng))[:MOST_MEMBERS]
     groups = {"held-out images": held_out, "training images": sets.train.subset(chosen)}
     truth = torch.arange(2).repeat_interleave(torch.tensor([len(of) for of in groups.values()]))
-    losses = [denoising_errors(of, of.labels[:, None], sets, args, ctx, f"loss of {name}").mean((1, 2))
+    losses = [denoising_errors(of, of.labels[:, None], sets, args, ctx, f"loss of {name}")
               for name, of in groups.items()]
     errors = [measured(reconstruction, of, ctx).values for of in groups.values()]
     found = {}
     for name, parts in {"loss": losses, "control": errors}.items():
-        area = metrics.auroc(torch.cat(parts)[:, None] * torch.tensor([1, -1]), truth)
+        own = torch.cat(parts).view(len(truth), -1).mean(1, keepdim=True)
+        area = metrics.auroc(own * torch.tensor([1, -1]), truth)
         found[name] = area, *metrics.auroc_interval(area, len(held_out), len(chosen))
     return {"membership": found}
 
@@ -653,7 +654,7 @@ def main(argv=None):
     report["num_samples"] = {class_names[c]: int((labels == c).sum()) for c in np.unique(labels)}
     path = args.out_dir / "evaluation.json"
     same, before = json.loads(json.dumps(report)), read_json(path)
-    if same.items() <= before.items():
+    if all(before.get(name) == value for name, value in same.items()):
         report = before | report  # the parts that were measured before
     sets = Sets(samples, train, tests, classes, vae, denoiser, scale, real_classifier)
     for name in parts:

@@ -399,7 +399,7 @@ def main(argv=None):
                f"{total_steps // 10}, or more --max_steps than {args.warmup_steps}")
     if not (monitor.num_val or args.overfit_k):
         notice(f"no validation images to choose best.pt and to stop by: training ends after "
-               f"--epochs={args.epochs}, and models copy after {memorisation.SAFE_PASSES} and more")
+               f"--epochs={args.epochs}; up to {memorisation.SAFE_PASSES} no model has copied")
 
     def state():
         return {"model": denoiser.state_dict(), "ema": ema.module.state_dict() if ema else None,

@@ -313,7 +313,7 @@ def test_bad_input_is_one_line(workspace, image_tree, capsys, monkeypatch):
             (["--samples_dir=x"], "--img_size"),
             ([*workspace.common, ckpt, "--img_size=64"], "works at 32"),
             ([*workspace.common, f"--samples_dir={small}"], "of class normal, tb: raise"),
-            ([*workspace.common, ckpt, "--parts=power,kid"], "no part kid: --parts takes distances"),
+            ([*workspace.common, ckpt, "--parts=power,kid"], "no part kid: --parts takes distan"),
             ([*workspace.common, f"--samples_dir={small}", "--parts=membership"], "no part member"),
             ([*workspace.common, ckpt, "--features=x"], "classifier,vae")):
         assert says in error_of(capsys, evaluate.main, [

@@ -1,6 +1,7 @@
 """When does a model of N training images know them by heart? docs/log.md, "the law of copying".
 
-    python tests/experiments/copying.py --data=CXR/PNEUMONIA --ae=A/ckpts/last.pt --out=O --num 25 50
+    python tests/experiments/copying.py --data=CXR/PNEUMONIA --ae=A/ckpts/last.pt --out=O \
+        --num 25 50 106 212 424 667
     python tests/experiments/copying.py --out=O                 # the table of what is in O
 
 Trains a small UNet (config/cpu_ldm.py, 32 channels) on N films, half of each class, until its
@@ -81,7 +82,8 @@ def main():
     for seed in args.seeds:
         for num in args.num:
             train(args, num, seed, args.augment)
-    print("| images | seed | augment | lowest val/loss, passes | copies, passes |\n|" + " --- |" * 5)
+    print("| images | seed | augment | lowest val/loss, passes | copies, passes |")
+    print("|" + " --- |" * 5)
     for folder in sorted(args.out.glob("n*_s*_a*/"), key=lambda p: int(p.name[1:].split("_")[0])):
         num, seed, augment = (int(part[1:]) for part in folder.name.split("_"))
         if found := evaluations(folder):
