@@ -1,8 +1,8 @@
 """When does a model of N training images know them by heart? docs/log.md, "the law of copying".
 
-    python tests/experiments/copying.py --data=CXR/PNEUMONIA --ae=A/ckpts/last.pt --out=O \
+    PYTHONPATH=. python tests/experiments/copying.py --data=CXR/PNEUMONIA --ae=A/ckpts/last.pt --out=O \
         --num 25 50 106 212 424 667
-    python tests/experiments/copying.py --out=O                 # the table of what is in O
+    PYTHONPATH=. python tests/experiments/copying.py --out=O --plot=docs/copying.svg
 
 Trains a small UNet (config/cpu_ldm.py, 32 channels) on N films, half of each class, until its
 samples hold more copies than chance allows, in two evaluations one after the other.
@@ -10,12 +10,15 @@ samples hold more copies than chance allows, in two evaluations one after the ot
 import argparse
 import json
 import pathlib
+import re
 import signal
 import subprocess
 import sys
 import time
 
 import numpy as np
+
+from lib import html
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -78,19 +81,34 @@ def main():
     parser.add_argument("--num", type=int, nargs="*", default=[])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--augment", type=int, default=0)
+    parser.add_argument("--plot", type=pathlib.Path, help="SVG file")
     args = parser.parse_args()
     for seed in args.seeds:
         for num in args.num:
             train(args, num, seed, args.augment)
     print("| images | seed | augment | lowest val/loss, passes | copies, passes |")
     print("|" + " --- |" * 5)
+    curves = {}
     for folder in sorted(args.out.glob("n*_s*_a*/"), key=lambda p: int(p.name[1:].split("_")[0])):
         num, seed, augment = (int(part[1:]) for part in folder.name.split("_"))
         if found := evaluations(folder):
-            best = min(found, key=lambda record: record["val/loss"])["step"]
-            passes = [step and f"{step * 16 / num:.0f}" for step in (best, copied(found))]
-            last = f"none until {found[-1]['step'] * 16 / num:.0f}"
-            print(f"| {num} | {seed} | {augment} | {passes[0]} | {passes[1] or last} |")
+            best = min(found, key=lambda record: record["val/loss"])["step"] * 16 / num
+            copies, last = copied(found), found[-1]["step"] * 16 / num
+            passes = f"none until {last:.0f}" if copies is None else f"{copies * 16 / num:.0f}"
+            print(f"| {num} | {seed} | {augment} | {best:.0f} | {passes} |")
+            name = f", augment {augment}, seed {seed}"
+            curves.setdefault("val/loss is lowest" + name, []).append((num, best))
+            if copies:
+                curves.setdefault("copies" + name, []).append((num, copies * 16 / num))
+    if args.plot:
+        figure = html.draw("Passes over N training images", curves)
+        svg = re.search("<svg.*</svg>", figure, re.DOTALL)[0]
+        legend = "".join(f'<text x="60" y="{236 + 14 * i}" class="c{i % 8}">{name}</text>'
+                         for i, name in enumerate(curves))
+        args.plot.write_text(svg.replace(
+            "<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ').replace(
+            f"0 0 {html.WIDTH} {html.HEIGHT}", f"0 0 {html.WIDTH} {240 + 14 * len(curves)}").replace(
+            "</svg>", f"<style>{html.STYLE}</style>{legend}</svg>"))
 
 
 if __name__ == "__main__":
