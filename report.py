@@ -56,6 +56,7 @@ class LoggedRun:
         self.best = min(validated, key=lambda record: record[verdicts.VAL], default={})
         if self.summary.get("step", -1) < self.latest.get("step", 0):
             self.summary = {}  # the run has gone on since
+        self.verdicts = [verdicts.Verdict(**v) for v in self.summary.get("verdicts", ())]
 
     def points(self, name):
         """[(step, value)] of a metric; NaN if it was not finite, which the log has as null."""
@@ -82,16 +83,6 @@ class LoggedRun:
 
 
 # --- one run ------------------------------------------------------------------------------------
-
-
-def judge(run):
-    """[verdicts.Verdict] of a run at its end."""
-    found = [verdicts.Verdict(**v) for v in run.summary.get("verdicts", ())]
-    if "overfit/passed" in run.latest:
-        level = "ok" if run.latest["overfit/passed"] == 1 else "bad"
-        passed, _, text = verdicts.format_overfit(run.latest).partition(": ")
-        found.append(verdicts.Verdict("memorising", level, passed, text, ""))
-    return found
 
 
 def facts(run):
@@ -135,7 +126,7 @@ def report(run):
     curves = [draw(title, {name: run.points(name) for name in names})
               for title, names in CHARTS.items()]
     return page(run.folder.resolve().name, {
-        "Verdicts": verdict_list(judge(run)), "Run": table(facts(run).items()),
+        "Verdicts": verdict_list(run.verdicts), "Run": table(facts(run).items()),
         "Curves": tag("div", *curves, class_="grid"), "Samples": samples(run),
         "Evaluation": evaluation(run), "Settings": table(run.settings.items())})
 
@@ -147,7 +138,7 @@ def differences(runs):
     """Table of facts, settings, verdicts and last numbers: a column for each of {path: run}, a row
     for each name whose value differs."""
     columns = [facts(run) | run.settings | {name: run.latest.get(name) for name in CHARTED}
-               | {f"verdict on {v.metric}": f"{v.value} {v.level}" for v in judge(run)}
+               | {f"verdict on {v.metric}": f"{v.value} {v.level}" for v in run.verdicts}
                for run in runs.values()]
     rows = [[name, *(show(column.get(name)) for column in columns)]
             for name in dict.fromkeys(name for column in columns for name in column)]

@@ -378,8 +378,6 @@ class Run:
             if checkpoint == self.best_path:
                 say(f"the one to use: {checkpoint}, of epoch {summary['best']['epoch']}, "
                     f"with the lowest val/loss ({summary['best']['loss']:.4g})")
-            if "overfit/passed" in summary and not diverged:
-                say(verdicts.format_overfit(summary))
             write_json(self.folder / "summary.json", {
                 "step": step, "diverged": diverged, "wall_seconds": self.saved_seconds, **summary,
                 "verdicts": [v._asdict() for v in found]})

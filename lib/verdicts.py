@@ -15,6 +15,7 @@ COPIES, COPIES_EXPECTED = "copies/share", "copies/expected"
 COPIES_PROBABILITY, NOISE = "copies/probability", "posterior_noise_share"
 PSNR, PSNR_LINEAR = "val/psnr", "val/psnr_linear"
 DETAIL, FINEST, VAL_LATTICE = "val/detail", "val/power_finest", "val/lattice"
+MEMORISED = "overfit/passed"
 OVERFIT_PSNR = 25  # dB; different patients have at most 19.5, unrelated latents an MSE of 2
 
 
@@ -141,6 +142,16 @@ def rules(v, c):
              f"Raise --num_sampling_steps, {c.less}; else check the scale factor."),
             (name, "watch", v < c.lowest or v > c.highest, "Far outside the training range.",
              f"Early in training this passes by itself; later {c.less}."))],
+
+        (MEMORISED, "bad", not v and not c.nearest_mse <= c.mse_threshold,
+         f"FAIL: samples have an MSE of over {c.mse_threshold:.2g} to the nearest training latent.",
+         "Train longer (--max_steps), with a lower --lr if train/loss jumps; if that does not "
+         "help, run find_latent_scale.py again."),
+        (MEMORISED, "bad", not v and not c.nearest_psnr >= OVERFIT_PSNR,
+         f"FAIL: the latents are right, their images are not, under {OVERFIT_PSNR} dB.",
+         "Train the autoencoder longer."),
+        (MEMORISED, "bad", not v, "FAIL: under half of the images come back.",
+         "Train longer, or draw more (--sample_batch_size)."),
     ]
 
 
@@ -167,6 +178,8 @@ OK = {  # in the order in which verdicts are printed: (meaning, target beside th
     Z_STD: ("Near 1/latent_scale_factor.", "0.8 to 1.25 of {std:.3g}"),
     **dict.fromkeys((Z_MIN, Z_MAX), ("Near the range of the training latents, if that is known.",
                                      "{lowest:.3g} to {highest:.3g}")),
+    MEMORISED: ("PASS: the samples are the training images.",
+                "MSE {nearest_mse:.2g}, {nearest_psnr:.1f} dB, {coverage:.0%} found"),
 }
 
 
@@ -181,7 +194,8 @@ def health(metrics, losses=(), train_stats=None, overfit=False, diverged=False,
     mean, low, high = ((train_stats or {}).get(name, math.nan) for name in ("mean", "min", "max"))
     # Unknown numbers are NaN; those of other metrics go by the ends of their names.
     context = {name.split("/")[1]: metrics.get(name, math.nan) for name in (
-        COPIES_EXPECTED, COPIES_PROBABILITY, PSNR_LINEAR, REAL_ROUND_TRIP)}
+        COPIES_EXPECTED, COPIES_PROBABILITY, PSNR_LINEAR, REAL_ROUND_TRIP, "overfit/nearest_mse",
+        "overfit/mse_threshold", "overfit/nearest_psnr", "overfit/coverage")}
     context |= {"loss_trend": loss_trend(losses), "val_trend": val_trend(val, val_train),
                 "best_epoch": best_epoch, "diverged": diverged, "train_mean": mean,
                 "std": metrics.get(TARGET_STD, math.nan), "less": less_guidance(guidance_scale),
@@ -255,20 +269,3 @@ def format_training(values):
     words.append(f"{values['train/images_per_second']:.1f} images/s")
     skipped = values["train/bad_steps"]
     return " ".join(words) + (f", {skipped:.0f} non-finite steps skipped" if skipped else "")
-
-
-def format_overfit(values):
-    """One line, PASS or FAIL, about the result of overfit_verdict; FAIL says what to do."""
-    mse, most, found_psnr, coverage, passed = (values[f"overfit/{name}"] for name in (
-        "nearest_mse", "mse_threshold", "nearest_psnr", "coverage", "passed"))
-    advice = ""
-    if not mse <= most:
-        advice = ("; train longer (--max_steps), with a lower --lr if train/loss jumps; if that "
-                  "does not help, run find_latent_scale.py again")
-    elif not found_psnr >= OVERFIT_PSNR:
-        advice = "; the latents are right, their images are not: train the autoencoder longer"
-    elif not passed:
-        advice = "; few images come back: train longer, or draw more (--sample_batch_size)"
-    return (f"{'PASS' if passed else 'FAIL'}: nearest training latent at MSE {mse:.4f} (at most "
-            f"{most:.4f}), decoded PSNR {found_psnr:.1f} dB (at least {OVERFIT_PSNR}), "
-            f"{coverage:.0%} of the images found (at least 50%){advice}")
