@@ -212,8 +212,8 @@ class Run:
         write_json(self.folder / "run_meta.json", self.meta)
         if self.args.resume_dir:
             # Cut back to the checkpoint's step, whose evaluation is done again.
-            text = "".join(json.dumps(record) + "\n" for record in read_records(self.metrics_path)
-                           if (record["step"], "train/loss" not in record) <= (step, False))
+            text = "".join(json.dumps(finite(r)) + "\n" for r in read_records(self.metrics_path)
+                           if (r["step"], "train/loss" not in r) <= (step, False))
             write_atomic(self.metrics_path, lambda f: f.write(text.encode()))
         else:
             self.save(state)
@@ -351,9 +351,8 @@ class Run:
         return path
 
     def history(self, name):
-        """All logged values of a metric in order; null reads as NaN."""
-        values = [record[name] for record in read_records(self.metrics_path) if name in record]
-        return [math.nan if value is None else value for value in values]
+        """All logged values of a metric in order; NaN if one was not finite."""
+        return [record[name] for record in read_records(self.metrics_path) if name in record]
 
     # --- its end ---
 
@@ -411,14 +410,14 @@ def git_commit():
 
 
 def read_records(path):
-    """[dict] of the lines of metrics.jsonl with a step, without those that are damaged."""
+    """[dict] of the lines of metrics.jsonl with a step, NaN for null, without damaged ones."""
     records = []
     if os.path.isfile(path):
         for line in pathlib.Path(path).read_bytes().splitlines():
             with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError):
                 record = json.loads(line)
                 if isinstance(record["step"], int) and record["step"] >= 0:
-                    records.append(record)
+                    records.append({n: math.nan if v is None else v for n, v in record.items()})
     return records
 
 
