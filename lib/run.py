@@ -233,7 +233,7 @@ class Run:
         if stopping or due or now:
             self.save(state())
         if stopping:
-            self.ctx.barrier()  # the first to end takes the others along
+            self.ctx.gather_objects(None)  # the first to end takes the others along
             self._leave()
 
     def stop_if_asked(self, state):
@@ -386,7 +386,7 @@ class Run:
             self.ctx.on_main(lambda: fail(
                 "too many steps in a row had a non-finite loss or gradient (--max_bad_steps) and "
                 f"were skipped; {self.last_path} is good, go on with: {lower}"))
-        self.ctx.barrier()  # the first rank to leave takes the others along: all is written now
+        self.ctx.gather_objects(None)  # all is written now: the first to end takes others along
         say("report: " + command_line("report.py", self.folder))
         say("next: " + command_line(program, **flags))
 
