@@ -66,6 +66,21 @@ def less_guidance(guidance_scale):
     return "train longer" if guidance_scale == 1 else "lower --guidance_scale, then train longer"
 
 
+def overfit_rules(v, c):
+    """The part of `rules` about a model that should know its training images by heart."""
+    return [
+        (MEMORISED, "bad", not v and not c.nearest_mse <= c.mse_threshold,
+         f"FAIL: over an MSE of {c.mse_threshold:.2g} to the nearest training latent.",
+         "Train longer (--max_steps), with a lower --lr if train/loss jumps; if that does not "
+         "help, run find_latent_scale.py again."),
+        (MEMORISED, "bad", not v and not c.nearest_psnr >= OVERFIT_PSNR,
+         f"FAIL: the latents are right, their images are not, under {OVERFIT_PSNR} dB.",
+         "Train the autoencoder longer."),
+        (MEMORISED, "bad", not v, "FAIL: under half of the images come back.",
+         "Train longer, or draw more (--sample_batch_size)."),
+    ]
+
+
 def rules(v, c):
     """The table of verdicts, for a metric's value v in the context c of `health`: [(metric, level,
     whether it applies, meaning, advice)]. The first that applies counts; if none does, see OK."""
@@ -101,17 +116,15 @@ def rules(v, c):
         *[(name, level, v > factor, "A lattice: dots or squares at equal distances.",
            "Look at reconstructions: train the autoencoder longer, or with a lower --disc_weight.")
           for name in (LATTICE, VAL_LATTICE) for level, factor in (("bad", 4), ("watch", 2))],
-        (ROUND_TRIP, "bad", v > c.real_round_trip + 0.012, "Not latents of any X-ray yet.",
-         "Train longer or raise --lr, --num_sampling_steps. In a short run, lower --ema_decay."),
-        (ROUND_TRIP, "watch", v > c.real_round_trip + 0.004, "Not quite latents of X-rays.",
-         "Train longer. Look at outlines, ribs and corners in the sample grid."),
+        *[(ROUND_TRIP, level, v > c.real_round_trip + margin, "Not latents of X-rays yet.",
+           "Train longer or raise --lr, --num_sampling_steps. In a short run, lower --ema_decay.")
+          for level, margin in (("bad", 0.012), ("watch", 0.004))],
 
         (MSE_MEAN, "bad", v < 0.01, "Collapse: the samples of a class are nearly identical.",
          f"Lower --lr, {c.less}; check that --prob_uncond is near 0.1 and not near 1."),
-        (MSE_MEAN, "watch", v < 0.1, "The samples of a class are very similar.",
-         f"See if the number grows over the next epochs; else {c.less}."),
-        (RATIO, "watch", v < 0.5, "Samples are less diverse than training images.",
-         f"See if the number grows over the next epochs; else {c.less}."),
+        *[(name, "watch", v < least, "The samples of a class are very similar.",
+           f"See if the number grows over the next epochs; else {c.less}.")
+          for name, least in ((MSE_MEAN, 0.1), (RATIO, 0.5))],
         (RATIO, "watch", v > 1.5, "Further apart than training images: noise, not diversity.",
          "Train longer or raise --num_sampling_steps. In a short run, lower --ema_decay."),
         *[(name, "bad", v < 1e-4, "Images are repeated among the samples of a class.",
@@ -142,16 +155,7 @@ def rules(v, c):
              f"Raise --num_sampling_steps, {c.less}; else check the scale factor."),
             (name, "watch", v < c.lowest or v > c.highest, "Far outside the training range.",
              f"Early in training this passes by itself; later {c.less}."))],
-
-        (MEMORISED, "bad", not v and not c.nearest_mse <= c.mse_threshold,
-         f"FAIL: samples have an MSE of over {c.mse_threshold:.2g} to the nearest training latent.",
-         "Train longer (--max_steps), with a lower --lr if train/loss jumps; if that does not "
-         "help, run find_latent_scale.py again."),
-        (MEMORISED, "bad", not v and not c.nearest_psnr >= OVERFIT_PSNR,
-         f"FAIL: the latents are right, their images are not, under {OVERFIT_PSNR} dB.",
-         "Train the autoencoder longer."),
-        (MEMORISED, "bad", not v, "FAIL: under half of the images come back.",
-         "Train longer, or draw more (--sample_batch_size)."),
+        *overfit_rules(v, c),
     ]
 
 
