@@ -15,7 +15,7 @@ import shlex
 from lib import metrics, verdicts
 from lib.args import Parser, file_path, parse_settings
 from lib.files import fail, read_json, write_atomic
-from lib.html import Html, draw, image, leaves, page, show, table, tag, verdict_list
+from lib.html import draw, image, leaves, page, show, table, tag, verdict_list
 from lib.run import read_records
 
 REAL = "sample_diversity/real_pairwise_mse_mean"
@@ -52,46 +52,31 @@ class LoggedRun:
             fail(f"{path} is not a run folder: give one such as runs/ldm_tb")
         # The last number of each metric, and the record with the lowest val/loss.
         self.latest = {name: value for record in self.records for name, value in record.items()}
-        validated = [record for record in self.records if record.get(verdicts.VAL) is not None]
+        validated = [r for r in self.records if math.isfinite(r.get(verdicts.VAL, math.nan))]
         self.best = min(validated, key=lambda record: record[verdicts.VAL], default={})
         if self.summary.get("step", -1) < self.latest.get("step", 0):
             self.summary = {}  # the run has gone on since
+        self.verdicts = [verdicts.Verdict(**v) for v in self.summary.get("verdicts", ())]
 
     def points(self, name):
-        """[(step, value)] of a metric; NaN if it was not finite, which the log has as null."""
-        points = [(record["step"], record[name]) for record in self.records if name in record]
-        return [(step, math.nan if value is None else value) for step, value in points]
+        """[(step, value)] of a metric; NaN if it was not finite."""
+        return [(record["step"], record[name]) for record in self.records if name in record]
 
     def grids(self):
-        """{kind: {epoch: name}} of samples/: up to six grids of each class, or reconstructions."""
+        """{kind: {epoch: path}} of samples/: up to six grids of each class, or reconstructions."""
         grids = {}
         for path in (self.folder / "samples").glob("*_ep*.png"):
             if match := re.fullmatch(r"(?:recon|sample)_ep(\d+)_?(.*)\.png", path.name, re.DOTALL):
                 names = grids.setdefault(match[2] or "reconstructions", {})
-                names[int(match[1])] = f"samples/{path.name}"
+                names[int(match[1])] = path
         for kind, names in grids.items():
             epochs = sorted(names)
             chosen = {epochs[i * (len(epochs) - 1) // 4] for i in range(5)}
             grids[kind] = {e: names[e] for e in epochs if e in chosen | {self.best.get("epoch")}}
         return dict(sorted(grids.items()))
 
-    def picture(self, name, text):
-        """A PNG file of the folder, embedded; empty Html if it is not there."""
-        path = self.folder / name
-        return image(path.read_bytes(), text) if path.is_file() else Html("")
-
 
 # --- one run ------------------------------------------------------------------------------------
-
-
-def judge(run):
-    """[verdicts.Verdict] of a run at its end."""
-    found = [verdicts.Verdict(**v) for v in run.summary.get("verdicts", ())]
-    if "overfit/passed" in run.latest:
-        level = "ok" if run.latest["overfit/passed"] == 1 else "bad"
-        passed, _, text = verdicts.format_overfit(run.latest).partition(": ")
-        found.append(verdicts.Verdict("memorising", level, passed, text, ""))
-    return found
 
 
 def facts(run):
@@ -112,8 +97,8 @@ def samples(run):
     """Grids over the epochs; real images above those of a class."""
     parts = []
     for kind, names in run.grids().items():
-        parts.append(run.picture(f"samples/real_{kind}.png", f"{kind}, real"))
-        parts += [run.picture(name, f"{kind} epoch {epoch}") for epoch, name in names.items()]
+        parts.append(image(run.folder / f"samples/real_{kind}.png", f"{kind}, real"))
+        parts += [image(path, f"{kind} epoch {epoch}") for epoch, path in names.items()]
     return tag("div", *parts)
 
 
@@ -127,7 +112,7 @@ def evaluation(run):
                for row, sizes in numbers.get("c2st_by_size", {}).items()}
     return tag("div", verdict_list(found), table(leaves(numbers)),
                draw("C2ST by size in pixels; 0.5: like real images", by_size),
-               run.picture("evaluation_pairs.png", "the ten closest pairs"))
+               image(run.folder / "evaluation_pairs.png", "the ten closest pairs"))
 
 
 def report(run):
@@ -135,7 +120,7 @@ def report(run):
     curves = [draw(title, {name: run.points(name) for name in names})
               for title, names in CHARTS.items()]
     return page(run.folder.resolve().name, {
-        "Verdicts": verdict_list(judge(run)), "Run": table(facts(run).items()),
+        "Verdicts": verdict_list(run.verdicts), "Run": table(facts(run).items()),
         "Curves": tag("div", *curves, class_="grid"), "Samples": samples(run),
         "Evaluation": evaluation(run), "Settings": table(run.settings.items())})
 
@@ -147,7 +132,7 @@ def differences(runs):
     """Table of facts, settings, verdicts and last numbers: a column for each of {path: run}, a row
     for each name whose value differs."""
     columns = [facts(run) | run.settings | {name: run.latest.get(name) for name in CHARTED}
-               | {f"verdict on {v.metric}": f"{v.value} {v.level}" for v in judge(run)}
+               | {f"verdict on {v.metric}": f"{v.value} {v.level}" for v in run.verdicts}
                for run in runs.values()]
     rows = [[name, *(show(column.get(name)) for column in columns)]
             for name in dict.fromkeys(name for column in columns for name in column)]
@@ -158,7 +143,7 @@ def comparison(runs):
     """The page of several runs, {path: LoggedRun}."""
     curves = [draw(name, {path: run.points(name) for path, run in runs.items()})
               for name in CHARTED]
-    last = [run.picture(names[max(names)], f"{path}: {kind} epoch {max(names)}")
+    last = [image(names[max(names)], f"{path}: {kind} epoch {max(names)}")
             for path, run in runs.items() for kind, names in run.grids().items()]
     return page(f"{len(runs)} runs", {
         "Differences": differences(runs), "Curves": tag("div", *curves, class_="grid"),

@@ -6,7 +6,7 @@
 
 To resume a run that has a name (--run_name or --resume_dir), type the same command again.
 """
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -89,18 +89,9 @@ def parse_args(argv=None):
 # --- models and losses --------------------------------------------------------------------------
 
 
-class Models(NamedTuple):
-    """What is trained: plain modules, so that no checkpoint knows of compiled and DDP wrappers."""
-
-    vae: model.AutoencoderKL
-    ema: model.EMA
-    disc: model.PatchDiscriminator
-    vae_optimizer: torch.optim.AdamW
-    disc_optimizer: torch.optim.AdamW
-
-
 def build_models(args, ctx):
-    """Models on the device, from args.seed; ends the program if settings contradict each other."""
+    """What is trained, on the device, from args.seed: plain modules, so that no checkpoint knows of
+    compiled and DDP wrappers. Ends the program if settings contradict each other."""
     torch.manual_seed(args.seed)
     try:
         vae = ctx.place(model.build_vae(vars(args)))
@@ -112,7 +103,8 @@ def build_models(args, ctx):
         torch.optim.AdamW(module.parameters(), lr, (0.5, 0.9), weight_decay=args.weight_decay,
                           fused=True)
         for module, lr in ((vae, args.lr), (disc, args.disc_lr)))
-    return Models(vae, model.EMA(vae, args.ema_decay), disc, vae_optimizer, disc_optimizer)
+    return SimpleNamespace(vae=vae, ema=model.EMA(vae, args.ema_decay), disc=disc,
+                           vae_optimizer=vae_optimizer, disc_optimizer=disc_optimizer)
 
 
 def initial_weights(args):

@@ -112,7 +112,8 @@ def read_dicom(path):
     except Exception as e:
         if isinstance(e, OSError) or str(e).startswith("DICOM"):  # a message of ours
             raise
-        raise ValueError(f"no readable DICOM ({type(e).__name__})") from e
+        raise ValueError(f"no readable DICOM ({type(e).__name__}); a compressed one may need: pip "
+                         "install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg") from e
 
 
 def _refuse(dataset):
@@ -135,14 +136,7 @@ def _refuse(dataset):
 def _display(pixels, dataset):
     """Grey float32 [H, W] in [0, 1], without a VOI over the range of the stored bits. pixels: the
     module pydicom.pixels."""
-    try:
-        stored = dataset.pixel_array
-    except Exception as e:
-        syntax = dataset.file_meta.TransferSyntaxUID
-        if not syntax.is_compressed:
-            raise
-        raise ValueError(f"DICOM compressed as {syntax.name} cannot be read: pip install pylibjpeg "
-                         "pylibjpeg-libjpeg pylibjpeg-openjpeg; if it stays, it is damaged") from e
+    stored = dataset.pixel_array
     low = -(2 ** (dataset.BitsStored - 1)) if dataset.PixelRepresentation == 1 else 0
     ends = np.array([low, low + 2**dataset.BitsStored - 1])
     table = dataset.get("VOILUTSequence") or dataset.get("ModalityLUTSequence")

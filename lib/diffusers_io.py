@@ -144,21 +144,19 @@ def vae_settings(folder, img_size):
     """Settings of train_vae.py, {name: value}, for the shape of the autoencoder in a folder; exits
     with an error if model.AutoencoderKL cannot have it."""
     config = read_json(folder / "config.json", "diffusers config")
-    if config.get("_class_name") != "AutoencoderKL":
-        fail(f"{folder} has _class_name={config.get('_class_name')}: give an AutoencoderKL")
-    widths = config["block_out_channels"]
-    settings = {"z_channels": config["latent_channels"], "base_ch": widths[0],
-                "ch_mults": tuple(width // widths[0] for width in widths),
-                "num_res_blocks": config["layers_per_block"],
-                "attn_res": tuple(img_size >> level for level, name
-                                  in enumerate(config["down_block_types"]) if "Attn" in name),
-                "patch_size": 1, "linear_path": False,
-                "quant_conv": config.get("use_quant_conv", True)}
+    widths = config.get("block_out_channels", [0])
     # What would be wrong without a word: all else shows in names and shapes of the weights.
-    for name, value in {"act_fn": "silu", "norm_num_groups": model.num_groups(widths[0])}.items():
-        if config.get(name, value) != value:
-            fail(f"{folder} has {name}={config[name]}, but ours needs {value}: give another one")
-    return settings
+    for name, value in {"_class_name": "AutoencoderKL", "act_fn": "silu",
+                        "norm_num_groups": model.num_groups(widths[0])}.items():
+        if config.get(name) != value:
+            fail(f"{folder} has {name}={config.get(name)}, but ours needs {value}: give another")
+    return {"z_channels": config["latent_channels"], "base_ch": widths[0],
+            "ch_mults": tuple(width // widths[0] for width in widths),
+            "num_res_blocks": config["layers_per_block"],
+            "attn_res": tuple(img_size >> level for level, name
+                              in enumerate(config["down_block_types"]) if "Attn" in name),
+            "patch_size": 1, "linear_path": False,
+            "quant_conv": config.get("use_quant_conv", True)}
 
 
 def vae_weights(args, folder):

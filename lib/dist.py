@@ -57,10 +57,6 @@ class DistContext(NamedTuple):
 
     # --- talking to the other ranks ---
 
-    def barrier(self):
-        """Wait until all ranks are here, but not for the GPU."""
-        self.gather_objects(None)
-
     def on_main(self, function):
         """function() on rank 0 alone; its picklable result on every rank. If it ends the program,
         all ranks end."""
@@ -85,7 +81,7 @@ class DistContext(NamedTuple):
         return tensor
 
     def gather_objects(self, local):
-        """[picklable object of each rank], on every rank."""
+        """[picklable object of each rank], on every rank. Waits for them, but not for the GPU."""
         parts = [local]
         if self.world_size > 1:
             parts *= self.world_size

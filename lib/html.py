@@ -72,9 +72,11 @@ def verdict_list(verdicts):
                  for v in sorted(verdicts, key=lambda v: ("bad", "watch", "ok").index(v.level)))
 
 
-def image(png, text):
-    """Embedded picture from the bytes of a PNG file."""
-    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+def image(path, text):
+    """Embedded picture of a PNG file; empty Html if it is not there."""
+    if not path.is_file():
+        return Html("")
+    source = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
     return tag("figure", tag("figcaption", text), tag("img", src=source, alt=text))
 
 

@@ -212,8 +212,8 @@ class Run:
         write_json(self.folder / "run_meta.json", self.meta)
         if self.args.resume_dir:
             # Cut back to the checkpoint's step, whose evaluation is done again.
-            text = "".join(json.dumps(record) + "\n" for record in read_records(self.metrics_path)
-                           if (record["step"], "train/loss" not in record) <= (step, False))
+            text = "".join(json.dumps(finite(r)) + "\n" for r in read_records(self.metrics_path)
+                           if (r["step"], "train/loss" not in r) <= (step, False))
             write_atomic(self.metrics_path, lambda f: f.write(text.encode()))
         else:
             self.save(state)
@@ -233,7 +233,7 @@ class Run:
         if stopping or due or now:
             self.save(state())
         if stopping:
-            self.ctx.barrier()  # the first to end takes the others along
+            self.ctx.gather_objects(None)  # the first to end takes the others along
             self._leave()
 
     def stop_if_asked(self, state):
@@ -351,9 +351,8 @@ class Run:
         return path
 
     def history(self, name):
-        """All logged values of a metric in order; null reads as NaN."""
-        values = [record[name] for record in read_records(self.metrics_path) if name in record]
-        return [math.nan if value is None else value for value in values]
+        """All logged values of a metric in order; NaN if one was not finite."""
+        return [record[name] for record in read_records(self.metrics_path) if name in record]
 
     # --- its end ---
 
@@ -378,8 +377,6 @@ class Run:
             if checkpoint == self.best_path:
                 say(f"the one to use: {checkpoint}, of epoch {summary['best']['epoch']}, "
                     f"with the lowest val/loss ({summary['best']['loss']:.4g})")
-            if "overfit/passed" in summary and not diverged:
-                say(verdicts.format_overfit(summary))
             write_json(self.folder / "summary.json", {
                 "step": step, "diverged": diverged, "wall_seconds": self.saved_seconds, **summary,
                 "verdicts": [v._asdict() for v in found]})
@@ -389,7 +386,7 @@ class Run:
             self.ctx.on_main(lambda: fail(
                 "too many steps in a row had a non-finite loss or gradient (--max_bad_steps) and "
                 f"were skipped; {self.last_path} is good, go on with: {lower}"))
-        self.ctx.barrier()  # the first rank to leave takes the others along: all is written now
+        self.ctx.gather_objects(None)  # all is written now: the first to end takes others along
         say("report: " + command_line("report.py", self.folder))
         say("next: " + command_line(program, **flags))
 
@@ -413,14 +410,14 @@ def git_commit():
 
 
 def read_records(path):
-    """[dict] of the lines of metrics.jsonl with a step, without those that are damaged."""
+    """[dict] of the lines of metrics.jsonl with a step, NaN for null, without damaged ones."""
     records = []
     if os.path.isfile(path):
         for line in pathlib.Path(path).read_bytes().splitlines():
             with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError):
                 record = json.loads(line)
                 if isinstance(record["step"], int) and record["step"] >= 0:
-                    records.append(record)
+                    records.append({n: math.nan if v is None else v for n, v in record.items()})
     return records
 
 

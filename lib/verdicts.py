@@ -15,6 +15,7 @@ COPIES, COPIES_EXPECTED = "copies/share", "copies/expected"
 COPIES_PROBABILITY, NOISE = "copies/probability", "posterior_noise_share"
 PSNR, PSNR_LINEAR = "val/psnr", "val/psnr_linear"
 DETAIL, FINEST, VAL_LATTICE = "val/detail", "val/power_finest", "val/lattice"
+MEMORISED = "overfit/passed"
 OVERFIT_PSNR = 25  # dB; different patients have at most 19.5, unrelated latents an MSE of 2
 
 
@@ -65,6 +66,21 @@ def less_guidance(guidance_scale):
     return "train longer" if guidance_scale == 1 else "lower --guidance_scale, then train longer"
 
 
+def overfit_rules(v, c):
+    """The part of `rules` about a model that should know its training images by heart."""
+    return [
+        (MEMORISED, "bad", not v and not c.nearest_mse <= c.mse_threshold,
+         f"FAIL: over an MSE of {c.mse_threshold:.2g} to the nearest training latent.",
+         "Train longer (--max_steps), with a lower --lr if train/loss jumps; if that does not "
+         "help, run find_latent_scale.py again."),
+        (MEMORISED, "bad", not v and not c.nearest_psnr >= OVERFIT_PSNR,
+         f"FAIL: the latents are right, their images are not, under {OVERFIT_PSNR} dB.",
+         "Train the autoencoder longer."),
+        (MEMORISED, "bad", not v, "FAIL: under half of the images come back.",
+         "Train longer, or draw more (--sample_batch_size)."),
+    ]
+
+
 def rules(v, c):
     """The table of verdicts, for a metric's value v in the context c of `health`: [(metric, level,
     whether it applies, meaning, advice)]. The first that applies counts; if none does, see OK."""
@@ -100,17 +116,15 @@ def rules(v, c):
         *[(name, level, v > factor, "A lattice: dots or squares at equal distances.",
            "Look at reconstructions: train the autoencoder longer, or with a lower --disc_weight.")
           for name in (LATTICE, VAL_LATTICE) for level, factor in (("bad", 4), ("watch", 2))],
-        (ROUND_TRIP, "bad", v > c.real_round_trip + 0.012, "Not latents of any X-ray yet.",
-         "Train longer or raise --lr, --num_sampling_steps. In a short run, lower --ema_decay."),
-        (ROUND_TRIP, "watch", v > c.real_round_trip + 0.004, "Not quite latents of X-rays.",
-         "Train longer. Look at outlines, ribs and corners in the sample grid."),
+        *[(ROUND_TRIP, level, v > c.real_round_trip + margin, "Not latents of X-rays yet.",
+           "Train longer or raise --lr, --num_sampling_steps. In a short run, lower --ema_decay.")
+          for level, margin in (("bad", 0.012), ("watch", 0.004))],
 
         (MSE_MEAN, "bad", v < 0.01, "Collapse: the samples of a class are nearly identical.",
          f"Lower --lr, {c.less}; check that --prob_uncond is near 0.1 and not near 1."),
-        (MSE_MEAN, "watch", v < 0.1, "The samples of a class are very similar.",
-         f"See if the number grows over the next epochs; else {c.less}."),
-        (RATIO, "watch", v < 0.5, "Samples are less diverse than training images.",
-         f"See if the number grows over the next epochs; else {c.less}."),
+        *[(name, "watch", v < least, "The samples of a class are very similar.",
+           f"See if the number grows over the next epochs; else {c.less}.")
+          for name, least in ((MSE_MEAN, 0.1), (RATIO, 0.5))],
         (RATIO, "watch", v > 1.5, "Further apart than training images: noise, not diversity.",
          "Train longer or raise --num_sampling_steps. In a short run, lower --ema_decay."),
         *[(name, "bad", v < 1e-4, "Images are repeated among the samples of a class.",
@@ -141,6 +155,7 @@ def rules(v, c):
              f"Raise --num_sampling_steps, {c.less}; else check the scale factor."),
             (name, "watch", v < c.lowest or v > c.highest, "Far outside the training range.",
              f"Early in training this passes by itself; later {c.less}."))],
+        *overfit_rules(v, c),
     ]
 
 
@@ -167,6 +182,8 @@ OK = {  # in the order in which verdicts are printed: (meaning, target beside th
     Z_STD: ("Near 1/latent_scale_factor.", "0.8 to 1.25 of {std:.3g}"),
     **dict.fromkeys((Z_MIN, Z_MAX), ("Near the range of the training latents, if that is known.",
                                      "{lowest:.3g} to {highest:.3g}")),
+    MEMORISED: ("PASS: the samples are the training images.",
+                "MSE {nearest_mse:.2g}, {nearest_psnr:.1f} dB, {coverage:.0%} found"),
 }
 
 
@@ -181,7 +198,8 @@ def health(metrics, losses=(), train_stats=None, overfit=False, diverged=False,
     mean, low, high = ((train_stats or {}).get(name, math.nan) for name in ("mean", "min", "max"))
     # Unknown numbers are NaN; those of other metrics go by the ends of their names.
     context = {name.split("/")[1]: metrics.get(name, math.nan) for name in (
-        COPIES_EXPECTED, COPIES_PROBABILITY, PSNR_LINEAR, REAL_ROUND_TRIP)}
+        COPIES_EXPECTED, COPIES_PROBABILITY, PSNR_LINEAR, REAL_ROUND_TRIP, "overfit/nearest_mse",
+        "overfit/mse_threshold", "overfit/nearest_psnr", "overfit/coverage")}
     context |= {"loss_trend": loss_trend(losses), "val_trend": val_trend(val, val_train),
                 "best_epoch": best_epoch, "diverged": diverged, "train_mean": mean,
                 "std": metrics.get(TARGET_STD, math.nan), "less": less_guidance(guidance_scale),
@@ -255,20 +273,3 @@ def format_training(values):
     words.append(f"{values['train/images_per_second']:.1f} images/s")
     skipped = values["train/bad_steps"]
     return " ".join(words) + (f", {skipped:.0f} non-finite steps skipped" if skipped else "")
-
-
-def format_overfit(values):
-    """One line, PASS or FAIL, about the result of overfit_verdict; FAIL says what to do."""
-    mse, most, found_psnr, coverage, passed = (values[f"overfit/{name}"] for name in (
-        "nearest_mse", "mse_threshold", "nearest_psnr", "coverage", "passed"))
-    advice = ""
-    if not mse <= most:
-        advice = ("; train longer (--max_steps), with a lower --lr if train/loss jumps; if that "
-                  "does not help, run find_latent_scale.py again")
-    elif not found_psnr >= OVERFIT_PSNR:
-        advice = "; the latents are right, their images are not: train the autoencoder longer"
-    elif not passed:
-        advice = "; few images come back: train longer, or draw more (--sample_batch_size)"
-    return (f"{'PASS' if passed else 'FAIL'}: nearest training latent at MSE {mse:.4f} (at most "
-            f"{most:.4f}), decoded PSNR {found_psnr:.1f} dB (at least {OVERFIT_PSNR}), "
-            f"{coverage:.0%} of the images found (at least 50%){advice}")

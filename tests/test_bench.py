@@ -29,7 +29,7 @@ def trained(monkeypatch):
     networks = []
     for stage in (train_ldm, train_vae):
         def step(models, *rest, original=stage.train_step):
-            networks.append(models.vae if isinstance(models, train_vae.Models) else models)
+            networks.append(getattr(models, "vae", models))
             return original(models, *rest)
         monkeypatch.setattr(stage, "train_step", step)
     return networks

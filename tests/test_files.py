@@ -311,7 +311,8 @@ def test_dicom_without_a_suffix_or_named_by_uid_is_read(image_tree, tmp_path, py
         write_dicom(root / "TB/train/tb" / name, stored)
     (root / "TB/train/tb/NOTES").write_text("no image" * 40)
     text = message(data.open_images, settings(root, tmp_path), ALONE, "train")
-    assert text.splitlines()[1:] == ["  TB/train/tb/NOTES: no readable DICOM (InvalidDicomError)"]
+    line, = text.splitlines()[1:]
+    assert line.startswith("  TB/train/tb/NOTES: no readable DICOM (InvalidDicomError); ")
     images = data.open_images(settings(root, tmp_path, skip_bad_images=True), ALONE, "train")
     assert np.bincount(images.labels).tolist() == [1, 3]
     position = images.names.tolist().index("TB/train/tb/IM0001")
@@ -407,7 +408,7 @@ def test_a_compression_that_cannot_be_read_says_what_to_install(pydicom, monkeyp
     def no_decoder(dataset):
         raise NotImplementedError("cannot read (0010,0010) SECRET^NAME")
     monkeypatch.setattr(pydicom.dataset.Dataset, "pixel_array", property(no_decoder))
-    with pytest.raises(ValueError, match="RLE Lossless.*: pip install pylibjpeg") as e:
+    with pytest.raises(ValueError, match="compressed .*: pip install pylibjpeg") as e:
         decode.read_grey(shipped(pydicom, "MR_small_RLE.dcm"))
     assert "SECRET" not in str(e.value)
 

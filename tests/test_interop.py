@@ -245,11 +245,11 @@ def make_theirs(folder, channels=3, widths=(32, 64), attention=False, quant_conv
 
 
 def started(folder, size=32):
-    """train_vae.Models that start from a diffusers folder."""
+    """Models of train_vae.py that start from a diffusers folder."""
     args = train_vae.parse_args([f"--init_from={folder}", f"--img_size={size}"])
     models = train_vae.build_models(args, CPU)
-    for module in (models.vae, models.ema.module):
-        module.load_state_dict(train_vae.initial_weights(args))
+    weights = train_vae.initial_weights(args)
+    train_vae.Run.restore(None, {models.vae: weights, models.ema.module: weights})
     return models
 
 

@@ -14,7 +14,7 @@ from conftest import error_of, save_checkpoint
 from PIL import Image
 
 import report
-from lib import metrics, run, verdicts
+from lib import run, verdicts
 from lib.files import read_meta
 from lib.html import VOID
 
@@ -216,21 +216,6 @@ def test_what_is_left_of_a_run_is_shown(make_run, capsys, name, content, shown):
     assert shown in seen.words and bool(seen.curves) == (name != "metrics.jsonl")
     assert [text for text, _ in seen.pictures] == ["tb epoch 1", "tb epoch 2"]
     assert made(capsys, folder, make_run("other", logged(2))).curves
-
-
-@pytest.mark.parametrize("passed", [True, False])
-def test_an_overfit_run_shows_its_verdict(make_run, capsys, passed):
-    values = {"nearest_mse": 0.05, "nearest_psnr": 30.0, "coverage": 1.0, "mse_threshold": 0.1,
-              "psnr_threshold": 25.0, "coverage_threshold": 0.5, "passed": passed}
-    record = {"step": 40, "epoch": 4, **{f"overfit/{k}": v for k, v in values.items()},
-              metrics.MSE_MEAN: 0.0}
-    folder = make_run("r", [*logged(3), record], overfit_k=8)
-    seen = made(capsys, folder)
-    verdict = "OK memorising PASS" if passed else "BAD memorising FAIL"
-    assert f"{verdict} nearest" in seen.words and "Collapse" not in seen.words
-    other = make_run("other", logged(3))
-    assert f"verdict on memorising {verdict[-4:]} {verdict.split()[0].lower()} –" in made(
-        capsys, folder, other).words
 
 
 def test_what_is_no_run_is_one_line(make_run, tmp_path, capsys):
