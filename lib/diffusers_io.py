@@ -143,7 +143,8 @@ def vae_folder(path):
 def vae_settings(folder, img_size):
     """Settings of train_vae.py, {name: value}, for the shape of the autoencoder in a folder; exits
     with an error if model.AutoencoderKL cannot have it."""
-    config = read_json(folder / "config.json", "diffusers config")
+    config = {"act_fn": "silu", "norm_num_groups": 32} | read_json(
+        folder / "config.json", "diffusers config")
     widths = config.get("block_out_channels", [0])
     # What would be wrong without a word: all else shows in names and shapes of the weights.
     for name, value in {"_class_name": "AutoencoderKL", "act_fn": "silu",
