@@ -97,8 +97,8 @@ def main():
             passes = f"none until {last:.0f}" if copies is None else f"{copies * 16 / num:.0f}"
             print(f"| {num} | {seed} | {augment} | {best:.0f} | {passes} |")
             name = f", augment {augment}, seed {seed}"
-            curves.setdefault("val/loss is lowest" + name, []).append((num, best))
-            if copies:
+            if copies:  # else the run has not ended yet
+                curves.setdefault("val/loss is lowest" + name, []).append((num, best))
                 curves.setdefault("copies" + name, []).append((num, copies * 16 / num))
     if args.plot:
         figure = html.draw("Passes over N training images", curves)
@@ -108,7 +108,7 @@ def main():
         args.plot.write_text(svg.replace(
             "<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ').replace(
             f"0 0 {html.WIDTH} {html.HEIGHT}", f"0 0 {html.WIDTH} {240 + 14 * len(curves)}").replace(
-            "</svg>", f"<style>{html.STYLE}</style>{legend}</svg>"))
+            "</svg>", f"<style>svg {{ background: white }} {html.STYLE}</style>{legend}</svg>"))
 
 
 if __name__ == "__main__":
