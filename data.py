@@ -23,6 +23,7 @@ from lib.files import command_line, fail, notice
 # Folders of patients, studies and archives, as CheXpert, MIMIC and NIH have them.
 NO_CLASS = re.compile(r"(patient|subject|case|study|images)[ _-]?\d+|[ps]?\d{2,}", re.IGNORECASE)
 MOST_CLASSES = 20
+VAL = ("val", "valid", "validation")  # names of the folder of validation images
 
 
 # --- folders ------------------------------------------------------------------------------------
@@ -51,7 +52,7 @@ def split_folders(root, task, split, optional=False):
     if not members:
         fail(f"no task {task!r} in {root}; there: {', '.join(tasks) or 'no folders at all'}")
     splits = {member: _subfolders(os.path.join(root, member)) for member in members}
-    names = ("val", "valid", "validation") if split == "val" else (split,)
+    names = VAL if split == "val" else (split,)
     found = [f"{member}/{name}" for member in members for name in names if name in splits[member]]
     if not found:
         there = ", ".join(sorted(set().union(*splits.values()))) or "none"

@@ -3,14 +3,14 @@
     python evaluate.py --ckpt=runs/ldm_.../ckpts/best.pt --data_root=DATA --task=TB
     python evaluate.py --samples_dir=FOLDER --data_root=DATA --task=TB
 
-Compares samples of a model, or a folder of images, with held-out images (--split=val). Each part is
-a function of PARTS that returns its share of evaluation.json; `--parts=copies,c2st` runs those
-alone. Beside every distance stands the real-data baseline, which as many training images score, and
-how far chance moves the difference.
+Compares samples of a model, or a folder of images, with held-out images (--split=val). Each of
+--parts is a function that returns its share of evaluation.json. Beside every distance stands the
+real-data baseline, which as many training images score, and how far chance moves the difference.
 """
 import argparse
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import pathlib
@@ -56,7 +56,7 @@ def build_parser():
     add("--samples_dir", type=file_path,
         help="measure the images CLASS/* and CLASS_NUMBER.* of this folder; the report goes into a "
         "new folder in --output_root")
-    add("--parts", type=list_items,
+    add("--parts",
         help=f"comma list of {', '.join(PARTS)}; None: all, of a folder without the last two")
     add("--test_root", type=file_path,
         help="data root of another site: classifiers are tested on its images, too")
@@ -316,9 +316,8 @@ def halves(images, seed):
 
 def c2st(sets, args, ctx):
     """{"c2st": {row: (AUROC, low, high)}, "c2st_by_size": {row: {size: the same}}}: classifier
-    two-sample test (Lopez-Paz & Oquab 2017). Can a network tell the row's images from unseen real
-    ones, all averaged down to a size? At 95 % confidence; 0.5: it cannot. Rows: samples; baseline,
-    real images in their place; decoded, the autoencoder's reconstructions."""
+    two-sample test (Lopez-Paz & Oquab 2017), at 95 % confidence. Can a network tell the samples, or
+    real images in their place (baseline), or reconstructions (decoded), from unseen real images?"""
     def pixels(images, vae=None):
         return [measured(as_saved, half, ctx, vae) for half in halves(images, args.seed)]
 
@@ -397,11 +396,8 @@ def planted_copies(sets, args, ctx):
 def tstr(sets, args, ctx):
     """TSTR, train on synthetic and test on real (Esteban et al. 2017), at 95 % confidence:
     {"auroc": {"trained on, tested on": (AUROC, low, high)}, "gain": {tested on: (gain, low,
-    high)}}; {} without samples of several classes, of all that there are.
-
-    The gain is what samples beside real images add to as many repeats of these: more training alone
-    does not count. The intervals of several gains hold together (Bonferroni).
-    """
+    high)}}; {} without samples of all classes. The gain is what samples beside real images add to
+    as many repeats of these. The intervals of several gains hold together (Bonferroni)."""
     shape = (len(sets.train.class_names),)
     if not 1 < len(sets.classes) == shape[0]:
         return {}
@@ -597,12 +593,13 @@ def main(argv=None):
         fail("without --data_root the samples are compared with the phantom set: give --img_size")
 
     known = [name for name in PARTS if args.ckpt or name not in OF_THE_MODEL]
-    parts = args.parts or known
+    parts = list_items(args.parts) if args.parts else known
     if unknown := [name for name in parts if name not in known]:
         fail(f"no part {', '.join(unknown)}: --parts takes {', '.join(known)}")
 
     # --- what is measured: a model, or a folder of images ---
-    report = {name: getattr(args, name) for name in ("split", "seed", "test_root")}
+    report = {name: getattr(args, name) for name in (
+        "split", "seed", "test_root", "features", "classifier_steps")}
     denoiser = samples = scale = None
     if args.ckpt:
         denoiser, vae, checkpoint, requests = sample.prepare_sampling(args, ctx)
@@ -611,13 +608,15 @@ def main(argv=None):
         scale = checkpoint["latent_scale_factor"]
         report |= {name: getattr(args, name) for name in sample.SAMPLING_SETTINGS}
         report |= {"step": checkpoint["step"], "ckpt": args.ckpt,
-                   "ckpt_sha256": checkpoint["sha256"]}
+                   "ckpt_sha256": checkpoint["sha256"], "vae_sha256": checkpoint["vae_sha256"]}
     else:
         class_names = data.scan(data.image_root(args), args.task, "train").class_names
         samples = read_samples(args.samples_dir, class_names, args.img_size)
         args.img_size, labels = samples.values.shape[-1], samples.labels
-        vae = sample.load_autoencoder(args.ae_ckpt_path, ctx)[0] if args.ae_ckpt_path else None
-        report["samples_dir"] = args.samples_dir
+        vae, _, report["vae_sha256"] = (sample.load_autoencoder(args.ae_ckpt_path, ctx)
+                                        if args.ae_ckpt_path else (None, None, None))
+        digest = hashlib.sha256(samples.values.numpy().tobytes()).hexdigest()
+        report |= {"samples_dir": args.samples_dir, "samples_sha256": digest}
     report["img_size"] = args.img_size
 
     # --- real images of that size: before sampling, so that mistakes show at once ---
@@ -631,12 +630,12 @@ def main(argv=None):
     if args.test_root:
         elsewhere = argparse.Namespace(**vars(args) | {"data_root": args.test_root})
         tests[SITE] = data.open_images(elsewhere, ctx, args.split, train=train)
-    report["num_images"] = {where: len(images) for where, images in tests.items()}
+    report["test_data"] = {where: images.summary for where, images in tests.items()}
     classes = np.unique(labels)
     few = [class_names[c] for c in classes if min((of == c).sum() for of in (
         labels, train.labels, *(images.labels for images in tests.values()))) < FEWEST]
     if few:
-        fail(f"under {FEWEST} samples, training images or held-out images of class "
+        fail(f"under {FEWEST} samples, or images to train and to test on, of class "
              f"{', '.join(few)}: raise --num_samples, add images, or leave it out of --classes")
 
     @functools.cache
@@ -647,15 +646,18 @@ def main(argv=None):
     # --- the parts of the report ---
     args.out_dir = make_folder(args.out_dir or (run.run_folder(args.ckpt) if args.ckpt else
                                run.new_folder(args.output_root, f"evaluation_{args.task.lower()}")))
+    report["num_samples"] = {class_names[c]: int((labels == c).sum()) for c in np.unique(labels)}
+    path = args.out_dir / "evaluation.json"
+    settings, before = json.loads(json.dumps(report)), read_json(path)
+    changed = [name for name, value in settings.items() if before.get(name) != value]
+    if args.parts and before and changed:
+        fail(f"{path} has parts of other settings ({', '.join(changed)}), which would be lost: "
+             "give another --out_dir, or leave --parts out")
+    report = report if changed else before | report
     if args.ckpt and not set(parts) <= {*OF_THE_MODEL}:
         batches = sample.sample_batches(denoiser, vae, scale, requests, class_names, args, ctx,
                                         args.batch_size, f"sampling ({args.sampler})")
         samples = Labelled(labels, torch.cat([as_saved(x) for _, _, x in batches]))
-    report["num_samples"] = {class_names[c]: int((labels == c).sum()) for c in np.unique(labels)}
-    path = args.out_dir / "evaluation.json"
-    same, before = json.loads(json.dumps(report)), read_json(path)
-    if all(before.get(name) == value for name, value in same.items()):
-        report = before | report  # the parts that were measured before
     sets = Sets(samples, train, tests, classes, vae, denoiser, scale, real_classifier)
     for name in parts:
         start = time.perf_counter()

@@ -13,6 +13,7 @@ import shutil
 
 import torch
 
+import data
 import diffusion
 import sample
 from lib import dist, metrics, run, verdicts
@@ -110,10 +111,11 @@ def describe_evaluation(report):
         return "Not evaluated: nobody looked for copies of training images."
     share, total = report["copies"]["share"], sum(report["num_samples"].values())
     low, high = metrics.binomial_interval(round(share * total), total)
+    held_out = data.count_files(report.get("test_data", {}).get("held-out images", ()))
     found = verdicts.format_verdicts([verdicts.Verdict(**v) for v in report["verdicts"]])
     return f"""{100 * share:.1f} % of {total} samples are copies of training images, 95 % interval
 {100 * low:.1f} to {100 * high:.1f} %. Split {report["split"]} of the data set above (images:
-{report.get("num_images", {}).get("held-out images", "unknown")}), sampler {report["sampler"]} with
+{held_out}), sampler {report["sampler"]} with
 {report["num_sampling_steps"]} steps, guidance {report["guidance_scale"]}; pipeline.py samples with
 Euler or DDIM steps. Images of the autoencoder, or of a model that training started from, were not
 searched for copies.

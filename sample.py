@@ -27,7 +27,6 @@ from lib.files import fail, finite, make_folder, read_json, write_json
 # What a set of samples depends on besides the checkpoint, in manifests and reports.
 SAMPLING_SETTINGS = ("seed", "sampler", "num_sampling_steps", "guidance_scale",
                      "guidance_interval", "use_ema")
-
 CHANGES = ("compose", "weights", "base", "ckpt_b", "init_image")  # None in an ordinary set
 
 # --- loading a model ----------------------------------------------------------------------------

@@ -286,6 +286,9 @@ def test_report_of_a_model_and_of_its_samples(workspace, quick):
     assert result.code == 0 and "classifier on" not in result.err + result.out, result.err
     assert json.loads((workspace.out / "l/evaluation.json").read_text()) == report
 
+    lost = quick("evaluate.py", *common, ckpt, *sampling, "--parts=power", "--seed=1")
+    assert "has parts of other settings (seed)" in lost.err and lost.code != 0
+
     # --- the same samples as a folder, in one space: nothing is written there ---
     folder = workspace.root / "s"
     assert quick("sample.py", ckpt, *sampling, f"--out_dir={folder}").code == 0
@@ -299,6 +302,11 @@ def test_report_of_a_model_and_of_its_samples(workspace, quick):
     other = json.loads((made / "evaluation.json").read_text())
     assert other["auroc"] == report["auroc"] and other["c2st"] == report["c2st"]
     assert other["groups"] == {"vae": report["groups"]["vae"]}
+    again = ["evaluate.py", *common, "--features=vae", f"--ae_ckpt_path={workspace.vae_ckpt}",
+             f"--samples_dir={folder}", f"--out_dir={made}", "--parts=power"]
+    assert quick(*again).code == 0
+    grey(folder / "tb_00000.png", 9, (32, 32))  # another image of that name
+    assert "(samples_sha256)" in quick(*again).err
 
 
 def test_bad_input_is_one_line(workspace, image_tree, capsys, monkeypatch):
@@ -359,7 +367,8 @@ def test_classifiers_are_tested_on_another_site_too(workspace, quick):
                    "--num_sampling_steps=2", "--classifier_steps=60")
     assert result.code == 0, result.err
     report = json.loads((workspace.out / "l/evaluation.json").read_text())
-    assert report["num_images"] == {evaluate.HELD_OUT: 6, evaluate.SITE: 16}
+    assert {where: [count for _, count, _ in of] for where, of in report["test_data"].items()} == {
+        evaluate.HELD_OUT: [3, 3], evaluate.SITE: [8, 8]}
     assert report["gain"].keys() == {evaluate.HELD_OUT, evaluate.SITE}
     for found in (report["auroc"], report["diffusion_classifier"]):
         assert found[ON_HELD_OUT][0] > 0.5 > found[f"{evaluate.REAL}, tested on {evaluate.SITE}"][0]
