@@ -23,7 +23,6 @@ from lib.files import command_line, fail, notice
 # Folders of patients, studies and archives, as CheXpert, MIMIC and NIH have them.
 NO_CLASS = re.compile(r"(patient|subject|case|study|images)[ _-]?\d+|[ps]?\d{2,}", re.IGNORECASE)
 MOST_CLASSES = 20
-VAL = ("val", "valid", "validation")  # names of the folder of validation images
 
 
 # --- folders ------------------------------------------------------------------------------------
@@ -42,9 +41,9 @@ def _subfolders(folder):
     return sorted(name for name in folders if not decode.IGNORED.match(name))
 
 
-def split_folders(root, task, split, optional=False):
-    """Folders TASK/SPLIT below `root`. ALL_CXR without a folder of its own joins all tasks. Exits
-    with an error that names what is there if there are none, unless the split is `optional`."""
+def find_split(root, task, split):
+    """(Folders TASK/SPLIT below `root`, {task: its splits}). ALL_CXR without a folder of its own
+    joins all tasks. Exits with an error if there is no such root or task."""
     if not os.path.isdir(root):
         fail(f"no folder --data_root={os.path.abspath(root)}")
     tasks = _subfolders(root)
@@ -52,15 +51,22 @@ def split_folders(root, task, split, optional=False):
     if not members:
         fail(f"no task {task!r} in {root}; there: {', '.join(tasks) or 'no folders at all'}")
     splits = {member: _subfolders(os.path.join(root, member)) for member in members}
-    names = VAL if split == "val" else (split,)
-    found = [f"{member}/{name}" for member in members for name in names if name in splits[member]]
+    names = ("val", "valid", "validation") if split == "val" else (split,)
+    return [f"{member}/{name}" for member in members for name in names
+            if name in splits[member]], splits
+
+
+def split_folders(root, task, split, optional=False):
+    """Folders TASK/SPLIT below `root`; see find_split. Exits with an error that names what is there
+    if there are none, unless the split is `optional`."""
+    found, splits = find_split(root, task, split)
     if not found:
         there = ", ".join(sorted(set().union(*splits.values()))) or "none"
         message = f"no split {split!r} for task {task} in {root}; there: {there}"
         if not optional:
             fail(f"{message}. To make it: {_prepare_line(root, task)}")
         notice(f"{message}. Validation is skipped: for it, make or rename one to val")
-    elif len(found) < len(members):
+    elif len(found) < len(splits):
         notice(f"ALL_CXR: split {split!r} is in {', '.join(found)} alone")
     return found
 

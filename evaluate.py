@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 import data
 import diffusion
+import memorisation
 import model
 import sample
 from lib import decode, dist, metrics, run, verdicts
@@ -43,6 +44,7 @@ HELD_OUT, SITE = "held-out images", "images of --test_root"
 REAL, TSTR, BOTH, AGAIN = "real images", "samples", "both", "real images and as many repeats"
 DENOISING = "denoising error"
 ON_SAMPLES = f"{REAL}, tested on samples"
+PLAIN = "shifted by up to 2 %, exposed otherwise"  # what has been done to a planted copy
 
 
 def build_parser():
@@ -56,8 +58,7 @@ def build_parser():
     add("--samples_dir", type=file_path,
         help="measure the images CLASS/* and CLASS_NUMBER.* of this folder; the report goes into a "
         "new folder in --output_root")
-    add("--parts",
-        help=f"comma list of {', '.join(PARTS)}; None: all, of a folder without the last two")
+    add("--parts", help=f"comma list of {', '.join(PARTS)}; None: all that can be measured")
     add("--test_root", type=file_path,
         help="data root of another site: classifiers are tested on its images, too")
     add("--features", choices=("classifier,vae", "classifier", "vae"), default="classifier,vae",
@@ -373,9 +374,6 @@ def find_copies(sets, args, ctx):
         for share, change in cases}}}
 
 
-PLAIN = "shifted by up to 2 %, exposed otherwise"
-
-
 def planted_copies(sets, args, ctx):
     """{what has been done to them: images [N, 1, S, S]}: training images as the autoencoder, if
     there is one, gives them back, each changed in one way."""
@@ -401,32 +399,30 @@ def tstr(sets, args, ctx):
     shape = (len(sets.train.class_names),)
     if not 1 < len(sets.classes) == shape[0]:
         return {}
-    samples, train = (measured(shrunk, images, ctx) for images in (sets.samples, sets.train))
-    tests = {where: measured(shrunk, images, ctx) for where, images in sets.tests.items()}
+    tests = {where: measured(shrunk, images, ctx)
+             for where, images in {**sets.tests, "samples": sets.samples}.items()}
+    samples, train = tests["samples"], measured(shrunk, sets.train, ctx)
     repeats = np.concatenate([
         np.resize(np.flatnonzero(train.labels == c), (samples.labels == c).sum())
         for c in np.unique(samples.labels)])
     trained_on = {TSTR: samples, BOTH: train.joined(samples),
                   AGAIN: train.joined(train.subset(repeats))}
     logits = {(REAL, "samples"): []} | {
-        (name, where): [] for where in tests for name in (REAL, *trained_on)}
+        (name, where): [] for where in sets.tests for name in (REAL, *trained_on)}
     for seed in range(args.seed, args.seed + TRAININGS):
         nets = {name: train_classifier(of, augment, shape, seed, args, ctx, name)
                 for name, of in trained_on.items()}
         nets[REAL] = sets.real_classifier(seed)
         for (name, where), found in logits.items():
-            images = samples if where == "samples" else tests[where]
-            found.append(measured(nets[name], images, ctx).values)
+            found.append(measured(nets[name], tests[where], ctx).values)
     truth = {where: torch.from_numpy(of.labels) for where, of in tests.items()}
-    truth["samples"] = torch.from_numpy(samples.labels)
     gains = {where: metrics.auroc_gain(logits[BOTH, where], logits[AGAIN, where], truth[where],
-                                       args.seed, len(tests)) for where in tests}
+                                       args.seed, len(sets.tests)) for where in sets.tests}
     return {"gain": gains, "auroc": {
         f"{name}, tested on {where}": metrics.mean_auroc(found, truth[where])
         for (name, where), found in logits.items()}}
 
 
-@torch.no_grad()
 def denoising_errors(images, conditions, sets, args, ctx, label):
     """Loss of the model on each of N images under classes `conditions` [N, K] at EVALUATIONS times,
     spread evenly, and noises, the same for all images and classes: float32 [N, K, EVALUATIONS]."""
@@ -436,21 +432,18 @@ def denoising_errors(images, conditions, sets, args, ctx, label):
     latents = measured(lambda x: sets.vae.encode(x).mean * sets.scale, images, ctx).values
     errors = torch.zeros(*conditions.shape, EVALUATIONS)
     progress = run.Progress(label, conditions.size)
-    # A network compiled for sampling would be compiled again for this size.
-    stance = "force_eager" if ctx.compile else "default"
-    with ctx.autocast(), torch.compiler.set_stance(stance):
-        for i, (n, k) in enumerate(np.ndindex(conditions.shape)):
-            x0, y = latents[n].to(ctx.device).expand_as(noise), int(conditions[n, k])
-            y = torch.full((EVALUATIONS,), y, device=ctx.device)
-            errors[n, k] = sets.denoiser(x0, t, noise, y)
-            progress.update(i + 1)
+    for i, (n, k) in enumerate(np.ndindex(conditions.shape)):
+        x0, y = latents[n].to(ctx.device).expand_as(noise), int(conditions[n, k])
+        y = torch.full((EVALUATIONS,), y, device=ctx.device)
+        errors[n, k] = memorisation.losses(sets.denoiser, (x0, t, noise, y), ctx)
+        progress.update(i + 1)
     return errors
 
 
 def diffusion_classifier(sets, args, ctx):
     """{"diffusion_classifier": {judge, tested on: (AUROC, low, high)}}: the model itself as a
     classifier, by its denoising error under each class (Li et al. 2023), beside classifiers trained
-    on real images, at 95 % confidence; {} without several classes."""
+    on real images, at 95 % confidence; empty without several classes."""
     found = {}
     for where, images in sets.tests.items() if len(sets.classes) > 1 else ():
         images = compared(images, sets)
@@ -479,11 +472,11 @@ def membership(sets, args, ctx):
     held_out = compared(sets.tests[HELD_OUT], sets)
     like, rng = proportional(held_out.labels, sets.train.labels), np.random.default_rng(args.seed)
     chosen = rng.permutation(as_many(sets.train.labels, like, rng))[:MOST_MEMBERS]
-    groups = {"held-out images": held_out, "training images": sets.train.subset(chosen)}
-    truth = torch.arange(2).repeat_interleave(torch.tensor([len(of) for of in groups.values()]))
-    losses = [denoising_errors(of, of.labels[:, None], sets, args, ctx, f"loss of {name}")
-              for name, of in groups.items()]
-    errors = [measured(reconstruction, of, ctx).values for of in groups.values()]
+    groups = (held_out, sets.train.subset(chosen))
+    truth = torch.arange(len(held_out) + len(chosen)) >= len(held_out)
+    losses = [denoising_errors(of, of.labels[:, None], sets, args, ctx, f"loss of {len(of)} images")
+              for of in groups]
+    errors = [measured(reconstruction, of, ctx).values for of in groups]
     found = {}
     for name, parts in {"loss": losses, "control": errors}.items():
         own = torch.cat(parts).view(len(truth), -1).mean(1, keepdim=True)
@@ -617,7 +610,6 @@ def main(argv=None):
                                         if args.ae_ckpt_path else (None, None, None))
         digest = hashlib.sha256(samples.values.numpy().tobytes()).hexdigest()
         report |= {"samples_dir": args.samples_dir, "samples_sha256": digest}
-    report["img_size"] = args.img_size
 
     # --- real images of that size: before sampling, so that mistakes show at once ---
     train = data.open_images(args, ctx, "train", class_names=class_names)

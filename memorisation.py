@@ -38,15 +38,20 @@ def fixed_inputs(latents, index, scale, args, ctx):
 
 
 @torch.no_grad()
+def losses(denoiser, inputs, ctx):
+    """Loss [B] of inputs as Denoiser.forward takes them."""
+    # A network compiled for sampling would be compiled again for each size of these.
+    stance = "force_eager" if ctx.compile else "default"
+    with ctx.autocast(), torch.compiler.set_stance(stance):
+        return denoiser(*inputs)
+
+
 def mean_loss(denoiser, inputs, ctx):
-    """Loss of fixed_inputs, the same on all ranks."""
+    """Mean of the losses of fixed_inputs, the same on all ranks."""
     sums = torch.zeros(2, dtype=torch.float64)
     for part in torch.arange(ctx.rank, len(inputs[0]), ctx.world_size).split(64):
         part = part.to(ctx.device)
-        # A network compiled for sampling would be compiled again for each of these sizes.
-        stance = "force_eager" if ctx.compile else "default"
-        with ctx.autocast(), torch.compiler.set_stance(stance):
-            loss = denoiser(*(values[part] for values in inputs))
+        loss = losses(denoiser, [values[part] for values in inputs], ctx)
         sums += torch.tensor([loss.double().sum().item(), len(part)])
     ctx.average(sums)
     return (sums[0] / sums[1]).item()

@@ -300,12 +300,9 @@ class CopyTest:
         """Fraction of draws in which more copies than chance allows are found once this share of
         the samples is replaced by planted copies; bool [N] and [P]: which count as copies."""
         rng, num = np.random.default_rng(seed), round(share * len(samples))
-        found = 0
-        for _ in range(draws):
-            kept = rng.permutation(samples)[num:].sum()
-            count = int(kept + rng.choice(planted, num).sum())
-            found += self.probability(count, len(samples)) < BY_CHANCE
-        return found / draws
+        counts = [int(rng.permutation(samples)[num:].sum() + rng.choice(planted, num).sum())
+                  for _ in range(draws)]
+        return sum(self.probability(n, len(samples)) < BY_CHANCE for n in counts) / draws
 
 
 # --- classification -----------------------------------------------------------------------------

@@ -111,7 +111,8 @@ def test_without_validation_images_there_is_no_best(workspace, quick, ldm):
 @pytest.mark.parametrize("task", ["TB", "ALL_CXR"])
 @pytest.mark.parametrize("split, given, epochs", [
     (None, (), memorisation.SAFE_PASSES), (None, ("--epochs=1000",), 1000), ("val", (), 1000),
-    ("valid", (), 1000), ("val_old", (), memorisation.SAFE_PASSES), (None, ("--mode=overfit_16",), 1500)])
+    ("valid", (), 1000), ("val_old", (), memorisation.SAFE_PASSES),
+    (None, ("--mode=overfit_16",), 1500)])
 def test_without_validation_images_training_ends_before_models_copy(tmp_path, task, split, given,
                                                                     epochs):
     for name in ("train", split) if split else ("train",):

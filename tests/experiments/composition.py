@@ -8,7 +8,8 @@
     PYTHONPATH=. python tests/experiments/composition.py --ckpt=L/ckpts/best.pt --phantoms=P
 
 An autoencoder and a model of normal, tb and effusion (never both in one image) come first, trained
-on P/train with the configs of the demo. Presence is judged by two classifiers trained on P/judge.
+on P/train with the demo's settings (see the Makefile). Presence is judged by two classifiers
+trained on P/judge.
 """
 import argparse
 import contextlib

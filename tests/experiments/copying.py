@@ -1,7 +1,7 @@
 """When does a model of N training images know them by heart? docs/log.md, "the law of copying".
 
-    PYTHONPATH=. python tests/experiments/copying.py --data=CXR/PNEUMONIA --ae=A/ckpts/last.pt --out=O \
-        --num 25 50 106 212 424 667
+    PYTHONPATH=. python tests/experiments/copying.py --data=CXR/PNEUMONIA --out=O \
+        --ae=A/ckpts/last.pt --num 25 50 106 212 424 667
     PYTHONPATH=. python tests/experiments/copying.py --out=O --plot=docs/copying.svg
 
 Trains a small UNet (config/cpu_ldm.py, 32 channels) on N films, half of each class, until its
@@ -107,7 +107,8 @@ def main():
                          for i, name in enumerate(curves))
         args.plot.write_text(svg.replace(
             "<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ').replace(
-            f"0 0 {html.WIDTH} {html.HEIGHT}", f"0 0 {html.WIDTH} {240 + 14 * len(curves)}").replace(
+            f"0 0 {html.WIDTH} {html.HEIGHT}",
+            f"0 0 {html.WIDTH} {240 + 14 * len(curves)}").replace(
             "</svg>", f"<style>svg {{ background: white }} {html.STYLE}</style>{legend}</svg>"))
 
 

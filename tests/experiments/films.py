@@ -18,7 +18,8 @@ import torch.nn.functional as F
 import data
 import evaluate
 import sample
-from lib import decode, dist, metrics
+from composition import read
+from lib import dist, metrics
 
 STEPS = "--num_sampling_steps="
 RULES = {
@@ -44,8 +45,7 @@ def draw(args, ckpt, folder, flags):
         with contextlib.redirect_stdout(io.StringIO()):
             sample.main([f"--ckpt={ckpt}", f"--num_samples={args.num_samples}", "--dtype=fp32",
                          "--device=cpu", f"--out_dir={folder}", *flags.split()])
-    paths = sorted(path for path in folder.glob("*.png") if path.name != "grid.png")
-    return torch.from_numpy(np.stack([decode.read_grey(path) for path in paths]))[:, None] * 2 - 1
+    return read(folder)
 
 
 def main():
