@@ -42,14 +42,10 @@ def _subfolders(folder):
 
 
 def find_split(root, task, split):
-    """(Folders TASK/SPLIT below `root`, {task: its splits}). ALL_CXR without a folder of its own
-    joins all tasks. Exits with an error if there is no such root or task."""
-    if not os.path.isdir(root):
-        fail(f"no folder --data_root={os.path.abspath(root)}")
+    """(Folders TASK/SPLIT below `root`, {task: its splits}), both empty if there is no such task.
+    ALL_CXR without a folder of its own joins all tasks."""
     tasks = _subfolders(root)
     members = [task] if task in tasks else tasks if task == "ALL_CXR" else []
-    if not members:
-        fail(f"no task {task!r} in {root}; there: {', '.join(tasks) or 'no folders at all'}")
     splits = {member: _subfolders(os.path.join(root, member)) for member in members}
     names = ("val", "valid", "validation") if split == "val" else (split,)
     return [f"{member}/{name}" for member in members for name in names
@@ -59,7 +55,11 @@ def find_split(root, task, split):
 def split_folders(root, task, split, optional=False):
     """Folders TASK/SPLIT below `root`; see find_split. Exits with an error that names what is there
     if there are none, unless the split is `optional`."""
+    if not os.path.isdir(root):
+        fail(f"no folder --data_root={os.path.abspath(root)}")
     found, splits = find_split(root, task, split)
+    if not splits:
+        fail(f"no task {task!r} in {root}; there: {_subfolders(root) or 'no folders at all'}")
     if not found:
         there = ", ".join(sorted(set().union(*splits.values()))) or "none"
         message = f"no split {split!r} for task {task} in {root}; there: {there}"
