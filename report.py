@@ -1,4 +1,4 @@
-"""One page about a run: verdicts, curves, samples, evaluation, settings.
+"""One page about a run: verdicts, settings, curves, samples, evaluation.
 
     python report.py runs/ldm_tb                 # writes runs/ldm_tb/report.html
     python report.py runs/ldm_tb runs/ldm_tb2    # compares them: runs/ldm_tb/comparison.html
@@ -15,7 +15,7 @@ import shlex
 from lib import metrics, verdicts
 from lib.args import Parser, file_path, parse_settings
 from lib.files import fail, read_json, write_atomic
-from lib.html import draw, image, leaves, page, show, table, tag, verdict_list
+from lib.html import Html, draw, image, leaves, page, show, table, tag
 from lib.run import read_records
 
 REAL = "sample_diversity/real_pairwise_mse_mean"
@@ -34,7 +34,6 @@ CHARTS = {  # {title: metrics}
     "Standard deviation of the latents": (metrics.Z_STD, metrics.TARGET_STD),
     "Copies, measured and by chance": (verdicts.COPIES, verdicts.COPIES_EXPECTED),
     "Speed": ("train/images_per_second",)}
-CHARTED = [name for names in CHARTS.values() for name in names]
 
 # --- a run folder -------------------------------------------------------------------------------
 
@@ -56,27 +55,24 @@ class LoggedRun:
         self.best = min(validated, key=lambda record: record[verdicts.VAL], default={})
         if self.summary.get("step", -1) < self.latest.get("step", 0):
             self.summary = {}  # the run has gone on since
-        self.verdicts = [verdicts.Verdict(**v) for v in self.summary.get("verdicts", ())]
 
     def points(self, name):
         """[(step, value)] of a metric; NaN if it was not finite."""
         return [(record["step"], record[name]) for record in self.records if name in record]
 
     def grids(self):
-        """{kind: {epoch: path}} of samples/: up to six grids of each class, or reconstructions."""
-        grids = {}
-        for path in (self.folder / "samples").glob("*_ep*.png"):
-            if match := re.fullmatch(r"(?:recon|sample)_ep(\d+)_?(.*)\.png", path.name, re.DOTALL):
-                names = grids.setdefault(match[2] or "reconstructions", {})
-                names[int(match[1])] = path
-        for kind, names in grids.items():
-            epochs = sorted(names)
-            chosen = {epochs[i * (len(epochs) - 1) // 4] for i in range(5)}
-            grids[kind] = {e: names[e] for e in epochs if e in chosen | {self.best.get("epoch")}}
-        return dict(sorted(grids.items()))
+        """[(class, epoch, path)] of the grids in samples/ in this order: real images have epoch 0,
+        then come up to six epochs, the one with the lowest val/loss among them."""
+        found = []
+        for path in (self.folder / "samples").glob("*.png"):
+            if match := re.fullmatch(r"(?:real|(?:recon|sample)_ep(\d+))_?(.*)", path.stem, re.DOTALL):
+                found.append((match[2] or "reconstructions", int(match[1] or 0), path))
+        epochs = sorted({epoch for _, epoch, _ in found if epoch})
+        chosen = {epochs[i * (len(epochs) - 1) // 4] for i in range(5) if epochs}
+        return sorted(grid for grid in found if grid[1] in chosen | {0, self.best.get("epoch")})
 
 
-# --- one run ------------------------------------------------------------------------------------
+# --- the page -----------------------------------------------------------------------------------
 
 
 def facts(run):
@@ -93,13 +89,39 @@ def facts(run):
     return found | {n: v for n, v in meta.items() if n not in ("args", "data", "changed", *found)}
 
 
+def run_table(runs):
+    """Facts, settings and last numbers: a column for each of {path: run}, and of several runs only
+    the rows whose values differ."""
+    columns = [facts(run) | run.settings | run.latest for run in runs.values()]
+    rows = [[name, *(show(column.get(name)) for column in columns)]
+            for name in dict.fromkeys(name for column in columns for name in column)]
+    return table([row for row in rows if len(runs) == 1 or len(set(row[1:])) > 1], ["", *runs])
+
+
+def curves(runs):
+    """A figure for each chart of one run; of several, for each metric, a curve for each run."""
+    if len(runs) == 1:
+        run, = runs.values()
+        figures = {title: {name: run.points(name) for name in names}
+                   for title, names in CHARTS.items()}
+    else:
+        figures = {name: {path: run.points(name) for path, run in runs.items()}
+                   for names in CHARTS.values() for name in names}
+    return tag("div", *(draw(title, of) for title, of in figures.items()), class_="grid")
+
+
+def judged(measured):
+    """Table of the verdicts in a summary.json or evaluation.json: bad ones first, with advice."""
+    found = sorted((verdicts.Verdict(**v) for v in measured.get("verdicts", ())),
+                   key=lambda v: ("bad", "watch", "ok").index(v.level))
+    return table([tag("b", v.level.upper(), class_=v.level), v.metric, v.value,
+                  v.meaning if v.level == "ok" else f"{v.meaning} {v.advice}"] for v in found)
+
+
 def samples(run):
     """Grids over the epochs; real images above those of a class."""
-    parts = []
-    for kind, names in run.grids().items():
-        parts.append(image(run.folder / f"samples/real_{kind}.png", f"{kind}, real"))
-        parts += [image(path, f"{kind} epoch {epoch}") for epoch, path in names.items()]
-    return tag("div", *parts)
+    return tag("div", *(image(path, f"{name} epoch {epoch}" if epoch else f"{name}, real")
+                        for name, epoch, path in run.grids()))
 
 
 def evaluation(run):
@@ -107,47 +129,21 @@ def evaluation(run):
     if not run.evaluation:
         return tag("p", "Not measured: run evaluate.py with an LDM.")
     numbers = {name: value for name, value in run.evaluation.items() if name != "verdicts"}
-    found = [verdicts.Verdict(**v) for v in run.evaluation.get("verdicts", ())]
     by_size = {row: [(int(size), area) for size, (area, _, _) in sizes.items()]
                for row, sizes in numbers.get("c2st_by_size", {}).items()}
-    return tag("div", verdict_list(found), table(leaves(numbers)),
+    return tag("div", judged(run.evaluation), table(leaves(numbers)),
                draw("C2ST by size in pixels; 0.5: like real images", by_size),
                image(run.folder / "evaluation_pairs.png", "the ten closest pairs"))
 
 
-def report(run):
-    """The page of one run."""
-    curves = [draw(title, {name: run.points(name) for name in names})
-              for title, names in CHARTS.items()]
-    return page(run.folder.resolve().name, {
-        "Verdicts": verdict_list(run.verdicts), "Run": table(facts(run).items()),
-        "Curves": tag("div", *curves, class_="grid"), "Samples": samples(run),
-        "Evaluation": evaluation(run), "Settings": table(run.settings.items())})
+def report(runs):
+    """The page of {path: LoggedRun}; its sections have a part for each run."""
+    def each(part):
+        return tag("div", *(Html(tag("h3", path) + part(run)) for path, run in runs.items()))
 
-
-# --- several runs -------------------------------------------------------------------------------
-
-
-def differences(runs):
-    """Table of facts, settings, verdicts and last numbers: a column for each of {path: run}, a row
-    for each name whose value differs."""
-    columns = [facts(run) | run.settings | {name: run.latest.get(name) for name in CHARTED}
-               | {f"verdict on {v.metric}": f"{v.value} {v.level}" for v in run.verdicts}
-               for run in runs.values()]
-    rows = [[name, *(show(column.get(name)) for column in columns)]
-            for name in dict.fromkeys(name for column in columns for name in column)]
-    return table([row for row in rows if len(set(row[1:])) > 1], ["", *runs])
-
-
-def comparison(runs):
-    """The page of several runs, {path: LoggedRun}."""
-    curves = [draw(name, {path: run.points(name) for path, run in runs.items()})
-              for name in CHARTED]
-    last = [image(names[max(names)], f"{path}: {kind} epoch {max(names)}")
-            for path, run in runs.items() for kind, names in run.grids().items()]
-    return page(f"{len(runs)} runs", {
-        "Differences": differences(runs), "Curves": tag("div", *curves, class_="grid"),
-        "Last samples": tag("div", *last)})
+    return page(" and ".join(run.folder.resolve().name for run in runs.values()), {
+        "Verdicts": each(lambda run: judged(run.summary)), "Run": run_table(runs),
+        "Curves": curves(runs), "Samples": each(samples), "Evaluation": each(evaluation)})
 
 
 def main(argv=None):
@@ -156,11 +152,9 @@ def main(argv=None):
     parser.add_argument("--out", type=file_path, help="HTML file; None: in the first run's folder")
     args = parse_settings(parser, argv)
     runs = {path: LoggedRun(path) for path in args.runs}
-    if len(runs) == 1:
-        name, html = "report.html", report(*runs.values())
-    else:
-        name, html = "comparison.html", comparison(runs)
+    name = "report.html" if len(runs) == 1 else "comparison.html"
     path = pathlib.Path(args.out or pathlib.Path(args.runs[0], name))
+    html = report(runs)
     write_atomic(path, lambda f: f.write(html))
     print(f"report: {path}")
 

@@ -65,13 +65,6 @@ def leaves(tree, path=()):
             yield ", ".join((*path, name)), value
 
 
-def verdict_list(verdicts):
-    """Table of verdicts.Verdicts: bad ones first, then those to watch, each with what to do."""
-    return table([tag("b", v.level.upper(), class_=v.level), v.metric, v.value,
-                  v.meaning if v.level == "ok" else f"{v.meaning} {v.advice}"]
-                 for v in sorted(verdicts, key=lambda v: ("bad", "watch", "ok").index(v.level)))
-
-
 def image(path, text):
     """Embedded picture of a PNG file; empty Html if it is not there."""
     if not path.is_file():
