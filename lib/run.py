@@ -329,7 +329,9 @@ class Run:
         metrics = metrics | {"train/images_per_second": per_second * images_per_step}
         self.log_step, self.log_time = step, time.perf_counter()
         self.log(step, epoch, metrics)
-        say(f"step {step} epoch {epoch} {verdicts.format_training(metrics)}")
+        numbers = "  ".join(f"{name.removeprefix('train/')} {value:.4g}"
+                            for name, value in metrics.items())
+        say(f"step {step} epoch {epoch}: {numbers}")
         return metrics
 
     def log_evaluation(self, step, epoch, metrics, pictures, found=()):

@@ -253,12 +253,3 @@ def format_verdicts(verdicts):
         if v.level != "ok":
             lines.append(" " * len(start) + v.advice)
     return "\n".join(lines)
-
-
-def format_training(values):
-    """One line about a log step's metrics."""
-    words = [f"{name} {values[f'train/{name}']:.4g}" for name in ("loss", "rec", "kl", "grad_norm")
-             if f"train/{name}" in values]
-    words.append(f"{values['train/images_per_second']:.1f} images/s")
-    skipped = values["train/bad_steps"]
-    return " ".join(words) + (f", {skipped:.0f} non-finite steps skipped" if skipped else "")

@@ -20,6 +20,7 @@ import shutil
 import numpy as np
 import torch
 import torch.nn.functional as F
+from statsmodels.stats.proportion import proportion_confint
 
 import data
 import evaluate
@@ -83,7 +84,7 @@ def row(name, x, real, pool, nets, features):
     """A line of the table for images x: presence of tb, effusion and both, distance, diversity."""
     present = [net(x).argmax(1).bool() for net in nets]
     both = present[0] & present[1]
-    low, high = metrics.binomial_interval(int(both.sum()), len(both))
+    low, high = proportion_confint(int(both.sum()), len(both), method="wilson")
     own = [evaluate.Labelled(np.zeros(len(of), int), features(of)) for of in (x, pool, real)]
     fid = evaluate.distance(*own, 0)
     spread = [metrics.pairwise_mse(of.values)["mean"] for of in own]
