@@ -37,18 +37,19 @@ def read_evaluation(args, checkpoint, meta):
                 and report.get("data", meta["data"]) == meta["data"]
                 and sum(samples.values()) >= FEWEST_SAMPLES
                 and samples.keys() >= sample.trained_classes(checkpoint).keys())
-    if args.allow_copies:
-        return report if searched else None
+    problem = None
     if not searched:
         command = command_line("evaluate.py", ckpt=args.ckpt, num_samples=FEWEST_SAMPLES,
                                **data_flags(argparse.Namespace(**checkpoint["args"])))
-        fail(f"{path} has no search for copies in {FEWEST_SAMPLES} samples of all classes of "
-             f"{args.ckpt}: run `{command}`, or give --allow_copies")
-    if report["copies"]["probability"] < metrics.BY_CHANCE:
-        fail(f"{100 * report['copies']['share']:.1f} % of the samples of {args.ckpt} are copies of "
-             "training images, more than chance allows: train for fewer steps or on more images, "
-             "or give --allow_copies")
-    return report
+        problem = (f"{path} has no search for copies in {FEWEST_SAMPLES} samples of all classes of "
+                   f"{args.ckpt}: run `{command}`")
+    elif report["copies"]["probability"] < metrics.BY_CHANCE:
+        problem = (f"{100 * report['copies']['share']:.1f} % of the samples of {args.ckpt} are "
+                   "copies of training images, more than chance allows: train for fewer steps or "
+                   "on more images")
+    if problem and not args.allow_copies:
+        fail(f"{problem}, or give --allow_copies")
+    return report if searched else None
 
 
 # --- the parts ----------------------------------------------------------------------------------
@@ -112,11 +113,11 @@ def describe_evaluation(report):
     total = sum(report["num_samples"].values())
     held_out = data.count_files(report.get("test_data", {}).get("held-out images", ()))
     found = verdicts.format_verdicts([verdicts.Verdict(**v) for v in report["verdicts"]])
-    return f"""{100 * report["copies"]["share"]:.1f} % of {total} samples are copies of training images.
-Split {report["split"]} of the data set above (images: {held_out}), sampler {report["sampler"]} with
-{report["num_sampling_steps"]} steps, guidance {report["guidance_scale"]}; pipeline.py samples with
-Euler or DDIM steps. Images of the autoencoder, or of a model that training started from, were not
-searched for copies.
+    return f"""{100 * report["copies"]["share"]:.1f} % of {total} samples are copies of training
+images. Split {report["split"]} of the data set above (images: {held_out}), sampler
+{report["sampler"]} with {report["num_sampling_steps"]} steps, guidance {report["guidance_scale"]};
+pipeline.py samples with Euler or DDIM steps. Images of the autoencoder, or of a model that training
+started from, were not searched for copies.
 
 ```
 {found}

@@ -60,17 +60,6 @@ class LoggedRun:
         """[(step, value)] of a metric; NaN if it was not finite."""
         return [(record["step"], record[name]) for record in self.records if name in record]
 
-    def grids(self):
-        """[(class, epoch, path)] of the grids in samples/ in this order: real images have epoch 0,
-        then come up to six epochs, the one with the lowest val/loss among them."""
-        found = []
-        for path in (self.folder / "samples").glob("*.png"):
-            if match := re.fullmatch(r"(?:real|(?:recon|sample)_ep(\d+))_?(.*)", path.stem, re.DOTALL):
-                found.append((match[2] or "reconstructions", int(match[1] or 0), path))
-        epochs = sorted({epoch for _, epoch, _ in found if epoch})
-        chosen = {epochs[i * (len(epochs) - 1) // 4] for i in range(5) if epochs}
-        return sorted(grid for grid in found if grid[1] in chosen | {0, self.best.get("epoch")})
-
 
 # --- the page -----------------------------------------------------------------------------------
 
@@ -100,14 +89,12 @@ def run_table(runs):
 
 def curves(runs):
     """A figure for each chart of one run; of several, for each metric, a curve for each run."""
-    if len(runs) == 1:
-        run, = runs.values()
-        figures = {title: {name: run.points(name) for name in names}
-                   for title, names in CHARTS.items()}
-    else:
-        figures = {name: {path: run.points(name) for path, run in runs.items()}
-                   for names in CHARTS.values() for name in names}
-    return tag("div", *(draw(title, of) for title, of in figures.items()), class_="grid")
+    several = len(runs) > 1
+    charts = {n: [n] for names in CHARTS.values() for n in names} if several else CHARTS
+    figures = [draw(title, {path if several else name: run.points(name)
+                            for path, run in runs.items() for name in names})
+               for title, names in charts.items()]
+    return tag("div", *figures, class_="grid")
 
 
 def judged(measured):
@@ -119,9 +106,17 @@ def judged(measured):
 
 
 def samples(run):
-    """Grids over the epochs; real images above those of a class."""
+    """The grids in samples/, by class: real images, then those of up to six epochs, the one with
+    the lowest val/loss among them."""
+    found = []
+    for path in (run.folder / "samples").glob("*.png"):
+        if match := re.fullmatch(r"(?:real|[a-z]+_ep(\d+))_?(.*)", path.stem, re.DOTALL):
+            found.append((match[2] or "reconstructions", int(match[1] or 0), path))
+    epochs = sorted({epoch for _, epoch, _ in found if epoch})
+    chosen = {epochs[i * (len(epochs) - 1) // 4] for i in range(5) if epochs}
+    chosen |= {0, run.best.get("epoch")}
     return tag("div", *(image(path, f"{name} epoch {epoch}" if epoch else f"{name}, real")
-                        for name, epoch, path in run.grids()))
+                        for name, epoch, path in sorted(found) if epoch in chosen))
 
 
 def evaluation(run):

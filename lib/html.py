@@ -91,18 +91,17 @@ def draw(title, curves):
         return Html("")
     xs, ys = zip(*finite, strict=True)
     last = max(xs) or 1
-    margin = 0.08 * (max(ys) - min(ys)) or 0.1 * abs(max(ys)) or 0.1  # a level line has a height
-    low, high = min(ys) - margin, max(ys) + margin
+    low, height = min(ys), max(ys) - min(ys) or 1
 
     def across(x):
         return round(LEFT + x / last * (WIDTH - LEFT - RIGHT), 1)
 
     def down(y):
-        return round(HEIGHT - BOTTOM - (y - low) / (high - low) * (HEIGHT - TOP - BOTTOM), 1)
+        return round(HEIGHT - BOTTOM - (y - low) / height * (HEIGHT - TOP - BOTTOM), 1)
 
     parts, legend = [], [tag("b", title), tag("br")]
     for part in (0, 0.25, 0.5, 0.75, 1):
-        x, y = part * last, min(ys) + part * (max(ys) - min(ys))
+        x, y = part * last, low + part * height
         parts += [tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=down(y), y2=down(y)),
                   tag("text", f"{y:.3g}", x=LEFT - 4, y=down(y) + 4, text_anchor="end"),
                   tag("text", f"{x:.0f}", x=across(x), y=HEIGHT - 6, text_anchor="middle")]

@@ -169,13 +169,12 @@ def pairwise_mse(z):
 def sample_diversity(z, labels, class_names, real_pairwise_mse_mean):
     """Pairwise MSE of normalised latents z [N, ...] within each class, labels [N] into class_names:
     `sample_diversity/<class>/pairwise_mse_*` of classes with two or more samples, their averages
-    `sample_diversity/pairwise_mse_*`, the number of pairs in the largest class, and the ratio of
-    the mean to that of training latents, unless this is None or 0 (one training image)."""
+    `sample_diversity/pairwise_mse_*`, and the ratio of the mean to that of training latents, unless
+    this is None or 0 (one training image)."""
     labels = torch.as_tensor(labels, device=z.device)
     members = {name: z[labels == index] for index, name in enumerate(class_names)}
     stats = {name: pairwise_mse(x) for name, x in members.items() if len(x) > 1}
-    largest = max(map(len, members.values()))
-    result = {"num_pairs": largest * (largest - 1) // 2}
+    result = {}
     for key in ("mean", "std", "min", "max") if stats else ():
         of_classes = {name: of[key] for name, of in stats.items()}
         result |= {f"{name}/pairwise_mse_{key}": value for name, value in of_classes.items()}
@@ -232,15 +231,6 @@ def beta_binomial_tail(count, total, a, b):
     return ways / math.comb(total + a + b - 1, total)
 
 
-def distinct_rows(rows):
-    """Indices of the unit-length rows [N, D] that repeat no earlier one."""
-    repeats = []
-    for start in range(0, len(rows), 256):
-        same = rows[start:start + 256] @ rows[:start + 256].T > REPEATED
-        repeats.append(same.tril(start - 1).any(1))  # of the earlier rows
-    return (~torch.cat(repeats)).nonzero()[:, 0]
-
-
 def closeness(rows, others, within=False):
     """(ratio [N], nearest [N]) of unit-length rows [N, D] among others [M, D]: the distance to the
     nearest, over that to the fifth nearest, or to the last of fewer. within: rows are the others,
@@ -269,7 +259,11 @@ class CopyTest:
 
     def __init__(self, train, alpha=0.01):
         """train [M, D]: unit-length rows, as from data.thumbnails."""
-        self.index = distinct_rows(train)
+        repeats = []
+        for start in range(0, len(train), 256):
+            same = train[start:start + 256] @ train[:start + 256].T > REPEATED
+            repeats.append(same.tril(start - 1).any(1))  # of the earlier rows
+        self.index = (~torch.cat(repeats)).nonzero()[:, 0]
         self.others = train[self.index]
         reference, _ = closeness(self.others, self.others, within=True)
         self.rank = max(1, int(alpha * (len(self.others) + 1)))
@@ -314,14 +308,16 @@ def auroc(scores, labels):
     return sum(areas) / len(areas)
 
 
-def auroc_interval(area, positives, negatives, z=1.96):
-    """95 % confidence interval (low, high) of an AUROC, valid down to ten images per class: all
-    areas within z standard errors of the measured one, with the variance of Hanley & McNeil 1982
-    and both class sizes replaced by their mean (Newcombe 2006, method 5)."""
+def auroc_interval(area, labels, z=1.96):
+    """95 % confidence interval (low, high) of an AUROC on images with labels [N], valid down to ten
+    images per class: all areas within z standard errors of the measured one, with the variance of
+    Hanley & McNeil 1982 and both class sizes, that of the smallest class and of all others,
+    replaced by their mean (Newcombe 2006, method 5)."""
+    fewest = min(int((labels == c).sum()) for c in labels.unique())
     true = torch.linspace(0, 1, 1_000_001, dtype=torch.float64)
     q = (1 - true) / (2 - true) + true / (1 + true)
-    size = (positives + negatives) / 2
-    variance = true * (1 - true) * (1 + (size - 1) * q) / (positives * negatives)
+    size = len(labels) / 2
+    variance = true * (1 - true) * (1 + (size - 1) * q) / (fewest * (len(labels) - fewest))
     inside = true[~((area - true).abs() > z * variance.sqrt())]  # all of them if area is NaN
     return min(area, inside[0].item()), max(area, inside[-1].item())
 
@@ -333,8 +329,7 @@ def mean_auroc(of_trainings, labels):
     areas = torch.tensor([auroc(scores, labels) for scores in of_trainings], dtype=torch.float64)
     mean = areas.mean().item()
     training = 4.30 * areas.std().item() / math.sqrt(len(areas))
-    positives = min(int((labels == c).sum()) for c in labels.unique())
-    low, high = auroc_interval(mean, positives, len(labels) - positives)
+    low, high = auroc_interval(mean, labels)
     return (mean, max(0.0, mean - math.hypot(mean - low, training)),
             min(1.0, mean + math.hypot(high - mean, training)))
 

@@ -195,7 +195,7 @@ def health(metrics, losses=(), train_stats=None, overfit=False, diverged=False,
                 "lowest": low - (high - low) / 2, "highest": high + (high - low) / 2}
     verdicts = []
     for name in (name for name in OK if name in metrics):
-        one_pair = name == MSE_STD and metrics.get("sample_diversity/num_pairs") == 1
+        one_pair = name == MSE_STD and metrics[name] == 0 < metrics.get(MSE_MIN, 0)
         if one_pair or overfit and name.startswith("sample_diversity/"):
             continue  # the std of a single pair is 0 and says nothing
         value, (meaning, target) = float(metrics[name]), OK[name]

@@ -129,7 +129,7 @@ def test_ldm_page_shows_curves_samples_and_verdicts(stages, workspace, quick):
                  f"wall time {datetime.timedelta(seconds=int(summary['wall_seconds']))}",
                  "Not measured"):
         assert text in seen.words
-    changed = seen.words.split("not the defaults")[1].split("Curves")[0]
+    changed = seen.words.split("not the defaults")[1].split(" kind ldm ")[0]
     assert "lr 0.001" in changed and "seed" not in changed
 
 
@@ -239,8 +239,9 @@ def test_a_comparison_shows_what_differs(make_run, capsys, tmp_path):
     assert "train/loss 0.125 0.0625 –" in seen.words and "val/psnr – – 22" in seen.words
     assert set(seen.curves["train/loss"]) == {str(run) for run in runs[:2]}
     assert set(seen.curves["val/psnr"]) == {str(runs[2])}
-    last = [(run / "samples/sample_ep0002_tb.png").read_bytes() for run in runs[:2]]
-    assert [png for _, png in seen.pictures] == last
+    assert [png for _, png in seen.pictures] == [
+        (run / f"samples/{name}_tb.png").read_bytes() for run in runs[:2]
+        for name in ("real", "sample_ep0001", "sample_ep0002")]
     seen = made(capsys, *runs[:2], f"--out={tmp_path}/c.html")
     assert "same" not in seen.words and (tmp_path / "c.html").exists()  # the same in both
 

@@ -29,7 +29,7 @@ def ldm(workspace):
 
 def evaluations(folder):  # {step: record}
     return {r["step"]: r for r in read_jsonl(folder / "metrics.jsonl")
-            if "sample_diversity/num_pairs" in r}
+            if "sample_diversity/pairwise_mse_mean" in r}
 
 
 def opened(workspace):

@@ -1,10 +1,10 @@
 """Composition on phantoms, whose joint is known: the table of docs/composition.md.
 
-    python -m lib.phantom --out=P/train --num_train=400 --img_size=64 --classes normal tb effusion
-    python -m lib.phantom --out=P/judge --num_train=400 --img_size=64 --seed=1 \
-        --classes normal tb effusion tb+effusion
-    python -m lib.phantom --out=P/both --num_train=600 --num_val=0 --img_size=64 --seed=2 \
-        --classes tb+effusion
+    from lib.phantom import CLASSES, write_phantoms  # in Python
+    write_phantoms("P/train", 400, 16, 64, 0, CLASSES[:3])
+    write_phantoms("P/judge", 400, 16, 64, 1, CLASSES)
+    write_phantoms("P/both", 600, 0, 64, 2, CLASSES[3:])
+
     PYTHONPATH=. python tests/experiments/composition.py --ckpt=L/ckpts/best.pt --phantoms=P
 
 An autoencoder and a model of normal, tb and effusion (never both in one image) come first, trained
