@@ -546,11 +546,10 @@ def judge(report):
             low <= 0.5 or low > real_high,
             "AUROC on samples of a classifier trained on real images.", advice)
     for where, (value, low, high) in report.get("gain", {}).items():
-        benefit = "useful" if low > 0 else "harmful" if high < 0 else "of no proven use"
         yield verdict(
             f"gain, {where}", value, f"{low:.3f} to {high:.3f}", False, high < 0,
-            "AUROC gained by training on real images and samples instead of repeated real images: "
-            f"{benefit}.", "Do not train on them: look at class fidelity and at the distances.")
+            "AUROC gained by samples beside real images over repeats of these: useful above 0.",
+            "Do not train on them: look at class fidelity and at the distances.")
     if areas := report.get("diffusion_classifier"):
         value, low, high = areas[f"{DENOISING}, tested on {HELD_OUT}"]
         real_value, _, _ = areas[f"{REAL}, tested on {HELD_OUT}"]

@@ -186,7 +186,6 @@ def main(argv=None):
     args = parse_settings(parser, argv)
     try:
         import diffusers  # noqa: F401
-        import safetensors  # noqa: F401
     except ImportError:
         fail("export.py needs diffusers: pip install diffusers safetensors")
     folder = pathlib.Path(args.out_dir or run.run_folder(args.ckpt) / "exported")

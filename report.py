@@ -6,7 +6,6 @@
 The page embeds its pictures and needs neither a network nor a script, so it can be sent as it is.
 It can be made during a run, and of a run with missing or damaged files: what is left is shown.
 """
-import datetime
 import math
 import pathlib
 import re
@@ -32,8 +31,7 @@ CHARTS = {  # {title: metrics}
     "Power of the octave least like real images": (metrics.POWER,),
     "Lattice of dots or squares": (metrics.LATTICE, "val/lattice"),
     "Standard deviation of the latents": (metrics.Z_STD, metrics.TARGET_STD),
-    "Copies, measured and by chance": (verdicts.COPIES, verdicts.COPIES_EXPECTED),
-    "Speed": ("train/images_per_second",)}
+    "Copies, measured and by chance": (verdicts.COPIES, verdicts.COPIES_EXPECTED)}
 
 # --- a run folder -------------------------------------------------------------------------------
 
@@ -66,11 +64,10 @@ class LoggedRun:
 
 def facts(run):
     """{name: value} of what a reader asks first, then all else that the run says of itself."""
-    meta, best, summary, seconds = run.meta, run.best, run.summary, run.summary.get("wall_seconds")
+    meta, best, summary = run.meta, run.best, run.summary
     state = "diverged" if summary.get("diverged") else "finished" if summary else "not finished"
     found = {
         "state": f"{state}, step {show(run.latest.get('step'))}",
-        "wall time": seconds and str(datetime.timedelta(seconds=int(seconds))),
         "lowest val/loss": best and f"{show(best[verdicts.VAL])}, epoch {best.get('epoch')}",
         "images": [f"{name} {count}" for name, count, *_ in meta.get("data", ())],
         "command": shlex.join(["python", *meta.get("command", ())]),

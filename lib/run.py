@@ -150,7 +150,7 @@ class Run:
         self.last_path = self.folder / "ckpts" / "last.pt"
         self.best_path = self.folder / "ckpts" / "best.pt"
         self.metrics_path = self.folder / "metrics.jsonl"
-        self.saved_step, self.save_time, self.saved_seconds = -1, time.perf_counter(), 0.0
+        self.saved_step, self.save_time = -1, time.perf_counter()
         self.wandb = args.wandb and ctx.is_main  # later W&B's object for this run
         self.meta = {
             "kind": kind, "args": vars(args), **facts,
@@ -175,7 +175,7 @@ class Run:
         if not self.args.resume_dir:
             return None
         checkpoint = load_checkpoint(self.last_path, self.kind)
-        self.saved_step, self.saved_seconds = checkpoint["step"], checkpoint.get("seconds", 0.0)
+        self.saved_step = checkpoint["step"]
         return checkpoint
 
     def restore(self, modules, optimizers=()):
@@ -246,16 +246,13 @@ class Run:
         """Write ckpts/last.pt, once per step: a finished run started again keeps its hash."""
         if state["step"] == self.saved_step:
             return
-        now = time.perf_counter()
-        self.saved_seconds += now - self.save_time
-        self.saved_step, self.save_time = state["step"], now
+        self.saved_step, self.save_time = state["step"], time.perf_counter()
         if self.ctx.is_main:
             self._write(self.last_path, state)
 
     def _write(self, path, state):
         self._check_lock()
-        state = {"kind": self.kind, **state, "seconds": self.saved_seconds}
-        write_atomic(path, lambda f: torch.save(state, f))
+        write_atomic(path, lambda f: torch.save({"kind": self.kind, **state}, f))
 
     def save_best(self, state):
         """Write ckpts/best.pt, the averaged weights alone. A run that was started again and has
@@ -380,7 +377,7 @@ class Run:
                 say(f"the one to use: {checkpoint}, of epoch {summary['best']['epoch']}, "
                     f"with the lowest val/loss ({summary['best']['loss']:.4g})")
             write_json(self.folder / "summary.json", {
-                "step": step, "diverged": diverged, "wall_seconds": self.saved_seconds, **summary,
+                "step": step, "diverged": diverged, **summary,
                 "verdicts": [v._asdict() for v in found]})
         self.track(lambda: self.wandb.finish(int(diverged)))
         if diverged:

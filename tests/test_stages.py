@@ -206,8 +206,7 @@ def assert_same_run(a, b, kind):
     assert pictures and pictures == {p.name: p.read_bytes() for p in (b / "samples").iterdir()}
     ends = [strict(folder / "summary.json") for folder in (a, b)]
     for end in ends:
-        end.pop("train/images_per_second", None)  # the two numbers that are about time
-        assert end.pop("wall_seconds") > 0
+        end.pop("train/images_per_second", None)
     assert ends[0] == ends[1]
 
 
