@@ -274,7 +274,7 @@ def test_a_run_that_diverges_says_so_and_leaves_good_weights(workspace, quick):
     summary = strict(workspace.out / "bad/summary.json")
     assert summary["diverged"] is True
     assert summary["train/bad_steps"] == 4  # the first step was good
-    assert ", 4 non-finite steps skipped" in result.out
+    assert "  bad_steps 4  " in result.out
     assert "BAD    train/bad_steps" in result.out
     assert any(v["metric"] == "train/bad_steps" and v["level"] == "bad"
                for v in summary["verdicts"])
