@@ -529,12 +529,14 @@ def judge(report):
     if sizes := report.get("c2st_by_size"):
         *_, baseline = sizes["baseline"].values()
         *_, (value, low, _) = sizes["samples"].values()  # at full size
+        rows = "; ".join(f"{row} " + ", ".join(f"{area:.2f}" for area, _, _ in of.values())
+                         for row, of in sizes.items())
         yield verdict(
             "two-sample", value, f"baseline {baseline[0]:.2f}", False,
             value > 0.9 or low > max(0.6, baseline[0]),
-            "AUROC of a network that tells samples from held-out images by their pixels.",
-            "Look at power, the grid and smaller sizes. If decoded is as high, improve the "
-            "autoencoder first.")
+            "AUROC of a network that tells samples (or real images, or their reconstructions) from "
+            f"held-out images by their pixels, at {', '.join(sizes['samples'])} px: {rows}.",
+            "Look at power and at the grid. If decoded is as high, improve the autoencoder first.")
     if "auroc" in report:
         value, low, high = report["auroc"][ON_SAMPLES]
         real_value, _, real_high = report["auroc"][f"{REAL}, tested on {HELD_OUT}"]
@@ -546,10 +548,11 @@ def judge(report):
             low <= 0.5 or low > real_high,
             "AUROC on samples of a classifier trained on real images.", advice)
     for where, (value, low, high) in report.get("gain", {}).items():
+        benefit = "useful" if low > 0 else "harmful" if high < 0 else "of no proven use"
         yield verdict(
             f"gain, {where}", value, f"{low:.3f} to {high:.3f}", False, high < 0,
-            "AUROC gained by samples beside real images over repeats of these: useful above 0.",
-            "Do not train on them: look at class fidelity and at the distances.")
+            "AUROC gained by training on real images and samples instead of repeated real images: "
+            f"{benefit}.", "Do not train on them: look at class fidelity and at the distances.")
     if areas := report.get("diffusion_classifier"):
         value, low, high = areas[f"{DENOISING}, tested on {HELD_OUT}"]
         real_value, _, _ = areas[f"{REAL}, tested on {HELD_OUT}"]

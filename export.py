@@ -107,17 +107,19 @@ def write_parts(folder, denoiser, vae, vae_settings, checkpoint):
 
 
 def describe_evaluation(report):
-    """Markdown of an evaluation.json: what was measured, and all verdicts."""
+    """Markdown of an evaluation.json: the search for copies, and all verdicts."""
     if report is None:
         return "Not evaluated: nobody looked for copies of training images."
-    total = sum(report["num_samples"].values())
+    share, total = report["copies"]["share"], sum(report["num_samples"].values())
+    low, high = metrics.binomial_interval(round(share * total), total)
     held_out = data.count_files(report.get("test_data", {}).get("held-out images", ()))
     found = verdicts.format_verdicts([verdicts.Verdict(**v) for v in report["verdicts"]])
-    return f"""{100 * report["copies"]["share"]:.1f} % of {total} samples are copies of training
-images. Split {report["split"]} of the data set above (images: {held_out}), sampler
-{report["sampler"]} with {report["num_sampling_steps"]} steps, guidance {report["guidance_scale"]};
-pipeline.py samples with Euler or DDIM steps. Images of the autoencoder, or of a model that training
-started from, were not searched for copies.
+    return f"""{100 * share:.1f} % of {total} samples are copies of training images, 95 % interval
+{100 * low:.1f} to {100 * high:.1f} %. Split {report["split"]} of the data set above (images:
+{held_out}), sampler {report["sampler"]} with
+{report["num_sampling_steps"]} steps, guidance {report["guidance_scale"]}; pipeline.py samples with
+Euler or DDIM steps. Images of the autoencoder, or of a model that training started from, were not
+searched for copies.
 
 ```
 {found}

@@ -223,6 +223,14 @@ REPEATED = 0.97  # correlation of thumbnails above which two training images are
 BY_CHANCE = 0.025  # copies less probable than this are not put down to chance
 
 
+def binomial_interval(count, total, z=1.96):
+    """95 % confidence interval (low, high) of the fraction count / total (Wilson 1927)."""
+    fraction, widen = count / total, z * z / total
+    centre = (fraction + widen / 2) / (1 + widen)
+    half = z / (1 + widen) * math.sqrt(fraction * (1 - fraction) / total + widen / (4 * total))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
 @functools.cache
 def beta_binomial_tail(count, total, a, b):
     """P(X >= count) of X ~ BetaBinomial(total, a, b) with whole a and b."""

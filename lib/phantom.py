@@ -1,17 +1,23 @@
-"""A procedural chest radiograph that stands in for data, and sets of them.
+"""A procedural chest radiograph that stands in for data, and a script that writes a set of them.
 
-Classes are `normal`, `tb`, `effusion` and `tb+effusion`, which has both. Every image of a set is a
-function of (seed, split, class, number).
+    python -m lib.phantom --out=phantom --num_train=64 --num_val=16 --img_size=128
+
+writes PNG files laid out as a data root of your own would be: OUT/TB/SPLIT/CLASS/*.png. Classes are
+`normal`, `tb`, `effusion` and `tb+effusion`, which has both; the first two are the default. Every
+image is a function of (seed, split, class, number).
 """
 import contextlib
+import functools
 import os
 import pathlib
+import sys
 import tempfile
 
 import numpy as np
 from PIL import Image, ImageFilter
 
-from lib.files import make_folder, notice
+from lib.args import Parser, at_least, file_path
+from lib.files import fail, make_folder, notice, write_atomic
 
 # --- the image ----------------------------------------------------------------------------------
 
@@ -173,13 +179,14 @@ CLASSES = ("normal", "tb", "effusion", "tb+effusion")
 
 
 def write_phantoms(folder, num_train, num_val, img_size, seed=0, classes=CLASSES[:2]):
-    """Write a data root: folder/TB/{train,val}/CLASS/*.png, so many images per class."""
+    """Write folder/TB/{train,val}/CLASS/*.png, num_train and num_val images per class."""
     for split, count in (("train", num_train), ("val", num_val)):
         for label, name in ((CLASSES.index(name), name) for name in classes):
             target = make_folder(pathlib.Path(folder, "TB", split, name))
             for i in range(count):
                 rng = np.random.default_rng([seed, split == "val", label, i])
-                Image.fromarray(draw_phantom(rng, name, img_size)).save(target / f"{i:05d}.png")
+                image = Image.fromarray(draw_phantom(rng, name, img_size))
+                write_atomic(target / f"{i:05d}.png", functools.partial(image.save, format="PNG"))
 
 
 def phantom_root(output_root, img_size):
@@ -193,3 +200,24 @@ def phantom_root(output_root, img_size):
                 os.rename(f"{temporary}/set", folder)
     notice(f"no --data_root: using the phantom set in {folder}")
     return folder
+
+
+def main():
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--out", type=file_path, required=True, help="folder to write TB/SPLIT/CLASS/*.png below")
+    add("--num_train", type=at_least(1), default=64, help="training images per class")
+    add("--num_val", type=at_least(0), default=16, help="validation images per class")
+    add("--img_size", type=at_least(16), default=128, help="side in pixels")
+    add("--seed", type=at_least(0), default=0, help="of the set")
+    add("--classes", nargs="+", choices=CLASSES, default=CLASSES[:2], help="to draw")
+    args = parser.parse(sys.argv[1:])
+    if pathlib.Path(args.out, "TB").exists():
+        fail(f"{args.out}/TB exists: give another --out, so that no phantom joins real images")
+    write_phantoms(args.out, args.num_train, args.num_val, args.img_size, args.seed,
+                   args.classes)
+    print(f"wrote {args.out}: use it with --data_root={args.out} --img_size={args.img_size}")
+
+
+if __name__ == "__main__":
+    main()

@@ -190,7 +190,7 @@ def test_export_writes_a_folder_that_samples_by_itself(evaluated, tmp_path):
     code = re.search("```python\n(.*?)```", card, re.DOTALL)[1]
     subprocess.run([sys.executable, "-c", f"{code}assert images[3].size == (32, 32)"], cwd=moved,
                    check=True, env=env)
-    for text in ("license: ", "normal (8), tb (8)", "synthetic", "2.0 % of 200",
+    for text in ("license: ", "normal (8), tb (8)", "synthetic", "2.0 % of 200", "0.8 to 5.0 %",
                  "OK     fid (vae)  1.25  as 0.75"):
         assert text in card, text
 

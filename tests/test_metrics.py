@@ -392,14 +392,16 @@ def test_a_verdict_shows_its_target_if_it_is_known():
     assert {v.value for v in health(values)} == {"1.31", "-20.5", "0.1", "0.5"}
 
 
-@pytest.mark.parametrize("passed", [True, False])
-def test_a_failed_overfit_says_what_to_do(passed):
+@pytest.mark.parametrize("mse, psnr, coverage, says", [
+    (0.3, 12.0, 0.1, "--max_steps"), (math.nan, 30.0, 1.0, "find_latent_scale.py"),
+    (0.05, 20.0, 1.0, "Train the autoencoder"), (0.05, 30.0, 0.25, "--sample_batch_size"),
+    (0.05, 30.0, 1.0, "")])
+def test_a_failed_overfit_says_what_to_do(mse, psnr, coverage, says):
     verdict, = health({
-        "overfit/nearest_mse": 0.05, "overfit/mse_threshold": 0.1, "overfit/nearest_psnr": 30.0,
-        "overfit/coverage": 0.25, "overfit/passed": passed}, overfit=True)
-    assert (verdict.level, verdict.meaning[:4]) == (("ok", "PASS") if passed else ("bad", "FAIL"))
-    assert "MSE 0.05, at most 0.1; 30.0 dB; 25% found" in verdict.value
-    assert passed or all(flag in verdict.advice for flag in ("--max_steps", "--sample_batch_size"))
+        "overfit/nearest_mse": mse, "overfit/mse_threshold": 0.1, "overfit/nearest_psnr": psnr,
+        "overfit/coverage": coverage, "overfit/passed": not says}, overfit=True)
+    assert (verdict.level, verdict.meaning[:4]) == (("bad", "FAIL") if says else ("ok", "PASS"))
+    assert says in verdict.advice and bool(says) == bool(verdict.advice)
 
 
 NOISE = {

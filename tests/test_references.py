@@ -23,6 +23,7 @@ linalg = pytest.importorskip("scipy.linalg")
 stats = pytest.importorskip("scipy.stats")
 skimage = pytest.importorskip("skimage.metrics")
 sklearn = pytest.importorskip("sklearn.metrics")
+proportion = pytest.importorskip("statsmodels.stats.proportion")
 pytorch_msssim = pytest.importorskip("pytorch_msssim")
 diffusers = pytest.importorskip("diffusers")
 training_utils = pytest.importorskip("diffusers.training_utils")
@@ -144,6 +145,13 @@ def test_auroc_is_that_of_sklearn(shares):
     expected = sklearn.roc_auc_score(labels, theirs, multi_class="ovr", average="macro")
     ours = metrics.auroc(torch.from_numpy(votes), torch.from_numpy(labels))
     assert 0.6 < expected < 0.9 and ours == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("count, total", [(0, 7), (1, 7), (3, 20), (50, 200), (10, 10)])
+def test_binomial_interval_is_that_of_statsmodels(count, total):
+    expected = proportion.proportion_confint(
+        count, total, alpha=2 * stats.norm.sf(1.96), method="wilson")
+    assert metrics.binomial_interval(count, total) == pytest.approx(expected, abs=1e-12)
 
 
 # --- noise schedules ----------------------------------------------------------------------------

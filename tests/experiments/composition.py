@@ -1,10 +1,10 @@
 """Composition on phantoms, whose joint is known: the table of docs/composition.md.
 
-    from lib.phantom import CLASSES, write_phantoms  # in Python
-    write_phantoms("P/train", 400, 16, 64, 0, CLASSES[:3])
-    write_phantoms("P/judge", 400, 16, 64, 1, CLASSES)
-    write_phantoms("P/both", 600, 0, 64, 2, CLASSES[3:])
-
+    python -m lib.phantom --out=P/train --num_train=400 --img_size=64 --classes normal tb effusion
+    python -m lib.phantom --out=P/judge --num_train=400 --img_size=64 --seed=1 \
+        --classes normal tb effusion tb+effusion
+    python -m lib.phantom --out=P/both --num_train=600 --num_val=0 --img_size=64 --seed=2 \
+        --classes tb+effusion
     PYTHONPATH=. python tests/experiments/composition.py --ckpt=L/ckpts/best.pt --phantoms=P
 
 An autoencoder and a model of normal, tb and effusion (never both in one image) come first, trained
@@ -20,7 +20,6 @@ import shutil
 import numpy as np
 import torch
 import torch.nn.functional as F
-from statsmodels.stats.proportion import proportion_confint
 
 import data
 import evaluate
@@ -84,7 +83,7 @@ def row(name, x, real, pool, nets, features):
     """A line of the table for images x: presence of tb, effusion and both, distance, diversity."""
     present = [net(x).argmax(1).bool() for net in nets]
     both = present[0] & present[1]
-    low, high = proportion_confint(int(both.sum()), len(both), method="wilson")
+    low, high = metrics.binomial_interval(int(both.sum()), len(both))
     own = [evaluate.Labelled(np.zeros(len(of), int), features(of)) for of in (x, pool, real)]
     fid = evaluate.distance(*own, 0)
     spread = [metrics.pairwise_mse(of.values)["mean"] for of in own]

@@ -14,7 +14,6 @@ import pathlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from statsmodels.stats.proportion import proportion_confint
 
 import data
 import evaluate
@@ -84,7 +83,7 @@ def main():
         shares = [torch.stack([net(small).softmax(1)[:, 1] for net in of]).mean(0) > 0.5
                   for of in nets]  # classes by name: normal first
         both = shares[0] & shares[1]
-        low, high = proportion_confint(int(both.sum()), len(both), method="wilson")
+        low, high = metrics.binomial_interval(int(both.sum()), len(both))
         found, own = copies.search(data.thumbnails(x)), features(x)
         cells = [name, *(f"{share.float().mean():.2f}" for share in shares),
                  f"{both.float().mean():.2f} ({low:.2f} to {high:.2f})",
