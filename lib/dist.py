@@ -16,6 +16,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ import torch.distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from lib import cpu_ops
-from lib.files import EXIT_STOPPED, fail, first_line
+from lib.files import EXIT_STOPPED, fail, first_line, notice
 
 # --- processes ----------------------------------------------------------------------------------
 
@@ -157,27 +158,48 @@ def setup(args):
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
         fail(f"--device={name} is not usable here ({first_line(e)}); use --device=cpu")
-    fast_bf16 = False
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         # Otherwise each start picks other algorithms, some of which sum in no fixed order, and no
         # two runs end with the same weights (seen on an H100).
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
-        fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
         # torchrun gives each process one thread: share the cores instead.
         if "OMP_NUM_THREADS" not in os.environ or world_size > 1:
             torch.set_num_threads(own_cores())
         keep_memory()
-        cpu = torch.cpu.get_capabilities()  # emulated bf16 is far slower than float32
-        fast_bf16 = bool(cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
     dtype, compiled = getattr(args, "dtype", "fp32"), getattr(args, "compile", "off")
-    bf16 = dtype == "bf16" or (dtype == "auto" and fast_bf16)
     compiled = compiled == "on" or (compiled == "auto" and device.type == "cuda")
-    return DistContext(int(os.environ.get("RANK", 0)), world_size, device,
-                       torch.bfloat16 if bf16 else torch.float32, compiled,
-                       join_group(device) if world_size > 1 else None)
+    ctx = DistContext(int(os.environ.get("RANK", 0)), world_size, device, torch.float32, compiled,
+                      join_group(device) if world_size > 1 else None)
+    if dtype == "auto":
+        args.dtype = dtype = ctx.on_main(lambda: faster_dtype(device))  # a resumed run keeps it
+    return ctx._replace(dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
+
+
+def faster_dtype(device):
+    """What --dtype=auto takes, bf16 or fp32: by name on a GPU, by trying on a CPU."""
+    if device.type == "cpu":
+        gain = bf16_gain()  # seen: 0.003 where it is emulated, 0.5, 2.0, and far more with AMX
+        dtype = "bf16" if gain > 1.3 else "fp32"
+        notice(f"--dtype={dtype}, since bf16 multiplies {gain:.2g} x as fast as float32 here")
+        return dtype
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if bf16 else "fp32"
+
+
+def bf16_gain():
+    """How many times as fast this CPU multiplies matrices in bf16 as in float32: the best of six
+    products each, in turn, in a few milliseconds."""
+    best = [math.inf, math.inf]
+    matrices = [torch.ones(256, 256, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    for _ in range(6):
+        for i, matrix in enumerate(matrices):
+            start = time.perf_counter()
+            matrix @ matrix
+            best[i] = min(best[i], time.perf_counter() - start)
+    return best[0] / best[1]
 
 
 def join_group(device):

@@ -1,4 +1,5 @@
 """lib/cpu_ops.py: its operations against PyTorch's own, and what `install` changes in a network."""
+import argparse
 import subprocess
 import sys
 
@@ -159,3 +160,17 @@ def test_only_uncompiled_bf16_is_placed_for_speed(dtype, compiled, layout):
     placed = ctx.place(torch.nn.Sequential(model.GroupNorm(8, 2)))
     assert ctx.memory_format == layout
     assert (type(placed[0]) is cpu_ops.FastGroupNorm) == (layout == CL)
+
+
+@pytest.mark.parametrize("gain, dtype", [(0.003, "fp32"), (0.53, "fp32"), (1.0, "fp32"),
+                                         (2.0, "bf16"), (8.0, "bf16")])
+def test_auto_takes_what_multiplies_faster(monkeypatch, capsys, gain, dtype):
+    monkeypatch.setattr(dist, "bf16_gain", lambda: gain)
+    args = argparse.Namespace(device="cpu", dtype="auto")
+    expected = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    assert dist.setup(args).dtype == expected[dtype]
+    assert args.dtype == dtype  # stored with a run, which so keeps it
+    assert capsys.readouterr().out.count(f"--dtype={dtype}, since bf16") == 1
+    other = {"bf16": "fp32", "fp32": "bf16"}[dtype]  # a user's choice wins, and nothing is said
+    assert dist.setup(argparse.Namespace(device="cpu", dtype=other)).dtype == expected[other]
+    assert not capsys.readouterr().out and dist.bf16_gain() > 0

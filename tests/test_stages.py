@@ -234,7 +234,7 @@ def test_a_stopped_run_ends_like_one_that_was_not_stopped(workspace, quick):
     assert np.allclose(rates, 2e-3 * np.array([1] * 7 + [n / 7 for n in range(7, 0, -1)]))
 
 
-@pytest.mark.parametrize("kind, dtype", [("vae", "fp32"), ("ldm", "bf16")])
+@pytest.mark.parametrize("kind, dtype", [("vae", "fp32"), ("ldm", "bf16"), ("vae", "auto")])
 def test_a_run_extended_by_max_steps_ends_like_a_longer_one(workspace, quick, kind, dtype):
     def train(name, steps):
         more = ["--disc_start=2"] if kind == "vae" else ["--num_sampling_steps=10"]
@@ -249,8 +249,10 @@ def test_a_run_extended_by_max_steps_ends_like_a_longer_one(workspace, quick, ki
     result = quick(f"train_{kind}.py", f"--resume_dir={parts}", "--max_steps=8")  # its own settings
     assert result.code == 0, result.err
     assert "continues with max_steps=8 (was 4)" in result.out
-    stored = strict(parts / "run_meta.json")["dtype"]
-    assert stored == {"fp32": "float32", "bf16": "bfloat16"}[dtype]
+    meta = strict(parts / "run_meta.json")
+    stored = meta["args"]["dtype"]  # auto was decided by the first start
+    assert meta["dtype"] == {"fp32": "float32", "bf16": "bfloat16"}[stored]
+    assert dtype in (stored, "auto") and "since bf16" not in result.out
     assert_same_run(workspace.out / "whole", parts, kind)
 
 
