@@ -143,6 +143,7 @@ def build_parser():
 
 def main(argv=None):
     args = parse_settings(build_parser(), argv)
+    args.max_steps = None  # as in a long run
     parts = args.only.split(",")
     if not PARTS.keys() >= set(parts):
         fail(f"--only={args.only}: choose from {','.join(PARTS)}")

@@ -174,7 +174,8 @@ def add_precision_arguments(parser):
     """How networks run."""
     add = parser.add_argument_group("precision and speed").add_argument
     add("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where fast")
-    add("--compile", choices=("auto", "on", "off"), default="auto", help="auto: on for CUDA")
+    add("--compile", choices=("auto", "on", "norms", "off"), default="auto",
+        help="auto: on for CUDA, norms where a bf16 run on a CPU is long")
 
 
 def add_check_argument(parser):

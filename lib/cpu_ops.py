@@ -57,9 +57,13 @@ def fused(function):
 # --- group norm ---------------------------------------------------------------------------------
 
 
+compile_norms = True  # dist.setup decides: compiling takes longer than it gains in a short run
+
+
 def group_norm_usable(x):
     """Whether NormFunction is faster: on large maps, larger ones if no backward pass follows."""
-    return usable(x) and x.numel() >= (2**18 if x.requires_grad else 2**20) and can_compile()
+    large = x.numel() >= (2**18 if x.requires_grad else 2**20)
+    return compile_norms and large and usable(x) and can_compile()
 
 
 @fused

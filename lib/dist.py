@@ -146,6 +146,9 @@ class DistContext(NamedTuple):
         return noise[self.local_slice(batch)], rng
 
 
+LONG_RUN = 4000  # steps in which compiled norms gain the time of compiling them: docs/log.md
+
+
 def setup(args):
     """DistContext of this process; joins the process group if torchrun started it. Ends the program
     if --device is not usable. A stage without --dtype and --compile runs in float32, eager."""
@@ -170,9 +173,12 @@ def setup(args):
             torch.set_num_threads(own_cores())
         keep_memory()
     dtype, compiled = getattr(args, "dtype", "fp32"), getattr(args, "compile", "off")
-    compiled = compiled == "on" or (compiled == "auto" and device.type == "cuda")
-    ctx = DistContext(int(os.environ.get("RANK", 0)), world_size, device, torch.float32, compiled,
-                      join_group(device) if world_size > 1 else None)
+    if compiled == "auto":
+        long = "max_steps" in args and (args.max_steps is None or args.max_steps >= LONG_RUN)
+        compiled = "on" if device.type == "cuda" else "norms" if long else "off"
+    cpu_ops.compile_norms = compiled == "norms"
+    ctx = DistContext(int(os.environ.get("RANK", 0)), world_size, device, torch.float32,
+                      compiled == "on", join_group(device) if world_size > 1 else None)
     if dtype == "auto":
         args.dtype = dtype = ctx.on_main(lambda: faster_dtype(device))  # a resumed run keeps it
     return ctx._replace(dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)

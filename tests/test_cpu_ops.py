@@ -174,3 +174,17 @@ def test_auto_takes_what_multiplies_faster(monkeypatch, capsys, gain, dtype):
     other = {"bf16": "fp32", "fp32": "bf16"}[dtype]  # a user's choice wins, and nothing is said
     assert dist.setup(argparse.Namespace(device="cpu", dtype=other)).dtype == expected[other]
     assert not capsys.readouterr().out and dist.bf16_gain() > 0
+
+
+@pytest.mark.parametrize("steps, compiles", [
+    ({}, False), ({"max_steps": 100}, False), ({"max_steps": dist.LONG_RUN}, True),
+    ({"max_steps": None}, True)])
+def test_norms_are_compiled_in_long_runs_alone(monkeypatch, steps, compiles):
+    monkeypatch.setattr(cpu_ops, "can_compile", lambda: True)
+    monkeypatch.setattr(cpu_ops, "compile_norms", True)  # and put back
+    x = torch.zeros(1, 64, 64, 64, dtype=torch.bfloat16).contiguous(memory_format=CL)
+    x = x.requires_grad_()
+    for choice, expected in (("auto", compiles), ("norms", True), ("off", False)):
+        args = argparse.Namespace(device="cpu", dtype="bf16", compile=choice, **steps)
+        assert not dist.setup(args).compile
+        assert cpu_ops.group_norm_usable(x) == expected
