@@ -108,11 +108,11 @@ def samples(run):
     found = []
     for path in (run.folder / "samples").glob("*.png"):
         if match := re.fullmatch(r"(?:real|[a-z]+_ep(\d+))_?(.*)", path.stem, re.DOTALL):
-            found.append((match[2] or "reconstructions", int(match[1] or 0), path))
-    epochs = sorted({epoch for _, epoch, _ in found if epoch})
+            found.append((match[2] or "reconstructions", int(match[1] or -1), path))
+    epochs = sorted({epoch for _, epoch, _ in found if epoch >= 0})
     chosen = {epochs[i * (len(epochs) - 1) // 4] for i in range(5) if epochs}
-    chosen |= {0, run.best.get("epoch")}
-    return tag("div", *(image(path, f"{name} epoch {epoch}" if epoch else f"{name}, real")
+    chosen |= {-1, run.best.get("epoch")}
+    return tag("div", *(image(path, f"{name} epoch {epoch}" if epoch >= 0 else f"{name}, real")
                         for name, epoch, path in sorted(found) if epoch in chosen))
 
 
