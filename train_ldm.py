@@ -315,16 +315,19 @@ def training_reference(latents, args, scale, vae, ctx):
                    "x_train": sample.decode_latents(vae, z_train, scale, ctx)}
 
 
-def evaluate(denoiser, vae, scale, classes, class_names, train_stats, memorised, args, ctx, label,
+def evaluate(denoiser, vae, scale, classes, class_names, train_stats, memorised, args, ctx, step,
              tick):
     """(metrics, images [N, 1, S, S], class index of each) of args.sample_batch_size samples of each
-    class, drawn by all ranks together, alike on all ranks. train_stats, memorised: of
-    training_reference; label: of the progress line; tick(): called before each evaluation."""
-    requests = [(c, i) for c in classes for i in range(args.sample_batch_size)]
+    class, drawn by all ranks together, alike on all ranks. Their noise is another at each step:
+    copies are counted over several. train_stats, memorised: of training_reference; tick(): called
+    before each evaluation of the network."""
+    first = step * args.sample_batch_size
+    requests = [(c, first + i) for c in classes for i in range(args.sample_batch_size)]
     local = requests[ctx.rank::ctx.world_size]
     z, x = [torch.zeros(0, *vae.latent_shape)], [torch.zeros(0, 1, args.img_size, args.img_size)]
     for _, batch_z, batch_x in sample.sample_batches(
-            denoiser, vae, scale, local, class_names, args, ctx, 16, label, tick):
+            denoiser, vae, scale, local, class_names, args, ctx, 16, f"step {step}: sampling",
+            tick):
         z.append(batch_z)
         x.append(batch_x)
     z, x = ctx.gather(torch.cat(z)), ctx.gather(torch.cat(x))
@@ -429,7 +432,7 @@ def main(argv=None):
             epoch, averaged = step // order.epoch_steps, ema.module if ema else denoiser
             sample_metrics, x, x_labels = evaluate(
                 averaged, vae, scale, classes, class_names, train_stats, memorised, args, ctx,
-                f"epoch {epoch}: sampling", lambda: run.stop_if_asked(state))
+                step, lambda: run.stop_if_asked(state))
             sample_metrics |= monitor.measure(averaged, x, step, epoch)
             if monitor.best.step == step:
                 run.save_best(state())

@@ -160,6 +160,14 @@ def test_copies_among_the_last_samples_are_seen(workspace):
     assert len(watch.recent) == 6 * memorisation.WINDOW and found["copies/share"] < 0.2
 
 
+def test_each_evaluation_draws_other_samples(workspace, quick, ldm):
+    """Copies are counted over several, so none may be another look at the same sample."""
+    assert quick(*ldm, "--run_name=r", "--lr=0", "--sample_every=1", "--max_steps=6").code == 0
+    recent = run.load_checkpoint(workspace.out / "r/ckpts/last.pt", "ldm")["recent"]
+    assert len(evaluations(workspace.out / "r")) > 1
+    assert len(recent.unique(dim=0)) == len(recent)
+
+
 # --- starting from another model ---
 
 
