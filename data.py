@@ -59,7 +59,7 @@ def split_folders(root, task, split, optional=False):
         fail(f"no folder --data_root={os.path.abspath(root)}")
     found, splits = find_split(root, task, split)
     if not splits:
-        fail(f"no task {task!r} in {root}; there: {_subfolders(root) or 'no folders at all'}")
+        fail(f"no task {task!r} in {root}; there: {', '.join(_subfolders(root)) or 'no folder'}")
     if not found:
         there = ", ".join(sorted(set().union(*splits.values()))) or "none"
         message = f"no split {split!r} for task {task} in {root}; there: {there}"
