@@ -18,7 +18,7 @@ PAIRS = 512  # of an image and a time, whose mean loss val/loss is
 WINDOW = 8  # evaluations whose samples are searched for copies together
 MOST_SEARCHED = 1000  # training images that samples are compared with
 # Passes over the training images after which no model of 25 to 667 of them gave any back; the first
-# copies came after 150 to 380 (docs/log.md, "the law of copying").
+# copies came after 169 to 426 (docs/log.md, "the law of copying").
 SAFE_PASSES = 120
 
 
