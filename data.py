@@ -42,9 +42,9 @@ def _subfolders(folder):
 
 
 def find_split(root, task, split):
-    """(Folders TASK/SPLIT below `root`, {task: its splits}), both empty if there is no such task.
-    ALL_CXR without a folder of its own joins all tasks."""
-    tasks = _subfolders(root)
+    """(Folders TASK/SPLIT below `root`, {task: its splits}), both empty if there is no such root or
+    task. ALL_CXR without a folder of its own joins all tasks."""
+    tasks = _subfolders(root) if os.path.isdir(root) else []
     members = [task] if task in tasks else tasks if task == "ALL_CXR" else []
     splits = {member: _subfolders(os.path.join(root, member)) for member in members}
     names = ("val", "valid", "validation") if split == "val" else (split,)

@@ -60,9 +60,7 @@ def preset(args):
     the nearest size."""
     mode, k = resolve_mode(args)
     row = PRESETS.get(mode, PRESETS["overfit_16" if k < 24 else "overfit_32"])
-    root = args.data_root
-    if not k and root and pathlib.Path(root).is_dir() and not data.find_split(
-            root, args.task, "val")[0]:
+    if not k and args.data_root and not data.find_split(args.data_root, args.task, "val")[0]:
         return {**row, "epochs": memorisation.SAFE_PASSES}  # nothing else would say when to stop
     # Memorising: no class dropout, hence no null class to guide from, nothing augmented.
     return row if not k else {**row, "batch_per_device": min(k, 16), "prob_uncond": 0.0,

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from lib.metrics import (CopyTest, auroc, auroc_gain, auroc_interval, beta_binomial_tail, detail,
-                         frechet_distance, latent_stats, lattice, linear_psnr,
-                         mean_auroc, ms_ssim, octave_power, octaves, pairwise_mse,
-                         patch_moments, psnr, sample_diversity, ssim)
+                         frechet_distance, latent_stats, lattice, linear_psnr, mean_auroc, ms_ssim,
+                         octave_power, octaves, pairwise_mse, patch_moments, psnr,
+                         sample_diversity, ssim)
 from lib.verdicts import (OK, format_verdicts, health, loss_trend, overfit_verdict,
                           sweep_objective)
 

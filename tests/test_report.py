@@ -5,8 +5,8 @@ import json
 import math
 import pathlib
 import re
-import shutil
 import shlex
+import shutil
 
 import numpy as np
 import pytest
