@@ -332,8 +332,7 @@ def c2st(sets, args, ctx):
                                args.seed, args, ctx, f"real images and {row} of {size} px")
         truth = torch.arange(len(tested)) >= len(others)
         logits = measured(lambda x: net(with_fine_part(x)), tested, ctx).values
-        area = metrics.auroc(logits, truth)
-        return area, *metrics.auroc_interval(area, truth)
+        return metrics.auroc_interval(metrics.auroc(logits, truth), truth)
 
     sets = in_proportion(sets)
     first, second = pixels(sets.train)
@@ -456,7 +455,7 @@ def diffusion_classifier(sets, args, ctx):
         x = measured(shrunk, images, ctx)
         logits = [measured(sets.real_classifier(seed), x, ctx).values[:, sets.classes]
                   for seed in range(args.seed, args.seed + TRAININGS)]
-        found |= {f"{DENOISING}, tested on {where}": (area, *metrics.auroc_interval(area, truth)),
+        found |= {f"{DENOISING}, tested on {where}": metrics.auroc_interval(area, truth),
                   f"{REAL}, tested on {where}": metrics.mean_auroc(logits, truth)}
     return {"diffusion_classifier": found}
 
@@ -480,7 +479,7 @@ def membership(sets, args, ctx):
     for name, parts in {"loss": losses, "control": errors}.items():
         own = torch.cat(parts).view(len(truth), -1).mean(1, keepdim=True)
         area = metrics.auroc(own * torch.tensor([1, -1]), truth)
-        found[name] = area, *metrics.auroc_interval(area, truth)
+        found[name] = metrics.auroc_interval(area, truth)
     return {"membership": found}
 
 

@@ -317,7 +317,7 @@ def auroc(scores, labels):
 
 
 def auroc_interval(area, labels, z=1.96):
-    """95 % confidence interval (low, high) of an AUROC on images with labels [N], valid down to ten
+    """(area, low, high) of an AUROC on images with labels [N], at 95 % confidence, valid down to ten
     images per class: all areas within z standard errors of the measured one, with the variance of
     Hanley & McNeil 1982 and both class sizes, that of the smallest class and of all others,
     replaced by their mean (Newcombe 2006, method 5)."""
@@ -327,7 +327,7 @@ def auroc_interval(area, labels, z=1.96):
     size = len(labels) / 2
     variance = true * (1 - true) * (1 + (size - 1) * q) / (fewest * (len(labels) - fewest))
     inside = true[~((area - true).abs() > z * variance.sqrt())]  # all of them if area is NaN
-    return min(area, inside[0].item()), max(area, inside[-1].item())
+    return area, min(area, inside[0].item()), max(area, inside[-1].item())
 
 
 def mean_auroc(of_trainings, labels):
@@ -337,7 +337,7 @@ def mean_auroc(of_trainings, labels):
     areas = torch.tensor([auroc(scores, labels) for scores in of_trainings], dtype=torch.float64)
     mean = areas.mean().item()
     training = 4.30 * areas.std().item() / math.sqrt(len(areas))
-    low, high = auroc_interval(mean, labels)
+    _, low, high = auroc_interval(mean, labels)
     return (mean, max(0.0, mean - math.hypot(mean - low, training)),
             min(1.0, mean + math.hypot(high - mean, training)))
 
