@@ -14,7 +14,7 @@ LDM = $(RUNS)/ldm_demo/ckpts/best.pt
 
 demo: .venv/runtime
 	$(PY) train_vae.py --config=config/cpu_vae.py --output_root=$(RUNS) --run_name=ae_demo \
-		--img_size=64 --ch_mults=1 --max_steps=3000 --disc_start=1500 --sample_every=20
+		--img_size=64 --ch_mults=1 --max_steps=2700 --disc_start=1350 --sample_every=20
 	$(PY) find_latent_scale.py --output_root=$(RUNS) --ae_ckpt_path=$(AE)
 	$(PY) train_ldm.py --config=config/cpu_ldm.py --output_root=$(RUNS) --run_name=ldm_demo \
 		--ae_ckpt_path=$(AE) --ldm_base_ch=48 --lr=5e-4 --warmup_steps=100 --max_steps=1200 \
