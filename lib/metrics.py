@@ -220,14 +220,15 @@ def frechet_distance(a, b):
 # --- copies -------------------------------------------------------------------------------------
 
 REPEATED = 0.97  # correlation of thumbnails above which two training images are the same film
+Z_95 = 1.96  # standard errors on either side of what is 95 % certain
 BY_CHANCE = 0.025  # copies less probable than this are not put down to chance
 
 
-def binomial_interval(count, total, z=1.96):
+def binomial_interval(count, total):
     """95 % confidence interval (low, high) of the fraction count / total (Wilson 1927)."""
-    fraction, widen = count / total, z * z / total
+    fraction, widen = count / total, Z_95 * Z_95 / total
     centre = (fraction + widen / 2) / (1 + widen)
-    half = z / (1 + widen) * math.sqrt(fraction * (1 - fraction) / total + widen / (4 * total))
+    half = Z_95 / (1 + widen) * math.sqrt(fraction * (1 - fraction) / total + widen / (4 * total))
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
@@ -316,17 +317,17 @@ def auroc(scores, labels):
     return sum(areas) / len(areas)
 
 
-def auroc_interval(area, labels, z=1.96):
-    """(area, low, high) of an AUROC on images with labels [N], at 95 % confidence, valid down to ten
-    images per class: all areas within z standard errors of the measured one, with the variance of
-    Hanley & McNeil 1982 and both class sizes, that of the smallest class and of all others,
-    replaced by their mean (Newcombe 2006, method 5)."""
+def auroc_interval(area, labels):
+    """(area, low, high) of an AUROC on images with labels [N], at 95 % confidence, valid down to
+    ten images per class: all areas within Z_95 standard errors of the measured one, with the
+    variance of Hanley & McNeil 1982 and both class sizes, that of the smallest class and of all
+    others, replaced by their mean (Newcombe 2006, method 5)."""
     fewest = min(int((labels == c).sum()) for c in labels.unique())
     true = torch.linspace(0, 1, 1_000_001, dtype=torch.float64)
     q = (1 - true) / (2 - true) + true / (1 + true)
     size = len(labels) / 2
     variance = true * (1 - true) * (1 + (size - 1) * q) / (fewest * (len(labels) - fewest))
-    inside = true[~((area - true).abs() > z * variance.sqrt())]  # all of them if area is NaN
+    inside = true[~((area - true).abs() > Z_95 * variance.sqrt())]  # all of them if area is NaN
     return area, min(area, inside[0].item()), max(area, inside[-1].item())
 
 
