@@ -8,6 +8,7 @@ num_res_blocks = 2
 linear_path = True
 lr = 1e-3
 cooldown = 0.5
+ema_decay = 0.998
 batch_per_device = 4
 epochs = 100000
 max_steps = 12000
