@@ -30,16 +30,17 @@ test-all: .venv/dev
 
 # If PyTorch is installed already, as on a cluster: make gpu-check PY=python. Every line has a time
 # limit of its own, and a line that fails does not stop the next.
-BENCH = $(PY) dev/bench.py --peer --repeats=5
+BENCH = $(PY) dev/bench.py --latent_size=32 --repeats=5
 gpu-check:
 	@status=0; set -x; \
-	timeout 210 $(PY) -m pytest tests/test_gpu.py -q -s -p no:cacheprovider || status=1; \
-	timeout 90 $(BENCH) --only=train,sample --latent_size=32 --json=gpu_check_16.json || status=1; \
-	timeout 60 $(BENCH) --only=train --latent_size=32 --batch=128 --json=gpu_check_128.json || \
-		status=1; \
-	timeout 60 $(BENCH) --only=train,sample --latent_size=32 --compile=off \
-		--json=gpu_check_eager.json || status=1; \
-	timeout 60 $(BENCH) --only=vae --img_size=256 --vae_base_ch=64 --vae_batch=8 \
+	timeout 180 $(PY) -m pytest tests/test_gpu.py -q -s -p no:cacheprovider || status=1; \
+	timeout 90 $(BENCH) --only=sample,train --peer --compile=graphs --sampling_steps=8 \
+		--json=gpu_check_16.json || status=1; \
+	timeout 70 $(BENCH) --only=train --peer --compile=graphs --batch=128 \
+		--json=gpu_check_128.json || status=1; \
+	timeout 60 $(BENCH) --only=train --compile=on --json=gpu_check_on.json || status=1; \
+	timeout 30 $(BENCH) --only=train --compile=off --json=gpu_check_eager.json || status=1; \
+	timeout 50 $(BENCH) --only=vae --compile=graphs --img_size=256 --vae_base_ch=64 --vae_batch=8 \
 		--json=gpu_check_vae.json || status=1; \
 	exit $$status
 

@@ -316,9 +316,9 @@ def halves(images, seed):
 
 
 def c2st(sets, args, ctx):
-    """{"c2st": {row: (AUROC, low, high)}, "c2st_by_size": {row: {size: the same}}}: classifier
-    two-sample test (Lopez-Paz & Oquab 2017), at 95 % confidence. Can a network tell the samples, or
-    real images in their place (baseline), or reconstructions (decoded), from unseen real images?"""
+    """{"c2st_by_size": {row: {size: (AUROC, low, high)}}}: classifier two-sample test (Lopez-Paz &
+    Oquab 2017), at 95 % confidence. Can a network tell the samples, or real images in their place
+    (baseline), or reconstructions (decoded), from unseen real images?"""
     def pixels(images, vae=None):
         return [measured(as_saved, half, ctx, vae) for half in halves(images, args.seed)]
 
@@ -345,10 +345,9 @@ def c2st(sets, args, ctx):
         rows["decoded"] = (real, *decoded)
     side = args.img_size
     smaller = [2**k for k in range(4, side.bit_length()) if 2**k < side]
-    found = {row: {str(size): trial(row, size, *of)
-                   for size in [*(smaller if row != "baseline" else ()), side]}
-             for row, of in rows.items()}
-    return {"c2st": {row: of[str(side)] for row, of in found.items()}, "c2st_by_size": found}
+    return {"c2st_by_size": {row: {
+        str(size): trial(row, size, *of)
+        for size in [*(smaller if row != "baseline" else ()), side]} for row, of in rows.items()}}
 
 
 def find_copies(sets, args, ctx):

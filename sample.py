@@ -105,7 +105,7 @@ def prepare_sampling(args, ctx):
     if args.guidance_scale != 1 and settings["prob_uncond"] == 0:
         fail(f"{args.ckpt} never trained a null class to guide from: give --guidance_scale=1")
     if ctx.compile:
-        denoiser.unet.compile()
+        denoiser.unet.compile(mode=ctx.compile)
     requests = [(class_names.index(name), i) for name in dict.fromkeys(names)
                 for i in range(args.num_samples)]
     return denoiser, vae, checkpoint, requests

@@ -147,7 +147,7 @@ def build_models(args, ctx, latent_shape, num_classes):
         fail(e)
     ema = model.EMA(denoiser, args.ema_decay) if args.use_ema else None
     if ema and ctx.compile and ctx.device.type == "cuda":  # on a CPU it takes minutes for nothing
-        ema.module.unet.compile()
+        ema.module.unet.compile(mode=ctx.compile)
     optimizer = torch.optim.AdamW(denoiser.parameters(), args.lr,
                                   weight_decay=args.weight_decay, fused=True)
     return denoiser, ema, optimizer
@@ -210,7 +210,10 @@ def wrap(denoiser, batch, args, ctx):
     The wrappers are only called: weights are read from the plain module, so no checkpoint knows of
     them."""
     example = network_inputs(batch, 1.0, "example", denoiser, args, ctx)[0]
-    return ctx.wrap_ddp(torch.compile(denoiser) if ctx.compile else denoiser, *example)
+    # A CUDA graph's next run writes over gradients that a micro-batch was to add to.
+    mode = ctx.compile if args.grad_accum == 1 else "default"
+    loss_fn = torch.compile(denoiser, mode=mode) if ctx.compile else denoiser
+    return ctx.wrap_ddp(loss_fn, *example)
 
 
 def draw_inputs(latent_shape, step, args, ctx):
@@ -463,8 +466,7 @@ def main(argv=None):
             train_metrics = run.log_training(
                 step, epoch, means.read() | {"train/learning_rate": args.lr * warmup},
                 images_per_step=step_images * ctx.world_size)
-            diverged = means.in_a_row.item() >= args.max_bad_steps
-            if diverged:
+            if diverged := means.in_a_row.item() >= args.max_bad_steps:
                 break
         run.progress.update(step)
 

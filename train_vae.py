@@ -123,10 +123,10 @@ def wrap(models, args, ctx):
     x = torch.zeros(args.batch_per_device, 1, args.img_size, args.img_size, device=ctx.device)
     x = x.contiguous(memory_format=ctx.memory_format)
     noise = torch.zeros(len(x), *vae.latent_shape, device=ctx.device)
-    vae_fn = ctx.wrap_ddp(torch.compile(vae) if ctx.compile else vae, x, noise)
+    vae_fn = ctx.wrap_ddp(torch.compile(vae, mode=ctx.compile) if ctx.compile else vae, x, noise)
     if args.disc_weight == 0:
         return vae_fn, disc
-    disc_fn = torch.compile(disc) if ctx.compile else disc
+    disc_fn = torch.compile(disc, mode=ctx.compile) if ctx.compile else disc
     return vae_fn, ctx.wrap_ddp(disc_fn, torch.cat([x, x]))
 
 
@@ -333,8 +333,7 @@ def main(argv=None):
             train_metrics = run.log_training(
                 step, epoch, means.read() | {"train/learning_rate": args.lr * factor},
                 images_per_step=batch * ctx.world_size)
-            diverged = means.in_a_row.item() >= args.max_bad_steps
-            if diverged:
+            if diverged := means.in_a_row.item() >= args.max_bad_steps:
                 break
         run.progress.update(step)
 

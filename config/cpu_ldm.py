@@ -9,4 +9,3 @@ sampler = "dpmpp_2m_sde"
 num_sampling_steps = 8
 sample_every = 20
 patience = 3
-wandb = False

@@ -16,4 +16,3 @@ disc_start = 6000
 disc_base_ch = 32
 disc_layers = 2
 disc_lr = 2e-4
-sample_every = 10

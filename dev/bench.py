@@ -25,7 +25,7 @@ from lib.args import BooleanFlag, add_precision_arguments, at_least, make_parser
 from lib.files import fail, write_json
 
 CLASSES = ("normal", "tb")
-ROW = "{part:<6} {name:<9} {images_per_second:8.2f} images/s, ratio {ratio:.2f}"
+ROW = "{part:<6} {name:<10} {images_per_second:8.2f} images/s, ratio {ratio:.2f}"
 
 # --- measuring ----------------------------------------------------------------------------------
 
@@ -112,7 +112,7 @@ def sampling(args, ctx, peer=False):
     """Function that draws a batch of latents as sample.py does."""
     (denoiser, _, _), settings, shape = ldm_models(args, ctx, peer)
     if ctx.compile:
-        denoiser.unet.compile()
+        denoiser.unet.compile(mode=ctx.compile)
     requests = [(i % len(CLASSES), i) for i in range(args.batch)]
     return lambda: sample.sample_latents(denoiser, shape, requests, CLASSES, settings, ctx)
 
@@ -151,7 +151,7 @@ def main(argv=None):
     name = torch.cuda.get_device_name() if ctx.device.type == "cuda" else (
         f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
     facts = {"device": name, "precision": str(ctx.dtype), "layout": str(ctx.memory_format),
-             "compile": ctx.compile, "torch": torch.__version__,
+             "compile": ctx.compile or "off", "torch": torch.__version__,
              "load average": os.getloadavg()[0]}
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     rows = []
@@ -159,6 +159,9 @@ def main(argv=None):
         tasks = {"ours": PARTS[part](args, ctx)}
         if args.peer and part != "vae":
             tasks["diffusers"] = PARTS[part](args, ctx, peer=True)
+        if ctx.device.type == "cuda":  # what deterministic algorithms cost: see dist.setup
+            free = torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False)
+            tasks["free cuDNN"] = free(PARTS[part](args, ctx))
         images = args.vae_batch if part == "vae" else args.batch
         for row in measure(part, images, tasks, args.repeats, ctx.device):
             print(ROW.format(**row), flush=True)

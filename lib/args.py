@@ -174,8 +174,8 @@ def add_precision_arguments(parser):
     """How networks run."""
     add = parser.add_argument_group("precision and speed").add_argument
     add("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where fast")
-    add("--compile", choices=("auto", "on", "norms", "off"), default="auto",
-        help="auto: on for CUDA, norms where a bf16 run on a CPU is long")
+    add("--compile", choices=("auto", "on", "graphs", "norms", "off"), default="auto",
+        help="auto: on for CUDA, norms for long bf16 runs on a CPU; graphs: on, with CUDA graphs")
 
 
 def add_check_argument(parser):

@@ -37,7 +37,7 @@ class DistContext(NamedTuple):
     world_size: int
     device: torch.device
     dtype: torch.dtype  # of autocast; float32 means off
-    compile: bool
+    compile: str  # mode of torch.compile; "": networks run eagerly
     cpu_group: torch.distributed.ProcessGroup = None  # gloo; waits as long as it takes
 
     @property
@@ -178,7 +178,8 @@ def setup(args):
         compiled = "on" if device.type == "cuda" else "norms" if long else "off"
     cpu_ops.compile_norms = compiled == "norms"
     ctx = DistContext(int(os.environ.get("RANK", 0)), world_size, device, torch.float32,
-                      compiled == "on", join_group(device) if world_size > 1 else None)
+                      {"on": "default", "graphs": "reduce-overhead"}.get(compiled, ""),
+                      join_group(device) if world_size > 1 else None)
     if dtype == "auto":
         args.dtype = dtype = ctx.on_main(lambda: faster_dtype(device))  # a resumed run keeps it
     return ctx._replace(dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)

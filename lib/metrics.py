@@ -147,9 +147,8 @@ RATIO = "sample_diversity/ratio_to_real"
 Z_MEAN, Z_STD = "final_latent_stats/mean", "final_latent_stats/std"
 Z_MIN, Z_MAX = "final_latent_stats/min", "final_latent_stats/max"
 TARGET_STD = "final_latent_stats/target_std"
-POWER, ROUND_TRIP = "sample_quality/power", "sample_quality/round_trip"
-REAL_ROUND_TRIP = "sample_quality/real_round_trip"
-LATTICE = "sample_quality/lattice"
+POWER, LATTICE = "sample_quality/power", "sample_quality/lattice"
+ROUND_TRIP, REAL_ROUND_TRIP = "sample_quality/round_trip", "sample_quality/real_round_trip"
 
 
 def rows64(x):

@@ -204,7 +204,7 @@ class Run:
         self.meta["changed"] = [*print_settings(self.args, parser, {
             "run folder": self.folder, "continues at step": step, **facts,
             "device": f"{self.ctx.device} x {self.ctx.world_size}, {self.ctx.dtype}, "
-                      f"compile {'on' if self.ctx.compile else 'off'}"})]
+                      f"compile {self.ctx.compile or 'off'}"})]
         for name in ("ckpts", "samples"):
             make_folder(self.folder / name)
         self.track(self._start_wandb)
@@ -276,6 +276,7 @@ class Run:
     def log(self, step, epoch, metrics, pictures=()):
         """Append a line to metrics.jsonl and hand it to W&B with pictures {name: path}. Non-finite
         numbers become null."""
+        self.log_step, self.log_time = step, time.perf_counter()  # images per second are since then
         if not self.ctx.is_main:
             return
         self._check_lock()
@@ -324,7 +325,6 @@ class Run:
         """Log metrics of training steps with images per second, on the console too; returns all."""
         per_second = (step - self.log_step) / (time.perf_counter() - self.log_time)
         metrics = metrics | {"train/images_per_second": per_second * images_per_step}
-        self.log_step, self.log_time = step, time.perf_counter()
         self.log(step, epoch, metrics)
         numbers = "  ".join(f"{name.removeprefix('train/')} {value:.4g}"
                             for name, value in metrics.items())
@@ -334,7 +334,6 @@ class Run:
     def log_evaluation(self, step, epoch, metrics, pictures, found=()):
         """Log an evaluation: metrics, pictures {name: path} and verdicts."""
         self.log(step, epoch, metrics, pictures)
-        self.log_step, self.log_time = step, time.perf_counter()  # not training time
         numbers = "".join(f"  {name} {value:.4f}" for name, value in metrics.items()
                           if name.startswith("val/"))
         paths = ", ".join(str(path) for path in pictures.values())

@@ -154,8 +154,8 @@ def test_copies_stay_fast():
 
 
 @pytest.mark.parametrize("dtype, compiled, layout", [
-    (torch.bfloat16, False, CL), (torch.bfloat16, True, torch.contiguous_format),
-    (torch.float32, False, torch.contiguous_format)])
+    (torch.bfloat16, "", CL), (torch.bfloat16, "default", torch.contiguous_format),
+    (torch.float32, "", torch.contiguous_format)])
 def test_only_uncompiled_bf16_is_placed_for_speed(dtype, compiled, layout):
     ctx = dist.DistContext(0, 1, torch.device("cpu"), dtype, compiled)
     placed = ctx.place(torch.nn.Sequential(model.GroupNorm(8, 2)))
@@ -204,5 +204,7 @@ def test_norms_are_compiled_in_long_runs_alone(monkeypatch, steps, compiles):
     x = x.requires_grad_()
     for choice, expected in (("auto", compiles), ("norms", True), ("off", False)):
         args = argparse.Namespace(device="cpu", dtype="bf16", compile=choice, **steps)
-        assert not dist.setup(args).compile
+        assert dist.setup(args).compile == ""
         assert cpu_ops.group_norm_usable(x) == expected
+    for choice, mode in (("on", "default"), ("graphs", "reduce-overhead")):
+        assert dist.setup(argparse.Namespace(device="cpu", compile=choice)).compile == mode

@@ -19,7 +19,7 @@ import sample
 from lib import cache, decode, dist, phantom
 from lib.phantom import draw_phantom
 
-ALONE = dist.DistContext(0, 1, torch.device("cpu"), torch.float32, False)
+ALONE = dist.DistContext(0, 1, torch.device("cpu"), torch.float32, "")
 
 
 def settings(root, out, **changes):

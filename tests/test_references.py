@@ -28,7 +28,7 @@ pytorch_msssim = pytest.importorskip("pytorch_msssim")
 diffusers = pytest.importorskip("diffusers")
 training_utils = pytest.importorskip("diffusers.training_utils")
 
-PROCS = dist.DistContext(0, 1, torch.device("cpu"), torch.float32, False)
+PROCS = dist.DistContext(0, 1, torch.device("cpu"), torch.float32, "")
 
 
 # --- reconstruction -----------------------------------------------------------------------------

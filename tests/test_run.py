@@ -19,7 +19,7 @@ import train_ldm
 from lib import dist, run
 from lib.files import EXIT_STOPPED, write_atomic
 
-ALONE = dist.DistContext(0, 1, torch.device("cpu"), torch.float32, False)
+ALONE = dist.DistContext(0, 1, torch.device("cpu"), torch.float32, "")
 
 
 # --- batch order and random numbers ---

@@ -12,7 +12,7 @@ from lib import dist
 
 CLASSES = ["normal", "tb", "covid"]
 LATENT = (2, 8, 8)
-PROCS = dist.DistContext(0, 1, torch.device("cpu"), torch.float32, False)
+PROCS = dist.DistContext(0, 1, torch.device("cpu"), torch.float32, "")
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_a_last_batch_is_filled_up_if_the_network_is_compiled(denoiser):
     args = SimpleNamespace(seed=0, sampler="dpmpp_2m_sde", num_sampling_steps=2, guidance_scale=1.0,
                            guidance_interval=(0.0, 1.0))
     drawn = {}
-    for compiled in (False, True):
+    for compiled in ("", "default"):
         ctx = PROCS._replace(compile=compiled)
         parts = list(sample.sample_batches(denoiser, vae, 1.0, wanted, CLASSES, args, ctx, 4,
                                                lambda done: None))
@@ -104,7 +104,7 @@ def test_a_last_batch_is_filled_up_if_the_network_is_compiled(denoiser):
         drawn[compiled] = torch.cat([z for _, z, _ in parts])
     sizes.remove()
     assert seen == [4, 4, 3, 3] + [4, 4, 4, 4]
-    torch.testing.assert_close(drawn[True], drawn[False], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(*drawn.values(), atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -127,7 +127,7 @@ def test_quality_is_the_furthest_octave_and_what_does_not_come_back():
 
     vae = SimpleNamespace(encode=encode, decode=lambda z: z.repeat_interleave(4, 2)
                           .repeat_interleave(4, 3))
-    ctx = dist.DistContext(0, 1, torch.device("cpu"), torch.float32, False)
+    ctx = dist.DistContext(0, 1, torch.device("cpu"), torch.float32, "")
     z = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 4 - 2
     x = vae.decode(z)
     decoded = sample.decode_latents(vae, z, 0.5, ctx)  # unscaled they reach -4 to 4

@@ -16,7 +16,7 @@ import train_vae
 from lib import dist, run, verdicts
 from lib.files import EXIT_FAILED
 
-ALONE = dist.DistContext(0, 1, torch.device("cpu"), torch.float32, False)
+ALONE = dist.DistContext(0, 1, torch.device("cpu"), torch.float32, "")
 
 
 @pytest.fixture

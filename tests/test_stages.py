@@ -371,7 +371,7 @@ import torch
 from torch._dynamo.utils import counters
 compile = torch.compile
 # What is traced, without generating code.
-torch.compile = lambda module: compile(module, backend="aot_eager")
+torch.compile = lambda module, mode: compile(module, backend="aot_eager")
 importlib.import_module(name).main()
 graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 open("graphs" + os.environ.get("RANK", "0"), "w").write(f"{graphs} graphs, {breaks} breaks")
