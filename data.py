@@ -24,7 +24,6 @@ from lib.files import command_line, fail, notice
 NO_CLASS = re.compile(r"(patient|subject|case|study|images)[ _-]?\d+|[ps]?\d{2,}", re.IGNORECASE)
 MOST_CLASSES = 20
 
-
 # --- folders ------------------------------------------------------------------------------------
 
 # path: below the data root. size -1: such as a link without a target.
@@ -143,9 +142,7 @@ def check_folders(args):
 
 # --- images -------------------------------------------------------------------------------------
 
-# Status of decoded pixels, beside DONE: no value over a quarter of the range. Either bit stands for
-# it in caches of earlier versions, in which other bits are of files that could not be decoded.
-DARK = 2 | 4
+DARK = 2  # status of decoded pixels, beside DONE: no value over a quarter of the range
 
 
 @dataclasses.dataclass
@@ -176,6 +173,15 @@ class ImageSet:
 def to_float(rows):
     """Decoded uint16 [B, S, S] as float32 [B, 1, S, S] in [-1, 1]."""
     return (torch.from_numpy(rows.astype(np.float32)) / 32767.5 - 1)[:, None]
+
+
+def read_image(path, img_size=None):
+    """An image file as decode.read_square has it, float32 [1, 1, S, S] in [-1, 1]; ends the program
+    if it cannot be decoded."""
+    try:
+        return to_float(decode.read_square(path, img_size)[None])
+    except (OSError, ValueError) as e:
+        fail(f"{path} cannot be decoded ({e}): mend it, or leave it out")
 
 
 def spread(total, count):
@@ -228,7 +234,7 @@ def open_images(args, ctx, split, optional=False, class_names=None, train=None):
         pixels, status = zip(*pool.map(read, indices), strict=True)
         return np.stack(pixels), np.array(status, np.uint8)
 
-    digest = hashlib.sha256(f"decoder 3 {args.img_size}".encode())
+    digest = hashlib.sha256(f"decoder 4 {args.img_size}".encode())
     for file in listing.files:
         digest.update(os.fsencode(file.path) + f" {file.size} {file.mtime_ns}\n".encode())
     key = digest.hexdigest()
@@ -250,7 +256,7 @@ def open_images(args, ctx, split, optional=False, class_names=None, train=None):
 def _image_set(listing, pixels, args, key, reasons):
     """ImageSet of the files that could be decoded and are of the chosen class; names those that
     could not, and ends the program for them unless args.skip_bad_images. pixels: CachedArray."""
-    bad, dark = pixels.status & (0xFF ^ DARK) != DONE, pixels.status & DARK > 0
+    bad, dark = pixels.status == TODO, pixels.status & DARK > 0
     names = np.array([file.path for file in listing.files], object)
     counted = f"of {len(names)} images in {listing.folder}"
     if bad.any():

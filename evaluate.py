@@ -141,16 +141,10 @@ def read_samples(folder, class_names, img_size):
     if len(members) < len(paths):
         notice(f"{folder}: {len(paths) - len(members)} images of no class of the data are left out")
     members.sort()
-    rows = []
-    for _, path in members:
-        try:
-            size = img_size or min(decode.read_grey(path).shape)
-            rows.append(decode.read_square(path, size))
-        except (OSError, ValueError) as e:
-            fail(f"{path} cannot be read ({e}): mend it, or remove it")
-    if len(sizes := sorted({len(row) for row in rows})) > 1:
+    rows = [data.read_image(path, img_size) for _, path in members]
+    if len(sizes := sorted({row.shape[-1] for row in rows})) > 1:
         fail(f"{folder} holds images of {', '.join(map(str, sizes))} pixels: give --img_size")
-    return Labelled(np.array([c for c, _ in members]), data.to_float(np.stack(rows)))
+    return Labelled(np.array([c for c, _ in members]), torch.cat(rows))
 
 
 def as_many(labels, like, rng, replace=False):

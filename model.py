@@ -204,7 +204,7 @@ class AutoencoderKL(nn.Module):
         self.linear_encoder = self.linear_decoder = None
         if linear_path:
             self.linear_encoder = nn.Conv2d(1, z_channels, factor, stride=factor)
-            self.linear_decoder = nn.ConvTranspose2d(z_channels, 1, factor, stride=factor)
+            self.linear_decoder = nn.Conv2d(z_channels, factor**2, 1)
             zero_init(self.encoder[-1])
             zero_init(self.decoder[-1])
 
@@ -220,7 +220,7 @@ class AutoencoderKL(nn.Module):
         """Unscaled latents [B, z_channels, h, w] to images [B, 1, H, W], not clamped to [-1, 1]."""
         x = F.pixel_shuffle(self.decoder(self.post_quant_conv(z)).float(), self.patch_size)
         if self.linear_decoder is not None:
-            x = x + self.linear_decoder(z).float()
+            x = x + F.pixel_shuffle(self.linear_decoder(z).float(), self.factor)
         return x
 
     def forward(self, x, noise):

@@ -13,13 +13,12 @@ import os
 import pathlib
 import re
 
-import numpy as np
 import torch
 
 import data
 import diffusion
 import model
-from lib import decode, dist, metrics, run, verdicts
+from lib import dist, metrics, run, verdicts
 from lib.args import (RENAMED_SAMPLERS, add_precision_arguments, add_sampling_arguments, at_least,
                       file_path, float_list, make_parser, parse_settings)
 from lib.files import fail, finite, make_folder, read_json, write_json
@@ -247,18 +246,15 @@ def build_parser():
 
 def real_rows(folder, class_names, img_size):
     """{label: up to eight images of a class, float32 [N, 1, S, S] in [-1, 1]} of a split's folder.
-    Ends the program if there are none, or if one cannot be decoded."""
+    Ends the program if there are none."""
     if not os.path.isdir(folder):
         fail(f"no folder --real_dir={folder}: give one such as data/TB/val")
     root, task, split = os.path.abspath(folder).rsplit(os.sep, 2)
     files, rows = data.scan(root, task, split, class_names).files, {}
     for name in class_names:
         paths = [f"{root}/{file.path}" for file in files if file.class_name == name]
-        try:
-            images = [decode.read_square(paths[i], img_size) for i in data.spread(len(paths), 8)]
-        except (OSError, ValueError) as e:
-            fail(f"an image in {folder} cannot be decoded: {e}")
-        rows |= {f"{name}   real": data.to_float(np.stack(images))} if images else {}
+        images = [data.read_image(paths[i], img_size) for i in data.spread(len(paths), 8)]
+        rows |= {f"{name}   real": torch.cat(images)} if images else {}
     return rows
 
 
@@ -289,7 +285,7 @@ def write_report(folder, checkpoint, paths, z, rows, own, vae, args, ctx):
     class_names, stats = checkpoint["class_names"], checkpoint["train_stats"]
     first = [(c, i) for c, i in paths if i < 64]
     labels = torch.tensor([c for c, _ in first])
-    x = torch.stack([run.load_image(paths[request]) for request in first])
+    x = torch.cat([data.read_image(paths[request]) for request in first])
     values = sample_metrics(x, z[[i < 64 for _, i in paths]], labels, class_names,
                             checkpoint["latent_scale_factor"], vae, ctx, stats)
     found = verdicts.health(values, train_stats=stats, guidance_scale=args.guidance_scale,
@@ -307,12 +303,9 @@ def write_report(folder, checkpoint, paths, z, rows, own, vae, args, ctx):
 def prepare_edit(args, ctx, denoiser, vae, checkpoint, classes):
     """What --init_image asks for: ({label: image and reconstruction [2, 1, S, S]}, the class of the
     image: that of its folder, if it is one of `classes`, else the first of them, and the process
-    for sample_latents). Ends the program if the image cannot be decoded."""
+    for sample_latents)."""
     path, scale = pathlib.Path(args.init_image), checkpoint["latent_scale_factor"]
-    try:
-        x = data.to_float(decode.read_square(path, checkpoint["args"]["img_size"])[None])
-    except (OSError, ValueError) as e:
-        fail(f"--init_image={path} cannot be decoded: {e}")
+    x = data.read_image(path, checkpoint["args"]["img_size"])
     folder = path.resolve().parent.name
     own = next((c for c in classes if checkpoint["class_names"][c] == folder), classes[0])
     with torch.no_grad(), ctx.autocast():

@@ -2,9 +2,7 @@
 img_size = 128
 z_channels = 4
 patch_size = 4
-base_ch = 64
 ch_mults = (1, 1)
-num_res_blocks = 2
 linear_path = True
 lr = 1e-3
 cooldown = 0.5

@@ -131,9 +131,7 @@ class Parser(argparse.ArgumentParser):
 MEANINGS = {  # flag: what DiT, diffusers and nanoGPT call it, if that does not look similar
     "lr": "learning_rate base_learning_rate",
     "batch_per_device": "batch_size train_batch_size global_batch_size",
-    "grad_clip": "max_grad_norm",
-    "epochs": "num_train_epochs",
-    "img_size": "resolution",
+    "grad_clip": "max_grad_norm", "epochs": "num_train_epochs", "img_size": "resolution",
     "ckpt": "ckpt_path checkpoint_path model model_path resume"}
 
 

@@ -40,11 +40,13 @@ def find_images(folder, left_out):
 
 
 def read_square(path, img_size):
-    """Centre square of an image file, resized (box filter down, bicubic up): uint16 [img_size,
-    img_size], 0 black to 65535 white. Raises ValueError or OSError if it cannot be decoded."""
+    """Centre square of an image file, resized (box filter down, bicubic up; img_size None: not at
+    all): uint16 [img_size, img_size], 0 black to 65535 white. Raises ValueError or OSError if it
+    cannot be decoded."""
     grey = read_grey(path)
     height, width = grey.shape
     side = min(height, width)
+    img_size = img_size or side
     top, left = (height - side) // 2, (width - side) // 2
     image = Image.fromarray(grey[top:top + side, left:left + side])
     method = Image.Resampling.BOX if side > img_size else Image.Resampling.BICUBIC

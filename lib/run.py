@@ -433,12 +433,6 @@ def save_image(path, x):
     write_atomic(path, lambda f: image.save(f, "PNG"))
 
 
-def load_image(path):
-    """What save_image wrote, [1, H, W] in [-1, 1]."""
-    with Image.open(path) as image:
-        return torch.from_numpy(np.asarray(image, dtype=np.float32) / 127.5 - 1)[None]
-
-
 def save_grid(path, rows, labels):
     """PNG with a row of images for each tensor [N, 1, H, W] in [-1, 1], its label above it."""
     height, width = rows[0].shape[-2:]

@@ -77,7 +77,7 @@ def test_folders_without_samples_are_refused(tmp_path, capsys):
         assert f"no images in {wrong}: name them CLASS_NUMBER.png" in message
     (tmp_path / "tb/b.png").write_bytes(b"no image")
     message = error_of(capsys, evaluate.read_samples, tmp_path, ["normal", "tb"], None)
-    assert f"{tmp_path / 'tb/b.png'} cannot be read" in message
+    assert f"{tmp_path / 'tb/b.png'} cannot be decoded" in message
 
 
 def test_the_name_of_a_file_or_folder_says_the_class_of_a_sample(tmp_path, capsys):

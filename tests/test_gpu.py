@@ -13,11 +13,12 @@ from conftest import ROOT, TINY_LDM, TINY_VAE, python
 from test_stages import FINAL, same
 from torch._dynamo.utils import counters
 
+import data
 import sample
 import train_ldm
 from lib import cpu_ops, dist
 from lib.files import read_meta
-from lib.run import load_checkpoint, load_image
+from lib.run import load_checkpoint
 
 GPUS = torch.cuda.device_count()  # this takes no GPU memory in pytest's workers
 SHAPE = (4, 16, 16)  # of a latent
@@ -74,7 +75,7 @@ def test_samples_equal_those_of_the_cpu_within_rounding(gpu):
             "--num_sampling_steps=20", f"--device={device}", "--dtype=fp32",
             f"--out_dir={gpu.root / device}")
         paths = sorted((gpu.root / device).glob("*_0*.png"))
-        images[device] = torch.stack([load_image(path) for path in paths])
+        images[device] = torch.cat([data.read_image(path) for path in paths])
     difference = (images["cuda"] - images["cpu"]).abs()
     print(f"\nCPU and GPU differ by {difference.max():.4f} at most, {difference.mean():.5f} mean")
     assert len(images["cuda"]) == 8 and difference.mean() < 0.01

@@ -291,3 +291,19 @@ def test_the_autoencoder_sees_half_of_its_images_changed(workspace):
         rank=r, world_size=2)) for r in range(2)]
     whole = train_vae.read_images(images, np.concatenate([index[::2], index[1::2]]), 0, args, ALONE)
     assert torch.equal(torch.cat(first), whole)
+
+
+def test_reconstructions_have_no_mean_error_within_a_square(workspace, quick):
+    """Of the linear path, after the last step, once: it would be a lattice."""
+    argv = [*workspace.vae("flat", "--linear_path", "--ch_mults=1,1", "--patch_size=2"),
+            "--dtype=fp32"]
+    errors, path = {}, workspace.out / "flat/ckpts/last.pt"
+    for steps in (6, 9, 9):
+        assert quick(*argv, "--max_steps=9", f"--epochs={steps // 2}").code == 0
+        vae, _, sha256 = sample.load_autoencoder(path, ALONE)
+        x = opened(workspace)[0].images.images(np.arange(16))
+        with torch.no_grad():
+            error = vae.decode(vae.encode(x).mean) - x
+        squares = error[..., 4:-4, 4:-4].unfold(2, 4, 4).unfold(3, 4, 4)  # of 8 x 8, without 1
+        errors[sha256] = squares.mean((0, 1, 2, 3))
+    assert len(errors) == 2 and all(of.abs().max() < 1e-4 for of in errors.values())

@@ -18,6 +18,7 @@ from conftest import ROOT, _as_main, is_alive, python
 from test_stages import assert_same_run
 from test_survival import workers
 
+import data
 from lib import phantom, run
 from lib.files import read_json, read_meta
 
@@ -147,7 +148,7 @@ class Storm:
         if (self.run / "summary.json").exists():
             read_json(self.run / "summary.json", "summary")
         for path in self.run.glob("samples/*.png"):
-            run.load_image(path)
+            data.read_image(path)
         return step
 
 
