@@ -70,7 +70,6 @@ class NoiseSchedule:
 
 # --- parametrisation and loss -------------------------------------------------------------------
 
-
 # Where x0-hat of eps is held. Latents of 773 radiographs reach from -7.5 to 6.6 deviations.
 EPS_BOUND = 8.0
 

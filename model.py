@@ -153,8 +153,9 @@ class AutoencoderKL(nn.Module):
     patch_size: the networks see squares of this many pixels a side as channels. linear_path: a
     linear map between a latent and its square of pixels runs parallel to each network, which starts
     as zero: principal components are a good autoencoder already, which deep layers with norms take
-    thousands of steps to find. quant_conv: 1x1 convolutions around the latent, as in published
-    autoencoders. ValueError if img_size cannot be halved that often.
+    thousands of steps to find; `pattern` is subtracted from its squares. quant_conv: 1x1
+    convolutions around the latent, as in published autoencoders. ValueError if img_size cannot be
+    halved that often.
     """
 
     def __init__(self, img_size, z_channels, base_ch, ch_mults, num_res_blocks, attn_res=(),
@@ -204,7 +205,11 @@ class AutoencoderKL(nn.Module):
         self.linear_encoder = self.linear_decoder = None
         if linear_path:
             self.linear_encoder = nn.Conv2d(1, z_channels, factor, stride=factor)
-            self.linear_decoder = nn.Conv2d(z_channels, factor**2, 1)
+            self.linear_decoder = nn.ConvTranspose2d(z_channels, 1, factor, stride=factor)
+            self.linear_decoder.register_buffer("pattern", torch.zeros(factor, factor))
+            self.linear_decoder.register_load_state_dict_pre_hook(  # older weights have none
+                lambda _, state, prefix, *rest: state.setdefault(
+                    f"{prefix}pattern", torch.zeros(factor, factor)))
             zero_init(self.encoder[-1])
             zero_init(self.decoder[-1])
 
@@ -220,7 +225,7 @@ class AutoencoderKL(nn.Module):
         """Unscaled latents [B, z_channels, h, w] to images [B, 1, H, W], not clamped to [-1, 1]."""
         x = F.pixel_shuffle(self.decoder(self.post_quant_conv(z)).float(), self.patch_size)
         if self.linear_decoder is not None:
-            x = x + F.pixel_shuffle(self.linear_decoder(z).float(), self.factor)
+            x = x + self.linear_decoder(z).float() - self.linear_decoder.pattern.repeat(z.shape[2:])
         return x
 
     def forward(self, x, noise):

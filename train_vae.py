@@ -203,15 +203,15 @@ def train_step(models, vae_fn, disc_fn, perceptual, x, step, args, ctx):
 
 @torch.no_grad()
 def remove_pattern(vae, images, ctx):
-    """Take the mean error at each pixel of the linear path's squares, over up to 256 images, out of
-    its bias: repeated from square to square it is a lattice, and the losses hardly see it."""
+    """Have the linear path subtract the mean error at each pixel of its squares, over up to 256
+    images: repeated from square to square it is a lattice, and the losses hardly see it."""
     errors = []
     for i in data.spread(len(images), 256):
         x = images.images([i]).to(ctx.device)
         error = F.pixel_unshuffle(vae.decode(vae.encode(x).mean) - x, vae.factor)
         edge = error.shape[-1] // 8  # where padding makes errors of its own
         errors.append(F.pad(error, [-edge] * 4).mean((0, 2, 3)))
-    vae.linear_decoder.bias -= torch.stack(errors).mean(0)
+    vae.linear_decoder.pattern += torch.stack(errors).mean(0).view(vae.factor, vae.factor)
 
 
 # --- evaluation ---------------------------------------------------------------------------------

@@ -56,7 +56,6 @@ def fused(function):
 
 # --- group norm ---------------------------------------------------------------------------------
 
-
 compile_norms = True  # dist.setup decides: compiling takes longer than it gains in a short run
 
 

@@ -27,6 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 from lib import cpu_ops
 from lib.files import EXIT_STOPPED, fail, first_line, notice
 
+LONG_RUN = 4000  # steps in which compiled norms gain the time of compiling them: docs/log.md
+
 # --- processes ----------------------------------------------------------------------------------
 
 
@@ -144,9 +146,6 @@ class DistContext(NamedTuple):
         rng = self.generator(*key, device=self.device)
         noise = torch.randn(self.world_size * batch, *shape, device=self.device, generator=rng)
         return noise[self.local_slice(batch)], rng
-
-
-LONG_RUN = 4000  # steps in which compiled norms gain the time of compiling them: docs/log.md
 
 
 def setup(args):

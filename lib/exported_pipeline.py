@@ -31,7 +31,8 @@ class CXRAutoencoder(diffusers.ModelMixin, diffusers.ConfigMixin):
             channels = autoencoder["latent_channels"]
             factor = patch_size * 2 ** (len(autoencoder["block_out_channels"]) - 1)
             self.linear_encoder = torch.nn.Conv2d(1, channels, factor, factor)
-            self.linear_decoder = torch.nn.Conv2d(channels, factor**2, 1)
+            self.linear_decoder = torch.nn.ConvTranspose2d(channels, 1, factor, factor)
+            self.linear_decoder.register_buffer("pattern", torch.zeros(factor, factor))
 
     def encode(self, x):
         """Images [B, 1, H, W] in [-1, 1] to an AutoencoderKLOutput, as of AutoencoderKL."""
@@ -44,7 +45,7 @@ class CXRAutoencoder(diffusers.ModelMixin, diffusers.ConfigMixin):
         """Unscaled latents [B, C, h, w] to a DecoderOutput, as of AutoencoderKL."""
         x = F.pixel_shuffle(self.network.decode(z).sample, self.config.patch_size)
         if self.config.linear_path:
-            x = x + F.pixel_shuffle(self.linear_decoder(z), self.linear_encoder.stride[0])
+            x = x + self.linear_decoder(z) - self.linear_decoder.pattern.repeat(z.shape[2:])
         return DecoderOutput(sample=x)
 
 

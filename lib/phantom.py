@@ -7,7 +7,6 @@ writes PNG files laid out as a data root of your own would be: OUT/TB/SPLIT/CLAS
 image is a function of (seed, split, class, number).
 """
 import contextlib
-import functools
 import os
 import pathlib
 import sys
@@ -17,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from lib.args import Parser, at_least, file_path
-from lib.files import fail, make_folder, notice, write_atomic
+from lib.files import fail, make_folder, notice, writing
 
 # --- the image ----------------------------------------------------------------------------------
 
@@ -174,7 +173,6 @@ def expose(rng, noise_rng, film, body, film_x, film_y, img_size):
 
 # --- sets of them -------------------------------------------------------------------------------
 
-
 CLASSES = ("normal", "tb", "effusion", "tb+effusion")
 
 
@@ -185,8 +183,8 @@ def write_phantoms(folder, num_train, num_val, img_size, seed=0, classes=CLASSES
             target = make_folder(pathlib.Path(folder, "TB", split, name))
             for i in range(count):
                 rng = np.random.default_rng([seed, split == "val", label, i])
-                image = Image.fromarray(draw_phantom(rng, name, img_size))
-                write_atomic(target / f"{i:05d}.png", functools.partial(image.save, format="PNG"))
+                with writing(target):
+                    Image.fromarray(draw_phantom(rng, name, img_size)).save(target / f"{i:05d}.png")
 
 
 def phantom_root(output_root, img_size):

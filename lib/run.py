@@ -185,7 +185,7 @@ class Run:
             for module, state in modules.items():
                 module.load_state_dict(state)
         except RuntimeError as e:
-            fail(f"the stored weights are of other settings: {' '.join(str(e).split())[:200]}")
+            fail(f"stored weights of other settings or version: {' '.join(str(e).split())[:200]}")
         for optimizer, state in dict(optimizers).items():
             load_optimizer(optimizer, state)
 

@@ -45,7 +45,7 @@ def randomised(module, seed=0):
     """Random weights of about the size that training leaves, also where they start at zero."""
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in module.parameters():
+        for p in [*module.parameters(), *module.buffers()]:
             fan_in = p[0].numel() if p.ndim > 1 else 1
             noise = torch.randn(p.shape, generator=rng)
             p.copy_(noise / fan_in**0.5 if p.ndim > 1 else p + 0.1 * noise)

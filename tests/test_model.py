@@ -87,6 +87,19 @@ def test_the_linear_path_starts_alone_and_is_linear():
     assert vae.linear_encoder.weight.grad.norm() > 0 < vae.encoder[0].weight.grad.norm()
 
 
+def test_a_pattern_is_taken_off_each_square_and_older_weights_have_none():
+    vae = perturb(model.AutoencoderKL(16, 3, 8, (1, 1), 1, patch_size=2, linear_path=True))
+    z, older = randn(2, 3, 4, 4), vae.state_dict()
+    del older["linear_decoder.pattern"]
+    with torch.no_grad():
+        before = vae.decode(z)
+        vae.linear_decoder.pattern.copy_(randn(4, 4))
+        squares = (before - vae.decode(z)).unfold(2, 4, 4).unfold(3, 4, 4)
+        assert torch.allclose(squares, vae.linear_decoder.pattern.expand_as(squares), atol=1e-5)
+        vae.load_state_dict(older)
+        assert torch.equal(vae.decode(z), before)
+
+
 def test_networks_put_out_float32_under_bf16_autocast():
     vae = perturb(model.AutoencoderKL(8, 2, 8, (1, 1), 1))
     unet = perturb(model.UNet((2, 4, 4), 2, 8, (1,), 1, ()))
