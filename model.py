@@ -153,9 +153,8 @@ class AutoencoderKL(nn.Module):
     patch_size: the networks see squares of this many pixels a side as channels. linear_path: a
     linear map between a latent and its square of pixels runs parallel to each network, which starts
     as zero: principal components are a good autoencoder already, which deep layers with norms take
-    thousands of steps to find; `pattern` is subtracted from its squares. quant_conv: 1x1
-    convolutions around the latent, as in published autoencoders. ValueError if img_size cannot be
-    halved that often.
+    thousands of steps to find. `pattern` is subtracted from its squares. quant_conv: 1x1 layers
+    around the latent, as in published ones. ValueError if img_size cannot be halved that often.
     """
 
     def __init__(self, img_size, z_channels, base_ch, ch_mults, num_res_blocks, attn_res=(),
