@@ -183,8 +183,8 @@ def write_phantoms(folder, num_train, num_val, img_size, seed=0, classes=CLASSES
             target = make_folder(pathlib.Path(folder, "TB", split, name))
             for i in range(count):
                 rng = np.random.default_rng([seed, split == "val", label, i])
-                with writing(target):
-                    Image.fromarray(draw_phantom(rng, name, img_size)).save(target / f"{i:05d}.png")
+                with writing(path := target / f"{i:05d}.png"):
+                    Image.fromarray(draw_phantom(rng, name, img_size)).save(path)
 
 
 def phantom_root(output_root, img_size):

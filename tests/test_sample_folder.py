@@ -159,7 +159,7 @@ def test_real_images_stand_above_the_samples_of_their_class(workspace, capsys):
     ("--classes=normal+tb+null --compose=and", "takes two classes"),
     ("--classes=normal+tb --compose=and --weights=1,1", "--weights are for add and or"),
     ("--classes=normal+tb --guidance_scale=2", "takes no guidance"),
-    ("--init_image=none.png", "none.png cannot be decoded")])
+    ("--init_image=none.png", "error: none.png cannot be decoded ([Errno 2] No such file")])
 def test_what_cannot_be_composed_or_edited_is_refused(workspace, capsys, flags, says):
     assert says in error_of(capsys, sample.main, argv(workspace, *flags.split()))
     assert not (workspace.root / "s").exists()
